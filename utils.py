@@ -1,0 +1,1345 @@
+"""LoRe: low-rank reward modelling for personalised language models (arXiv 2504.14439).
+
+What the scripts of the three data sets share, in six parts, each using only those above it:
+
+    1. Reward model and embedding      phi(prompt, response), one vector a conversation
+    2. Preference data                 pairs, shots, simulated users
+    3. The models                      LoRe, LoRe_regularized, PersonalizeBatch over one training engine
+    4. Evaluation                      accuracies of personalised rewards
+    5. Pipelines                       run, run_regularized, run_few_shot_vary_shots
+    6. Results and plots               JSON, safetensors, figures
+
+In formulas: x = phi(chosen) - phi(rejected) is a preference pair of user i, V (d x K) the shared reward basis,
+w_i = softmax(W_i) that user's weights, m = x V w_i the margin, and P(chosen beats rejected) = sigmoid(m / 100).
+"""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import io
+import json
+import math
+import os
+import pickle
+import platform
+import random
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as safetensors_loads
+from safetensors.torch import save as safetensors_dumps
+from torch.nn.functional import embedding_bag, logsigmoid
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors, files, processes: what every part needs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class InputError(ValueError):
+    """Input that cannot be used; its message is one line that says what, where and the remedy."""
+
+
+def run_script(main):
+    """Call a script's main(). What the reader can mend ends in one line on stderr and exit status 2.
+
+    Under torchrun only the first process prints.
+    """
+    if process_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    try:
+        main()
+        return
+    except InputError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        message = "interrupted: finished files and embeddings are kept, run the same command again to resume"
+    except torch.cuda.OutOfMemoryError as error:
+        message = f"the GPU's memory is full ({error}); free it, or lower the sizes at the top of the script"
+    except OSError as error:
+        message = f"{error.filename or 'a file'}: {error.strerror or error}; free or choose another place and run again"
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Open `path` for writing bytes. The file appears under its name complete or not at all.
+
+    Raises OSError (disk full, read-only); the file that stood there before is then untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+
+
+def check_writable(folder):
+    """Create `folder` and prove that a file can be written there; raises OSError before any long work has begun."""
+    with atomic_write(Path(folder) / ".writable"):
+        pass
+    (Path(folder) / ".writable").unlink()
+
+
+def save_tensors(path, tensors, **metadata):
+    """Write a dict of tensors to a safetensors file; each metadata value is stored as JSON."""
+    data = safetensors_dumps({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+                             {key: json.dumps(value) for key, value in metadata.items()})
+    with atomic_write(path) as file:
+        file.write(data)
+
+
+def load_tensors(path):
+    """Read a safetensors file -> (dict of tensors, dict of metadata). Raises InputError where it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not a complete safetensors file ({error}); delete it and run the step that "
+                         "writes it again") from None
+
+
+_ARRAY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
+_PLAIN_GLOBALS = {("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"), ("numpy", "ndarray"),
+                  ("numpy", "dtype"), ("_codecs", "encode")}
+_PLAIN_GLOBALS |= {(module, name) for module in _ARRAY_MODULES for name in ("_reconstruct", "scalar", "_frombuffer")}
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """An unpickler that builds tensors, arrays and plain containers, and refuses every other global."""
+
+    def find_class(self, module, name):
+        if (module, name) == ("torch.storage", "_load_from_bytes"):
+            return _load_storage
+        if (module, name) not in _PLAIN_GLOBALS:
+            raise pickle.UnpicklingError(f"refused: it asks for {module}.{name}, and only tensors and plain "
+                                         "containers are loaded")
+        return super().find_class(module, name)
+
+
+class _PlainPickle:
+    """The part of the pickle module that torch.load calls, with the unpickler above."""
+    __name__ = "pickle"
+    Unpickler = _PlainUnpickler
+    UnpicklingError = pickle.UnpicklingError
+
+    @staticmethod
+    def load(file, **options):
+        return _PlainUnpickler(file, **options).load()
+
+
+_LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # how a storage inside a plain pickle begins
+
+
+def _load_storage(data):
+    """A tensor's memory inside a plain pickle: itself a file of torch.save's older format."""
+    if not data.startswith(_LEGACY_MAGIC):
+        raise pickle.UnpicklingError("refused: a tensor whose memory is not in torch.save's format")
+    return torch.load(io.BytesIO(data), map_location="cpu", pickle_module=_PlainPickle, weights_only=False)
+
+
+def load_pickle(path):
+    """Load a file of `pickle.dump` or `torch.save` without running code from it, tensors on the CPU.
+
+    Accepts tensors, arrays and plain containers, so every file of the released scripts.
+    Raises InputError: file missing, truncated, of another kind, or naming a global that could run code (it says which).
+    """
+    try:
+        with open(path, "rb") as file:
+            if file.read(4) != b"PK\x03\x04":
+                file.seek(0)
+                legacy = file.read(len(_LEGACY_MAGIC)) == _LEGACY_MAGIC
+                file.seek(0)
+                return _load_storage(file.read()) if legacy else _PlainPickle.load(file)
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist()):
+                raise pickle.UnpicklingError("refused: a TorchScript program, not data")
+        return torch.load(path, map_location="cpu", pickle_module=_PlainPickle, weights_only=False)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; run the script that writes it first (prepare.py)") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise InputError(f"{path}: {error.strerror}; give a file that can be read") from None
+    except Exception as error:  # a damaged pickle raises nearly anything
+        remedy = "do not trust this file" if "refused" in str(error) else "it is truncated or no pickle; write it again"
+        raise InputError(f"{path}: {str(error) or type(error).__name__}; {remedy}") from None
+
+
+def process_rank():
+    """The number of this process under torchrun, 0 without it."""
+    return int(os.environ.get("RANK", 0))
+
+
+def process_count():
+    """How many processes torchrun has started, 1 without it. Connects them at the first call."""
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count > 1 and not dist.is_initialized():
+        import datetime
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                                timeout=datetime.timedelta(days=7))  # a slow neighbour may embed for hours
+    return count
+
+
+def default_device():
+    """This process's GPU, or the CPU where there is none."""
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+
+
+def progress_bar(label, total, **options):
+    """A tqdm bar on stderr, shown from the third second on; in a log file it writes a line every ten seconds."""
+    return tqdm(desc=label, total=total, delay=2, mininterval=0.2 if sys.stderr.isatty() else 10,
+                disable=process_rank() > 0, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Reward model and embedding
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _checkpoint_file(model_name, filename):
+    """The local path of one file of a checkpoint (a folder, or an id on the hub); None where it has no such file."""
+    if os.path.isdir(model_name):
+        path = os.path.join(model_name, filename)
+        return path if os.path.exists(path) else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
+    try:
+        return hf_hub_download(str(model_name), filename)
+    except LocalEntryNotFoundError as error:
+        reason = error
+    except EntryNotFoundError:
+        return None
+    except Exception as error:  # unknown id, no network, no access: the hub's client has a class for each
+        reason = error
+    raise InputError(f"model {model_name}: no such folder, and the hub did not serve it ({type(reason).__name__}); "
+                     "check the name and the network, or give the path of a downloaded checkpoint")
+
+
+def _checkpoint_shards(model_name):
+    """tensor name -> file name, or None where the checkpoint is a single safetensors file."""
+    index = _checkpoint_file(model_name, "model.safetensors.index.json")
+    return json.loads(Path(index).read_text())["weight_map"] if index else None
+
+
+def load_reward_head(model_name):
+    """Read the reward head of a checkpoint: one tensor from its safetensors shard, never the model.
+
+    model_name: a folder, or an id on the hub. Returns float32 `[d, 1]`, the transposed `score.weight`: the layer that
+    the reward model itself multiplies the last token's state with (the released scripts took a column of the last
+    MLP's down-projection instead).
+    Raises InputError: unknown model, no safetensors, or not exactly one scalar head.
+    """
+    shards = _checkpoint_shards(model_name)
+    heads = [name for name in shards if name.endswith("score.weight")] if shards is not None else None
+    if heads is not None and len(heads) != 1:
+        raise InputError(f"model {model_name}: has {len(heads)} score.weight tensors, a reward model has one; "
+                         "give a sequence-classification checkpoint with num_labels=1")
+    path = _checkpoint_file(model_name, shards[heads[0]] if heads else "model.safetensors")
+    if path is None:
+        raise InputError(f"model {model_name}: no model.safetensors in it; give a checkpoint in safetensors format")
+    try:
+        with safe_open(path, "pt") as file:
+            heads = [name for name in file.keys() if name.endswith("score.weight")]
+            head = file.get_tensor(heads[0]) if len(heads) == 1 else None
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a complete safetensors file ({error}); download it again") from None
+    if head is None or head.ndim != 2 or head.shape[0] != 1:
+        found = f"one of shape {tuple(head.shape)}" if head is not None else f"{len(heads)} score.weight tensors"
+        raise InputError(f"model {model_name}: needs exactly one scalar reward head and has {found}; "
+                         "give a sequence-classification checkpoint with num_labels=1")
+    return head.float().T.contiguous()
+
+
+def _check_fits_memory(model_name, dtype):
+    """Raise InputError before loading a model into a CPU memory that cannot hold it."""
+    shards = _checkpoint_shards(model_name)
+    files = [_checkpoint_file(model_name, name) for name in
+             (sorted(set(shards.values())) if shards else ["model.safetensors"])]
+    parameters = 0
+    for path in filter(None, files):
+        with safe_open(path, "pt") as file:
+            parameters += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+    needed = parameters * torch.finfo(dtype).bits // 8
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > 0.8 * memory:
+        raise InputError(f"model {model_name}: needs {needed / 2**30:.0f} GiB in memory and this machine has "
+                         f"{memory / 2**30:.0f}; run it on a CUDA GPU, or give a smaller model")
+
+
+def load_reward_model(model_name, device=None, attention=None, dtype=None):
+    """Load the frozen reward model without its head -> (backbone, tokenizer), in eval mode on `device`.
+
+    device: default this process's GPU, else the CPU. attention: a transformers implementation; default
+    flash_attention_2 where it is installed and the GPU can (compute capability 8 and up), else PyTorch's own ("sdpa").
+    dtype: default bfloat16 on a GPU, as released, and float32 on the CPU.
+    Raises InputError: unknown model, no chat template, or a CPU without the memory for it.
+    """
+    from transformers import AutoModel, AutoTokenizer, logging
+    device = torch.device(device) if device is not None else default_device()
+    on_gpu = device.type == "cuda"
+    dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
+    if attention is None:
+        flash = on_gpu and importlib.util.find_spec("flash_attn") and torch.cuda.get_device_capability(device)[0] >= 8
+        attention = "flash_attention_2" if flash else "sdpa"
+    if not on_gpu:
+        _check_fits_memory(model_name, dtype)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # silence the note that the backbone leaves out score.weight
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_name)
+        model = AutoModel.from_pretrained(model_name, torch_dtype=dtype, attn_implementation=attention)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"model {model_name}: cannot be loaded ({str(error).splitlines()[0]}); "
+                         "check the name, the network and that it holds a model and a tokenizer") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    if not tokenizer.chat_template:
+        raise InputError(f"model {model_name}: its tokenizer has no chat template; give a chat model")
+    return model.eval().requires_grad_(False).to(device), tokenizer
+
+
+def _fingerprint(model):
+    """A digest of a loaded model: revision, dtype, and the shape and the outer values of every parameter."""
+    digest = hashlib.sha256(f"{getattr(model.config, '_commit_hash', None)} {model.dtype}".encode())
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(torch.cat([values[:16], values[-16:]]).float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclasses.dataclass
+class _Row:
+    """One row of a batch: a prefix computed once, and behind it each continuation that shares it."""
+    prefix: list  # token ids
+    members: list  # numbers of the conversations
+    suffixes: list  # token ids of each conversation behind the prefix, never empty
+
+    def __len__(self):
+        return len(self.prefix) + sum(map(len, self.suffixes))
+
+    def only(self, wanted):
+        kept = [(m, s) for m, s in zip(self.members, self.suffixes) if m in wanted]
+        return dataclasses.replace(self, members=[m for m, _ in kept], suffixes=[s for _, s in kept])
+
+
+def _rows_of_shared_prefixes(tokens, prompts, token_budget):
+    """Rows in order of length, longest first; a prompt whose answers exceed the budget gets several rows."""
+    by_prompt = {}
+    for number, prompt in enumerate(prompts):
+        by_prompt.setdefault(prompt, []).append(number)
+    rows = []
+    for numbers in by_prompt.values():
+        shared = os.path.commonprefix([tokens[n] for n in numbers])
+        shared = shared[:min(len(tokens[n]) for n in numbers) - 1]
+        row = None
+        for n in numbers:
+            suffix = tokens[n][len(shared):]
+            if row is None or len(row) + len(suffix) > token_budget:
+                row = _Row(shared, [], [])
+                rows.append(row)
+            row.members.append(n)
+            row.suffixes.append(suffix)
+    return sorted(rows, key=len, reverse=True)
+
+
+def _batches(rows, token_budget):
+    """Split rows, longest first, so that a padded batch holds at most token_budget tokens (or one row)."""
+    batch = []
+    for row in rows:
+        if batch and len(batch[0]) * (len(batch) + 1) > token_budget:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _forward(model, rows):
+    """Last-token states of every member of a batch of rows, in order: `[members, d]` on the CPU."""
+    width = -(-max(map(len, rows)) // 8) * 8  # the GPU kernels want a multiple of 8
+    ids, position, segment = (torch.full((len(rows), width), fill) for fill in (0, 0, -1))
+    last = []
+    for r, row in enumerate(rows):
+        start = len(row.prefix)
+        ids[r, :start], segment[r, :start] = torch.tensor(row.prefix, dtype=torch.long), 0
+        position[r, :start] = torch.arange(start)
+        for s, suffix in enumerate(row.suffixes):
+            end = start + len(suffix)
+            ids[r, start:end], segment[r, start:end] = torch.tensor(suffix), s + 1
+            position[r, start:end] = torch.arange(len(row.prefix), len(row.prefix) + len(suffix))
+            last.append((r, end - 1))
+            start = end
+    ids, position, segment = (part.to(model.device) for part in (ids, position, segment))
+    if all(len(row.suffixes) == 1 for row in rows):
+        mask = (segment >= 0).long()  # (B, L), what every attention implementation takes
+    else:  # a token sees the earlier tokens of its own continuation and of the shared prefix
+        seen = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
+        seen = seen & torch.ones(width, width, dtype=torch.bool, device=model.device).tril()
+        mask = torch.zeros(seen.shape, dtype=model.dtype, device=model.device)
+        mask = mask.masked_fill_(~seen, torch.finfo(model.dtype).min)[:, None]  # (B, 1, L, L)
+    with torch.inference_mode():
+        states = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False).last_hidden_state
+        rows_of, columns = torch.tensor(last, device=model.device).T
+        return states[rows_of, columns].cpu()
+
+
+def _forward_within_memory(model, rows):
+    """_forward, in halves where the GPU's memory does not hold the whole batch."""
+    try:
+        return _forward(model, rows)
+    except torch.cuda.OutOfMemoryError:
+        if len(rows) == 1:
+            raise
+    torch.cuda.empty_cache()
+    half = len(rows) // 2
+    return torch.cat([_forward_within_memory(model, part) for part in (rows[:half], rows[half:])])
+
+
+def tokenize_conversations(conversations, tokenizer):
+    """Chat-format and tokenize conversations -> one list of token ids each.
+
+    The template already writes the special tokens, so the tokenizer must not add its own a second time.
+    """
+    texts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=False) for c in conversations]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+
+def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_budget=8192, shard_size=1024,
+                        label="embedding"):
+    """phi of each conversation: the state, after the final norm, of its last token.
+
+    conversations: list of lists of {"role", "content"} messages, the last one the response that is judged.
+    model, tokenizer: from `load_reward_model`. Returns a CPU tensor `[n, d]` in the model's dtype.
+
+    Equal conversations are computed once, and so is the prompt that several responses share: such responses lie behind
+    one copy of it in a row, with an attention mask that keeps them apart. flash-attn takes no such mask; with it each
+    conversation is a row of its own. A padded batch holds at most `token_budget` tokens.
+
+    With `cache_dir`, shards of about `shard_size` conversations are saved there as they are made, and an interrupted
+    call resumes after the last of them, with the same bytes in the end. Under torchrun the processes share the shards.
+
+    Raises InputError: no conversation, an empty one, one longer than the model's context; a damaged shard.
+    """
+    if not conversations:
+        raise InputError("no conversations to embed; give at least one")
+    sequences = tokenize_conversations(conversations, tokenizer)
+    numbers, tokens, prompts, which = {}, [], [], []
+    shares_prompts = getattr(model.config, "_attn_implementation", "eager") != "flash_attention_2"
+    for i, sequence in enumerate(sequences):
+        number = numbers.setdefault(tuple(sequence), len(tokens))
+        if number == len(tokens):
+            tokens.append(sequence)
+            prompts.append(json.dumps(conversations[i][:-1]) if shares_prompts else i)
+        which.append(number)
+    longest, limit = max(map(len, tokens)), model.config.max_position_embeddings
+    if min(map(len, tokens)) == 0 or longest > limit:
+        worst = next(i for i, s in enumerate(sequences) if len(s) in (0, longest))
+        raise InputError(f"conversation {worst} has {len(sequences[worst])} tokens, the model takes 1 to {limit}; "
+                         "leave it out or shorten it")
+
+    fingerprint = _fingerprint(model) + hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
+    keys = [hashlib.sha256(f"{fingerprint} {sequence}".encode()).hexdigest() for sequence in tokens]
+    folder = Path(cache_dir) / hashlib.sha256(fingerprint.encode()).hexdigest()[:16] if cache_dir else None
+    embeddings = torch.empty(len(tokens), model.config.hidden_size, dtype=model.dtype)
+    number_of = {key: n for n, key in enumerate(keys)}
+    missing = set(range(len(tokens)))
+
+    def read_shards():
+        for path in sorted(folder.glob("*.safetensors")):
+            tensors, metadata = load_tensors(path)
+            for row, key in enumerate(metadata["keys"]):
+                if number_of.get(key) in missing:
+                    embeddings[number_of[key]] = tensors["embeddings"][row]
+                    missing.discard(number_of[key])
+
+    if folder:
+        check_writable(folder)
+        read_shards()
+    shards, count = [[]], 0
+    for row in _rows_of_shared_prefixes(tokens, prompts, token_budget):
+        if count >= shard_size:
+            shards.append([])
+            count = 0
+        shards[-1].append(row)
+        count += len(row.members)
+    ranks = process_count()
+    work = [[row.only(missing) for row in rows] for rows in shards]
+    work = [sorted((row for row in rows if row.members), key=len, reverse=True) for rows in work]
+    work = [rows for rows in work if rows][process_rank()::ranks]
+    total = sum(len(row) for rows in shards for row in rows)
+    left = sum(len(row) for rows in work for row in rows) * ranks
+    with progress_bar(label, total, initial=max(0, total - left), unit="tok", unit_scale=True) as bar:
+        for rows in work:
+            members = [m for row in rows for m in row.members]
+            parts = []
+            for batch in _batches(rows, token_budget):
+                parts.append(_forward_within_memory(model, batch))
+                bar.update(sum(map(len, batch)) * ranks)
+            states = torch.cat(parts)
+            embeddings[members] = states
+            missing.difference_update(members)
+            if folder:
+                shard_keys = [keys[m] for m in members]
+                name = hashlib.sha256("".join(shard_keys).encode()).hexdigest()[:24]
+                save_tensors(folder / f"{name}.safetensors", {"embeddings": states}, keys=shard_keys)
+    if ranks > 1:
+        dist.barrier()
+        read_shards()
+    return embeddings if which == list(range(len(tokens))) else embeddings[which]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Preference data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Pairs:
+    """Preference pairs as row numbers of one table of embeddings, for many pairs over few responses.
+
+    embeddings: `[rows, d]`, any float dtype; chosen, rejected: int64 `[m]`. Behaves like the float32 matrix
+    `embeddings[chosen] - embeddings[rejected]` of shape `[m, d]` without holding it.
+    """
+
+    def __init__(self, embeddings, chosen, rejected):
+        self.embeddings = embeddings
+        self.chosen = torch.as_tensor(chosen, dtype=torch.long)
+        self.rejected = torch.as_tensor(rejected, dtype=torch.long)
+        rows = torch.cat([self.chosen, self.rejected])
+        if self.chosen.shape != self.rejected.shape or self.chosen.ndim != 1:
+            raise InputError(f"Pairs: chosen {tuple(self.chosen.shape)} and rejected {tuple(self.rejected.shape)} "
+                             "must be two lists of the same length")
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(embeddings):
+            raise InputError(f"Pairs: row numbers {int(rows.min())} to {int(rows.max())} do not fit a table of "
+                             f"{len(embeddings)} rows; give the embeddings that the pairs were made for")
+
+    def __len__(self):
+        return len(self.chosen)
+
+    @property
+    def shape(self):
+        return torch.Size((len(self), self.embeddings.shape[1]))
+
+    def __getitem__(self, rows):
+        return Pairs(self.embeddings, self.chosen[rows], self.rejected[rows])
+
+    def __matmul__(self, V):
+        return self.of_table(self.table_scores(V))
+
+    def table_scores(self, V):
+        """`embeddings @ V` in float32, the part that all users of one table share: `[rows, K]`."""
+        return torch.cat([part.to(V.device, torch.float32) @ V for part in self.embeddings.split(8192)])
+
+    def of_table(self, scores):
+        """Differences of these pairs' rows of a `[rows, K]` table."""
+        return scores[self.chosen.to(scores.device)] - scores[self.rejected.to(scores.device)]
+
+    def dense(self, device=None):
+        """The float32 matrix `[m, d]` itself."""
+        chosen, rejected = (self.embeddings[rows].to(device, torch.float32) for rows in (self.chosen, self.rejected))
+        return chosen.sub_(rejected) if chosen.data_ptr() != self.embeddings.data_ptr() else chosen - rejected
+
+
+def check_features(features, what, users=None, d=None):
+    """Check a list with one float32 `[m_i, d]` tensor (or Pairs) per user, at the border of training and evaluation.
+
+    Raises InputError that names the user: no users or not `users` of them, a user without pairs, another width than
+    `d` or than the first user's, NaN or infinite values.
+    """
+    if len(features) == 0 or users not in (None, len(features)):
+        raise InputError(f"{what}: {len(features)} users where {users or 'at least 1'} should be; "
+                         "give one tensor per user")
+    d = d if d is not None else features[0].shape[-1]
+    finite_tables = set()
+    for i, X in enumerate(features):
+        if len(X.shape) != 2 or X.shape[0] == 0 or X.shape[1] != d:
+            raise InputError(f"{what}, user {i}: shape {tuple(X.shape)} where [pairs >= 1, {d}] should be; leave out "
+                             "users without pairs, and use embeddings of one model")
+        table = X.embeddings if isinstance(X, Pairs) else X
+        if id(table) not in finite_tables and not all(torch.isfinite(part).all() for part in table.split(8192)):
+            raise InputError(f"{what}, user {i}: NaN or infinite values; make these embeddings again")
+        if isinstance(X, Pairs):
+            finite_tables.add(id(table))
+
+
+def pack(features, device=None):
+    """Lay the pairs of all users behind one another -> (X float32 `[M, d]`, counts int64 `[N]`).
+
+    Users that are consecutive slices of one matrix already (`X.split(counts)`) are used in place, not copied.
+    """
+    counts = torch.tensor([len(X) for X in features])
+    first = features[0]
+    device = torch.device(device) if device is not None else getattr(first, "device", torch.device("cpu"))
+    d, ends = first.shape[1], torch.cumsum(counts, 0).tolist()
+    in_place = all(isinstance(X, torch.Tensor) and X.dtype == torch.float32 and X.is_contiguous()
+                   and X.device == first.device and X.data_ptr() == first.data_ptr() + 4 * d * (end - len(X))
+                   and X.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+                   for X, end in zip(features, ends))
+    if in_place:
+        return first.as_strided((ends[-1], d), (d, 1)).to(device), counts
+    X = torch.empty(ends[-1], d, device=device)
+    for end, part in zip(ends, features):
+        X[end - len(part):end] = part.dense() if isinstance(part, Pairs) else part
+    return X, counts
+
+
+def sample_shots(features, shots, generator=None):
+    """For each user `shots` of the pairs, drawn without replacement anew at each call (all pairs of a user with fewer).
+
+    features: list of `[m_i, d]`. Returns a list of `[min(shots, m_i), d]`.
+    generator: a CPU torch.Generator; default torch's own.
+    """
+    return [X[torch.randperm(len(X), generator=generator)[:shots]] for X in features]
+
+
+SCORERS = 10  # reward models that score each response of PersonalLLM
+
+
+def generate_population(alpha, N, seed=None):
+    """N users as mixtures over the scorers: Dirichlet draws, float32 `[N, len(alpha)]`.
+
+    alpha: the concentration, one number per scorer, or a single number for PersonalLLM's ten scorers.
+    """
+    concentration = np.full(SCORERS, alpha) if np.ndim(alpha) == 0 else np.asarray(alpha, dtype=float)
+    return torch.from_numpy(np.random.default_rng(seed).dirichlet(concentration, N)).float()
+
+
+generate_popupulation = generate_population  # the released spelling
+
+
+def best_and_worst(reward_tensor, w):
+    """The responses that a user scores highest and lowest -> two int64 `[prompts]`.
+
+    reward_tensor: `[prompts, responses, scorers]`; w: the user's mixture `[scorers]`.
+    """
+    reward_tensor = torch.as_tensor(reward_tensor)
+    scores = reward_tensor @ torch.as_tensor(w, dtype=reward_tensor.dtype, device=reward_tensor.device)
+    return scores.argmax(1), scores.argmin(1)
+
+
+def simulate_user(reward_tensor, features, w):
+    """One simulated user's pairs: the embedding of the response scored highest minus that of the one scored lowest.
+
+    reward_tensor: `[prompts, responses, scorers]`; features: `[prompts, responses, d]`; w: `[scorers]`.
+    Returns float32 `[prompts, d]`.
+    """
+    best, worst = best_and_worst(reward_tensor, w)
+    prompts = torch.arange(len(features))
+    return features[prompts, best].float() - features[prompts, worst].float()
+
+
+def simulate_population(reward_tensor, features, W):
+    """`simulate_user` for every row of W `[N, scorers]` -> float32 `[N, prompts, d]`.
+
+    Dense: 4 N prompts d bytes. For many users keep `Pairs` of `best_and_worst` instead.
+    """
+    return torch.stack([simulate_user(reward_tensor, features, w) for w in W])
+
+
+def create_sparse_tensor(dense, fraction, generator=None):
+    """For each user a random `fraction` of the prompts, rounded down.
+
+    dense: `[N, prompts, d]`. Returns a list of N tensors `[int(fraction * prompts), d]`.
+    Raises InputError where that leaves no pair.
+    """
+    kept = int(fraction * dense.shape[1])
+    if not 1 <= kept <= dense.shape[1]:
+        raise InputError(f"fraction {fraction} of {dense.shape[1]} prompts is {kept} pairs a user; "
+                         "give one that leaves 1 or more, at most 1.0")
+    return sample_shots(list(dense), kept, generator)
+
+
+def create_dataset_tldr(train, validation, train_pairs, unseen_pairs, seed=0, leave_out=2):
+    """Split the workers of the two Reddit TL;DR files into seen and unseen, and form their pairs.
+
+    train, validation: dicts of `prepare.py`, worker -> list of comparisons. The `leave_out` workers with the fewest
+    pairs of each file are left out. The others, where in both files, are sorted, shuffled by `seed` and halved.
+    train_pairs, unseen_pairs: how many training pairs a seen and an unseen worker keep at most, drawn by `seed`.
+
+    Returns a dict: `seen` and `unseen`, lists of workers, and for each of them one float32 `[m_i, d]` per worker,
+    `train`, `test`, `train_unseen`, `test_unseen`. Raises InputError where fewer than two workers are in both files.
+    """
+    def kept(file):
+        return set(sorted(file, key=lambda worker: (len(file[worker]), worker))[leave_out:])
+
+    workers = sorted(kept(train) & kept(validation))
+    if len(workers) < 2:
+        raise InputError(f"{len(workers)} workers are in both the train and the validation file (after the {leave_out} "
+                         "smallest of each), at least 2 are needed; prepare both from one data set, without --limit")
+    chance = random.Random(seed)
+    chance.shuffle(workers)
+    half = len(workers) // 2
+
+    def features(file, workers, most=None):
+        groups = [file[w] if most is None else chance.sample(file[w], min(most, len(file[w]))) for w in workers]
+        X = torch.stack([pair_difference(pair) for pairs in groups for pair in pairs])  # (M, d)
+        return list(X.split([len(pairs) for pairs in groups]))
+
+    seen, unseen = workers[:half], workers[half:]
+    return {"seen": seen, "unseen": unseen,
+            "train": features(train, seen, train_pairs), "test": features(validation, seen),
+            "train_unseen": features(train, unseen, unseen_pairs), "test_unseen": features(validation, unseen)}
+
+
+def pair_difference(pair):
+    """phi(winning) - phi(losing) in float32 `[d]` of one comparison in the Reddit TL;DR format."""
+    return pair["embeddings"]["winning"][0].float() - pair["embeddings"]["losing"][0].float()
+
+
+def prism_pairs(row):
+    """The pairs of one PRISM turn, chosen minus each rejected response: float32 `[rejected, d]`.
+
+    row: a row of `train_embeddings.pkl`, of ours or (one vector for all rejected responses) of the released script.
+    """
+    chosen, rejected = (torch.as_tensor(row["extra_info"][side]).float() for side in
+                        ("chosen_conv_embedding", "rejected_conv_embedding"))
+    return chosen.reshape(1, -1) - rejected.reshape(-1, chosen.numel())
+
+
+def _prism_dialogs(embeddings):
+    """user -> conversation -> list of rows, users and conversations in order of their ids."""
+    rows = embeddings if isinstance(embeddings, list) else [row for rows in embeddings.values() for row in rows]
+    users = {}
+    for row in rows:
+        info = row["extra_info"]
+        users.setdefault(info["user_id"], {}).setdefault(info["dialog_id"], []).append(row)
+    return {user: dict(sorted(users[user].items())) for user in sorted(users)}
+
+
+def create_dataset_prism(embeddings):
+    """The pairs of each PRISM user, users sorted by id: list of float32 `[m_i, d]`.
+
+    embeddings: the list of rows of `train_embeddings.pkl`, or a dict of such lists.
+    """
+    return [torch.cat([prism_pairs(row) for rows in dialogs.values() for row in rows])
+            for dialogs in _prism_dialogs(embeddings).values()]
+
+
+def create_dataset_prism_shots(embeddings, shots, generator=None):
+    """As `create_dataset_prism`, from `shots` conversations of each user, drawn anew at each call."""
+    features = []
+    for dialogs in _prism_dialogs(embeddings).values():
+        drawn = torch.randperm(len(dialogs), generator=generator)[:shots].tolist()
+        dialogs = list(dialogs.values())
+        features.append(torch.cat([prism_pairs(row) for i in drawn for row in dialogs[i]]))
+    return features
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. The models
+# ---------------------------------------------------------------------------------------------------------------------
+
+TEMPERATURE = 100.0  # of the Bradley-Terry model, fixed
+FEW_SHOT_ITERATIONS = 500
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One model of a sweep: `K` columns of the wide basis that all members are trained in, side by side."""
+    K: int
+    alpha: float = 0.0
+    seed: int = 0
+
+    def generator(self, step):
+        """A generator of the member's own, so that its start does not depend on its neighbours in the sweep."""
+        state = np.random.SeedSequence([self.seed, self.K, step]).generate_state(1, np.uint64)[0]
+        return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+class _Likelihood:
+    """The Bradley-Terry likelihood of packed pairs under every member of a sweep at once, and its gradients.
+
+    Letters: M pairs, N users, G members, C columns of all members together. S = X V `[M, C]` are the scores of the
+    pairs under each basis column, w `[N, C]` the user weights (each member's columns sum to 1).
+    """
+
+    def __init__(self, counts, sizes, device, total=None):
+        """counts: pairs of each user. total: mean over that many pairs; default the sum over users of each's mean."""
+        self.sizes = list(sizes)
+        self.user = torch.arange(len(counts)).repeat_interleave(counts).to(device)  # (M,)
+        self.start = (torch.cumsum(counts, 0) - counts).to(device)  # (N,) a user's first pair
+        self.pairs = torch.arange(len(self.user), device=device)
+        self.of_member = torch.block_diag(*(torch.ones(K, 1) for K in self.sizes)).to(device)  # (C, G), 0 and 1
+        divisor = counts if total is None else torch.full_like(counts, total)
+        self.pair_weight = 1.0 / divisor.repeat_interleave(counts).to(device)[:, None]  # (M, 1)
+
+    def weights(self, W):
+        """User weights, the softmax over each member's logits: (N, C)."""
+        return torch.cat([logits.softmax(1) for logits in W.split(self.sizes, 1)], 1)
+
+    def margins(self, S, w):
+        """x V w_i / 100 of every pair: (M, G)."""
+        return (S * w[self.user]) @ self.of_member / TEMPERATURE
+
+    def loss(self, S, w):
+        """Negative log-likelihood of each member: (G,)."""
+        return -(self.pair_weight * logsigmoid(self.margins(S, w))).sum(0)
+
+    def residuals(self, S, w):
+        """Derivative of the loss by x V w_i, repeated for each of the member's columns: (M, C)."""
+        residual = -torch.sigmoid(-self.margins(S, w)) * self.pair_weight / TEMPERATURE
+        return residual @ self.of_member.T
+
+    def gradient_of_logits(self, S, w, residuals):
+        """Derivative of the loss by W, through the softmax: (N, C)."""
+        by_weight = embedding_bag(self.pairs, residuals * S, self.start, mode="sum")  # sums over each user's pairs
+        return w * (by_weight - (w * by_weight) @ self.of_member @ self.of_member.T)
+
+    def gradient_of_basis(self, X, w, residuals):
+        """Derivative of the loss by V, as rows: (C, d)."""
+        return (residuals * w[self.user]).T @ X
+
+
+def _squared_distance_gradient(V, V_sft, member_alpha, sizes):
+    """Derivative of alpha * sum_j |V_j - V_sft|^2, per column: (C, d)."""
+    return 2 * member_alpha * (V - V_sft)
+
+
+def _cosine_gradient(V, V_sft, member_alpha, sizes):
+    """Derivative of alpha * mean_j (1 - cos(V_j, V_sft)), per column: (C, d)."""
+    length = V.norm(dim=1, keepdim=True)
+    direction, reference = V / length, V_sft / V_sft.norm()
+    cosine = direction @ reference.T  # (C, 1)
+    return -member_alpha / sizes * (reference - cosine * direction) / length
+
+
+def _ramp(t, num_iterations):
+    """The share of alpha in iteration t: 0 for the first 20 %, then linear, all of it from 80 % on."""
+    return min(max((t / num_iterations - 0.2) / 0.6, 0.0), 1.0)
+
+
+def _descend(likelihood, W, num_iterations, learning_rate, X=None, V=None, S=None, penalty=None, alternating=False):
+    """Adam on the logits W and, unless the scores S are given as constants, on the basis V; both are changed in place.
+
+    penalty(V, t) is the gradient of the penalty on V. Alternating: in each iteration one step on W, then one on V
+    that sees the new W; V does not move in the first, so both share one X V.
+    """
+    adam_W = torch.optim.Adam([W], lr=learning_rate)
+    adam_V = torch.optim.Adam([V], lr=learning_rate) if S is None else None
+    frozen = S is not None
+    with progress_bar("few-shot" if frozen else "training", num_iterations, unit="it", leave=False) as bar:
+        for t in range(num_iterations):
+            S = S if frozen else X @ V.T  # (M, C)
+            w = likelihood.weights(W)
+            residuals = likelihood.residuals(S, w)
+            W.grad = likelihood.gradient_of_logits(S, w, residuals)
+            if alternating:
+                adam_W.step()
+                w = likelihood.weights(W)
+                residuals = likelihood.residuals(S, w)
+            if not frozen:
+                V.grad = likelihood.gradient_of_basis(X, w, residuals)
+                if process_count() > 1:
+                    dist.all_reduce(V.grad)
+                V.grad += penalty(V, t)
+                adam_V.step()
+            if not alternating:
+                adam_W.step()
+            bar.update()
+
+
+def fit_basis(features, members, V_sft, num_iterations, learning_rate, regularized=False):
+    """Learn basis and user weights of every member of a sweep together -> list of (w `[N, K]`, V `[d, K]`).
+
+    features: list of float32 `[m_i, d]`, one per user. members: list of `Member`. V_sft: `[d, 1]`, needed where an
+    alpha is not 0. The members share nothing but the reading of X: Adam is elementwise, their columns are independent.
+    regularized: the loss, start and alternating steps of `LoRe_regularized` instead of `LoRe`'s.
+    Under torchrun each process holds a part of the users; all return the whole.
+    """
+    mine = slice(process_rank(), None, process_count())
+    if len(features) < process_count():
+        raise InputError(f"{len(features)} users for {process_count()} processes; start at most one process per user")
+    X, counts = pack(features[mine])
+    N, d, device = len(features), X.shape[1], X.device
+    sizes = [member.K for member in members]
+    W, V = [], []
+    for member in members:
+        generator = member.generator(0)
+        W.append((torch.rand if regularized else torch.randn)(N, member.K, generator=generator))
+        V.append(torch.randn(member.K, d, generator=generator))
+    W, V = torch.cat(W, 1)[mine].to(device), torch.cat(V).to(device)  # (N, C), (C, d): rows are read fastest
+    if any(member.alpha for member in members) and V_sft is None:
+        raise InputError("alpha is not 0 and V_sft is None; give the reward head [d, 1]")
+    reference = (torch.zeros(d) if V_sft is None else V_sft).to(device, torch.float32).reshape(1, -1)
+    alpha = torch.tensor([m.alpha for m in members for _ in range(m.K)], device=device)[:, None]  # (C, 1)
+    columns = torch.tensor([m.K for m in members for _ in range(m.K)], device=device)[:, None]
+    likelihood = _Likelihood(counts, sizes, device, total=sum(map(len, features)) if regularized else None)
+
+    def penalty(V, t):
+        if not any(member.alpha for member in members):
+            return 0
+        if regularized:
+            return _ramp(t, num_iterations) * _cosine_gradient(V, reference, alpha, columns)
+        return _squared_distance_gradient(V, reference, alpha, columns)
+
+    _descend(likelihood, W, num_iterations, learning_rate, X=X, V=V, penalty=penalty, alternating=regularized)
+    w = torch.zeros(N, sum(sizes), device=device)
+    w[mine] = likelihood.weights(W)
+    if process_count() > 1:
+        dist.all_reduce(w)
+    return [(w_k, V_k.T) for w_k, V_k in zip(w.split(sizes, 1), V.split(sizes))]
+
+
+def _scores(features, V):
+    """X_i V of each user in turn, `[m_i, C]`; the rows of a table that users share are multiplied once."""
+    table = scores = None
+    for X in features:
+        if not isinstance(X, Pairs):
+            yield X.to(V.device) @ V
+            continue
+        if X.embeddings is not table:
+            table, scores = X.embeddings, X.table_scores(V)
+        yield X.of_table(scores)
+
+
+def _fit_weights(S, counts, members, num_iterations, learning_rate):
+    """User weights under frozen bases, from the scores S `[M, C]` alone -> list of w `[N, K]`."""
+    W = torch.cat([torch.randn(len(counts), m.K, generator=m.generator(1)) for m in members], 1).to(S.device)
+    likelihood = _Likelihood(counts, [m.K for m in members], S.device)
+    _descend(likelihood, W, num_iterations, learning_rate, S=S)
+    return list(likelihood.weights(W).split(likelihood.sizes, 1))
+
+
+def fit_users(features, members, bases, num_iterations, learning_rate):
+    """Few-shot fit of new users: their weights over each of several frozen bases -> list of w `[N, K]`.
+
+    features: list of `[m_i, d]` or Pairs, one per user; members and bases: one Member and one V `[d, K]` each.
+    X V is computed once, so an iteration works on K numbers a pair.
+    """
+    counts = torch.tensor([len(X) for X in features])
+    S = torch.cat(list(_scores(features, torch.cat([V.T for V in bases]).T)))  # (M, C)
+    members = [dataclasses.replace(member, K=V.shape[1]) for member, V in zip(members, bases)]
+    return _fit_weights(S, counts, members, num_iterations, learning_rate)
+
+
+class LoRe:
+    """Low-rank reward model: basis and user weights by one Adam on both.
+
+    Loss: the sum over users of the user's mean negative log-likelihood, plus alpha * sum_j |V_j - V_sft|^2.
+    V_sft: `[d, 1]` (None where alpha is 0). num_classes: users N; num_features: d; num_basis_vectors: K.
+    """
+    regularized = False
+
+    def __init__(self, V_sft, alpha, num_classes, num_features, num_basis_vectors, num_iterations=1000,
+                 learning_rate=0.5, seed=0):
+        self.V_sft, self.num_classes, self.num_features = V_sft, num_classes, num_features
+        self.num_iterations, self.learning_rate = num_iterations, learning_rate
+        self.member = Member(num_basis_vectors, float(alpha), seed)
+
+    def train(self, features):
+        """features: list of float32 `[m_i, d]`, one per user. Returns (softmax(W) `[N, K]`, V `[d, K]`).
+
+        Raises InputError: features of other users or widths than announced, empty or not finite.
+        """
+        check_features(features, "features", self.num_classes, self.num_features)
+        return fit_basis(features, [self.member], self.V_sft, self.num_iterations, self.learning_rate,
+                         self.regularized)[0]
+
+
+class LoRe_regularized(LoRe):
+    """LoRe with alternating steps and a cosine anchor: in each iteration one Adam step on W, then one on V.
+
+    Loss: the mean negative log-likelihood of all pairs, plus alpha_t * mean_j (1 - cos(V_j, V_sft)), where alpha_t is
+    0 for the first 20 % of the iterations, rises linearly and is alpha from 80 % on. The penalty on one column is so
+    alpha / K. `train` leaves out columns whose largest user weight is below `threshold` (0 keeps all).
+    """
+    regularized = True
+
+    def __init__(self, V_sft, alpha, num_classes, num_features, num_basis_vectors, num_iterations=20000,
+                 learning_rate=0.5, seed=0, threshold=1e-2):
+        super().__init__(V_sft, alpha, num_classes, num_features, num_basis_vectors, num_iterations, learning_rate, seed)
+        self.threshold = threshold
+
+    def train(self, features):
+        """As `LoRe.train`, without the columns that no user gives a weight of `threshold` or more."""
+        return prune(*super().train(features), self.threshold)
+
+
+def prune(w, V, threshold):
+    """Keep the columns whose largest user weight reaches `threshold`, at least the largest -> (w, V)."""
+    largest = w.max(0).values
+    keep = (largest >= threshold) | (largest == largest.max())
+    return w[:, keep], V[:, keep]
+
+
+class PersonalizeBatch:
+    """Few-shot fit of new users' weights with the basis V frozen, from logits drawn from N(0, 1).
+
+    Loss: the sum over users of the user's mean negative log-likelihood.
+    """
+
+    def __init__(self, num_classes, num_features, num_basis_vectors, num_iterations=FEW_SHOT_ITERATIONS,
+                 learning_rate=0.1, seed=0):
+        self.num_classes, self.num_features = num_classes, num_features
+        self.num_iterations, self.learning_rate = num_iterations, learning_rate
+        self.member = Member(num_basis_vectors, seed=seed)
+
+    def train(self, features, V):
+        """features: list of `[m_i, d]`, one per user; V: `[d, K]`. Returns a list of N simplex vectors `[K]`."""
+        check_features(features, "features", self.num_classes, self.num_features)
+        if tuple(V.shape) != (self.num_features, self.member.K):
+            raise InputError(f"V: shape {tuple(V.shape)} where {(self.num_features, self.member.K)} should be")
+        return list(fit_users(features, [self.member], [V], self.num_iterations, self.learning_rate)[0])
+
+
+def solve(features, K, num_iterations=1000, learning_rate=0.01, seed=0):
+    """Train `LoRe` without a penalty -> (softmax(W) `[N, K]`, V `[d, K]`)."""
+    return solve_regularized(None, 0.0, features, K, num_iterations, learning_rate, seed)
+
+
+def solve_regularized(V_sft, alpha, features, K, num_iterations=1000, learning_rate=0.01, seed=0):
+    """Train `LoRe` -> (softmax(W) `[N, K]`, V `[d, K]`)."""
+    return LoRe(V_sft, alpha, len(features), features[0].shape[1], K, num_iterations, learning_rate,
+                seed).train(features)
+
+
+def solve_regularized_simplex(V_sft, alpha, features, K, num_iterations=1000, learning_rate=0.01, seed=0):
+    """Train `LoRe_regularized` -> (softmax(W) `[N, kept]`, V `[d, kept]`), kept <= K columns."""
+    return LoRe_regularized(V_sft, alpha, len(features), features[0].shape[1], K, num_iterations, learning_rate,
+                            seed).train(features)
+
+
+def learn_multiple_few_shot(features, V, num_iterations=FEW_SHOT_ITERATIONS, learning_rate=0.1, seed=0):
+    """Train `PersonalizeBatch` -> list of N simplex vectors `[K]`."""
+    return PersonalizeBatch(len(features), *V.shape, num_iterations, learning_rate, seed).train(features, V)
+
+
+def learn_single_reward(features, num_iterations=1000, learning_rate=0.01, seed=0):
+    """One Bradley-Terry model for all users, LoRe at K = 1 -> V `[d, 1]`. A baseline."""
+    return solve(features, 1, num_iterations, learning_rate, seed)[1]
+
+
+def learn_multiple(features, num_iterations=1000, learning_rate=0.01, seed=0):
+    """A Bradley-Terry model of each user's own -> (list of N weights `[1]`, all 1, list of N V `[d, 1]`). A baseline."""
+    check_features(features, "features")
+    X = pad_sequence([X.dense() if isinstance(X, Pairs) else X for X in features], batch_first=True)  # (N, m, d)
+    weight = pad_sequence([torch.full((len(X),), 1 / len(X), device=X.device) for X in features], batch_first=True)
+    V = torch.randn(len(X), X.shape[2], generator=Member(1, seed=seed).generator(0)).to(X.device)  # (N, d)
+    adam = torch.optim.Adam([V], lr=learning_rate)
+    for _ in range(num_iterations):
+        margins = (X @ V[:, :, None])[:, :, 0] / TEMPERATURE  # (N, m)
+        residuals = -torch.sigmoid(-margins) * weight / TEMPERATURE
+        V.grad = (residuals[:, None, :] @ X)[:, 0]
+        adam.step()
+    return [torch.ones(1, device=X.device) for _ in V], [v[:, None] for v in V]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def evaluate_model(X, V, w):
+    """The fraction of pairs with a positive margin x V w, a float.
+
+    X: `[m, d]` or Pairs; V: `[d, K]`; w: `[K]`.
+    """
+    margins = next(_scores([X], V)) @ torch.as_tensor(w, dtype=V.dtype, device=V.device).reshape(-1)
+    return (margins > 0).float().mean().item()
+
+
+def eval_multiple(W_list, V_list, features):
+    """`evaluate_model` for every user -> list of accuracies; prints their mean and standard deviation.
+
+    W_list: one w `[K]` per user; V_list: one V `[d, K]` per user.
+    """
+    accuracies = [evaluate_model(X, V, w) for w, V, X in zip(W_list, V_list, features)]
+    _print_accuracy(accuracies)
+    return accuracies
+
+
+def _print_accuracy(accuracies):
+    print(f"Average accuracy: {np.mean(accuracies):.4f}")
+    print(f"Standard deviation of accuracy: {np.std(accuracies):.4f}")
+
+
+def _accuracies(features, bases, weights):
+    """Accuracy of each user under each of G models: float64 array `[G, N]`.
+
+    features: list of `[m_i, d]` or Pairs; bases: G tensors `[d, K]`; weights: G tensors `[N, K]`.
+    """
+    sizes = [V.shape[1] for V in bases]
+    V, w = torch.cat([V.T for V in bases]).T, torch.cat(weights, 1)  # (d, C), (N, C)
+    of_member = torch.block_diag(*(torch.ones(K, 1) for K in sizes)).to(V.device)  # (C, G)
+    right = [((S * w[i]) @ of_member > 0).double().mean(0) for i, S in enumerate(_scores(features, V))]
+    return torch.stack(right, 1).cpu().numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Pipelines
+# ---------------------------------------------------------------------------------------------------------------------
+
+SETTINGS = ("Train Performance", "Seen User Unseen Prompts", "Few Shot Train Performance", "Unseen User Unseen Prompts")
+
+
+@dataclasses.dataclass
+class Fit:
+    """What a pipeline found at one rank, one alpha, one seed."""
+    K: int
+    alpha: float
+    seed: int
+    V: torch.Tensor  # (d, columns), the basis
+    W: torch.Tensor  # (N, columns), weights of the seen users
+    W_unseen: torch.Tensor  # (N_unseen, columns), weights of the unseen users
+    accuracies: dict  # setting -> float64 array, one accuracy per user
+
+
+def check_ranks(K_list, alpha_list):
+    """Raise InputError unless K_list holds distinct whole numbers from 0 and alpha_list numbers from 0."""
+    for K in K_list:
+        if isinstance(K, bool) or not isinstance(K, (int, np.integer)) or K < 0:
+            raise InputError(f"K_list: {K!r} is no rank; give whole numbers from 0")
+    if len(K_list) == 0 or len(set(K_list)) < len(K_list):
+        raise InputError(f"K_list = {list(K_list)}: give one rank or more, each once")
+    for alpha in alpha_list:
+        if not isinstance(alpha, (int, float, np.number)) or not 0 <= alpha < math.inf:
+            raise InputError(f"alpha_list: {alpha!r} is no penalty; give finite numbers from 0")
+    if len(alpha_list) == 0:
+        raise InputError("alpha_list is empty; give [0] for no penalty")
+
+
+def _sweep(K_list, alpha_list, V_final, features, users, device, seed, num_iterations, few_shot_learning_rate,
+           regularized=False, threshold=0.0):
+    """Train and evaluate every rank, alpha and seed -> list of Fit: alpha outer, rank, seed inner.
+
+    features: four lists, of the train and test pairs of the seen, then of the unseen users; users: (N, N_unseen).
+    """
+    check_ranks(K_list, alpha_list)
+    device = torch.device(device)
+    V_final = torch.as_tensor(V_final).to(device, torch.float32).reshape(-1, 1)  # (d, 1)
+    if not torch.isfinite(V_final).all():
+        raise InputError("V_final: NaN or infinite values; read the reward head again")
+    for what, part, N in zip(("train_features", "test_features_sparse", "train_features_unseen",
+                              "test_features_sparse_unseen"), features, (users[0], users[0], users[1], users[1])):
+        check_features(part, what, N, len(V_final))
+    members = [Member(K, float(alpha), s) for alpha in alpha_list for K in K_list
+               for s in ([seed] if isinstance(seed, int) else seed)]
+    train, test, train_unseen, test_unseen = features
+
+    def ones(N):
+        return torch.ones(N, 1, device=device)
+
+    trained = [m for m in members if m.K > 0]
+    on_device = [X if isinstance(X, Pairs) else X.to(device) for X in train]
+    bases = dict(zip(trained, fit_basis(on_device, trained, V_final, num_iterations, 0.5, regularized)
+                     if trained else []))
+    del on_device
+    bases = {m: prune(w, V, threshold) for m, (w, V) in bases.items()}
+    bases.update({m: (ones(len(train)), V_final) for m in members if m.K == 0})
+    personal = [m for m in members if bases[m][1].shape[1] > 1]
+    weights = dict(zip(personal, fit_users(train_unseen, personal, [bases[m][1] for m in personal],
+                                           FEW_SHOT_ITERATIONS, few_shot_learning_rate) if personal else []))
+    fits = [Fit(m.K, m.alpha, m.seed, bases[m][1], bases[m][0], weights.get(m, ones(len(train_unseen))), {})
+            for m in members]
+    for setting, part, of in zip(SETTINGS, (train, test, train_unseen, test_unseen), ("W", "W", "W_unseen", "W_unseen")):
+        for fit, accuracies in zip(fits, _accuracies(part, [f.V for f in fits], [getattr(f, of) for f in fits])):
+            fit.accuracies[setting] = accuracies
+    return fits
+
+
+def _report(fits, lines):
+    """Print each model's accuracies and return the eight arrays of `run`; seeds are averaged user by user."""
+    groups = {}
+    for fit in fits:
+        groups.setdefault((fit.alpha, fit.K), []).append(fit)
+    means, bands = ([[] for _ in SETTINGS] for _ in range(2))
+    for group in groups.values():
+        for label, field in lines:
+            print(label, ":", getattr(group[0], field))
+        for i, setting in enumerate(SETTINGS):
+            print(setting)
+            accuracies = np.mean([fit.accuracies[setting] for fit in group], 0)  # (users,)
+            _print_accuracy(accuracies)
+            means[i].append(np.mean(accuracies))
+            bands[i].append(np.std(accuracies) / 4)
+    return tuple(np.array(values) for values in means + bands)
+
+
+def run(K_list, alpha_list, V_final, train_features, test_features_sparse, train_features_unseen,
+        test_features_sparse_unseen, N, N_unseen, device, seed=0, num_iterations=1000, fits=None):
+    """Sweep ranks and penalties: learn LoRe on the seen users, fit the unseen few-shot, evaluate and print.
+
+    K_list: ranks; 0 is the reference model (V_final, every weight 1), 1 the pooled Bradley-Terry model.
+    alpha_list: penalties of `LoRe`. V_final: the reward head, float32 `[d, 1]`.
+    The four features: one float32 `[m_i, d]` (or Pairs) per user; N and N_unseen: how many users.
+    seed: whole number, or several whose accuracies are averaged; all are trained together.
+    fits: a list that is extended with a `Fit` per alpha, rank and seed.
+
+    Returns 8 arrays of length len(alpha_list) * len(K_list), alpha outer: the mean accuracy over users of the four
+    SETTINGS, then for each a quarter of the standard deviation over users. Raises InputError on unusable arguments.
+    """
+    found = _sweep(K_list, alpha_list, V_final, (train_features, test_features_sparse, train_features_unseen,
+                   test_features_sparse_unseen), (N, N_unseen), device, seed, num_iterations, 0.1)
+    if fits is not None:
+        fits.extend(found)
+    return _report(found, [("K", "K")])
+
+
+def run_regularized(K_list, alpha_list, V_final, train_features, test_features_sparse, train_features_unseen,
+                    test_features_sparse_unseen, N, N_unseen, device, seed=0, num_iterations=20000, threshold=1e-2,
+                    fits=None):
+    """`run` with `LoRe_regularized`: alternating steps, a cosine anchor to V_final, unused columns left out.
+
+    threshold: leave out columns whose largest weight among the seen users is below it; 0 keeps all.
+    """
+    found = _sweep(K_list, alpha_list, V_final, (train_features, test_features_sparse, train_features_unseen,
+                   test_features_sparse_unseen), (N, N_unseen), device, seed, num_iterations, 0.5, True, threshold)
+    if fits is not None:
+        fits.extend(found)
+    return _report(found, [("alpha", "alpha"), ("Rank", "K")])
+
+
+def run_few_shot_vary_shots(trials, alpha_list, K_list, num_shots, train_features, train_features_unseen,
+                            test_features_sparse_unseen, V_final, N, N_unseen, device, seed=0, num_iterations=500):
+    """How the accuracy on unseen users grows with the number of pairs that they are fitted from.
+
+    trials: how often each number of shots is drawn anew; num_shots: list of whole numbers. Otherwise as `run`.
+    Returns 4 lists over num_shots (for each alpha and rank in turn, where there are several): mean and standard
+    deviation over trials of the few-shot train accuracy, then of the accuracy on unseen users' unseen prompts.
+    """
+    check_ranks(K_list, alpha_list)
+    for shots in [trials, *num_shots]:
+        if not isinstance(shots, (int, np.integer)) or shots < 1:
+            raise InputError(f"trials or num_shots: {shots!r} is not a whole number from 1")
+    V_final = torch.as_tensor(V_final).to(device, torch.float32).reshape(-1, 1)
+    for what, part, users in (("train_features", train_features, N), ("train_features_unseen", train_features_unseen,
+                              N_unseen), ("test_features_sparse_unseen", test_features_sparse_unseen, N_unseen)):
+        check_features(part, what, users, len(V_final))
+    members = [Member(K, float(alpha), seed) for alpha in alpha_list for K in K_list]
+    trained = [m for m in members if m.K > 0]
+    on_device = [X if isinstance(X, Pairs) else X.to(device) for X in train_features]
+    bases = dict(zip(trained, fit_basis(on_device, trained, V_final, num_iterations, 0.5) if trained else []))
+    results = ([], [], [], [])
+    for member in members:
+        V = bases[member][1] if member.K else V_final
+        print("K :", member.K)
+        S_train, S_test = (list(_scores(part, V)) for part in (train_features_unseen, test_features_sparse_unseen))
+        for shots in num_shots:
+            generator = member.generator(2 + shots)
+            drawn = [S for _ in range(trials) for S in sample_shots(S_train, shots, generator)]
+            counts = torch.tensor([len(S) for S in drawn])
+            w = torch.ones(len(drawn), 1, device=V.device)
+            if member.K > 1:
+                w = _fit_weights(torch.cat(drawn), counts, [member], FEW_SHOT_ITERATIONS, 0.1)[0]
+            w = w.reshape(trials, N_unseen, -1)
+            train = [(S @ w[i // N_unseen, i % N_unseen] > 0).double().mean().item() for i, S in enumerate(drawn)]
+            test = torch.stack([(S @ w[:, i].T > 0).double().mean(0) for i, S in enumerate(S_test)])  # (users, trials)
+            print("Shots :", shots)
+            for i, (setting, values) in enumerate(zip(SETTINGS[2:], (np.reshape(train, (trials, -1)).mean(1),
+                                                                     test.mean(0).cpu().numpy()))):
+                print(setting)
+                _print_accuracy(values)
+                results[2 * i].append(float(np.mean(values)))
+                results[2 * i + 1].append(float(np.std(values)))
+    return results
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Results and plots
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _versions():
+    from importlib.metadata import version
+    return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy", "safetensors")}}
+
+
+def save_json(path, content):
+    """Write a dict as indented JSON."""
+    with atomic_write(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
+
+
+def save_results(folder, fits, user_ids, unseen_user_ids, config, seconds):
+    """Write what a sweep found: `results.json`, one safetensors file per Fit, `accuracy_by_rank.png`.
+
+    user_ids, unseen_user_ids: in the order of the rows of W and W_unseen. config: what the reader set, a dict of JSON
+    values; `config["data"]` names the data in the plot. seconds: of training and evaluation.
+    """
+    folder = Path(folder)
+    entries = []
+    several = {field: len({getattr(fit, field) for fit in fits}) > 1 for field in ("alpha", "seed")}
+    for fit in fits:
+        name = f"K_{fit.K}" + "".join(f"_{f}_{getattr(fit, f):g}" for f in ("alpha", "seed") if several[f])
+        save_tensors(folder / f"{name}.safetensors", {"V": fit.V, "W": fit.W, "W_unseen": fit.W_unseen}, K=fit.K,
+                     alpha=fit.alpha, seed=fit.seed, users=user_ids, unseen_users=unseen_user_ids)
+        entries.append({
+            "K": fit.K, "alpha": fit.alpha, "seed": fit.seed, "columns": fit.V.shape[1], "file": f"{name}.safetensors",
+            "mean_accuracy": {s: float(a.mean()) for s, a in fit.accuracies.items()},
+            "std_over_users": {s: float(a.std()) for s, a in fit.accuracies.items()},
+            "accuracy_of_user": {s: dict(zip(unseen_user_ids if s in SETTINGS[2:] else user_ids, a.tolist()))
+                                 for s, a in fit.accuracies.items()}})
+    save_json(folder / "results.json", {
+        "config": config, "seeds": sorted({fit.seed for fit in fits}), "versions": _versions(), "seconds": seconds,
+        "counts": {"seen users": len(user_ids), "unseen users": len(unseen_user_ids), "d": len(fits[0].V)},
+        "users": user_ids, "unseen_users": unseen_user_ids, "fits": entries})
+    plot_accuracy_by_rank(folder / "accuracy_by_rank.png", fits, config["data"])
+
+
+def print_table(fits):
+    """The closing table: a line per rank, a column per setting, means over users and seeds."""
+    print(f"\n{'K':>4} {'alpha':>8} " + " ".join(f"{s.replace(' Performance', ''):>26}" for s in SETTINGS))
+    for alpha, K in dict.fromkeys((fit.alpha, fit.K) for fit in fits):
+        group = [fit for fit in fits if (fit.alpha, fit.K) == (alpha, K)]
+        cells = (np.mean([fit.accuracies[s].mean() for fit in group]) for s in SETTINGS)
+        print(f"{K or 'ref':>4} {alpha:>8g} " + " ".join(f"{cell:>26.4f}" for cell in cells))
+
+
+def _save_figure(path, title, xlabel, draw):
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel=xlabel, ylabel="accuracy")
+    draw(axes)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+
+
+def plot_accuracy_by_rank(path, fits, title):
+    """Accuracy against rank, a curve per setting (and alpha), a quarter of the standard deviation over users as band."""
+    alphas = list(dict.fromkeys(fit.alpha for fit in fits))
+    ranks = sorted({fit.K for fit in fits})
+
+    def draw(axes):
+        for alpha in alphas:
+            for color, setting in enumerate(SETTINGS):
+                of_user = np.array([np.mean([fit.accuracies[setting] for fit in fits
+                                             if (fit.alpha, fit.K) == (alpha, K)], 0) for K in ranks])
+                mean, band = of_user.mean(1), of_user.std(1) / 4
+                label = setting.replace(" Performance", "") + (f", alpha {alpha:g}" if len(alphas) > 1 else "")
+                axes.plot(range(len(ranks)), mean, f"C{color}", marker="o", label=label,
+                          linestyle=("-", "--", ":", "-.")[alphas.index(alpha) % 4])
+                axes.fill_between(range(len(ranks)), mean - band, mean + band, color=f"C{color}", alpha=0.15)
+        axes.set_xticks(range(len(ranks)), ["ref" if K == 0 else str(K) for K in ranks])
+
+    _save_figure(path, title, "rank K", draw)
+
+
+def plot_accuracy_by_shots(path, num_shots, curves, title):
+    """Accuracy against the number of shots. curves: label -> (mean, standard deviation), lists over num_shots."""
+    def draw(axes):
+        for label, (mean, deviation) in curves.items():
+            axes.errorbar(num_shots, mean, deviation, marker="o", capsize=3, label=label)
+
+    _save_figure(path, title, "pairs per unseen user", draw)
