@@ -13,10 +13,10 @@ In formulas: x = phi(chosen) - phi(rejected) is a preference pair of user i, V (
 w_i = softmax(W_i) that user's weights, m = x V w_i the margin, and P(chosen beats rejected) = sigmoid(m / 100).
 """
 
+import argparse
 import contextlib
-import copy
 import dataclasses
-import functools
+import gzip
 import hashlib
 import importlib.util
 import io
@@ -27,15 +27,14 @@ import pickle
 import platform
 import random
 import sys
-import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as safetensors_loads
 from safetensors.torch import save as safetensors_dumps
 from torch.nn.functional import embedding_bag, logsigmoid
 from torch.nn.utils.rnn import pad_sequence
@@ -100,20 +99,20 @@ def check_writable(folder):
     (Path(folder) / ".writable").unlink()
 
 
-def save_tensors(path, tensors, **metadata):
-    """Write a dict of tensors to a safetensors file; each metadata value is stored as JSON."""
+def save_tensors(path, tensors, **about):
+    """Write a dict of tensors to a safetensors file, with `about` (JSON values) as its metadata entry of that name."""
     data = safetensors_dumps({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-                             {key: json.dumps(value) for key, value in metadata.items()})
+                             {"about": json.dumps(about)})  # one entry: several come in an order that varies
     with atomic_write(path) as file:
         file.write(data)
 
 
 def load_tensors(path):
-    """Read a safetensors file -> (dict of tensors, dict of metadata). Raises InputError where it is damaged."""
+    """Read what `save_tensors` wrote -> (dict of tensors, dict). Raises InputError where the file is damaged."""
     try:
         with safe_open(path, "pt") as file:
-            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, about
     except (SafetensorError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: not a complete safetensors file ({error}); delete it and run the step that "
                          "writes it again") from None
@@ -208,6 +207,19 @@ def progress_bar(label, total, **options):
     """A tqdm bar on stderr, shown from the third second on; in a log file it writes a line every ten seconds."""
     return tqdm(desc=label, total=total, delay=2, mininterval=0.2 if sys.stderr.isatty() else 10,
                 disable=process_rank() > 0, **options)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message}; see --help")
+
+
+def script_parser(description, folder):
+    """The command line that every script has: `--dir`, where it reads and writes."""
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", type=Path, default=Path(folder), metavar="DIR",
+                        help="read and write here instead of beside the script")
+    return parser
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -467,8 +479,8 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
 
     def read_shards():
         for path in sorted(folder.glob("*.safetensors")):
-            tensors, metadata = load_tensors(path)
-            for row, key in enumerate(metadata["keys"]):
+            tensors, about = load_tensors(path)
+            for row, key in enumerate(about["keys"]):
                 if number_of.get(key) in missing:
                     embeddings[number_of[key]] = tensors["embeddings"][row]
                     missing.discard(number_of[key])
@@ -507,6 +519,122 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
         dist.barrier()
         read_shards()
     return embeddings if which == list(range(len(tokens))) else embeddings[which]
+
+
+HEAD_FILE = "reward_head.safetensors"
+
+
+def prepare_arguments(description, folder, model_name, build_demo):
+    """Read and check the command line of a prepare.py.
+
+    build_demo(folder) writes the demo's corpus and stand-in model and returns their paths.
+    Returns a namespace: dir, data (a folder, or None for the download), model, limit, overwrite, demo, device, label (of
+    the data). Raises InputError: --limit below 1, --demo with other sources, no CUDA GPU for the default model.
+    """
+    parser = script_parser(description, folder)
+    parser.add_argument("--data", type=Path, metavar="DIR",
+                        help="read the splits from here (parquet, jsonl or jsonl.gz) instead of downloading them")
+    parser.add_argument("--model", metavar="ID_OR_PATH", help=f"the reward model (default: {model_name})")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each split")
+    parser.add_argument("--demo", action="store_true", help="a tiny stand-in model and a synthetic corpus, on any machine")
+    parser.add_argument("--overwrite", action="store_true", help="replace finished embeddings of another model or data set")
+    args = parser.parse_args()
+    if args.limit is not None and args.limit < 1:
+        raise InputError(f"--limit {args.limit}: give a number of rows from 1, or leave it out for all")
+    if args.demo and (args.data or args.model):
+        raise InputError("--demo brings its own data and model; leave out --data and --model, or --demo")
+    args.device = default_device()
+    if not args.demo and not args.model and args.device.type == "cpu":
+        raise InputError(f"no CUDA GPU here, and {model_name} needs one with 18 GB; try --demo, or --model with a "
+                         "reward model that fits this machine")
+    args.label = "synthetic demo" if args.demo else args.data.name if args.data else None
+    check_writable(args.dir)
+    if args.demo:
+        args.data, args.model = (args.dir / ".standin" / name for name in ("data", "model"))
+        if process_rank() == 0:
+            build_demo(args.data, args.model)
+        if process_count() > 1:
+            dist.barrier()
+    args.model = str(args.model or model_name)
+    return args
+
+
+def read_split(folder, *names):
+    """The rows of one split of a data set in a folder: (where, row) pairs, `where` for error messages.
+
+    names: words of which the file's name holds one, such as "validation" or "test"; it ends in .parquet, .jsonl or
+    .jsonl.gz. Raises InputError: no such file or several, a line that is not a JSON object.
+    """
+    endings = (".parquet", ".jsonl", ".jsonl.gz")
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder}: no such folder; give one with a file per split")
+    paths = sorted(p for p in Path(folder).iterdir() if p.name.endswith(endings) and any(n in p.name for n in names))
+    if len(paths) != 1:
+        raise InputError(f"{folder}: {len(paths)} files with {' or '.join(names)} in the name ({', '.join(endings)}), "
+                         "one is needed")
+    path = paths[0]
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+            for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1):
+                yield f"{path}, row {i}", row
+            return
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            for i, line in enumerate(file, 1):
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise InputError(f"{path}, row {i}: not a JSON object; give one object a line")
+                yield f"{path}, row {i}", row
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, row {i}: not JSON ({error}); download or write the file again") from None
+    except (EOFError, UnicodeDecodeError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(f"{path}: damaged ({error}); download or write it again") from None
+
+
+def digest_of(content):
+    """SHA-256 of a JSON value, as hex digits."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def embeddings_are_finished(outputs, identity, overwrite):
+    """Whether the files `outputs` already hold the embeddings of this model and data.
+
+    identity: a dict of JSON values; the one of the files is kept in the reward head's file beside them.
+    Raises InputError where they hold other embeddings and `overwrite` is not set.
+    """
+    existing = [path for path in outputs if path.exists()]
+    if not existing or overwrite:
+        return False
+    head = existing[0].with_name(HEAD_FILE)
+    metadata = load_tensors(head)[1] if head.exists() else {}
+    if metadata.get("identity") != identity:
+        held = metadata.get("model", "another model or data set")
+        raise InputError(f"{existing[0]} holds finished embeddings of {held}, data {metadata.get('data', 'unknown')}; "
+                         "move it away, or replace it with --overwrite")
+    return len(existing) == len(outputs)
+
+
+def save_reward_head(outputs, head, identity, **about):
+    """Write the reward head beside `outputs`, embeddings that are about to be written.
+
+    Removes outputs of another identity first, so that never a head stands beside embeddings of another model.
+    """
+    path = outputs[0].with_name(HEAD_FILE)
+    if not path.exists() or load_tensors(path)[1].get("identity") != identity:
+        for output in outputs:
+            output.unlink(missing_ok=True)
+    save_tensors(path, {"reward_head": head}, identity=identity, **about)
+
+
+def find_reward_head(folder, model_name):
+    """The reward head beside embeddings, else from `model_name`'s checkpoint -> (float32 `[d, 1]`, metadata)."""
+    path = Path(folder) / HEAD_FILE
+    if not path.exists():
+        return load_reward_head(model_name), {"model": model_name}
+    tensors, metadata = load_tensors(path)
+    if "reward_head" not in tensors:
+        raise InputError(f"{path}: no reward_head in it; delete it and run prepare.py --overwrite")
+    return tensors["reward_head"], metadata
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -699,6 +827,48 @@ def create_dataset_tldr(train, validation, train_pairs, unseen_pairs, seed=0, le
     return {"seen": seen, "unseen": unseen,
             "train": features(train, seen, train_pairs), "test": features(validation, seen),
             "train_unseen": features(train, unseen, unseen_pairs), "test_unseen": features(validation, unseen)}
+
+
+TLDR_FILES = ("tldr_embeddings_train.pkl", "tldr_embeddings_val.pkl")
+
+
+def load_tldr(folder, model_name):
+    """Read the embeddings of RedditTLDR/prepare.py (or of the released script) and the reward head.
+
+    Returns (train, validation, head `[d, 1]`, metadata). A head that is not beside the pickles is read from
+    `model_name`'s checkpoint. Raises InputError that names file, worker and pair: files missing or damaged, embeddings
+    missing, not finite or of different widths.
+    """
+    files, width = [], {}  # width: d -> where it was first seen
+    for path in (Path(folder) / name for name in TLDR_FILES):
+        content = load_pickle(path)
+        if not isinstance(content, dict) or not content:
+            raise InputError(f"{path}: not a dict of workers; write it again with prepare.py --overwrite")
+        for worker, pairs in content.items():
+            where = f"{path}, worker {worker}"
+            if not isinstance(pairs, list) or not pairs:
+                raise InputError(f"{where}: no pairs; leave this worker out, or run prepare.py --overwrite")
+            for i, pair in enumerate(pairs):
+                try:
+                    sides = [pair["embeddings"][side][0] for side in ("winning", "losing")]
+                    usable = all(side.ndim == 1 and torch.isfinite(side).all() for side in sides)
+                except (KeyError, IndexError, TypeError, AttributeError):
+                    usable = False
+                if not usable:
+                    raise InputError(f"{where}, pair {i}: no embeddings, or NaN or infinite ones; run prepare.py "
+                                     "--overwrite")
+                for side in sides:
+                    width.setdefault(len(side), f"{where}, pair {i}")
+        files.append(content)
+    if len(width) > 1:
+        raise InputError("embeddings of different models: " + ", but ".join(
+            f"d = {d} in {where}" for d, where in width.items()) + "; prepare both files with one model")
+    head, metadata = find_reward_head(folder, model_name)
+    d = next(iter(width))
+    if tuple(head.shape) != (d, 1):
+        raise InputError(f"the reward head of {metadata.get('model', model_name)} is of shape {tuple(head.shape)}, and "
+                         f"the embeddings in {folder} have d = {d}; take both from one model")
+    return *files, head, metadata
 
 
 def pair_difference(pair):
@@ -1336,10 +1506,23 @@ def plot_accuracy_by_rank(path, fits, title):
     _save_figure(path, title, "rank K", draw)
 
 
-def plot_accuracy_by_shots(path, num_shots, curves, title):
-    """Accuracy against the number of shots. curves: label -> (mean, standard deviation), lists over num_shots."""
-    def draw(axes):
-        for label, (mean, deviation) in curves.items():
-            axes.errorbar(num_shots, mean, deviation, marker="o", capsize=3, label=label)
+def save_few_shot_curves(folder, curves, config):
+    """Write what `run_few_shot_vary_shots` returned: `vary_fewshot.json` and `vary_fewshot.png`.
 
-    _save_figure(path, title, "pairs per unseen user", draw)
+    config: what the reader set, with K_list, alpha_list, num_shots, and `data` for the plot's title.
+    """
+    shots, folder = config["num_shots"], Path(folder)
+    models = [(alpha, K) for alpha in config["alpha_list"] for K in config["K_list"]]
+    names = ("few_shot_train_mean", "few_shot_train_std", "unseen_mean", "unseen_std")
+    found = [{"K": K, "alpha": alpha, **{name: curve[i * len(shots):(i + 1) * len(shots)]
+                                         for name, curve in zip(names, curves)}}
+             for i, (alpha, K) in enumerate(models)]
+    save_json(folder / "vary_fewshot.json", {"config": config, "versions": _versions(), "curves": found})
+
+    def draw(axes):
+        for model in found:
+            of = f", K = {model['K']}" + (f", alpha {model['alpha']:g}" if len(config["alpha_list"]) > 1 else "")
+            for label, name in (("few-shot train", "few_shot_train"), ("unseen prompts", "unseen")):
+                axes.errorbar(shots, model[f"{name}_mean"], model[f"{name}_std"], marker="o", capsize=3, label=label + of)
+
+    _save_figure(folder / "vary_fewshot.png", config["data"], config.get("shots_are", "pairs") + " per unseen user", draw)

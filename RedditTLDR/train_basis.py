@@ -1,0 +1,58 @@
+"""Learn the reward basis of the Reddit TL;DR workers at several ranks, and fit unseen workers few-shot.
+
+    python train_basis.py                              reads what prepare.py wrote; needs no GPU and no 8B model
+    torchrun --nproc-per-node 2 train_basis.py         the seen workers shared among processes
+
+Prints the accuracies of each rank K (0: the reference model, 1: one Bradley-Terry model for all, 2 and up: LoRe) and a
+closing table, and writes results/ beside itself: results.json, K_<rank>.safetensors, accuracy_by_rank.png.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from utils import *
+
+# ---------------------------------------------------------------------------------------------------------------------
+K_list = [0, 1, 2, 3, 4, 5, 6]
+alpha_list = [0]  # penalties on the squared distance of the basis to the reward head
+seeds = [0]  # of the training; with several, the accuracies are averaged, at little more than the time of one
+split_seed = 0  # of the split into seen and unseen workers
+train_pairs = 150  # at most, per seen worker
+few_shot_pairs = 50  # at most, per unseen worker
+MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"  # whose head is read where none stands beside the embeddings
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main():
+    args = script_parser(__doc__, HERE).parse_args()
+    check_ranks(K_list, alpha_list)
+    check_writable(args.dir / "results")
+    train, validation, V_final, about = load_tldr(args.dir, MODEL_NAME)
+    data = create_dataset_tldr(train, validation, train_pairs, few_shot_pairs, split_seed)
+    del train, validation
+    N, N_unseen = len(data["seen"]), len(data["unseen"])
+    title = f"Reddit TL;DR ({about['data']})" if "data" in about else "Reddit TL;DR"
+    print(f"{title}: {N} seen and {N_unseen} unseen workers, {sum(map(len, data['train'])):,} train pairs, "
+          f"d = {len(V_final)}")
+
+    fits, start = [], time.perf_counter()
+    (train_accuracies_joint, seen_user_unseen_prompts_accuracies_joint, few_shot_train_accuracies_few_shot,
+     unseen_user_unseen_prompts_accuracies_few_shot, *_) = run(
+        K_list, alpha_list, V_final, data["train"], data["test"], data["train_unseen"], data["test_unseen"],
+        N, N_unseen, default_device(), seed=seeds, fits=fits)
+    seconds = time.perf_counter() - start
+
+    print_table(fits)
+    if process_rank() == 0:
+        config = {"data": title, "model": about.get("model"), "K_list": K_list, "alpha_list": alpha_list,
+                  "seeds": seeds, "split_seed": split_seed, "train_pairs": train_pairs,
+                  "few_shot_pairs": few_shot_pairs}
+        save_results(args.dir / "results", fits, data["seen"], data["unseen"], config, seconds)
+    print(f"\n{seconds:.1f} s; results, the basis of each rank and a plot are in {args.dir / 'results'}")
+
+
+if __name__ == "__main__":
+    run_script(main)

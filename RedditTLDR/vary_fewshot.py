@@ -1,0 +1,49 @@
+"""How many choices of a new worker LoRe needs: accuracy on unseen Reddit TL;DR workers against the number of shots.
+
+    python vary_fewshot.py                             reads what prepare.py wrote
+
+Learns the basis on the seen workers, then fits every unseen worker from 5, 10, .. 50 pairs, drawn anew in each trial.
+Writes vary_fewshot.json and vary_fewshot.png to results/ beside itself.
+"""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from utils import *
+
+# ---------------------------------------------------------------------------------------------------------------------
+K_list = [5]
+alpha_list = [0]
+trials = 20
+num_shots = list(range(5, 51, 5))
+seed = 0  # of the training and of the drawn shots
+split_seed = 0  # of the split into seen and unseen workers
+train_pairs = 150  # at most, per seen worker
+unseen_pairs = 100  # at most, per unseen worker, of which the shots are drawn
+MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"  # whose head is read where none stands beside the embeddings
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main():
+    args = script_parser(__doc__, HERE).parse_args()
+    check_ranks(K_list, alpha_list)
+    check_writable(args.dir / "results")
+    train, validation, V_final, about = load_tldr(args.dir, MODEL_NAME)
+    data = create_dataset_tldr(train, validation, train_pairs, unseen_pairs, split_seed)
+    del train, validation
+    curves = run_few_shot_vary_shots(
+        trials, alpha_list, K_list, num_shots, data["train"], data["train_unseen"], data["test_unseen"], V_final,
+        len(data["seen"]), len(data["unseen"]), default_device(), seed=seed)
+    if process_rank() == 0:
+        title = f"Reddit TL;DR ({about['data']})" if "data" in about else "Reddit TL;DR"
+        config = {"data": title, "model": about.get("model"), "K_list": K_list, "alpha_list": alpha_list,
+                  "trials": trials, "num_shots": num_shots, "seed": seed, "split_seed": split_seed,
+                  "train_pairs": train_pairs, "unseen_pairs": unseen_pairs, "unseen_workers": data["unseen"]}
+        save_few_shot_curves(args.dir / "results", curves, config)
+    print(f"\nthe curves and a plot are in {args.dir / 'results'}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,72 @@
+"""What several test files share: users to train on, the errors a user sees, code in a process of its own."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import utils
+
+ROOT = Path(__file__).parents[1]
+
+
+def random_users(counts, d, seed=0, scale=30.0):
+    """One float32 `[m_i, d]` per user, allocated separately; the scale brings margins / 100 to the bend of the sigmoid.
+
+    The pairs lean towards a direction of the user's own, so that there is something to learn.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return [scale * (torch.randn(m, d, generator=generator) + 0.5 * torch.randn(d, generator=generator))
+            for m in counts]
+
+
+def planted_basis(d, K, seed=0, length=300.0):
+    """K orthogonal directions of the given length, `[d, K]`."""
+    generator = torch.Generator().manual_seed(seed)
+    return length * torch.linalg.qr(torch.randn(d, K, generator=generator)).Q
+
+
+def planted_weights(N, K, concentration=0.2, seed=0):
+    """N mixtures over K directions, Dirichlet draws `[N, K]`."""
+    return torch.tensor(np.random.default_rng(seed).dirichlet([concentration] * K, N), dtype=torch.float32)
+
+
+def planted_pairs(V, W, pairs, seed=0, sampled=False):
+    """`pairs` of each user whose weights are a row of W: the larger margin always wins, or (sampled) Bradley-Terry."""
+    generator = torch.Generator().manual_seed(seed)
+    features = []
+    for w in W:
+        X = torch.randn(pairs, len(V), generator=generator)
+        margins = X @ V @ w
+        wins = torch.rand(pairs, generator=generator) < torch.sigmoid(margins / 100) if sampled else margins > 0
+        features.append(torch.where(wins[:, None], X, -X))
+    return features
+
+
+@contextlib.contextmanager
+def input_error(*named):
+    """The block raises an InputError of one line that contains each of the strings."""
+    with pytest.raises(utils.InputError) as caught:
+        yield
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    for name in named:
+        assert name in message
+
+
+def fresh_process(code, *arguments, **environment):
+    """Start `python -c code arguments` outside the repository, with its root on the path -> subprocess.Popen."""
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], text=True, cwd="/",
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
+
+
+def outcome(process, timeout=120):
+    """(exit status, stdout, stderr) of a process that `fresh_process` started."""
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
