@@ -26,6 +26,7 @@ import os
 import pickle
 import platform
 import random
+import struct
 import sys
 import zipfile
 import zlib
@@ -183,6 +184,26 @@ def load_pickle(path):
         raise InputError(f"{path}: {str(error) or type(error).__name__}; {remedy}") from None
 
 
+class _StablePickler(pickle.Pickler):
+    """A pickler whose bytes depend on the content alone: torch names a tensor's memory by its address."""
+
+    def reducer_override(self, obj):
+        if not isinstance(obj, torch.storage.TypedStorage):
+            return NotImplemented
+        load, (data,) = obj.__reduce__()
+        address = str(obj._untyped_storage._cdata).encode()
+        return load, (data.replace(b"X" + struct.pack("<I", len(address)) + address, b"X\x01\x00\x00\x000"),)
+
+
+def save_pickle(path, content):
+    """Write content as plain `pickle.dump` does, the same bytes for the same content.
+
+    A tensor takes its whole memory along, so none should be a view of a larger one.
+    """
+    with atomic_write(path) as file:
+        _StablePickler(file, protocol=4).dump(content)
+
+
 def process_rank():
     """The number of this process under torchrun, 0 without it."""
     return int(os.environ.get("RANK", 0))
@@ -233,7 +254,8 @@ def _checkpoint_file(model_name, filename):
         path = os.path.join(model_name, filename)
         return path if os.path.exists(path) else None
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError, logging
+    logging.set_verbosity_error()  # its retries end in the one line below
     try:
         return hf_hub_download(str(model_name), filename)
     except LocalEntryNotFoundError as error:
@@ -528,16 +550,16 @@ def prepare_arguments(description, folder, model_name, build_demo):
     """Read and check the command line of a prepare.py.
 
     build_demo(folder) writes the demo's corpus and stand-in model and returns their paths.
-    Returns a namespace: dir, data (a folder, or None for the download), model, limit, overwrite, demo, device, label (of
-    the data). Raises InputError: --limit below 1, --demo with other sources, no CUDA GPU for the default model.
+    Returns a namespace: dir, data (a folder, or None for the download), model, limit, overwrite, demo, device, label
+    (of the data). Raises InputError: --limit below 1, --demo with other sources, no CUDA GPU for the default model.
     """
     parser = script_parser(description, folder)
     parser.add_argument("--data", type=Path, metavar="DIR",
                         help="read the splits from here (parquet, jsonl or jsonl.gz) instead of downloading them")
     parser.add_argument("--model", metavar="ID_OR_PATH", help=f"the reward model (default: {model_name})")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each split")
-    parser.add_argument("--demo", action="store_true", help="a tiny stand-in model and a synthetic corpus, on any machine")
-    parser.add_argument("--overwrite", action="store_true", help="replace finished embeddings of another model or data set")
+    parser.add_argument("--demo", action="store_true", help="a tiny stand-in model and a synthetic corpus, anywhere")
+    parser.add_argument("--overwrite", action="store_true", help="replace finished embeddings of another model or data")
     args = parser.parse_args()
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit {args.limit}: give a number of rows from 1, or leave it out for all")
@@ -591,6 +613,21 @@ def read_split(folder, *names):
         raise InputError(f"{path}: damaged ({error}); download or write it again") from None
 
 
+def hub_splits(dataset, **options):
+    """A data set of the hub by `datasets.load_dataset` -> dict: split -> (where, row) pairs, as `read_split` gives.
+
+    Raises InputError where the hub does not serve it.
+    """
+    from datasets import load_dataset
+    try:
+        splits = load_dataset(dataset, **options)
+    except Exception as error:  # no network, no such revision, no access: a class of its own for each
+        raise InputError(f"data set {dataset}: the hub did not serve it ({type(error).__name__}: {error}); check the "
+                         "network, or give a downloaded copy with --data") from None
+    return {split: ((f"{dataset}, {split}, row {i}", row) for i, row in enumerate(rows, 1))
+            for split, rows in splits.items()}
+
+
 def digest_of(content):
     """SHA-256 of a JSON value, as hex digits."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -606,10 +643,10 @@ def embeddings_are_finished(outputs, identity, overwrite):
     if not existing or overwrite:
         return False
     head = existing[0].with_name(HEAD_FILE)
-    metadata = load_tensors(head)[1] if head.exists() else {}
-    if metadata.get("identity") != identity:
-        held = metadata.get("model", "another model or data set")
-        raise InputError(f"{existing[0]} holds finished embeddings of {held}, data {metadata.get('data', 'unknown')}; "
+    about = load_tensors(head)[1] if head.exists() else {}
+    if about.get("identity") != identity:
+        held = ", ".join(f"{key} {about.get(key, 'unknown')}" for key in ("model", "data"))
+        raise InputError(f"{existing[0]} holds finished embeddings of other rows or another model ({held}); "
                          "move it away, or replace it with --overwrite")
     return len(existing) == len(outputs)
 
@@ -627,14 +664,17 @@ def save_reward_head(outputs, head, identity, **about):
 
 
 def find_reward_head(folder, model_name):
-    """The reward head beside embeddings, else from `model_name`'s checkpoint -> (float32 `[d, 1]`, metadata)."""
+    """The reward head beside embeddings, else from `model_name`'s checkpoint.
+
+    Returns (float32 `[d, 1]`, a dict of what is known of the model and the data).
+    """
     path = Path(folder) / HEAD_FILE
     if not path.exists():
         return load_reward_head(model_name), {"model": model_name}
-    tensors, metadata = load_tensors(path)
+    tensors, about = load_tensors(path)
     if "reward_head" not in tensors:
         raise InputError(f"{path}: no reward_head in it; delete it and run prepare.py --overwrite")
-    return tensors["reward_head"], metadata
+    return tensors["reward_head"], about
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -835,8 +875,8 @@ TLDR_FILES = ("tldr_embeddings_train.pkl", "tldr_embeddings_val.pkl")
 def load_tldr(folder, model_name):
     """Read the embeddings of RedditTLDR/prepare.py (or of the released script) and the reward head.
 
-    Returns (train, validation, head `[d, 1]`, metadata). A head that is not beside the pickles is read from
-    `model_name`'s checkpoint. Raises InputError that names file, worker and pair: files missing or damaged, embeddings
+    Returns (train, validation, head `[d, 1]`, what is known of model and data). A head that is not beside the pickles
+    is read from `model_name`'s checkpoint. Raises InputError that names file, worker and pair: files missing or damaged, embeddings
     missing, not finite or of different widths.
     """
     files, width = [], {}  # width: d -> where it was first seen
@@ -863,12 +903,12 @@ def load_tldr(folder, model_name):
     if len(width) > 1:
         raise InputError("embeddings of different models: " + ", but ".join(
             f"d = {d} in {where}" for d, where in width.items()) + "; prepare both files with one model")
-    head, metadata = find_reward_head(folder, model_name)
+    head, about = find_reward_head(folder, model_name)
     d = next(iter(width))
     if tuple(head.shape) != (d, 1):
-        raise InputError(f"the reward head of {metadata.get('model', model_name)} is of shape {tuple(head.shape)}, and "
+        raise InputError(f"the reward head of {about.get('model', model_name)} is of shape {tuple(head.shape)}, and "
                          f"the embeddings in {folder} have d = {d}; take both from one model")
-    return *files, head, metadata
+    return *files, head, about
 
 
 def pair_difference(pair):
@@ -1137,7 +1177,8 @@ class LoRe_regularized(LoRe):
 
     def __init__(self, V_sft, alpha, num_classes, num_features, num_basis_vectors, num_iterations=20000,
                  learning_rate=0.5, seed=0, threshold=1e-2):
-        super().__init__(V_sft, alpha, num_classes, num_features, num_basis_vectors, num_iterations, learning_rate, seed)
+        super().__init__(V_sft, alpha, num_classes, num_features, num_basis_vectors, num_iterations, learning_rate,
+                         seed)
         self.threshold = threshold
 
     def train(self, features):
@@ -1200,7 +1241,7 @@ def learn_single_reward(features, num_iterations=1000, learning_rate=0.01, seed=
 
 
 def learn_multiple(features, num_iterations=1000, learning_rate=0.01, seed=0):
-    """A Bradley-Terry model of each user's own -> (list of N weights `[1]`, all 1, list of N V `[d, 1]`). A baseline."""
+    """A Bradley-Terry model of each user's own -> (N weights `[1]`, all 1, and N bases `[d, 1]`). A baseline."""
     check_features(features, "features")
     X = pad_sequence([X.dense() if isinstance(X, Pairs) else X for X in features], batch_first=True)  # (N, m, d)
     weight = pad_sequence([torch.full((len(X),), 1 / len(X), device=X.device) for X in features], batch_first=True)
@@ -1304,7 +1345,7 @@ def _sweep(K_list, alpha_list, V_final, features, users, device, seed, num_itera
         check_features(part, what, N, len(V_final))
     members = [Member(K, float(alpha), s) for alpha in alpha_list for K in K_list
                for s in ([seed] if isinstance(seed, int) else seed)]
-    train, test, train_unseen, test_unseen = features
+    train, _, train_unseen, _ = features
 
     def ones(N):
         return torch.ones(N, 1, device=device)
@@ -1321,7 +1362,7 @@ def _sweep(K_list, alpha_list, V_final, features, users, device, seed, num_itera
                                            FEW_SHOT_ITERATIONS, few_shot_learning_rate) if personal else []))
     fits = [Fit(m.K, m.alpha, m.seed, bases[m][1], bases[m][0], weights.get(m, ones(len(train_unseen))), {})
             for m in members]
-    for setting, part, of in zip(SETTINGS, (train, test, train_unseen, test_unseen), ("W", "W", "W_unseen", "W_unseen")):
+    for setting, part, of in zip(SETTINGS, features, ("W", "W", "W_unseen", "W_unseen")):
         for fit, accuracies in zip(fits, _accuracies(part, [f.V for f in fits], [getattr(f, of) for f in fits])):
             fit.accuracies[setting] = accuracies
     return fits
@@ -1487,7 +1528,7 @@ def _save_figure(path, title, xlabel, draw):
 
 
 def plot_accuracy_by_rank(path, fits, title):
-    """Accuracy against rank, a curve per setting (and alpha), a quarter of the standard deviation over users as band."""
+    """Accuracy against rank, a curve per setting (and alpha); band: a quarter of the standard deviation over users."""
     alphas = list(dict.fromkeys(fit.alpha for fit in fits))
     ranks = sorted({fit.K for fit in fits})
 
@@ -1523,6 +1564,8 @@ def save_few_shot_curves(folder, curves, config):
         for model in found:
             of = f", K = {model['K']}" + (f", alpha {model['alpha']:g}" if len(config["alpha_list"]) > 1 else "")
             for label, name in (("few-shot train", "few_shot_train"), ("unseen prompts", "unseen")):
-                axes.errorbar(shots, model[f"{name}_mean"], model[f"{name}_std"], marker="o", capsize=3, label=label + of)
+                axes.errorbar(shots, model[f"{name}_mean"], model[f"{name}_std"], marker="o", capsize=3,
+                              label=label + of)
 
-    _save_figure(folder / "vary_fewshot.png", config["data"], config.get("shots_are", "pairs") + " per unseen user", draw)
+    of_shot = config.get("shots_are", "pairs")
+    _save_figure(folder / "vary_fewshot.png", config["data"], f"{of_shot} per unseen user", draw)

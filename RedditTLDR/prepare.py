@@ -11,7 +11,6 @@ The full data set has 92,858 train and 86,086 validation rows, of which 2,284 (C
 left out.
 """
 
-import pickle
 import sys
 from pathlib import Path
 
@@ -41,10 +40,10 @@ def read_comparisons(folder):
     """The rows of both splits, (where, row) pairs: from a folder, or from the hub where it is None."""
     if folder is not None:
         return read_split(folder, "train"), read_split(folder, "validation", "test")
-    from datasets import load_dataset
-    splits = load_dataset(DATASET, revision="refs/convert/parquet", data_files={
-        split: f"comparisons/{split}/*.parquet" for split in ("train", "validation")})
-    return [((f"{DATASET}, {split}, row {i}", row) for i, row in enumerate(splits[split], 1)) for split in splits]
+    names = ("train", "validation")
+    splits = hub_splits(DATASET, revision="refs/convert/parquet",
+                        data_files={name: f"comparisons/{name}/*.parquet" for name in names})
+    return [splits[name] for name in names]
 
 
 def comparisons_by_worker(rows, limit=None):
@@ -116,8 +115,7 @@ def main():
         return
     save_reward_head(outputs, head, identity, model=identity["model"], data=args.label or DATASET)
     for path, by_worker in zip(outputs, splits):
-        with atomic_write(path) as file:
-            pickle.dump(by_worker, file)
+        save_pickle(path, by_worker)
         print(f"{path.name}: {len(by_worker)} workers, {sum(map(len, by_worker.values())):,} pairs, d = {len(head)}, "
               f"{path.stat().st_size / 1e6:,.1f} MB")
     print("next: python train_basis.py")

@@ -244,6 +244,9 @@ def test_a_torchscript_program_is_refused(path):
     torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), str(path))
     with input_error(str(path), "refused", "TorchScript"):
         load_pickle(path)
+    path.write_bytes(fake_storage(path.read_bytes()))
+    with input_error(str(path), "refused", "memory"):
+        load_pickle(path)
 
 
 def test_an_array_of_invented_object_addresses_is_refused(path):
@@ -336,6 +339,8 @@ MAINS = {
                        "error: K_list: 1.5 is no rank; give whole numbers\n"),
     "an interruption": ("raise KeyboardInterrupt", "error: interrupted: finished files and embeddings are kept, "
                                                    "run the same command again to resume\n"),
+    "a folder that is a file": ("open(sys.argv[1] + '/results', 'w')",
+                                "file.bin/results: Not a directory; free or choose another place and run again\n"),
     "a full disk": ("resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
                     "    utils.save_tensors(sys.argv[1], {'V': torch.zeros(100_000)})",
                     "File too large; free or choose another place and run again\n")}
@@ -362,10 +367,11 @@ def test_a_script_ends_with_one_line_and_status_2_after(ended, name):
     assert len(err.splitlines()) == 1 and err.startswith("error: ") and err.endswith(MAINS[name][1])
 
 
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(ended):
-    folder, _, _, _ = ended["a full disk"]
+def test_a_full_disk_names_the_file_and_leaves_the_old_one_and_nothing_else(ended):
+    folder, _, _, err = ended["a full disk"]
     assert (folder / "file.bin").read_bytes() == b"old"
     assert os.listdir(folder) == ["file.bin"]
+    assert str(folder / "file.bin") in err
 
 
 def test_a_script_that_ends_well_and_an_error_of_ours_pass_through():

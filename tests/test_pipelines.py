@@ -71,6 +71,12 @@ def accuracies_by_counting(fit):
             for setting, part, W in zip(SETTINGS, planted_features(), (fit.W, fit.W, fit.W_unseen, fit.W_unseen))}
 
 
+def assert_same_weights(one, other):
+    """Of logits too, which still move where the weights have nearly reached a corner of the simplex."""
+    for x, y in ((one, torch.stack(other)), (one.clamp(1e-30).log(), torch.stack(other).clamp(1e-30).log())):
+        torch.testing.assert_close(x, y, rtol=1e-2, atol=1e-3)
+
+
 def expected_print(headings, of_settings):
     """The quickstart's step 5: the headings of a model, then each setting's name and its two lines."""
     lines = list(headings)
@@ -135,7 +141,7 @@ def test_run_trains_lore_at_a_half_and_fits_the_unseen_at_a_tenth(swept):
             torch.testing.assert_close((fit.W, fit.V), (w, V), rtol=1e-3, atol=1e-3)
         if fit.K > 1:
             w_unseen = PersonalizeBatch(N_UNSEEN, d, 3, num_iterations=500, learning_rate=0.1).train(unseen, fit.V)
-            torch.testing.assert_close(fit.W_unseen, torch.stack(w_unseen), rtol=1e-3, atol=1e-3)
+            assert_same_weights(fit.W_unseen, w_unseen)
 
 
 def test_run_regularized_trains_the_alternating_model_and_fits_the_unseen_at_a_half(swept_regularized):
@@ -147,7 +153,7 @@ def test_run_regularized_trains_the_alternating_model_and_fits_the_unseen_at_a_h
         kept = fit.V.shape[1]
         if kept > 1:
             w_unseen = PersonalizeBatch(N_UNSEEN, d, kept, num_iterations=500, learning_rate=0.5).train(unseen, fit.V)
-            torch.testing.assert_close(fit.W_unseen, torch.stack(w_unseen), rtol=1e-3, atol=1e-3)
+            assert_same_weights(fit.W_unseen, w_unseen)
     assert any(1 < fit.V.shape[1] < 8 for fit in swept_regularized[2])  # columns were left out
 
 
@@ -202,6 +208,9 @@ def test_a_pair_is_right_where_its_margin_is_positive_and_not_where_it_is_zero()
     assert evaluate_model(X, V, torch.tensor([1.0, 0.0])) == pytest.approx(3 / 5)
     assert evaluate_model(X, V, torch.tensor([0.0, 1.0])) == pytest.approx(1 / 5)
     assert isinstance(evaluate_model(X, V, torch.tensor([0.5, 0.5])), float)
+    zeros = [[0 * X for X in part] for part in planted_features()]
+    assert np.all(np.array(sweep(features=zeros, num_iterations=2)[0]) == 0)
+    assert not any(map(any, vary_shots(2, [0], [0, 2], [3], features=zeros, num_iterations=2)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,12 +237,17 @@ def test_a_seed_gives_the_same_arrays_and_lines_again(swept):
     assert all(np.array_equal(one, other) for one, other in zip(found, swept[0]))
 
 
-def test_pairs_of_a_table_give_what_the_dense_features_give(swept):
-    dense = planted_features()
-    table = torch.cat([torch.zeros(1, d)] + [X for part in dense for X in part])
-    rows = iter(torch.arange(1, len(table)).split([len(X) for part in dense for X in part]))
-    pairs = [[Pairs(table, next(rows), torch.zeros(len(X))) for X in part] for part in dense]
-    found, printed, _ = sweep(features=pairs)
+def pairs_of_one_table(features):
+    """The same users as pairs of one table, whose row 0 is zero."""
+    table = torch.cat([torch.zeros(1, d), *features])
+    rows = torch.arange(1, len(table)).split([len(X) for X in features])
+    return [Pairs(table, of_user, torch.zeros(len(of_user))) for of_user in rows]
+
+
+@pytest.mark.parametrize("as_pairs", [pairs_of_one_table, lambda part: [pairs_of_one_table([X])[0] for X in part]],
+                         ids=["one table", "a table each"])
+def test_pairs_give_what_the_dense_features_give(swept, as_pairs):
+    found, printed, _ = sweep(features=[as_pairs(part) for part in planted_features()])
     assert printed == swept[1]
     for one, other in zip(found, swept[0]):
         assert one.tolist() == pytest.approx(other.tolist())
@@ -269,10 +283,11 @@ def test_vary_shots_returns_four_lists_over_the_numbers_of_shots():
 
 
 def test_more_shots_serve_planted_users_better():
-    _, _, unseen, _ = vary_shots(4, [0], [3], [1, 4, 16, 40], num_iterations=1000,
-                                 features=planted_crowd(*CROWD), users=CROWD[:2])
+    train, _, unseen, _ = vary_shots(4, [0], [3], [1, 4, 16, 40], num_iterations=1000,
+                                     features=planted_crowd(*CROWD), users=CROWD[:2])
     assert unseen == sorted(unseen)
     assert unseen[0] < 0.8 and unseen[3] > 0.88
+    assert train[0] > 0.95  # weights fitted to a single pair satisfy it
 
 
 def test_with_the_reward_head_only_the_shots_that_are_drawn_vary():
@@ -281,7 +296,7 @@ def test_with_the_reward_head_only_the_shots_that_are_drawn_vary():
     everything, test = (statistics.fmean(accuracy_by_counting(X, V_FINAL, torch.ones(1)) for X in part)
                         for part in (unseen, unseen_test))
     assert unseen_mean == pytest.approx([test, test]) and unseen_std == pytest.approx([0, 0])
-    assert train_std[0] > 0
+    assert train_std[0] > 0.01
     assert train_mean[1] == pytest.approx(everything) and train_std[1] == pytest.approx(0)
 
 
