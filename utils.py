@@ -87,7 +87,9 @@ def atomic_write(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         with contextlib.suppress(OSError):
             part.unlink()
         raise
@@ -119,14 +121,12 @@ def load_tensors(path):
                          "writes it again") from None
 
 
-_ARRAY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
-_PLAIN_GLOBALS = {("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"), ("numpy", "ndarray"),
-                  ("numpy", "dtype"), ("_codecs", "encode")}
-_PLAIN_GLOBALS |= {(module, name) for module in _ARRAY_MODULES for name in ("_reconstruct", "scalar", "_frombuffer")}
+_PLAIN_GLOBALS = {("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"), ("torch", "Size"),
+                  ("collections", "OrderedDict"), ("builtins", "set"), ("__builtin__", "set"), ("_codecs", "encode")}
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """An unpickler that builds tensors, arrays and plain containers, and refuses every other global."""
+    """An unpickler that builds tensors and plain containers, and refuses every other global."""
 
     def find_class(self, module, name):
         if (module, name) == ("torch.storage", "_load_from_bytes"):
@@ -161,7 +161,7 @@ def _load_storage(data):
 def load_pickle(path):
     """Load a file of `pickle.dump` or `torch.save` without running code from it, tensors on the CPU.
 
-    Accepts tensors, arrays and plain containers, so every file of the released scripts.
+    Accepts tensors and plain containers, so every file of the released scripts.
     Raises InputError: file missing, truncated, of another kind, or naming a global that could run code (it says which).
     """
     try:
@@ -181,7 +181,8 @@ def load_pickle(path):
         raise InputError(f"{path}: {error.strerror}; give a file that can be read") from None
     except Exception as error:  # a damaged pickle raises nearly anything
         remedy = "do not trust this file" if "refused" in str(error) else "it is truncated or no pickle; write it again"
-        raise InputError(f"{path}: {str(error) or type(error).__name__}; {remedy}") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path}: {reason}; {remedy}") from None
 
 
 class _StablePickler(pickle.Pickler):
@@ -319,12 +320,13 @@ def _check_fits_memory(model_name, dtype):
                          f"{memory / 2**30:.0f}; run it on a CUDA GPU, or give a smaller model")
 
 
-def load_reward_model(model_name, device=None, attention=None, dtype=None):
+def load_reward_model(model_name, device=None, attention=None, dtype=None, tokenizer_name=None,
+                      trust_remote_code=False):
     """Load the frozen reward model without its head -> (backbone, tokenizer), in eval mode on `device`.
 
     device: default this process's GPU, else the CPU. attention: a transformers implementation; default
     flash_attention_2 where it is installed and the GPU can (compute capability 8 and up), else PyTorch's own ("sdpa").
-    dtype: default bfloat16 on a GPU, as released, and float32 on the CPU.
+    dtype: default bfloat16 on a GPU, as released, and float32 on the CPU. tokenizer_name: default the model's.
     Raises InputError: unknown model, no chat template, or a CPU without the memory for it.
     """
     from transformers import AutoModel, AutoTokenizer, logging
@@ -340,8 +342,9 @@ def load_reward_model(model_name, device=None, attention=None, dtype=None):
     logging.set_verbosity_error()  # silence the note that the backbone leaves out score.weight
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_name)
-        model = AutoModel.from_pretrained(model_name, torch_dtype=dtype, attn_implementation=attention)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or model_name, trust_remote_code=trust_remote_code)
+        model = AutoModel.from_pretrained(model_name, torch_dtype=dtype, attn_implementation=attention,
+                                          trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"model {model_name}: cannot be loaded ({str(error).splitlines()[0]}); "
                          "check the name, the network and that it holds a model and a tokenizer") from None
@@ -397,11 +400,11 @@ def _rows_of_shared_prefixes(tokens, prompts, token_budget):
     return sorted(rows, key=len, reverse=True)
 
 
-def _batches(rows, token_budget):
+def _batches(rows, token_budget, batch_size=None):
     """Split rows, longest first, so that a padded batch holds at most token_budget tokens (or one row)."""
     batch = []
     for row in rows:
-        if batch and len(batch[0]) * (len(batch) + 1) > token_budget:
+        if batch and (len(batch[0]) * (len(batch) + 1) > token_budget or len(batch) == batch_size):
             yield batch
             batch = []
         batch.append(row)
@@ -460,7 +463,7 @@ def tokenize_conversations(conversations, tokenizer):
 
 
 def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_budget=8192, shard_size=1024,
-                        label="embedding"):
+                        max_length=None, truncation_side="left", batch_size=None):
     """phi of each conversation: the state, after the final norm, of its last token.
 
     conversations: list of lists of {"role", "content"} messages, the last one the response that is judged.
@@ -468,7 +471,8 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
 
     Equal conversations are computed once, and so is the prompt that several responses share: such responses lie behind
     one copy of it in a row, with an attention mask that keeps them apart. flash-attn takes no such mask; with it each
-    conversation is a row of its own. A padded batch holds at most `token_budget` tokens.
+    conversation is a row of its own. A padded batch holds at most `token_budget` tokens and `batch_size` rows.
+    max_length: cut conversations of more tokens, at their "left" or "right" `truncation_side`.
 
     With `cache_dir`, shards of about `shard_size` conversations are saved there as they are made, and an interrupted
     call resumes after the last of them, with the same bytes in the end. Under torchrun the processes share the shards.
@@ -478,6 +482,8 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
     if not conversations:
         raise InputError("no conversations to embed; give at least one")
     sequences = tokenize_conversations(conversations, tokenizer)
+    if max_length is not None:
+        sequences = [ids[-max_length:] if truncation_side == "left" else ids[:max_length] for ids in sequences]
     numbers, tokens, prompts, which = {}, [], [], []
     shares_prompts = getattr(model.config, "_attn_implementation", "eager") != "flash_attention_2"
     for i, sequence in enumerate(sequences):
@@ -523,11 +529,11 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
     work = [rows for rows in work if rows][process_rank()::ranks]
     total = sum(len(row) for rows in shards for row in rows)
     left = sum(len(row) for rows in work for row in rows) * ranks
-    with progress_bar(label, total, initial=max(0, total - left), unit="tok", unit_scale=True) as bar:
+    with progress_bar("embedding", total, initial=max(0, total - left), unit="tok", unit_scale=True) as bar:
         for rows in work:
             members = [m for row in rows for m in row.members]
             parts = []
-            for batch in _batches(rows, token_budget):
+            for batch in _batches(rows, token_budget, batch_size):
                 parts.append(_forward_within_memory(model, batch))
                 bar.update(sum(map(len, batch)) * ranks)
             states = torch.cat(parts)
@@ -546,12 +552,20 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
 HEAD_FILE = "reward_head.safetensors"
 
 
-def prepare_arguments(description, folder, model_name, build_demo):
+def check_gpu(model_name):
+    """Raise InputError unless there is a GPU for a model that does not fit the CPU."""
+    if not torch.cuda.is_available():
+        raise InputError(f"no CUDA GPU here, and {model_name} needs one with 18 GB; try --demo, or --model with a "
+                         "reward model that fits this machine")
+
+
+def prepare_arguments(description, folder, model_name, build_demo, embeds=True):
     """Read and check the command line of a prepare.py.
 
-    build_demo(folder) writes the demo's corpus and stand-in model and returns their paths.
-    Returns a namespace: dir, data (a folder, or None for the download), model, limit, overwrite, demo, device, label
-    (of the data). Raises InputError: --limit below 1, --demo with other sources, no CUDA GPU for the default model.
+    build_demo(data, model) writes the demo's corpus and stand-in model to these folders. embeds: whether the script
+    itself runs the model, which asks for a GPU unless a model was named.
+    Returns a namespace: dir, data (a folder, or None for the download), model, limit, overwrite, demo, label (of the
+    data). Raises InputError: --limit below 1, --demo with other sources, no CUDA GPU for the default model.
     """
     parser = script_parser(description, folder)
     parser.add_argument("--data", type=Path, metavar="DIR",
@@ -565,10 +579,8 @@ def prepare_arguments(description, folder, model_name, build_demo):
         raise InputError(f"--limit {args.limit}: give a number of rows from 1, or leave it out for all")
     if args.demo and (args.data or args.model):
         raise InputError("--demo brings its own data and model; leave out --data and --model, or --demo")
-    args.device = default_device()
-    if not args.demo and not args.model and args.device.type == "cpu":
-        raise InputError(f"no CUDA GPU here, and {model_name} needs one with 18 GB; try --demo, or --model with a "
-                         "reward model that fits this machine")
+    if embeds and not args.demo and not args.model:
+        check_gpu(model_name)
     args.label = "synthetic demo" if args.demo else args.data.name if args.data else None
     check_writable(args.dir)
     if args.demo:
@@ -594,13 +606,35 @@ def read_split(folder, *names):
     if len(paths) != 1:
         raise InputError(f"{folder}: {len(paths)} files with {' or '.join(names)} in the name ({', '.join(endings)}), "
                          "one is needed")
-    path = paths[0]
+    if paths[0].suffix != ".parquet":
+        yield from read_jsonl(paths[0])
+        return
+    for i, row in enumerate(load_parquet(paths[0]), 1):
+        yield f"{paths[0]}, row {i}", row
+
+
+def load_parquet(path):
+    """The rows of a parquet file as a list of dicts. Raises InputError where it is missing or damaged."""
+    import pyarrow
+    import pyarrow.parquet
     try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-            for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1):
-                yield f"{path}, row {i}", row
-            return
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"{path}: not a complete parquet file ({error}); download or write it again") from None
+
+
+def save_parquet(path, rows):
+    """Write a list of dicts of one shape as a parquet file."""
+    import pyarrow
+    import pyarrow.parquet
+    with atomic_write(path) as file:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+
+
+def read_jsonl(path):
+    """The rows of a .jsonl or .jsonl.gz file: (where, row) pairs. Raises InputError: a line that is no JSON object."""
+    path = Path(path)
+    try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
             for i, line in enumerate(file, 1):
                 row = json.loads(line)
@@ -608,7 +642,10 @@ def read_split(folder, *names):
                     raise InputError(f"{path}, row {i}: not a JSON object; give one object a line")
                 yield f"{path}, row {i}", row
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}, row {i}: not JSON ({error}); download or write the file again") from None
+        raise InputError(f"{path}, row {i}: not JSON ({error}), so the line is cut short or the file an error page; "
+                         "download or write it again") from None
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; give the folder that holds it with --data") from None
     except (EOFError, UnicodeDecodeError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path}: damaged ({error}); download or write it again") from None
 
@@ -626,6 +663,16 @@ def hub_splits(dataset, **options):
                          "network, or give a downloaded copy with --data") from None
     return {split: ((f"{dataset}, {split}, row {i}", row) for i, row in enumerate(rows, 1))
             for split, rows in splits.items()}
+
+
+def hub_file(dataset, filename):
+    """The local path of one file of a data set on the hub. Raises InputError where the hub does not serve it."""
+    from huggingface_hub import hf_hub_download
+    try:
+        return Path(hf_hub_download(dataset, filename, repo_type="dataset"))
+    except Exception as error:  # no network, no such file, no access: a class of its own for each
+        raise InputError(f"data set {dataset}, {filename}: the hub did not serve it ({type(error).__name__}); check the "
+                         "network, or give a downloaded copy with --data") from None
 
 
 def digest_of(content):
@@ -705,6 +752,10 @@ class Pairs:
         return len(self.chosen)
 
     @property
+    def device(self):
+        return self.embeddings.device
+
+    @property
     def shape(self):
         return torch.Size((len(self), self.embeddings.shape[1]))
 
@@ -732,7 +783,7 @@ def check_features(features, what, users=None, d=None):
     """Check a list with one float32 `[m_i, d]` tensor (or Pairs) per user, at the border of training and evaluation.
 
     Raises InputError that names the user: no users or not `users` of them, a user without pairs, another width than
-    `d` or than the first user's, NaN or infinite values.
+    `d` or than the first user's, another dtype, NaN or infinite values.
     """
     if len(features) == 0 or users not in (None, len(features)):
         raise InputError(f"{what}: {len(features)} users where {users or 'at least 1'} should be; "
@@ -744,6 +795,8 @@ def check_features(features, what, users=None, d=None):
             raise InputError(f"{what}, user {i}: shape {tuple(X.shape)} where [pairs >= 1, {d}] should be; leave out "
                              "users without pairs, and use embeddings of one model")
         table = X.embeddings if isinstance(X, Pairs) else X
+        if table is X and X.dtype != torch.float32:
+            raise InputError(f"{what}, user {i}: {X.dtype} where torch.float32 should be; convert with .float()")
         if id(table) not in finite_tables and not all(torch.isfinite(part).all() for part in table.split(8192)):
             raise InputError(f"{what}, user {i}: NaN or infinite values; make these embeddings again")
         if isinstance(X, Pairs):
@@ -757,7 +810,7 @@ def pack(features, device=None):
     """
     counts = torch.tensor([len(X) for X in features])
     first = features[0]
-    device = torch.device(device) if device is not None else getattr(first, "device", torch.device("cpu"))
+    device = torch.device(device) if device is not None else first.device
     d, ends = first.shape[1], torch.cumsum(counts, 0).tolist()
     in_place = all(isinstance(X, torch.Tensor) and X.dtype == torch.float32 and X.is_contiguous()
                    and X.device == first.device and X.data_ptr() == first.data_ptr() + 4 * d * (end - len(X))
@@ -771,13 +824,16 @@ def pack(features, device=None):
     return X, counts
 
 
-def sample_shots(features, shots, generator=None):
+def sample_shots(features, shots, generator=None, groups=None):
     """For each user `shots` of the pairs, drawn without replacement anew at each call (all pairs of a user with fewer).
 
     features: list of `[m_i, d]`. Returns a list of `[min(shots, m_i), d]`.
-    generator: a CPU torch.Generator; default torch's own.
+    generator: a CPU torch.Generator; default torch's own. groups: see `run_few_shot_vary_shots`.
     """
-    return [X[torch.randperm(len(X), generator=generator)[:shots]] for X in features]
+    if groups is None:
+        return [X[torch.randperm(len(X), generator=generator)[:shots]] for X in features]
+    drawn = [torch.randperm(int(group.max()) + 1, generator=generator)[:shots] for group in groups]
+    return [X[torch.isin(group, kept)] for X, group, kept in zip(features, groups, drawn)]
 
 
 SCORERS = 10  # reward models that score each response of PersonalLLM
@@ -900,20 +956,79 @@ def load_tldr(folder, model_name):
                 for side in sides:
                     width.setdefault(len(side), f"{where}, pair {i}")
         files.append(content)
-    if len(width) > 1:
-        raise InputError("embeddings of different models: " + ", but ".join(
-            f"d = {d} in {where}" for d, where in width.items()) + "; prepare both files with one model")
     head, about = find_reward_head(folder, model_name)
-    d = next(iter(width))
-    if tuple(head.shape) != (d, 1):
-        raise InputError(f"the reward head of {about.get('model', model_name)} is of shape {tuple(head.shape)}, and "
-                         f"the embeddings in {folder} have d = {d}; take both from one model")
+    check_width(width, head, folder, about.get("model", model_name))
     return *files, head, about
 
 
 def pair_difference(pair):
     """phi(winning) - phi(losing) in float32 `[d]` of one comparison in the Reddit TL;DR format."""
     return pair["embeddings"]["winning"][0].float() - pair["embeddings"]["losing"][0].float()
+
+
+PRISM_FILES = ("train_embeddings.pkl", "test_embeddings.pkl")
+PAIR_FORMAT = "one embedding per rejected response"
+
+
+def load_prism(folder, model_name):
+    """Read the embeddings of PRISM/generate-prism-embeddings.py (or of the released script) and the reward head.
+
+    Returns (data, head `[d, 1]`, what is known of model and data). data is a dict: `seen` and `unseen`, user ids in
+    order; one float32 `[m_i, d]` per user under `train`, `test`, `train_unseen`, `test_unseen`; `dialogs_unseen`, the
+    conversation that each few-shot pair of an unseen user is from, int64 `[m_i]`.
+    Raises InputError that names file and row: missing or damaged files, embeddings missing, not finite, of different
+    widths or of other rows than data/prism/ beside them holds.
+    """
+    folder, data, width, malformed = Path(folder), {}, {}, 0
+    for path, split in zip((folder / name for name in PRISM_FILES), ("train", "test")):
+        rows = load_pickle(path)
+        if not isinstance(rows, list) or not rows:
+            raise InputError(f"{path}: not a list of rows; write it again with generate-prism-embeddings.py --overwrite")
+        for i, row in enumerate(rows):
+            try:
+                pairs = prism_pairs(row)
+                usable = len(pairs) > 0 and bool(torch.isfinite(pairs).all())
+                malformed += "pair_format" not in row["extra_info"]
+            except (KeyError, IndexError, TypeError, ValueError, RuntimeError):
+                usable = False
+            if not usable:
+                raise InputError(f"{path}, row {i}: no embeddings, or NaN or infinite ones; run "
+                                 "generate-prism-embeddings.py --overwrite")
+            width.setdefault(pairs.shape[1], f"{path}, row {i}")
+        for seen, suffix in ((True, ""), (False, "_unseen")):
+            of_group = [row for row in rows if bool(row["extra_info"]["seen"]) == seen]
+            users = list(_prism_dialogs(of_group))
+            name = "seen" if seen else "unseen"
+            if not users or data.setdefault(name, users) != users:
+                raise InputError(f"{path}: {len(users)} {name} users, {len(data.get(name, []))} in {PRISM_FILES[0]}; "
+                                 "make both files in one run of generate-prism-embeddings.py")
+            data[split + suffix] = create_dataset_prism(of_group)
+            if (split, seen) == ("train", False):
+                data["dialogs_unseen"] = [
+                    torch.tensor([n for n, rows in enumerate(dialogs.values()) for row in rows for _ in prism_pairs(row)])
+                    for dialogs in _prism_dialogs(of_group).values()]
+    if malformed:
+        print(f"{malformed:,} rows are in the released format, whose rejected side is malformed: all rejected responses "
+              "of a turn as one printed list")
+    head, about = find_reward_head(folder, model_name)
+    split_file = folder / "data" / "prism" / "split.json"
+    if "identity" in about and split_file.exists():
+        if json.loads(split_file.read_text())["rows"] != about["identity"]["data"]:
+            raise InputError(f"the embeddings in {folder} are of other rows than {split_file.parent} holds; run "
+                             "generate-prism-embeddings.py --overwrite")
+    check_width(width, head, folder, about.get("model", model_name))
+    return data, head, about
+
+
+def check_width(width, head, folder, model_name):
+    """Raise InputError unless all embeddings have the head's width. width: d -> where such an embedding was found."""
+    if len(width) > 1:
+        raise InputError("embeddings of different models: " + ", but ".join(
+            f"d = {d} in {where}" for d, where in width.items()) + "; prepare all files with one model")
+    d, = width
+    if tuple(head.shape) != (d, 1):
+        raise InputError(f"the reward head of {model_name} is of shape {tuple(head.shape)}, and the embeddings in "
+                         f"{folder} have d = {d}; take both from one model")
 
 
 def prism_pairs(row):
@@ -974,6 +1089,20 @@ class Member:
         """A generator of the member's own, so that its start does not depend on its neighbours in the sweep."""
         state = np.random.SeedSequence([self.seed, self.K, step]).generate_state(1, np.uint64)[0]
         return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def check_ranks(K_list, alpha_list):
+    """Raise InputError unless K_list holds distinct whole numbers from 0 and alpha_list numbers from 0."""
+    for K in K_list:
+        if isinstance(K, bool) or not isinstance(K, (int, np.integer)) or K < 0:
+            raise InputError(f"K_list: {K!r} is no rank; give whole numbers from 0")
+    if len(K_list) == 0 or len(set(K_list)) < len(K_list):
+        raise InputError(f"K_list = {list(K_list)}: give one rank or more, each once")
+    for alpha in alpha_list:
+        if not isinstance(alpha, (int, float, np.number)) or not 0 <= alpha < math.inf:
+            raise InputError(f"alpha_list: {alpha!r} is no penalty; give finite numbers from 0")
+    if len(alpha_list) == 0 or len(set(alpha_list)) < len(alpha_list):
+        raise InputError(f"alpha_list = {list(alpha_list)}: give one penalty or more, each once; [0] for none")
 
 
 class _Likelihood:
@@ -1068,18 +1197,19 @@ def _descend(likelihood, W, num_iterations, learning_rate, X=None, V=None, S=Non
             bar.update()
 
 
-def fit_basis(features, members, V_sft, num_iterations, learning_rate, regularized=False):
+def fit_basis(features, members, V_sft, num_iterations, learning_rate, regularized=False, device=None):
     """Learn basis and user weights of every member of a sweep together -> list of (w `[N, K]`, V `[d, K]`).
 
     features: list of float32 `[m_i, d]`, one per user. members: list of `Member`. V_sft: `[d, 1]`, needed where an
     alpha is not 0. The members share nothing but the reading of X: Adam is elementwise, their columns are independent.
     regularized: the loss, start and alternating steps of `LoRe_regularized` instead of `LoRe`'s.
+    device: where to train, default that of the features.
     Under torchrun each process holds a part of the users; all return the whole.
     """
     mine = slice(process_rank(), None, process_count())
     if len(features) < process_count():
         raise InputError(f"{len(features)} users for {process_count()} processes; start at most one process per user")
-    X, counts = pack(features[mine])
+    X, counts = pack(features[mine], device)
     N, d, device = len(features), X.shape[1], X.device
     sizes = [member.K for member in members]
     W, V = [], []
@@ -1091,6 +1221,9 @@ def fit_basis(features, members, V_sft, num_iterations, learning_rate, regulariz
     if any(member.alpha for member in members) and V_sft is None:
         raise InputError("alpha is not 0 and V_sft is None; give the reward head [d, 1]")
     reference = (torch.zeros(d) if V_sft is None else V_sft).to(device, torch.float32).reshape(1, -1)
+    if reference.shape[1] != d:
+        raise InputError(f"V_sft: shape {tuple(V_sft.shape)} where {(d, 1)} should be; take head and embeddings from "
+                         "one model")
     alpha = torch.tensor([m.alpha for m in members for _ in range(m.K)], device=device)[:, None]  # (C, 1)
     columns = torch.tensor([m.K for m in members for _ in range(m.K)], device=device)[:, None]
     likelihood = _Likelihood(counts, sizes, device, total=sum(map(len, features)) if regularized else None)
@@ -1154,6 +1287,7 @@ class LoRe:
                  learning_rate=0.5, seed=0):
         self.V_sft, self.num_classes, self.num_features = V_sft, num_classes, num_features
         self.num_iterations, self.learning_rate = num_iterations, learning_rate
+        check_ranks([num_basis_vectors], [alpha])
         self.member = Member(num_basis_vectors, float(alpha), seed)
 
     def train(self, features):
@@ -1210,6 +1344,8 @@ class PersonalizeBatch:
         check_features(features, "features", self.num_classes, self.num_features)
         if tuple(V.shape) != (self.num_features, self.member.K):
             raise InputError(f"V: shape {tuple(V.shape)} where {(self.num_features, self.member.K)} should be")
+        if V.dtype != torch.float32 or not torch.isfinite(V).all():
+            raise InputError("V: not float32, or NaN or infinite values; give a trained basis")
         return list(fit_users(features, [self.member], [V], self.num_iterations, self.learning_rate)[0])
 
 
@@ -1243,7 +1379,8 @@ def learn_single_reward(features, num_iterations=1000, learning_rate=0.01, seed=
 def learn_multiple(features, num_iterations=1000, learning_rate=0.01, seed=0):
     """A Bradley-Terry model of each user's own -> (N weights `[1]`, all 1, and N bases `[d, 1]`). A baseline."""
     check_features(features, "features")
-    X = pad_sequence([X.dense() if isinstance(X, Pairs) else X for X in features], batch_first=True)  # (N, m, d)
+    features = [X.dense() if isinstance(X, Pairs) else X for X in features]
+    X = pad_sequence(features, batch_first=True)  # (N, m, d)
     weight = pad_sequence([torch.full((len(X),), 1 / len(X), device=X.device) for X in features], batch_first=True)
     V = torch.randn(len(X), X.shape[2], generator=Member(1, seed=seed).generator(0)).to(X.device)  # (N, d)
     adam = torch.optim.Adam([V], lr=learning_rate)
@@ -1315,18 +1452,20 @@ class Fit:
     accuracies: dict  # setting -> float64 array, one accuracy per user
 
 
-def check_ranks(K_list, alpha_list):
-    """Raise InputError unless K_list holds distinct whole numbers from 0 and alpha_list numbers from 0."""
-    for K in K_list:
-        if isinstance(K, bool) or not isinstance(K, (int, np.integer)) or K < 0:
-            raise InputError(f"K_list: {K!r} is no rank; give whole numbers from 0")
-    if len(K_list) == 0 or len(set(K_list)) < len(K_list):
-        raise InputError(f"K_list = {list(K_list)}: give one rank or more, each once")
-    for alpha in alpha_list:
-        if not isinstance(alpha, (int, float, np.number)) or not 0 <= alpha < math.inf:
-            raise InputError(f"alpha_list: {alpha!r} is no penalty; give finite numbers from 0")
-    if len(alpha_list) == 0:
-        raise InputError("alpha_list is empty; give [0] for no penalty")
+def _seeds(seed):
+    """One seed or several as a list; raises InputError unless they are distinct whole numbers from 0."""
+    seeds = [seed] if np.ndim(seed) == 0 else list(seed)
+    if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(s, (int, np.integer)) and s >= 0 for s in seeds):
+        raise InputError(f"seed = {seed!r}: give a whole number from 0, or a list of several")
+    return [int(s) for s in seeds]
+
+
+def _reference(V_final, device):
+    """The reward head as float32 `[d, 1]` on the device; raises InputError where it is not finite."""
+    V_final = torch.as_tensor(V_final).to(device, torch.float32).reshape(-1, 1)
+    if not torch.isfinite(V_final).all() or not V_final.any():
+        raise InputError("V_final: NaN or infinite values, or all zero; read the reward head again")
+    return V_final
 
 
 def _sweep(K_list, alpha_list, V_final, features, users, device, seed, num_iterations, few_shot_learning_rate,
@@ -1337,24 +1476,19 @@ def _sweep(K_list, alpha_list, V_final, features, users, device, seed, num_itera
     """
     check_ranks(K_list, alpha_list)
     device = torch.device(device)
-    V_final = torch.as_tensor(V_final).to(device, torch.float32).reshape(-1, 1)  # (d, 1)
-    if not torch.isfinite(V_final).all():
-        raise InputError("V_final: NaN or infinite values; read the reward head again")
+    V_final = _reference(V_final, device)
     for what, part, N in zip(("train_features", "test_features_sparse", "train_features_unseen",
                               "test_features_sparse_unseen"), features, (users[0], users[0], users[1], users[1])):
         check_features(part, what, N, len(V_final))
-    members = [Member(K, float(alpha), s) for alpha in alpha_list for K in K_list
-               for s in ([seed] if isinstance(seed, int) else seed)]
+    members = [Member(K, float(alpha), s) for alpha in alpha_list for K in K_list for s in _seeds(seed)]
     train, _, train_unseen, _ = features
 
     def ones(N):
         return torch.ones(N, 1, device=device)
 
     trained = [m for m in members if m.K > 0]
-    on_device = [X if isinstance(X, Pairs) else X.to(device) for X in train]
-    bases = dict(zip(trained, fit_basis(on_device, trained, V_final, num_iterations, 0.5, regularized)
+    bases = dict(zip(trained, fit_basis(train, trained, V_final, num_iterations, 0.5, regularized, device)
                      if trained else []))
-    del on_device
     bases = {m: prune(w, V, threshold) for m, (w, V) in bases.items()}
     bases.update({m: (ones(len(train)), V_final) for m in members if m.K == 0})
     personal = [m for m in members if bases[m][1].shape[1] > 1]
@@ -1421,10 +1555,13 @@ def run_regularized(K_list, alpha_list, V_final, train_features, test_features_s
 
 
 def run_few_shot_vary_shots(trials, alpha_list, K_list, num_shots, train_features, train_features_unseen,
-                            test_features_sparse_unseen, V_final, N, N_unseen, device, seed=0, num_iterations=500):
+                            test_features_sparse_unseen, V_final, N, N_unseen, device, seed=0, num_iterations=500,
+                            groups=None):
     """How the accuracy on unseen users grows with the number of pairs that they are fitted from.
 
     trials: how often each number of shots is drawn anew; num_shots: list of whole numbers. Otherwise as `run`.
+    groups: for each unseen user an int64 `[m_i]` that names the group of each pair, such as its conversation, numbered
+    from 0; a shot is then a whole group.
     Returns 4 lists over num_shots (for each alpha and rank in turn, where there are several): mean and standard
     deviation over trials of the few-shot train accuracy, then of the accuracy on unseen users' unseen prompts.
     """
@@ -1432,14 +1569,14 @@ def run_few_shot_vary_shots(trials, alpha_list, K_list, num_shots, train_feature
     for shots in [trials, *num_shots]:
         if not isinstance(shots, (int, np.integer)) or shots < 1:
             raise InputError(f"trials or num_shots: {shots!r} is not a whole number from 1")
-    V_final = torch.as_tensor(V_final).to(device, torch.float32).reshape(-1, 1)
+    V_final = _reference(V_final, device)
     for what, part, users in (("train_features", train_features, N), ("train_features_unseen", train_features_unseen,
                               N_unseen), ("test_features_sparse_unseen", test_features_sparse_unseen, N_unseen)):
         check_features(part, what, users, len(V_final))
-    members = [Member(K, float(alpha), seed) for alpha in alpha_list for K in K_list]
+    members = [Member(K, float(alpha), *_seeds([seed])) for alpha in alpha_list for K in K_list]
     trained = [m for m in members if m.K > 0]
-    on_device = [X if isinstance(X, Pairs) else X.to(device) for X in train_features]
-    bases = dict(zip(trained, fit_basis(on_device, trained, V_final, num_iterations, 0.5) if trained else []))
+    bases = dict(zip(trained, fit_basis(train_features, trained, V_final, num_iterations, 0.5, device=device)
+                     if trained else []))
     results = ([], [], [], [])
     for member in members:
         V = bases[member][1] if member.K else V_final
@@ -1447,7 +1584,7 @@ def run_few_shot_vary_shots(trials, alpha_list, K_list, num_shots, train_feature
         S_train, S_test = (list(_scores(part, V)) for part in (train_features_unseen, test_features_sparse_unseen))
         for shots in num_shots:
             generator = member.generator(2 + shots)
-            drawn = [S for _ in range(trials) for S in sample_shots(S_train, shots, generator)]
+            drawn = [S for _ in range(trials) for S in sample_shots(S_train, shots, generator, groups)]
             counts = torch.tensor([len(S) for S in drawn])
             w = torch.ones(len(drawn), 1, device=V.device)
             if member.K > 1:

@@ -82,7 +82,7 @@ def embed(splits, args):
         for side in ("winning", "losing"):
             numbers.setdefault((pair["text"], pair[f"{side}_summary"]), len(numbers))
     print(f"{2 * len(pairs):,} summaries to embed, {len(numbers):,} distinct ones")
-    model, tokenizer = load_reward_model(args.model, args.device, None if args.device.type == "cpu" else ATTENTION)
+    model, tokenizer = load_reward_model(args.model, attention=ATTENTION)
     embeddings = embed_conversations(
         [[{"role": "user", "content": post}, {"role": "assistant", "content": summary}] for post, summary in numbers],
         model, tokenizer, args.dir / ".embedding_cache", TOKEN_BUDGET, SHARD_SIZE)

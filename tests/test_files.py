@@ -1,6 +1,7 @@
 """Files: whole or not at all, and no code of a stranger's pickle runs. Scripts: one line and status 2."""
 
 import builtins
+import collections
 import io
 import os
 import pickle
@@ -41,8 +42,6 @@ def assert_equal_content(one, other):
     assert type(one) is type(other)
     if isinstance(one, torch.Tensor):
         assert one.dtype == other.dtype and one.device.type == "cpu" and torch.equal(one, other)
-    elif isinstance(one, np.ndarray):
-        assert one.dtype == other.dtype and np.array_equal(one, other)
     elif isinstance(one, dict):
         assert list(one) == list(other)
         assert_equal_content(list(one.values()), list(other.values()))
@@ -95,18 +94,16 @@ def test_tensors_of_every_kind_load(path, write):
 
 
 @every_format
-def test_arrays_and_their_scalars_load(path, write):
-    content = {"f": np.arange(6.0).reshape(2, 3), "order": np.asfortranarray(np.ones((2, 3), np.float32)),
-               "i": np.arange(3), "text": np.array(["a", "bc"]), "scalar": np.float64(0.25), "count": np.int64(7)}
+def test_plain_containers_of_every_kind_load(path, write):
+    content = [{1, "two"}, (b"two", b"three"), collections.OrderedDict(four=4), torch.zeros(2, 3).shape, None, 5.5, True]
     path.write_bytes(write(content))
-    assert_equal_content(load_pickle(path), content)
+    assert load_pickle(path) == content
 
 
-def test_arrays_that_numpy_1_wrote_load(path):
-    written = pickle.dumps([np.arange(4.0), np.float32(2)], 2)
-    assert b"numpy._core.multiarray\n" in written
-    path.write_bytes(written.replace(b"numpy._core.multiarray\n", b"numpy.core.multiarray\n"))
-    assert_equal_content(load_pickle(path), [np.arange(4.0), np.float32(2)])
+@every_format
+def test_a_parameter_loads_as_released_bases_may_be_saved(path, write):
+    path.write_bytes(write(torch.nn.Parameter(torch.ones(3, 2))))
+    assert torch.equal(load_pickle(path), torch.ones(3, 2))
 
 
 @every_format
@@ -161,10 +158,10 @@ def test_random_bytes_are_refused(path):
 
 
 class Calls:
-    """Unpickles by calling a function."""
+    """Unpickles by calling a function, and giving what it returns a state."""
 
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
+    def __init__(self, function, *arguments, state=None):
+        self.call = function, arguments, state
 
     def __reduce__(self):
         return self.call
@@ -249,13 +246,12 @@ def test_a_torchscript_program_is_refused(path):
         load_pickle(path)
 
 
-def test_an_array_of_invented_object_addresses_is_refused(path):
-    """numpy.ndarray called with a buffer of dtype object takes the file's bytes for pointers: memory corruption."""
-    path.write_bytes(pickle.dumps(Calls(np.ndarray, (1,), np.dtype(object), b"A" * 8)))
-    code = "import sys, utils\nutils.run_script(lambda: print(utils.load_pickle(sys.argv[1])))"
-    status, _, err = outcome(fresh_process(code, path))
-    assert status == 2, f"crashed with status {status}"
-    assert "refused" in err and "numpy.ndarray" in err
+@pytest.mark.parametrize("array", [np.ones(2), np.float64(1), Calls(np.ndarray, (1,), np.dtype(object), b"A" * 8)])
+def test_numpy_arrays_are_refused(path, array):
+    """A crafted one makes numpy take the file's bytes for addresses, which ends the process at best."""
+    path.write_bytes(pickle.dumps(array))
+    with input_error(str(path), "refused", "numpy"):
+        load_pickle(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
