@@ -1167,6 +1167,17 @@ def _ramp(t, num_iterations):
     return min(max((t / num_iterations - 0.2) / 0.6, 0.0), 1.0)
 
 
+@contextlib.contextmanager
+def _threads_for(numbers):
+    """One CPU thread while a step reads few numbers: waiting for the others would take longer than they save."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if numbers < 2**20 else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _descend(likelihood, W, num_iterations, learning_rate, X=None, V=None, S=None, penalty=None, alternating=False):
     """Adam on the logits W and, unless the scores S are given as constants, on the basis V; both are changed in place.
 
@@ -1176,7 +1187,8 @@ def _descend(likelihood, W, num_iterations, learning_rate, X=None, V=None, S=Non
     adam_W = torch.optim.Adam([W], lr=learning_rate)
     adam_V = torch.optim.Adam([V], lr=learning_rate) if S is None else None
     frozen = S is not None
-    with progress_bar("few-shot" if frozen else "training", num_iterations, unit="it", leave=False) as bar:
+    bar = progress_bar("few-shot" if frozen else "training", num_iterations, unit="it", leave=False)
+    with bar, _threads_for((S if frozen else X).numel()):
         for t in range(num_iterations):
             S = S if frozen else X @ V.T  # (M, C)
             w = likelihood.weights(W)
