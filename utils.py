@@ -28,6 +28,7 @@ import platform
 import random
 import struct
 import sys
+import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -97,9 +98,9 @@ def atomic_write(path):
 
 def check_writable(folder):
     """Create `folder` and prove that a file can be written there; raises OSError before any long work has begun."""
-    with atomic_write(Path(folder) / ".writable"):
-        pass
-    (Path(folder) / ".writable").unlink()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:  # without a name, so that several processes can
+        file.write(b"1")
 
 
 def save_tensors(path, tensors, **about):
