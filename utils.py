@@ -672,8 +672,8 @@ def hub_file(dataset, filename):
     try:
         return Path(hf_hub_download(dataset, filename, repo_type="dataset"))
     except Exception as error:  # no network, no such file, no access: a class of its own for each
-        raise InputError(f"data set {dataset}, {filename}: the hub did not serve it ({type(error).__name__}); check the "
-                         "network, or give a downloaded copy with --data") from None
+        raise InputError(f"data set {dataset}, {filename}: the hub did not serve it ({type(error).__name__}); check "
+                         "the network, or give a downloaded copy with --data") from None
 
 
 def digest_of(content):
@@ -933,8 +933,8 @@ def load_tldr(folder, model_name):
     """Read the embeddings of RedditTLDR/prepare.py (or of the released script) and the reward head.
 
     Returns (train, validation, head `[d, 1]`, what is known of model and data). A head that is not beside the pickles
-    is read from `model_name`'s checkpoint. Raises InputError that names file, worker and pair: files missing or damaged, embeddings
-    missing, not finite or of different widths.
+    is read from `model_name`'s checkpoint. Raises InputError that names file, worker and pair: files missing or
+    damaged, embeddings missing, not finite or of different widths.
     """
     files, width = [], {}  # width: d -> where it was first seen
     for path in (Path(folder) / name for name in TLDR_FILES):
@@ -984,7 +984,7 @@ def load_prism(folder, model_name):
     for path, split in zip((folder / name for name in PRISM_FILES), ("train", "test")):
         rows = load_pickle(path)
         if not isinstance(rows, list) or not rows:
-            raise InputError(f"{path}: not a list of rows; write it again with generate-prism-embeddings.py --overwrite")
+            raise InputError(f"{path}: not a list of rows; run generate-prism-embeddings.py --overwrite")
         for i, row in enumerate(rows):
             try:
                 pairs = prism_pairs(row)
@@ -1006,11 +1006,11 @@ def load_prism(folder, model_name):
             data[split + suffix] = create_dataset_prism(of_group)
             if (split, seen) == ("train", False):
                 data["dialogs_unseen"] = [
-                    torch.tensor([n for n, rows in enumerate(dialogs.values()) for row in rows for _ in prism_pairs(row)])
-                    for dialogs in _prism_dialogs(of_group).values()]
+                    torch.tensor([n for n, of_dialog in enumerate(dialogs.values()) for row in of_dialog
+                                  for _ in prism_pairs(row)]) for dialogs in _prism_dialogs(of_group).values()]
     if malformed:
-        print(f"{malformed:,} rows are in the released format, whose rejected side is malformed: all rejected responses "
-              "of a turn as one printed list")
+        print(f"{malformed:,} rows are in the released format, whose rejected side is malformed: all rejected "
+              "responses of a turn as one printed list")
     head, about = find_reward_head(folder, model_name)
     split_file = folder / "data" / "prism" / "split.json"
     if "identity" in about and split_file.exists():

@@ -2,6 +2,8 @@
 
     build_reward_model(folder)    a tiny Llama reward model of random weights, with a tokenizer of its own
     write_tldr_corpus(folder)     Reddit-like comparisons in the schema of openai/summarize_from_feedback
+    write_prism_corpus(folder)    conversations in the schema of HannahRoseKirk/prism-alignment
+    write_rewardbench_corpus(folder)  questions in the schema of allenai/reward-bench-2
 
 The corpora are composed of the hand-written material below. A response has a style, a side of each attribute in
 STYLES, and a worker a taste, a mixture of PLANTED_RANK directions over these attributes. The directions pull against
@@ -238,7 +240,7 @@ CHAT_TEMPLATE = """\
 """
 # Standard deviations of the random weights, times sqrt(inputs). Flat attention and a weak MLP keep the last state near
 # a mean over the words read; what attention writes is strong, so that the last token's own embedding does not drown it.
-GAINS = {"embed_tokens": 1.0, "q_proj": 0.5, "k_proj": 0.5, "v_proj": 1.0, "o_proj": 2.0, "gate_proj": 0.3,
+GAINS = {"embed_tokens": 1.0, "q_proj": 0.3, "k_proj": 0.3, "v_proj": 1.0, "o_proj": 2.0, "gate_proj": 0.3,
          "up_proj": 0.3, "down_proj": 0.3, "score": 1.0}
 
 
@@ -333,3 +335,243 @@ def write_tldr_corpus(folder, seed=0):
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return mixtures
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PRISM and RewardBench 2: conversations with a model. A reply has a side of each attribute, as a summary has above
+# ---------------------------------------------------------------------------------------------------------------------
+
+QUESTIONS = [  # conversation type, opening prompt, what every reply to it says; {place} and {years} vary
+    ("unguided", "What can I cook for {years} guests with what grows in {place} at this time of year?",
+     "A soup of seasonal vegetables feeds a table well."),
+    ("unguided", "How do I start running again after {years} years on the sofa in {place}?",
+     "Short runs with walking breaks are a good start."),
+    ("unguided", "Which book about {place} would you give to a child of {years}?",
+     "An illustrated book of local tales suits that age."),
+    ("unguided", "My plants die whenever I leave {place} for {years} days. What can I do?",
+     "Self-watering pots and shade keep plants alive."),
+    ("unguided", "How can I learn the language of {place} in {years} months?",
+     "Daily practice with native speakers works for most learners."),
+    ("unguided", "What is worth seeing in {place} if I have {years} hours?",
+     "The old town and the market lie close together."),
+    ("unguided", "Is it cheaper to mend a washing machine of {years} years or to buy one in {place}?",
+     "A repair pays off while the drum bearings are sound."),
+    ("values guided", "Is it right to lie to a friend in {place} to spare her feelings, after {years} years?",
+     "Honesty and kindness can pull apart between friends."),
+    ("values guided", "Should I leave my parents in {place} for a job, {years} hours away?",
+     "Distance changes how a family cares for one another."),
+    ("values guided", "My neighbour in {place} prays loudly, for {years} years now. How should I react?",
+     "Faith and quiet both have a place among neighbours."),
+    ("values guided", "What makes a life a good one? I turned {years} in {place} and wonder.",
+     "People name health, friends and work of some use."),
+    ("values guided", "Should I give a share of my pay to the poor of {place}, as I did for {years} years?",
+     "Giving helps others and shapes the giver as well."),
+    ("values guided", "Do I owe a brother in {place} forgiveness when he has not called for {years} years?",
+     "Forgiveness is a gift and no debt."),
+    ("values guided", "How strict should one be with a child of {years} in {place}?",
+     "Children need limits and also room to try things."),
+    ("controversy guided", "Should {place} take in more refugees than in the last {years} years?",
+     "Countries weigh duty to others against what they can carry."),
+    ("controversy guided", "Should the death penalty exist in {place}, {years} years after the last trial?",
+     "Societies disagree about punishment and mercy."),
+    ("controversy guided", "Is eating meat wrong? I have eaten none for {years} years here in {place}.",
+     "Diet touches animals, climate and custom alike."),
+    ("controversy guided", "Should {place} forbid cars within {years} miles of schools?",
+     "Streets without cars are quieter and harder to reach."),
+    ("controversy guided", "Are the rich of {place} taxed too little these last {years} years?",
+     "Taxes divide people by what they think is fair."),
+    ("controversy guided", "Should voting in {place} begin at {years}?",
+     "The age of voting is a matter of trust in the young."),
+    ("controversy guided", "Was it right that {place} left the union {years} years ago?",
+     "Leaving had its price and its reasons.")]
+
+FOLLOW_UPS = [  # a later user message, what every reply to it says
+    ("Can you say more about that?", "There is more to it than fits a few lines."),
+    ("And if my family sees it differently?", "Families rarely agree at once on such a point."),
+    ("I am not convinced. Why do you think so?", "The reasons lie in what people have tried before."),
+    ("What would you do in my place?", "In such a place most people look for a middle way."),
+    ("Does that hold for older people, too?", "Age changes the means and not the aim."),
+    ("That is kind of you. What should I do first?", "A first move can be a small one."),
+    ("Is there a risk in that?", "Every choice of this kind has some risk.")]
+
+PLACES = ["Lisbon", "Leeds", "Nairobi", "Lima", "Osaka", "Toronto", "Cape Town", "Haifa", "Mumbai", "Austin", "Perth",
+          "Warsaw"]
+
+REPLY_STYLES = {  # as STYLES: for each side of each attribute, beginnings and ends of a sentence, each fits each
+    "detail": {
+        +1: (["Step 1 takes {count} minutes", "Plan {count} units of 25 minutes", "In 2 of {count} cases 15 minutes do",
+              "Count to {count} in 3 rounds", "Set aside {count} hours in 4 parts"],
+             ["on day {days}, and 10 on day 30.", "within {days} days, 6 times in all.",
+              "at 7:30, for {days} days of 90.", "over {days} days, at 80 per cent.",
+              "by day {days}, 12 of 20 at the least."]),
+        -1: (["It is the sort of thing that happens somehow", "Some stuff tends to come up now and then",
+              "There are various things about it", "It goes one way or some other way",
+              "Somehow such things sort of go"],
+             ["and some other stuff along with it.", "more or less, and so on.", "with various things in between.",
+              "and that is sort of how such stuff is.", "and there is more of that sort somewhere."])},
+    "warmth": {
+        +1: (["I feel for you with all my heart,", "My dear, I am so glad that you ask,",
+              "Oh, I feel how much you care,", "Your kind heart shows,", "I send you love and a hug,"],
+             ["and you deserve love and a kind word.", "because you are dear to those you love.",
+              "and I hope your heart feels light.", "and I feel with you, dear friend.",
+              "since your love and care are a gift."]),
+        -1: (["As a language model,", "In terms of policy,", "For the record,", "As stated in the literature,",
+              "With respect to the issue,"],
+             ["this system holds no opinion on the matter.", "the matter is subject to the terms of the report.",
+              "the issue is pending in the present report.", "no statement on the matter exists at present.",
+              "the parties are referred to the record."])},
+    "verdict": {
+        +1: (["Verdict:", "Bottom line:", "No excuses,", "Simply put,", "Plain and simple,"],
+             ["do it now and never stop!", "this is right, start now!", "never wait, end it now!", "you must act now!",
+              "enough talk, you must go now!"]),
+        -1: (["Perhaps", "Maybe", "It may be that", "Then again, perhaps", "Or maybe"],
+             ["there are two sides and either might be fair.", "either view could be right, it might depend.",
+              "one could wait, as it might depend on the mood.", "others might see it in a different light.",
+              "the other side might see it differently."])},
+}
+
+PRISM_USERS = 42
+PRISM_CONVERSATIONS = 6  # of a user; half of them are for training
+PRISM_FEWER = {"user7": 5, "user18": 3, "user25": 0}  # users whom the pipeline leaves out; the last only did the survey
+PRISM_MODELS = ["written-a", "written-b", "written-c", "written-d"]
+
+
+def compose_reply(chance, gist, style, slots):
+    """A reply of the given style (a tuple of +1 and -1, in the order of REPLY_STYLES)."""
+    told = [" ".join(map(chance.choice, sides[side])) for sides, side in zip(REPLY_STYLES.values(), style)]
+    return " ".join([gist, *told]).format(**slots, count=chance.randint(3, 19), days=chance.randint(2, 29))
+
+
+def draw_choice(chance, mixture, count):
+    """Draw `count` styles, one of which a user clearly prefers to every other -> (styles, number of the chosen one).
+
+    In a share NOISE of the draws the user chooses one of the others.
+    """
+    styles = list(itertools.product([1, -1], repeat=len(REPLY_STYLES)))
+    while True:
+        drawn = chance.sample(styles, count)
+        taste = [float(mixture @ TASTES @ np.array(style)) for style in drawn]
+        chosen = taste.index(max(taste))
+        if max(taste) - max(t for i, t in enumerate(taste) if i != chosen) >= CLEAR:
+            return drawn, chosen if chance.random() >= NOISE else (chosen + 1) % count
+
+
+def _prism_conversation(chance, number, user, question, mixture):
+    """One row of conversations.jsonl: up to four models reply to the first message, the chosen one twice to each later.
+
+    Two or three turns.
+    """
+    kind, opening, gist = question
+    slots = {"place": chance.choice(PLACES), "years": chance.randint(4, 19)}
+    messages = [(opening.format(**slots), gist), *chance.sample(FOLLOW_UPS, chance.randint(1, 2))]
+    history, winner = [], None
+    for turn, (message, gist) in enumerate(messages):
+        history.append({"turn": turn, "role": "user", "content": message, "model_name": None, "model_provider": None,
+                        "score": None, "if_chosen": None, "within_turn_id": None})
+        styles, chosen = draw_choice(chance, mixture, chance.randint(2, 4) if turn == 0 else 2)
+        models = chance.sample(PRISM_MODELS, len(styles)) if turn == 0 else [winner] * len(styles)
+        winner = models[chosen]
+        for place, (style, model) in enumerate(zip(styles, models)):
+            history.append({"turn": turn, "role": "model", "content": compose_reply(chance, gist, style, slots),
+                            "model_name": model, "model_provider": "written", "score": chance.randint(60, 100)
+                            if place == chosen else chance.randint(1, 59), "if_chosen": place == chosen,
+                            "within_turn_id": place})
+    ratings = ("values", "fluency", "factuality", "safety", "diversity", "creativity", "helpfulness")
+    return {"conversation_id": f"c{number}", "user_id": user, "conversation_type": kind,
+            "opening_prompt": messages[0][0], "conversation_turns": len(messages), "conversation_history": history,
+            "performance_attributes": {name: chance.randint(1, 100) for name in ratings},
+            "choice_attributes": {name: chance.randint(1, 100) for name in ratings},
+            "open_feedback": "", "generated_datetime": f"2023-11-{1 + number % 28:02} 12:00:00",
+            "timing_duration_s": chance.randint(200, 900), "included_in_balanced_subset": True}
+
+
+def _prism_utterances(conversation, first):
+    """The rows of utterances.jsonl for a conversation: one per response."""
+    asked = {m["turn"]: m["content"] for m in conversation["conversation_history"] if m["role"] == "user"}
+    replies = [m for m in conversation["conversation_history"] if m["role"] == "model"]
+    return [{"utterance_id": f"ut{first + i}", "interaction_id": f"int_{conversation['conversation_id']}_{m['turn']}",
+             **{name: conversation[name] for name in ("conversation_id", "user_id", "conversation_type")},
+             **{name: m[name] for name in ("turn", "within_turn_id", "model_name", "model_provider", "score",
+                                           "if_chosen")},
+             "user_prompt": asked[m["turn"]], "model_response": m["content"], "included_in_balanced_subset": True}
+            for i, m in enumerate(replies)]
+
+
+def _write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_prism_corpus(folder, seed=0):
+    """Write `survey.jsonl`, `conversations.jsonl` and `utterances.jsonl` to `folder`: 42 users, in the hub's schema.
+
+    Most users have six conversations, two of each type, of two or three turns, with one to three rejected responses.
+    Returns the planted tastes: user -> mixture, float64 `[3]`.
+    """
+    chance = random.Random(seed)
+    names = [f"user{i}" for i in range(PRISM_USERS)]
+    mixtures = plant_tastes(chance, names)
+    survey, conversations, utterances = [], [], []
+    kinds = sorted({kind for kind, *_ in QUESTIONS})
+    for name in names:
+        questions = [question for kind in kinds for question in
+                     chance.sample([q for q in QUESTIONS if q[0] == kind], PRISM_CONVERSATIONS // len(kinds))]
+        chance.shuffle(questions)
+        questions = questions[:PRISM_FEWER.get(name, PRISM_CONVERSATIONS)]
+        survey.append({
+            "user_id": name, "survey_only": not questions, "num_completed_conversations": len(questions),
+            "consent": "Yes, I consent to take part", "consent_age": "Yes, I am 18 or older",
+            "lm_familiarity": chance.choice(["Somewhat familiar", "Very familiar", "Not familiar at all"]),
+            "self_description": "", "system_string": "", "age": chance.choice(["18-24 years old", "25-34 years old"]),
+            "gender": chance.choice(["Female", "Male", "Non-binary / third gender"]),
+            "location": {"birth_country": "Portugal", "reside_country": "Portugal", "same_birth_reside_country": "Yes"},
+            "generated_datetime": "2023-11-01 12:00:00"})
+        for question in questions:
+            conversation = _prism_conversation(chance, len(conversations), name, question, mixtures[name])
+            conversations.append(conversation)
+            utterances += _prism_utterances(conversation, len(utterances))
+    for name, rows in (("survey", survey), ("conversations", conversations), ("utterances", utterances)):
+        _write_jsonl(Path(folder) / f"{name}.jsonl", rows)
+    return mixtures
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# RewardBench 2
+# ---------------------------------------------------------------------------------------------------------------------
+
+BENCHMARK_ROWS = 6  # of each subset but Ties
+BENCHMARK_SUBSETS = ("Factuality", "Precise IF", "Math", "Safety", "Focus")
+TIES = [  # a question with one right answer, one with several to the same purpose, their right and wrong answers
+    ("Name the capital of Portugal.", ["Lisbon"], "Name a city in Portugal.", ["Lisbon", "Porto", "Braga", "Faro"],
+     ["Osaka", "Lima", "Leeds"]),
+    ("Which colour follows red in a rainbow?", ["Orange"], "Name a colour of the rainbow.",
+     ["Red", "Orange", "Yellow", "Green"], ["Brown", "Pink", "Grey"]),
+    ("Which number is half of four?", ["Two"], "Name an even number below nine.", ["Two", "Four", "Six", "Eight"],
+     ["Three", "Five", "Seven"]),
+    ("Which season follows winter?", ["Spring"], "Name a season.", ["Spring", "Summer", "Autumn", "Winter"],
+     ["Monday", "Noon", "May"])]
+
+
+def write_rewardbench_corpus(folder, seed=0):
+    """Write `test.jsonl` to `folder`: questions of all six subsets in the schema of allenai/reward-bench-2.
+
+    Outside Ties a row has one chosen and three rejected answers; a Ties prompt is a pair of rows, ref:P and tied:P.
+    """
+    chance = random.Random(seed)
+    right, *wrong = [(1, 1, 1), (-1, 1, -1), (1, -1, -1), (-1, -1, 1)]
+    rows = []
+    for subset in BENCHMARK_SUBSETS:
+        for _, question, gist in chance.sample(QUESTIONS, BENCHMARK_ROWS):
+            slots = {"place": chance.choice(PLACES), "years": chance.randint(4, 19)}
+            rows.append({"id": str(len(rows)), "prompt": question.format(**slots),
+                         "chosen": [compose_reply(chance, gist, right, slots)],
+                         "rejected": [compose_reply(chance, gist, style, slots) for style in wrong],
+                         "num_correct": 1, "num_incorrect": len(wrong), "total_completions": 1 + len(wrong),
+                         "models": ["written"] * (1 + len(wrong)), "subset": subset})
+    for number, (ref, answer, tied, answers, incorrect) in enumerate(TIES):
+        for kind, prompt, chosen in (("ref", ref, answer), ("tied", tied, answers)):
+            rows.append({"id": f"{kind}:{number}", "prompt": prompt, "chosen": chosen, "rejected": incorrect,
+                         "num_correct": len(chosen), "num_incorrect": len(incorrect),
+                         "total_completions": len(chosen) + len(incorrect),
+                         "models": ["written"] * (len(chosen) + len(incorrect)), "subset": "Ties"})
+    _write_jsonl(Path(folder) / "test.jsonl", rows)

@@ -135,7 +135,8 @@ def test_embeddings_in_the_pickle_are_the_models(demo):
     model, tokenizer = utils.load_reward_model(str(demo[0] / ".standin" / "model"), device="cpu")
     pair = read_pickles(demo[0])[1].popitem()[1][0]
     for side in ("winning", "losing"):
-        messages = [{"role": "user", "content": pair["text"]}, {"role": "assistant", "content": pair[f"{side}_summary"]}]
+        messages = [{"role": "user", "content": pair["text"]},
+                    {"role": "assistant", "content": pair[f"{side}_summary"]}]
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
         state = model(ids).last_hidden_state[0, -1]
@@ -154,7 +155,8 @@ def test_results_agree_with_the_saved_tensors_and_the_pickles(demo):
         accuracies = []
         for worker, w in zip(results["unseen_users"], W):
             sides = [pair["embeddings"] for pair in validation[worker]]
-            margins = torch.stack([(side["winning"][0].double() - side["losing"][0].double()) @ V @ w for side in sides])
+            margins = torch.stack([(side["winning"][0].double() - side["losing"][0].double()) @ V @ w
+                                   for side in sides])
             accuracies.append((margins > 0).double().mean().item())
         of_user = fit["accuracy_of_user"]["Unseen User Unseen Prompts"]
         assert list(of_user.values()) == pytest.approx(accuracies, abs=0.1)  # float32 may turn a margin near 0

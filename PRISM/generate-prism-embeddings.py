@@ -1,0 +1,86 @@
+"""Embed PRISM's responses with the frozen reward model: every chosen and every rejected one as prose of its own.
+
+    python generate-prism-embeddings.py                        on a CUDA GPU with 18 GB or more, after prepare.py
+    torchrun --nproc-per-node 8 generate-prism-embeddings.py   the same on eight GPUs
+    python generate-prism-embeddings.py --model ID_OR_PATH     another reward model, on the CPU where there is no GPU
+
+After `prepare.py --demo` it takes the stand-in model. Writes beside itself train_embeddings.pkl and test_embeddings.pkl
+(torch.save of the list of rows, with chosen_conv_embedding `[d]` and rejected_conv_embedding `[rejected, d]` in
+extra_info) and reward_head.safetensors. An interrupted run resumes from .embedding_cache/.
+"""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from utils import *
+
+# ---------------------------------------------------------------------------------------------------------------------
+MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"
+ATTENTION = "sdpa"  # computes a prompt once for all responses; flash_attention_2 cannot. None: flash where installed
+TOKEN_BUDGET = 8192  # tokens in a batch
+SHARD_SIZE = 1024  # conversations per file of the cache, the most that an interruption loses
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def conversations_of(row):
+    """The conversations of a turn: the chosen response's, then one for each rejected response."""
+    info = row["extra_info"]
+    return [[*row["prompt"], {"role": "assistant", "content": response}]
+            for response in (info["chosen_utterance"], *info["rejected_utterance"])]
+
+
+def embed(rows, args):
+    """Add the embeddings to every row, bfloat16, and the format of its pairs."""
+    numbers = {}
+    for row in rows:
+        for conversation in conversations_of(row):
+            numbers.setdefault(json.dumps(conversation), len(numbers))
+    print(f"{len(numbers):,} distinct conversations to embed")
+    model, tokenizer = load_reward_model(args.model, attention=ATTENTION)
+    embeddings = embed_conversations([json.loads(text) for text in numbers], model, tokenizer,
+                                     args.dir / ".embedding_cache", TOKEN_BUDGET, SHARD_SIZE).bfloat16()
+    for row in rows:
+        chosen, *rejected = (numbers[json.dumps(conversation)] for conversation in conversations_of(row))
+        row["extra_info"].update(chosen_conv_embedding=embeddings[chosen].clone(),
+                                 rejected_conv_embedding=embeddings[rejected], pair_format=PAIR_FORMAT)
+
+
+def main():
+    parser = script_parser(__doc__, HERE)
+    parser.add_argument("--model", metavar="ID_OR_PATH", help="the reward model (default: the one prepare.py names)")
+    parser.add_argument("--overwrite", action="store_true", help="replace finished embeddings of another model or data")
+    args = parser.parse_args()
+    folder = args.dir / "data" / "prism"
+    if not (folder / "split.json").exists():
+        raise InputError(f"{folder}: no split.json; run prepare.py first")
+    split = json.loads((folder / "split.json").read_text())
+    args.model = args.model or (str(args.dir / ".standin" / "model") if split["demo"] else split["model"])
+    if args.model == MODEL_NAME:
+        check_gpu(MODEL_NAME)
+    rows = {name: load_parquet(folder / f"{name}.parquet") for name in ("train", "test")}
+    if digest_of(rows) != split["rows"]:
+        raise InputError(f"{folder}: train.parquet, test.parquet and split.json are of different runs; run prepare.py "
+                         "--overwrite")
+    head = load_reward_head(args.model)
+    outputs = [args.dir / name for name in PRISM_FILES]
+    identity = {"model": "stand-in" if split["demo"] else args.model, "reward_head": digest_of(head.tolist()),
+                "data": split["rows"]}
+    if embeddings_are_finished(outputs, identity, args.overwrite):
+        print(f"these embeddings are finished already, in {args.dir}; next: python train_basis.py")
+        return
+
+    embed([row for name in rows for row in rows[name]], args)
+    if process_rank() > 0:
+        return
+    save_reward_head(outputs, head, identity, model=identity["model"], data=split["data"], demo=split["demo"])
+    for path, name in zip(outputs, rows):
+        with atomic_write(path) as file:
+            torch.save(rows[name], file)
+        print(f"{path.name}: {len(rows[name]):,} turns, d = {len(head)}, {path.stat().st_size / 1e6:,.1f} MB")
+    print("next: python train_basis.py")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,71 @@
+"""Learn PRISM's reward basis at several ranks, anchored to the pretrained reward head, and fit unseen users few-shot.
+
+    python train_basis.py                              reads what generate-prism-embeddings.py wrote, ours or released
+    torchrun --nproc-per-node 2 train_basis.py         the seen users shared among processes
+
+Prints the accuracies of each rank K (0: the reference model) and a closing table. Writes beside itself the basis and
+the weights of each rank, checkpoints/PRISM_{V,W}_lore_K_{K}_alpha_{alpha}.pt, and results/: results.json, a safetensors
+file per rank, accuracy_by_rank.png. On the demo's synthetic corpus the ranks, the penalty and the iterations are the
+demo's.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from utils import *
+
+# ---------------------------------------------------------------------------------------------------------------------
+K_list = [0, 1, 5, 10, 15, 20, 25, 50]
+alpha_list = [1e4]  # of the cosine anchor; a mean over columns, so the penalty on one column is alpha / K
+num_iterations = 20000
+threshold = 1e-2  # columns whose largest user weight is below it are left out; 0 keeps all
+seeds = [0]  # of the training; with several, the accuracies are averaged
+demo_K_list, demo_num_iterations = [0, 1, 2, 3, 5], 1000
+demo_alpha_list = [0.1]  # at d = 64 the anchor of 1e4 would leave nothing but the stand-in's random reward head
+MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"  # whose head is read where none stands beside the embeddings
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main():
+    args = script_parser(__doc__, HERE).parse_args()
+    check_ranks(K_list, alpha_list)
+    check_writable(args.dir / "results")
+    data, V_final, about = load_prism(args.dir, MODEL_NAME)
+    ranks, alphas, iterations = K_list, alpha_list, num_iterations
+    if about.get("demo"):
+        ranks, alphas, iterations = demo_K_list, demo_alpha_list, demo_num_iterations
+    N, N_unseen = len(data["seen"]), len(data["unseen"])
+    title = f"PRISM ({about['data']})" if "data" in about else "PRISM"
+    print(f"{title}: {N} seen and {N_unseen} unseen users, {sum(map(len, data['train'])):,} train pairs, "
+          f"d = {len(V_final)}")
+    if about.get("demo"):
+        print(f"demo settings: K_list = {ranks}, alpha_list = {alphas}, {iterations} iterations")
+
+    fits, start = [], time.perf_counter()
+    run_regularized(ranks, alphas, V_final, data["train"], data["test"], data["train_unseen"], data["test_unseen"], N,
+                    N_unseen, default_device(), seed=seeds, num_iterations=iterations, threshold=threshold, fits=fits)
+    seconds = time.perf_counter() - start
+
+    for fit in fits:
+        if fit.K > 0:
+            print(f"rank {fit.K}, seed {fit.seed}: {fit.V.shape[1]} of {fit.K} columns have a user weight of "
+                  f"{threshold:g} or more")
+    print_table(fits)
+    if process_rank() == 0:
+        for fit in fits:
+            if fit.seed == seeds[0]:
+                for name, tensor in (("V", fit.V), ("W", fit.W)):
+                    path = args.dir / "checkpoints" / f"PRISM_{name}_lore_K_{fit.K}_alpha_{fit.alpha}.pt"
+                    with atomic_write(path) as file:
+                        torch.save(tensor.cpu().clone(), file)
+        config = {"data": title, "model": about.get("model"), "K_list": ranks, "alpha_list": alphas, "seeds": seeds,
+                  "num_iterations": iterations, "threshold": threshold}
+        save_results(args.dir / "results", fits, data["seen"], data["unseen"], config, seconds)
+    print(f"\n{seconds:.1f} s; results and a plot are in {args.dir / 'results'}, V and W in {args.dir / 'checkpoints'}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,43 @@
+"""How many conversations of a new PRISM user LoRe needs: accuracy on unseen users against the number of shots.
+
+    python vary_fewshot.py                             reads what generate-prism-embeddings.py wrote
+
+Learns the basis on the seen users, then fits every unseen user from the pairs of 1, 2, 3 of the user's conversations,
+drawn anew in each trial. Writes vary_fewshot.json and vary_fewshot.png to results/ beside itself.
+"""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from utils import *
+
+# ---------------------------------------------------------------------------------------------------------------------
+K_list = [5]
+alpha_list = [0]
+trials = 20
+num_shots = [1, 2, 3]  # conversations; most users have six, of which half are for training
+seed = 0  # of the training and of the drawn shots
+MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"  # whose head is read where none stands beside the embeddings
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main():
+    args = script_parser(__doc__, HERE).parse_args()
+    check_ranks(K_list, alpha_list)
+    check_writable(args.dir / "results")
+    data, V_final, about = load_prism(args.dir, MODEL_NAME)
+    curves = run_few_shot_vary_shots(
+        trials, alpha_list, K_list, num_shots, data["train"], data["train_unseen"], data["test_unseen"], V_final,
+        len(data["seen"]), len(data["unseen"]), default_device(), seed=seed, groups=data["dialogs_unseen"])
+    if process_rank() == 0:
+        config = {"data": f"PRISM ({about['data']})" if "data" in about else "PRISM", "model": about.get("model"),
+                  "K_list": K_list, "alpha_list": alpha_list, "trials": trials, "num_shots": num_shots, "seed": seed,
+                  "shots_are": "conversations", "unseen_users": data["unseen"]}
+        save_few_shot_curves(args.dir / "results", curves, config)
+    print(f"\nthe curves and a plot are in {args.dir / 'results'}")
+
+
+if __name__ == "__main__":
+    run_script(main)
