@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_dumps
-from torch.nn.functional import embedding_bag, logsigmoid
+from torch.nn.functional import embedding_bag, logsigmoid, pad
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -64,9 +64,12 @@ def run_script(main):
     except InputError as error:
         message = str(error)
     except KeyboardInterrupt:
-        message = "interrupted: finished files and embeddings are kept, run the same command again to resume"
+        message = "interrupted: finished files and embeddings are kept; run the same command again, it resumes there"
     except torch.cuda.OutOfMemoryError as error:
         message = f"the GPU's memory is full ({error}); free it, or lower the sizes at the top of the script"
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
     except OSError as error:
         message = f"{error.filename or 'a file'}: {error.strerror or error}; free or choose another place and run again"
     print("error:", " ".join(message.split()), file=sys.stderr)
@@ -181,7 +184,8 @@ def load_pickle(path):
     except (IsADirectoryError, PermissionError) as error:
         raise InputError(f"{path}: {error.strerror}; give a file that can be read") from None
     except Exception as error:  # a damaged pickle raises nearly anything
-        remedy = "do not trust this file" if "refused" in str(error) else "it is truncated or no pickle; write it again"
+        remedy = "do not trust this file" if "refused" in str(error) else ("it is truncated or no pickle; write it "
+                                                                              "again with --overwrite")
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path}: {reason}; {remedy}") from None
 
@@ -273,7 +277,10 @@ def _checkpoint_file(model_name, filename):
 def _checkpoint_shards(model_name):
     """tensor name -> file name, or None where the checkpoint is a single safetensors file."""
     index = _checkpoint_file(model_name, "model.safetensors.index.json")
-    return json.loads(Path(index).read_text())["weight_map"] if index else None
+    try:
+        return json.loads(Path(index).read_text())["weight_map"] if index else None
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{index}: not a checkpoint's index ({error}); download it again") from None
 
 
 def load_reward_head(model_name):
@@ -312,8 +319,11 @@ def _check_fits_memory(model_name, dtype):
              (sorted(set(shards.values())) if shards else ["model.safetensors"])]
     parameters = 0
     for path in filter(None, files):
-        with safe_open(path, "pt") as file:
-            parameters += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+        try:
+            with safe_open(path, "pt") as file:
+                parameters += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+        except SafetensorError as error:
+            raise InputError(f"{path}: not a complete safetensors file ({error}); download it again") from None
     needed = parameters * torch.finfo(dtype).bits // 8
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > 0.8 * memory:
@@ -346,8 +356,10 @@ def load_reward_model(model_name, device=None, attention=None, dtype=None, token
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or model_name, trust_remote_code=trust_remote_code)
         model = AutoModel.from_pretrained(model_name, torch_dtype=dtype, attn_implementation=attention,
                                           trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"model {model_name}: cannot be loaded ({str(error).splitlines()[0]}); "
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # files missing, damaged or of different models: a class of its own for each
+        raise InputError(f"model {model_name}: cannot be loaded ({str(error) or type(error).__name__}); "
                          "check the name, the network and that it holds a model and a tokenizer") from None
     finally:
         logging.set_verbosity(verbosity)
@@ -459,7 +471,10 @@ def tokenize_conversations(conversations, tokenizer):
 
     The template already writes the special tokens, so the tokenizer must not add its own a second time.
     """
-    texts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=False) for c in conversations]
+    try:
+        texts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=False) for c in conversations]
+    except Exception as error:  # the template is the checkpoint's program
+        raise InputError(f"the model's chat template cannot format these conversations ({error})") from None
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
@@ -681,6 +696,13 @@ def digest_of(content):
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
+def _about(head):
+    """What a reward head's file says of itself; nothing where it is missing or damaged."""
+    with contextlib.suppress(InputError):
+        return load_tensors(head)[1] if head.exists() else {}
+    return {}
+
+
 def embeddings_are_finished(outputs, identity, overwrite):
     """Whether the files `outputs` already hold the embeddings of this model and data.
 
@@ -691,7 +713,7 @@ def embeddings_are_finished(outputs, identity, overwrite):
     if not existing or overwrite:
         return False
     head = existing[0].with_name(HEAD_FILE)
-    about = load_tensors(head)[1] if head.exists() else {}
+    about = _about(head)
     if about.get("identity") != identity:
         held = ", ".join(f"{key} {about.get(key, 'unknown')}" for key in ("model", "data"))
         raise InputError(f"{existing[0]} holds finished embeddings of other rows or another model ({held}); "
@@ -705,7 +727,7 @@ def save_reward_head(outputs, head, identity, **about):
     Removes outputs of another identity first, so that never a head stands beside embeddings of another model.
     """
     path = outputs[0].with_name(HEAD_FILE)
-    if not path.exists() or load_tensors(path)[1].get("identity") != identity:
+    if _about(path).get("identity") != identity:
         for output in outputs:
             output.unlink(missing_ok=True)
     save_tensors(path, {"reward_head": head}, identity=identity, **about)
@@ -907,6 +929,9 @@ def create_dataset_tldr(train, validation, train_pairs, unseen_pairs, seed=0, le
     def kept(file):
         return set(sorted(file, key=lambda worker: (len(file[worker]), worker))[leave_out:])
 
+    for name, most in (("train_pairs", train_pairs), ("unseen_pairs", unseen_pairs)):
+        if type(most) is not int or most < 1:
+            raise InputError(f"{name} = {most!r}: give a whole number from 1")
     workers = sorted(kept(train) & kept(validation))
     if len(workers) < 2:
         raise InputError(f"{len(workers)} workers are in both the train and the validation file (after the {leave_out} "
@@ -1092,8 +1117,16 @@ class Member:
         return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
+def check_list(name, values):
+    """Raise InputError unless a setting is a list of one or more values."""
+    if np.ndim(values) != 1 or len(values) == 0:
+        raise InputError(f"{name} = {values!r}: give a list of one value or more")
+
+
 def check_ranks(K_list, alpha_list):
     """Raise InputError unless K_list holds distinct whole numbers from 0 and alpha_list numbers from 0."""
+    check_list("K_list", K_list)
+    check_list("alpha_list", alpha_list)
     for K in K_list:
         if isinstance(K, bool) or not isinstance(K, (int, np.integer)) or K < 0:
             raise InputError(f"K_list: {K!r} is no rank; give whole numbers from 0")
@@ -1147,7 +1180,8 @@ class _Likelihood:
 
     def gradient_of_basis(self, X, w, residuals):
         """Derivative of the loss by V, as rows: (C, d)."""
-        return (residuals * w[self.user]).T @ X
+        by_score = pad(residuals * w[self.user], (0, -w.shape[1] % 16))  # as many columns as in fit_basis
+        return (by_score.T @ X)[:w.shape[1]]
 
 
 def _squared_distance_gradient(V, V_sft, member_alpha, sizes):
@@ -1182,16 +1216,19 @@ def _threads_for(numbers):
 def _descend(likelihood, W, num_iterations, learning_rate, X=None, V=None, S=None, penalty=None, alternating=False):
     """Adam on the logits W and, unless the scores S are given as constants, on the basis V; both are changed in place.
 
-    penalty(V, t) is the gradient of the penalty on V. Alternating: in each iteration one step on W, then one on V
-    that sees the new W; V does not move in the first, so both share one X V.
+    V may have rows of zeros behind its C rows; they stay as they are. penalty(V, t) is the gradient of the penalty on
+    V. Alternating: in each iteration one step on W, then one on V that sees the new W; V does not move in the first,
+    so both share one X V.
     """
-    adam_W = torch.optim.Adam([W], lr=learning_rate)
-    adam_V = torch.optim.Adam([V], lr=learning_rate) if S is None else None
     frozen = S is not None
+    adam_W = torch.optim.Adam([W], lr=learning_rate)
+    if not frozen:
+        wide, V = V, V[:W.shape[1]]
+        adam_V = torch.optim.Adam([V], lr=learning_rate)
     bar = progress_bar("few-shot" if frozen else "training", num_iterations, unit="it", leave=False)
     with bar, _threads_for((S if frozen else X).numel()):
         for t in range(num_iterations):
-            S = S if frozen else X @ V.T  # (M, C)
+            S = S if frozen else (X @ wide.T)[:, :len(V)]  # (M, C)
             w = likelihood.weights(W)
             residuals = likelihood.residuals(S, w)
             W.grad = likelihood.gradient_of_logits(S, w, residuals)
@@ -1231,6 +1268,7 @@ def fit_basis(features, members, V_sft, num_iterations, learning_rate, regulariz
         W.append((torch.rand if regularized else torch.randn)(N, member.K, generator=generator))
         V.append(torch.randn(member.K, d, generator=generator))
     W, V = torch.cat(W, 1)[mine].to(device), torch.cat(V).to(device)  # (N, C), (C, d): rows are read fastest
+    V = pad(V, (0, 0, 0, -len(V) % 16))  # a product with 16 columns takes less time than one with 15 or 5
     if any(member.alpha for member in members) and V_sft is None:
         raise InputError("alpha is not 0 and V_sft is None; give the reward head [d, 1]")
     reference = (torch.zeros(d) if V_sft is None else V_sft).to(device, torch.float32).reshape(1, -1)
@@ -1253,7 +1291,7 @@ def fit_basis(features, members, V_sft, num_iterations, learning_rate, regulariz
     w[mine] = likelihood.weights(W)
     if process_count() > 1:
         dist.all_reduce(w)
-    return [(w_k, V_k.T) for w_k, V_k in zip(w.split(sizes, 1), V.split(sizes))]
+    return [(w_k, V_k.T) for w_k, V_k in zip(w.split(sizes, 1), V[:w.shape[1]].split(sizes))]
 
 
 def _scores(features, V):
@@ -1579,6 +1617,9 @@ def run_few_shot_vary_shots(trials, alpha_list, K_list, num_shots, train_feature
     deviation over trials of the few-shot train accuracy, then of the accuracy on unseen users' unseen prompts.
     """
     check_ranks(K_list, alpha_list)
+    check_list("num_shots", num_shots)
+    if np.ndim(seed) != 0:
+        raise InputError(f"seed = {seed!r}: give one whole number from 0")
     for shots in [trials, *num_shots]:
         if not isinstance(shots, (int, np.integer)) or shots < 1:
             raise InputError(f"trials or num_shots: {shots!r} is not a whole number from 1")
@@ -1641,7 +1682,7 @@ def save_results(folder, fits, user_ids, unseen_user_ids, config, seconds):
     entries = []
     several = {field: len({getattr(fit, field) for fit in fits}) > 1 for field in ("alpha", "seed")}
     for fit in fits:
-        name = f"K_{fit.K}" + "".join(f"_{f}_{getattr(fit, f):g}" for f in ("alpha", "seed") if several[f])
+        name = f"K_{fit.K}" + "".join(f"_{f}_{getattr(fit, f)}" for f in ("alpha", "seed") if several[f])
         save_tensors(folder / f"{name}.safetensors", {"V": fit.V, "W": fit.W, "W_unseen": fit.W_unseen}, K=fit.K,
                      alpha=fit.alpha, seed=fit.seed, users=user_ids, unseen_users=unseen_user_ids)
         entries.append({

@@ -32,8 +32,8 @@ MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"  # whose head is read wh
 def main():
     args = script_parser(__doc__, HERE).parse_args()
     check_ranks(K_list, alpha_list)
-    check_writable(args.dir / "results")
     data, V_final, about = load_prism(args.dir, MODEL_NAME)
+    check_writable(args.dir / "results")
     ranks, alphas, iterations = K_list, alpha_list, num_iterations
     if about.get("demo"):
         ranks, alphas, iterations = demo_K_list, demo_alpha_list, demo_num_iterations

@@ -26,8 +26,8 @@ MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"  # whose head is read wh
 def main():
     args = script_parser(__doc__, HERE).parse_args()
     check_ranks(K_list, alpha_list)
-    check_writable(args.dir / "results")
     data, V_final, about = load_prism(args.dir, MODEL_NAME)
+    check_writable(args.dir / "results")
     curves = run_few_shot_vary_shots(
         trials, alpha_list, K_list, num_shots, data["train"], data["train_unseen"], data["test_unseen"], V_final,
         len(data["seen"]), len(data["unseen"]), default_device(), seed=seed, groups=data["dialogs_unseen"])

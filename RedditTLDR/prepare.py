@@ -58,11 +58,15 @@ def comparisons_by_worker(rows, limit=None):
             post, choice, worker = row["info"]["post"], row["choice"], row["worker"]
             summaries = [summary["text"] for summary in row["summaries"]]
         except (KeyError, TypeError) as error:
-            raise InputError(f"{where}: no column {error}; the hub's schema has info.post, summaries, choice and "
-                             "worker") from None
-        if type(choice) is not int or choice not in (0, 1) or len(summaries) != 2 or worker is None:
+            raise InputError(f"{where}: a column is missing or of another kind ({error}); the hub's schema has "
+                             "info.post, summaries with text, choice and worker") from None
+        if type(choice) is not int or choice not in (0, 1) or len(summaries) != 2 or not isinstance(worker, str):
             raise InputError(f"{where}: choice {choice!r}, {len(summaries)} summaries, worker {worker!r}; needed are "
-                             "choice 0 or 1, two summaries and a worker")
+                             "choice 0 or 1, two summaries and a worker's name")
+        try:
+            "".join(text or "" for text in (post, *summaries)).encode()
+        except (TypeError, UnicodeEncodeError) as error:
+            raise InputError(f"{where}: a post or a summary is no Unicode text ({error}); repair it") from None
         if not all(isinstance(text, str) and text.strip() for text in (post, *summaries)):
             dropped += 1
             continue
@@ -100,7 +104,8 @@ def main():
         print(f"{name}: {sum(map(len, by_worker.values())):,} comparisons by {len(by_worker)} workers, "
               f"{dropped:,} rows without a post or a summary dropped")
         if not by_worker:
-            raise InputError(f"the {name} split has no usable row; every post or summary is null or empty")
+            raise InputError(f"{args.data or DATASET}: the {name} split has no usable row, {dropped:,} have no post or no "
+                             "summary; give a file with comparisons")
         splits.append(by_worker)
     head = load_reward_head(args.model)
     outputs = [args.dir / name for name in TLDR_FILES]

@@ -29,8 +29,8 @@ MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"  # whose head is read wh
 def main():
     args = script_parser(__doc__, HERE).parse_args()
     check_ranks(K_list, alpha_list)
-    check_writable(args.dir / "results")
     train, validation, V_final, about = load_tldr(args.dir, MODEL_NAME)
+    check_writable(args.dir / "results")
     data = create_dataset_tldr(train, validation, train_pairs, few_shot_pairs, split_seed)
     del train, validation
     N, N_unseen = len(data["seen"]), len(data["unseen"])
@@ -39,9 +39,7 @@ def main():
           f"d = {len(V_final)}")
 
     fits, start = [], time.perf_counter()
-    (train_accuracies_joint, seen_user_unseen_prompts_accuracies_joint, few_shot_train_accuracies_few_shot,
-     unseen_user_unseen_prompts_accuracies_few_shot, *_) = run(
-        K_list, alpha_list, V_final, data["train"], data["test"], data["train_unseen"], data["test_unseen"],
+    run(K_list, alpha_list, V_final, data["train"], data["test"], data["train_unseen"], data["test_unseen"],
         N, N_unseen, default_device(), seed=seeds, fits=fits)
     seconds = time.perf_counter() - start
 

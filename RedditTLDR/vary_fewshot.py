@@ -29,8 +29,8 @@ MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"  # whose head is read wh
 def main():
     args = script_parser(__doc__, HERE).parse_args()
     check_ranks(K_list, alpha_list)
-    check_writable(args.dir / "results")
     train, validation, V_final, about = load_tldr(args.dir, MODEL_NAME)
+    check_writable(args.dir / "results")
     data = create_dataset_tldr(train, validation, train_pairs, unseen_pairs, split_seed)
     del train, validation
     curves = run_few_shot_vary_shots(
