@@ -64,7 +64,7 @@ def run_script(main):
     except InputError as error:
         message = str(error)
     except KeyboardInterrupt:
-        message = "interrupted: finished files and embeddings are kept; run the same command again, it resumes there"
+        message = "interrupted: finished files and embeddings are kept, run the same command again to resume"
     except torch.cuda.OutOfMemoryError as error:
         message = f"the GPU's memory is full ({error}); free it, or lower the sizes at the top of the script"
     except BrokenPipeError:  # the reader of our output has seen enough
