@@ -1,6 +1,6 @@
 """How much faster the training engine of utils.py is than a plain loop over users, and how much memory `run` takes.
 
-    python tests/benchmarks/bench_training.py             all sections, about 5 minutes on 2 cores
+    python tests/benchmarks/bench_training.py             all sections, about 10 minutes on 2 cores
     python tests/benchmarks/bench_training.py memory run  only these; of memory, run, training, few-shot, seeds, prism
 
 Prints a line per figure: seconds of ours and of the plain loop, their ratio (the median of the repeats, and the
