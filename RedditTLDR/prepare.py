@@ -104,8 +104,8 @@ def main():
         print(f"{name}: {sum(map(len, by_worker.values())):,} comparisons by {len(by_worker)} workers, "
               f"{dropped:,} rows without a post or a summary dropped")
         if not by_worker:
-            raise InputError(f"{args.data or DATASET}: the {name} split has no usable row, {dropped:,} lack a post or a "
-                             "summary; give a file with comparisons")
+            raise InputError(f"{args.data or DATASET}: the {name} split has no usable row, {dropped:,} lack a post or "
+                             "a summary; give a file with comparisons")
         splits.append(by_worker)
     head = load_reward_head(args.model)
     outputs = [args.dir / name for name in TLDR_FILES]

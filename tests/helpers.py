@@ -1,6 +1,7 @@
 """What several test files share: users to train on, the errors a user sees, code in a process of its own."""
 
 import contextlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -70,3 +71,29 @@ def outcome(process, timeout=120):
     """(exit status, stdout, stderr) of a process that `fresh_process` started."""
     out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err
+
+
+def load_script(folder, name):
+    """A fresh module of a script in a folder of the repository, so that a test can set its constants."""
+    spec = importlib.util.spec_from_file_location(f"{folder}_{name}".replace("-", "_"), ROOT / folder / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(monkeypatch, module, *arguments):
+    """Call a script's main with a command line, as `python script.py` does."""
+    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
+    utils.run_script(module.main)
+
+
+def refused(monkeypatch, capsys, module, arguments, *named):
+    """The script ends with status 2 and one line on stderr that contains each of the strings."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, module, *arguments)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "it/s" not in line]
+    assert stop.value.code == 2
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    for name in named:
+        assert str(name) in lines[0]

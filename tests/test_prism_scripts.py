@@ -1,7 +1,7 @@
 """The PRISM scripts as a user runs them: the split, honest pairs, RewardBench 2, and every slip."""
 
 import csv
-import importlib.util
+import functools
 import json
 import math
 import os
@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, fresh_process, outcome
+from helpers import ROOT, call, fresh_process, load_script, outcome, refused
 from safetensors import safe_open
 from standin import PLANTED_RANK, write_prism_corpus, write_rewardbench_corpus
 
@@ -32,30 +32,7 @@ def run_process(*command, cwd):
     return done.stdout
 
 
-def script(name):
-    """A fresh module of one of the scripts, so that a test can set its constants."""
-    spec = importlib.util.spec_from_file_location("prism_" + name.replace("-", "_"), SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def call(monkeypatch, module, *arguments):
-    """Call a script's main with a command line, as `python script.py` does."""
-    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
-    utils.run_script(module.main)
-
-
-def refused(monkeypatch, capsys, module, arguments, *named):
-    """The script ends with status 2 and one line on stderr that contains each of the strings."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        call(monkeypatch, module, *arguments)
-    lines = [line for line in capsys.readouterr().err.splitlines() if "it/s" not in line]
-    assert stop.value.code == 2
-    assert len(lines) == 1 and lines[0].startswith("error: ")
-    for name in named:
-        assert str(name) in lines[0]
+script = functools.partial(load_script, "PRISM")
 
 
 def read_rows(path):

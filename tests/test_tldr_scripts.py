@@ -1,6 +1,6 @@
 """The Reddit TL;DR scripts as a user runs them: whole processes, real text, interruptions and every slip."""
 
-import importlib.util
+import functools
 import json
 import os
 import pickle
@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, call, load_script, refused
 from safetensors import safe_open
 from standin import PLANTED_RANK, build_reward_model, write_tldr_corpus
 
@@ -32,30 +32,7 @@ def run_process(*command, cwd=ROOT, check=True, **environment):
     return done
 
 
-def script(name):
-    """A fresh module of one of the scripts, so that a test can set its constants."""
-    spec = importlib.util.spec_from_file_location(f"tldr_{name}", SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def call(monkeypatch, module, *arguments):
-    """Call a script's main with a command line, as `python script.py` does."""
-    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
-    utils.run_script(module.main)
-
-
-def refused(monkeypatch, capsys, module, arguments, *named):
-    """The script ends with status 2 and one line on stderr that contains each of the strings."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        call(monkeypatch, module, *arguments)
-    lines = [line for line in capsys.readouterr().err.splitlines() if "it/s" not in line]
-    assert stop.value.code == 2
-    assert len(lines) == 1 and lines[0].startswith("error: ")
-    for name in named:
-        assert str(name) in lines[0]
+script = functools.partial(load_script, "RedditTLDR")
 
 
 def read_pickles(folder):

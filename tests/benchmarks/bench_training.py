@@ -248,8 +248,8 @@ def bench_memory(figure, sizes, K_list, allowance, pipeline="run", sliced=False,
 
 
 def memory():
-    print("\nPeak memory of `run` (3 iterations): (peak - allowance) / bytes of features. A tensor per user on its own,\n"
-          "which training copies once; `slices` of one matrix, as the loaders give them, are used in place")
+    print("\nPeak memory of `run` (3 iterations): (peak - allowance) / bytes of features. A tensor per user on its "
+          "own,\nwhich training copies once; `slices` of one matrix, as the loaders give them, are used in place")
     print(f"{'':<48} {'peak':>9} {'features':>9}   {'ratio':<24} target")
     for tests in (TLDR_PAIRS["test"], TLDR_ALL_TEST_PAIRS):
         pairs = {**TLDR_PAIRS, "test": tests, "test_unseen": tests}
@@ -267,9 +267,9 @@ def memory():
 
 
 def run():
-    print_heading(f"`run` as a whole, TL;DR: 2 x {TLDR_USERS} users, K = 1..6, {TLDR_ITERATIONS} + {FEW_SHOT_ITERATIONS} "
-                  "iterations. Ours: measured whole;\nplain: evaluation measured, training and few-shot fits extrapolated "
-                  "from 2 iterations each")
+    print_heading(f"`run` as a whole, TL;DR: 2 x {TLDR_USERS} users, K = 1..6, {TLDR_ITERATIONS} + "
+                  f"{FEW_SHOT_ITERATIONS} iterations. Ours: measured whole;\nplain: evaluation measured, training and few-shot "
+                  "fits extrapolated from 2 iterations each")
     features = tldr_features()
 
     def plain():
@@ -303,8 +303,8 @@ def few_shot():
 
 
 def seeds():
-    print(f"\nFive seeds of the K = 1..6 sweep, TL;DR, ours in both columns: `run` with a tenth of its iterations and the "
-          f"whole\nevaluation\n{'':<48} {'five':>9} {'one':>9}   {'ratio (min .. max)':<24} target", flush=True)
+    print(f"\nFive seeds of the K = 1..6 sweep, TL;DR, ours in both columns: `run` with a tenth of its iterations and "
+          f"the whole\nevaluation\n{'':<48} {'five':>9} {'one':>9}   {'ratio (min .. max)':<24} target", flush=True)
     features = tldr_features()
 
     def part_of_run(seed):
