@@ -268,8 +268,8 @@ def memory():
 
 def run():
     print_heading(f"`run` as a whole, TL;DR: 2 x {TLDR_USERS} users, K = 1..6, {TLDR_ITERATIONS} + "
-                  f"{FEW_SHOT_ITERATIONS} iterations. Ours: measured whole;\nplain: evaluation measured, training and few-shot "
-                  "fits extrapolated from 2 iterations each")
+                  f"{FEW_SHOT_ITERATIONS} iterations. Ours: measured whole;\nplain: evaluation measured, training and "
+                  "few-shot fits extrapolated from 2 iterations each")
     features = tldr_features()
 
     def plain():
