@@ -1180,7 +1180,7 @@ class _Likelihood:
 
     def gradient_of_basis(self, X, w, residuals):
         """Derivative of the loss by V, as rows: (C, d)."""
-        by_score = pad(residuals * w[self.user], (0, -w.shape[1] % 16))  # as many columns as in fit_basis
+        by_score = pad(residuals * w[self.user], (0, -w.shape[1] % 8))  # as many columns as in fit_basis
         return (by_score.T @ X)[:w.shape[1]]
 
 
@@ -1268,7 +1268,7 @@ def fit_basis(features, members, V_sft, num_iterations, learning_rate, regulariz
         W.append((torch.rand if regularized else torch.randn)(N, member.K, generator=generator))
         V.append(torch.randn(member.K, d, generator=generator))
     W, V = torch.cat(W, 1)[mine].to(device), torch.cat(V).to(device)  # (N, C), (C, d): rows are read fastest
-    V = pad(V, (0, 0, 0, -len(V) % 16))  # a product with 16 columns takes less time than one with 15 or 5
+    V = pad(V, (0, 0, 0, -len(V) % 8))  # a product with 8 columns takes less time than one with 5 or 7
     if any(member.alpha for member in members) and V_sft is None:
         raise InputError("alpha is not 0 and V_sft is None; give the reward head [d, 1]")
     reference = (torch.zeros(d) if V_sft is None else V_sft).to(device, torch.float32).reshape(1, -1)
