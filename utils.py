@@ -26,6 +26,7 @@ import os
 import pickle
 import platform
 import random
+import re
 import struct
 import sys
 import tempfile
@@ -37,7 +38,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_dumps
+from safetensors.torch import save_file
 from torch.nn.functional import embedding_bag, logsigmoid, pad
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -107,11 +108,17 @@ def check_writable(folder):
 
 
 def save_tensors(path, tensors, **about):
-    """Write a dict of tensors to a safetensors file, with `about` (JSON values) as its metadata entry of that name."""
-    data = safetensors_dumps({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-                             {"about": json.dumps(about)})  # one entry: several come in an order that varies
+    """Write a dict of tensors to a safetensors file, with `about` (JSON values) as its metadata entry of that name.
+
+    From the tensors' own memory, so no second copy is made of those that lie on the CPU in one piece.
+    """
     with atomic_write(path) as file:
-        file.write(data)
+        try:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file.name,
+                      {"about": json.dumps(about)})  # one entry: several come in an order that varies
+        except SafetensorError as error:
+            code = re.search(r"os error (\d+)", str(error))  # the only trace of a full disk
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) if code else error from None
 
 
 def load_tensors(path):
@@ -394,9 +401,12 @@ class _Row:
 
 
 def _rows_of_shared_prefixes(tokens, prompts, token_budget):
-    """Rows in order of length, longest first; a prompt whose answers exceed the budget gets several rows."""
+    """Rows in order of length, longest first; a prompt whose answers exceed the budget gets several rows.
+
+    tokens: token ids of each conversation; prompts: number of a conversation -> what those that share a prompt share.
+    """
     by_prompt = {}
-    for number, prompt in enumerate(prompts):
+    for number, prompt in prompts.items():
         by_prompt.setdefault(prompt, []).append(number)
     rows = []
     for numbers in by_prompt.values():
@@ -479,11 +489,12 @@ def tokenize_conversations(conversations, tokenizer):
 
 
 def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_budget=8192, shard_size=1024,
-                        max_length=None, truncation_side="left", batch_size=None):
+                        max_length=None, truncation_side="left", batch_size=None, dtype=None):
     """phi of each conversation: the state, after the final norm, of its last token.
 
     conversations: list of lists of {"role", "content"} messages, the last one the response that is judged.
-    model, tokenizer: from `load_reward_model`. Returns a CPU tensor `[n, d]` in the model's dtype.
+    model, tokenizer: from `load_reward_model`. Returns a CPU tensor `[n, d]` of `dtype`, default
+    the model's.
 
     Equal conversations are computed once, and so is the prompt that several responses share: such responses lie behind
     one copy of it in a row, with an attention mask that keeps them apart. flash-attn takes no such mask; with it each
@@ -500,40 +511,37 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
     sequences = tokenize_conversations(conversations, tokenizer)
     if max_length is not None:
         sequences = [ids[-max_length:] if truncation_side == "left" else ids[:max_length] for ids in sequences]
-    numbers, tokens, prompts, which = {}, [], [], []
-    shares_prompts = getattr(model.config, "_attn_implementation", "eager") != "flash_attention_2"
-    for i, sequence in enumerate(sequences):
-        number = numbers.setdefault(tuple(sequence), len(tokens))
-        if number == len(tokens):
-            tokens.append(sequence)
-            prompts.append(json.dumps(conversations[i][:-1]) if shares_prompts else i)
-        which.append(number)
-    longest, limit = max(map(len, tokens)), model.config.max_position_embeddings
-    if min(map(len, tokens)) == 0 or longest > limit:
+    longest, limit = max(map(len, sequences)), model.config.max_position_embeddings
+    if min(map(len, sequences)) == 0 or longest > limit:
         worst = next(i for i, s in enumerate(sequences) if len(s) in (0, longest))
         raise InputError(f"conversation {worst} has {len(sequences[worst])} tokens, the model takes 1 to {limit}; "
                          "leave it out or shorten it")
 
     fingerprint = _fingerprint(model) + hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
-    keys = [hashlib.sha256(f"{fingerprint} {sequence}".encode()).hexdigest() for sequence in tokens]
+    keys = [hashlib.sha256(f"{fingerprint} {sequence}".encode()).hexdigest() for sequence in sequences]
     folder = Path(cache_dir) / hashlib.sha256(fingerprint.encode()).hexdigest()[:16] if cache_dir else None
-    embeddings = torch.empty(len(tokens), model.config.hidden_size, dtype=model.dtype)
-    number_of = {key: n for n, key in enumerate(keys)}
-    missing = set(range(len(tokens)))
+    embeddings = torch.empty(len(keys), model.config.hidden_size, dtype=dtype or model.dtype)
+    first = {}  # key -> number of the first such conversation, the one that is computed
+    for number, key in enumerate(keys):
+        first.setdefault(key, number)
+    distinct = list(first.values())
+    missing = set(distinct)
 
     def read_shards():
         for path in sorted(folder.glob("*.safetensors")):
             tensors, about = load_tensors(path)
             for row, key in enumerate(about["keys"]):
-                if number_of.get(key) in missing:
-                    embeddings[number_of[key]] = tensors["embeddings"][row]
-                    missing.discard(number_of[key])
+                if first.get(key) in missing:
+                    embeddings[first[key]] = tensors["embeddings"][row]
+                    missing.discard(first[key])
 
     if folder:
         check_writable(folder)
         read_shards()
     shards, count = [[]], 0
-    for row in _rows_of_shared_prefixes(tokens, prompts, token_budget):
+    flash = getattr(model.config, "_attn_implementation", "eager") == "flash_attention_2"
+    prompts = {n: n if flash else json.dumps(conversations[n][:-1]) for n in distinct}
+    for row in _rows_of_shared_prefixes(sequences, prompts, token_budget):
         if count >= shard_size:
             shards.append([])
             count = 0
@@ -562,7 +570,9 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
     if ranks > 1:
         dist.barrier()
         read_shards()
-    return embeddings if which == list(range(len(tokens))) else embeddings[which]
+    repeated = sorted(set(range(len(keys))) - set(distinct))
+    embeddings[repeated] = embeddings[[first[keys[n]] for n in repeated]]
+    return embeddings
 
 
 HEAD_FILE = "reward_head.safetensors"
