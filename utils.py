@@ -20,6 +20,7 @@ import gzip
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -89,7 +90,7 @@ def atomic_write(path):
     try:
         with open(part, "wb") as file:
             yield file
-            file.flush()
+        with open(part, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
     except BaseException as error:
@@ -116,6 +117,7 @@ def save_tensors(path, tensors, **about):
         try:
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file.name,
                       {"about": json.dumps(about)})  # one entry: several come in an order that varies
+            os.chmod(file.name, os.fstat(file.fileno()).st_mode)  # the library puts a private file in its place
         except SafetensorError as error:
             code = re.search(r"os error (\d+)", str(error))  # the only trace of a full disk
             raise OSError(int(code[1]), os.strerror(int(code[1]))) if code else error from None
@@ -485,6 +487,11 @@ def tokenize_conversations(conversations, tokenizer):
         texts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=False) for c in conversations]
     except Exception as error:  # the template is the checkpoint's program
         raise InputError(f"the model's chat template cannot format these conversations ({error})") from None
+    for i, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"conversation {i} is no Unicode text ({error}); repair it or leave it out") from None
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
@@ -561,7 +568,7 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
                 parts.append(_forward_within_memory(model, batch))
                 bar.update(sum(map(len, batch)) * ranks)
             states = torch.cat(parts)
-            embeddings[members] = states
+            embeddings[members] = states.to(embeddings.dtype)
             missing.difference_update(members)
             if folder:
                 shard_keys = [keys[m] for m in members]
@@ -869,7 +876,12 @@ def sample_shots(features, shots, generator=None, groups=None):
     return [X[torch.isin(group, kept)] for X, group, kept in zip(features, groups, drawn)]
 
 
-SCORERS = 10  # reward models that score each response of PersonalLLM
+PERSONALLLM = "namkoong-lab/PersonalLLM"
+PERSONALLLM_FILES = ("train.safetensors", "test.safetensors")
+RESPONSES = 8  # to each prompt
+SCORER_NAMES = ("gemma_2b", "gemma_7b", "mistral_raft", "llama3_sfairx", "oasst_deberta_v3", "beaver_7b",
+                "oasst_pythia_7b", "oasst_pythia_1b", "mistral_ray", "mistral_weqweasdas")  # score each response
+SCORERS = len(SCORER_NAMES)
 
 
 def generate_population(alpha, N, seed=None):
@@ -885,13 +897,15 @@ generate_popupulation = generate_population  # the released spelling
 
 
 def best_and_worst(reward_tensor, w):
-    """The responses that a user scores highest and lowest -> two int64 `[prompts]`.
+    """The responses that a user scores highest and lowest -> two int64 `[prompts]`, equal where all are tied.
 
     reward_tensor: `[prompts, responses, scorers]`; w: the user's mixture `[scorers]`.
     """
     reward_tensor = torch.as_tensor(reward_tensor)
     scores = reward_tensor @ torch.as_tensor(w, dtype=reward_tensor.dtype, device=reward_tensor.device)
-    return scores.argmax(1), scores.argmin(1)
+    best, worst = scores.argmax(1), scores.argmin(1)
+    tied = (reward_tensor == reward_tensor[:, :1]).all(2).all(1)  # here rounding would decide
+    return best, torch.where(tied, best, worst)
 
 
 def simulate_user(reward_tensor, features, w):
@@ -919,11 +933,136 @@ def create_sparse_tensor(dense, fraction, generator=None):
     dense: `[N, prompts, d]`. Returns a list of N tensors `[int(fraction * prompts), d]`.
     Raises InputError where that leaves no pair.
     """
-    kept = int(fraction * dense.shape[1])
-    if not 1 <= kept <= dense.shape[1]:
-        raise InputError(f"fraction {fraction} of {dense.shape[1]} prompts is {kept} pairs a user; "
+    return sample_shots(list(dense), _share_of(dense.shape[1], fraction), generator)
+
+
+def _share_of(prompts, fraction):
+    kept = int(fraction * prompts)
+    if not 1 <= kept <= prompts:
+        raise InputError(f"fraction {fraction} of {prompts} prompts is {kept} pairs a user; "
                          "give one that leaves 1 or more, at most 1.0")
-    return sample_shots(list(dense), kept, generator)
+    return kept
+
+
+def simulate_pairs(embeddings, reward_tensor, W, fraction, generator):
+    """The pairs of `simulate_user` by row numbers, for every row of W and a random `fraction` of the prompts.
+
+    embeddings: `[responses * prompts, d]`, response j of prompt i at row responses * i + j; reward_tensor: `[prompts,
+    responses, scorers]`; W: `[N, scorers]`; generator: of numpy. Returns (list of N `Pairs`, how many pairs were
+    dropped because all responses to a prompt are tied). Raises InputError where a user is left without pairs.
+    """
+    prompts, responses, _ = reward_tensor.shape
+    kept, users, dropped = _share_of(prompts, fraction), [], 0
+    for i, w in enumerate(W):
+        drawn = torch.from_numpy(np.sort(generator.choice(prompts, kept, replace=False)))
+        best, worst = best_and_worst(reward_tensor[drawn], w)
+        differ = best != worst
+        if not differ.any():
+            raise InputError(f"user {i}: all responses to the {kept} prompts drawn are tied; give a larger fraction "
+                             f"than {fraction}")
+        first_row = responses * drawn
+        users.append(Pairs(embeddings, (first_row + best)[differ], (first_row + worst)[differ]))
+        dropped += kept - len(users[-1])
+    return users, dropped
+
+
+def personalllm_rows(folder=None):
+    """The rows of PersonalLLM: split -> (where, row) pairs, from a folder, or from the hub where it is None."""
+    if folder is not None:
+        return {"train": read_split(folder, "train"), "test": read_split(folder, "test", "validation")}
+    return hub_splits(PERSONALLLM)
+
+
+def parse_personalllm(rows, limit=None):
+    """Parse the first `limit` rows of a PersonalLLM split -> (prompts, responses, scores).
+
+    Returns a list of n texts, a list of n lists of eight texts, and float32 `[n, 8, 10]`, scorers in the order of
+    SCORER_NAMES. Raises InputError that names the row and the column: a column missing, a prompt or a response that is
+    no text, a score that is no finite number; and where there is no row.
+    """
+    prompts, responses, scores = [], [], []
+    texts = ["prompt", *(f"response_{j}" for j in range(1, RESPONSES + 1))]
+    numbers = [f"{response}_{scorer}" for response in texts[1:] for scorer in SCORER_NAMES]
+    for where, row in itertools.islice(rows, limit):
+        missing = [name for name in texts + numbers if name not in row]
+        if missing:
+            raise InputError(f"{where}: no column {missing[0]}{f' and {len(missing) - 1} more' * (len(missing) > 1)}; "
+                             f"the hub's schema has a prompt and {RESPONSES} responses with {SCORERS} scores each")
+        for name in texts:
+            if not isinstance(row[name], str):
+                raise InputError(f"{where}: {name} is {row[name]!r} and no text; every prompt needs {RESPONSES} "
+                                 "responses, repair the row or leave it out")
+        for name in numbers:
+            if isinstance(row[name], bool) or not isinstance(row[name], (int, float)) or not math.isfinite(row[name]):
+                raise InputError(f"{where}: {name} is {row[name]!r} and no finite number; repair the row or leave it "
+                                 "out")
+        prompts.append(row["prompt"])
+        responses.append([row[name] for name in texts[1:]])
+        scores.append([row[name] for name in numbers])
+    if not prompts:
+        raise InputError("PersonalLLM: a split without rows; give files with a prompt a row")
+    return prompts, responses, torch.tensor(scores, dtype=torch.float32).reshape(-1, RESPONSES, SCORERS)
+
+
+def load_personalllm(folder, model_name, data=None):
+    """Read the embeddings of PersonalLLM/prepare.py (or of the released script) and the reward head.
+
+    data: the folder of the data set, for the scores of files that hold none, as the released ones; default the hub.
+    Returns ({"train": (embeddings `[8 * prompts, d]`, scores `[prompts, 8, 10]`), "test": the same}, head `[d, 1]`,
+    what is known of model and data). Raises InputError: missing or damaged files, another number of rows than 8 a
+    prompt, embeddings that are not finite or of different widths.
+    """
+    tables, width = {}, {}
+    for path, split in zip((Path(folder) / name for name in PERSONALLLM_FILES), ("train", "test")):
+        if not path.exists():
+            raise InputError(f"{path}: no such file; run prepare.py")
+        tensors, _ = load_tensors(path)
+        embeddings = tensors.get("embeddings")
+        if embeddings is None or embeddings.ndim != 2 or not embeddings.is_floating_point():
+            raise InputError(f"{path}: no matrix of embeddings in it; run prepare.py --overwrite")
+        scores = tensors["scores"] if "scores" in tensors else parse_personalllm(personalllm_rows(data)[split])[2]
+        if scores.shape[1:] != (RESPONSES, SCORERS) or len(embeddings) != RESPONSES * len(scores):
+            raise InputError(f"{path}: {len(embeddings):,} embeddings and scores of shape {tuple(scores.shape)}, where "
+                             f"each prompt has {RESPONSES} responses with {SCORERS} scores; run prepare.py --overwrite")
+        for first, part in zip(range(0, len(embeddings), 8192), embeddings.split(8192)):
+            if not torch.isfinite(part).all():
+                row = first + int((~torch.isfinite(part)).any(1).nonzero()[0])
+                raise InputError(f"{path}, row {row}: NaN or infinite values; run prepare.py --overwrite")
+        if not torch.isfinite(scores).all():
+            raise InputError(f"{path}: scores that are NaN or infinite; run prepare.py --overwrite")
+        width.setdefault(embeddings.shape[1], path)
+        tables[split] = embeddings, scores
+    head, about = find_reward_head(folder, model_name)
+    check_width(width, head, folder, about.get("model", model_name))
+    return tables, head, about
+
+
+def create_dataset_personalllm(tables, N, N_unseen, concentration, fractions, seed=0):
+    """Simulate PersonalLLM's users: Dirichlet mixtures over the scorers, and their pairs as `Pairs`.
+
+    tables: of `load_personalllm`. fractions: the shares of the train prompts that a seen and an unseen user compare,
+    and the share of the test prompts of both.
+
+    Returns a dict: `seen` and `unseen`, names of users; `population` `[N, 10]` and `population_unseen` `[N_unseen, 10]`,
+    their mixtures; a list of Pairs under each of `train`, `test`, `train_unseen`, `test_unseen`; and `dropped`, how many
+    pairs were left out because all responses are tied.
+    """
+    for name, value in (("N", N), ("N_unseen", N_unseen)):
+        if type(value) is not int or value < 1:
+            raise InputError(f"{name} = {value!r}: give a whole number of users from 1")
+    if not isinstance(concentration, (int, float)) or not 0 < concentration < math.inf:
+        raise InputError(f"concentration = {concentration!r}: give a number above 0")
+    _seeds([seed])
+    data = {"seen": [f"seen_{i}" for i in range(N)], "unseen": [f"unseen_{i}" for i in range(N_unseen)],
+            "population": generate_population(concentration, N, [seed, 0]),
+            "population_unseen": generate_population(concentration, N_unseen, [seed, 1]), "dropped": 0}
+    chance = np.random.default_rng([seed, 2])
+    for part, split, of, fraction in (("train", "train", "", fractions[0]), ("test", "test", "", fractions[2]),
+                                      ("train_unseen", "train", "_unseen", fractions[1]),
+                                      ("test_unseen", "test", "_unseen", fractions[2])):
+        data[part], dropped = simulate_pairs(*tables[split], data[f"population{of}"], fraction, chance)
+        data["dropped"] += dropped
+    return data
 
 
 def create_dataset_tldr(train, validation, train_pairs, unseen_pairs, seed=0, leave_out=2):

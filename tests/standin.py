@@ -4,6 +4,7 @@
     write_tldr_corpus(folder)     Reddit-like comparisons in the schema of openai/summarize_from_feedback
     write_prism_corpus(folder)    conversations in the schema of HannahRoseKirk/prism-alignment
     write_rewardbench_corpus(folder)  questions in the schema of allenai/reward-bench-2
+    write_personalllm_corpus(folder)  prompts with scored responses in the schema of namkoong-lab/PersonalLLM
 
 The corpora are composed of the hand-written material below. A response has a style, a side of each attribute in
 STYLES, and a worker a taste, a mixture of PLANTED_RANK directions over these attributes. The directions pull against
@@ -575,3 +576,50 @@ def write_rewardbench_corpus(folder, seed=0):
                          "total_completions": len(chosen) + len(incorrect),
                          "models": ["written"] * (len(chosen) + len(incorrect)), "subset": "Ties"})
     _write_jsonl(Path(folder) / "test.jsonl", rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PersonalLLM: a reply in each of the eight styles to every prompt, scored by ten written reward models
+# ---------------------------------------------------------------------------------------------------------------------
+
+PERSONALLLM_PROMPTS = {"train": 240, "test": 60}
+PERSONALLLM_TEST_QUESTIONS = 2  # of each type; the others are for training, so the test prompts are unseen
+SCORERS = ("gemma_2b", "gemma_7b", "mistral_raft", "llama3_sfairx", "oasst_deberta_v3", "beaver_7b", "oasst_pythia_7b",
+           "oasst_pythia_1b", "mistral_ray", "mistral_weqweasdas")  # names only: their scores are written here
+SCORER_NOISE = 0.3  # standard deviation of a score about the scorer's taste
+
+
+def write_personalllm_corpus(folder, seed=0):
+    """Write `train.jsonl` and `test.jsonl` to `folder`: 240 and 60 prompts with eight replies, in the hub's schema.
+
+    The replies to a prompt have the eight styles, in an order of chance. Scorer m follows row m % PLANTED_RANK of
+    TASTES, so a mixture over the scorers is a mixture over PLANTED_RANK directions.
+    Returns the style of each reply: split -> int array `[prompts, 8, attributes]` of +1 and -1.
+    """
+    chance = random.Random(seed)
+    styles_of = {}
+    for split, count in PERSONALLLM_PROMPTS.items():
+        questions = []
+        for kind in sorted({kind for kind, *_ in QUESTIONS}):
+            of_kind = [question for question in QUESTIONS if question[0] == kind]
+            questions += of_kind[:-PERSONALLLM_TEST_QUESTIONS] if split == "train" else \
+                of_kind[-PERSONALLLM_TEST_QUESTIONS:]
+        settings = chance.sample([(question, place, years) for question in questions for place in PLACES
+                                  for years in range(4, 20)], count)
+        rows, styles_of[split] = [], []
+        for (_, question, gist), place, years in settings:
+            slots = {"place": place, "years": years}
+            styles = list(itertools.product([1, -1], repeat=len(REPLY_STYLES)))
+            chance.shuffle(styles)
+            row = {"prompt": question.format(**slots)}
+            for j, style in enumerate(styles, 1):
+                row[f"response_{j}"] = compose_reply(chance, gist, style, slots)
+            for j, style in enumerate(styles, 1):
+                for m, scorer in enumerate(SCORERS):
+                    score = float(TASTES[m % PLANTED_RANK] @ np.array(style)) + chance.gauss(0, SCORER_NOISE)
+                    row[f"response_{j}_{scorer}"] = round(score, 4)
+            rows.append(row)
+            styles_of[split].append(styles)
+        _write_jsonl(Path(folder) / f"{split}.jsonl", rows)
+        styles_of[split] = np.array(styles_of[split])
+    return styles_of

@@ -1,0 +1,83 @@
+"""Embed the prompts of PersonalLLM, each with its eight responses, with the frozen reward model.
+
+    python prepare.py                                  on a CUDA GPU with 18 GB or more; downloads data and model
+    torchrun --nproc-per-node 8 prepare.py             the same on eight GPUs
+    python prepare.py --demo                           on any machine: tiny stand-in model, synthetic prompts
+    python prepare.py --data DIR --model ID_OR_PATH    your own data in the hub's schema, another reward model
+
+Writes beside itself train.safetensors and test.safetensors (`embeddings`, `[8 * prompts, d]`, and `scores`, `[prompts,
+8, 10]`) and reward_head.safetensors. An interrupted run resumes from .embedding_cache/.
+The full data set has 9,402 train and 1,000 test prompts: 75,216 and 8,000 embeddings.
+"""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from utils import *
+
+# ---------------------------------------------------------------------------------------------------------------------
+MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"
+ATTENTION = "sdpa"  # computes a prompt once for all its responses; flash_attention_2 cannot. None: flash where installed
+TOKEN_BUDGET = 8192  # tokens in a batch
+SHARD_SIZE = 1024  # responses per file of the cache, the most that an interruption loses
+FULL = {"train": 9402, "test": 1000}  # prompts of the full data set
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_demo(data, model):
+    """The demo's synthetic prompts, responses and scores, and its stand-in reward model."""
+    sys.path.insert(0, str(HERE.parent / "tests"))
+    import standin
+    print(standin.STANDIN_NOTE)
+    standin.write_personalllm_corpus(data)
+    standin.build_reward_model(model)
+
+
+def conversations_of(prompts, responses):
+    """One conversation per response, response j of prompt i at place 8 i + j."""
+    return [[{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+            for prompt, of_prompt in zip(prompts, responses) for response in of_prompt]
+
+
+def embed(splits, args):
+    """The embeddings of each split, bfloat16 `[8 * prompts, d]`: split -> slice of one matrix."""
+    conversations = {split: conversations_of(prompts, responses) for split, (prompts, responses, _) in splits.items()}
+    print(f"{sum(map(len, conversations.values())):,} responses to embed")
+    model, tokenizer = load_reward_model(args.model, attention=ATTENTION)
+    embeddings = embed_conversations(sum(conversations.values(), []), model, tokenizer, args.dir / ".embedding_cache",
+                                     TOKEN_BUDGET, SHARD_SIZE, dtype=torch.bfloat16)
+    return dict(zip(conversations, embeddings.split([len(part) for part in conversations.values()])))
+
+
+def main():
+    args = prepare_arguments(__doc__, HERE, MODEL_NAME, build_demo)
+    splits = {}
+    for split, rows in personalllm_rows(args.data).items():
+        splits[split] = parse_personalllm(rows, args.limit)
+        prompts = len(splits[split][0])
+        print(f"{split}: {prompts:,} prompts, {RESPONSES * prompts:,} responses with {SCORERS} scores each")
+        if args.data is None and args.limit is None and prompts != FULL[split]:
+            print(f"warning: the full {split} split has {FULL[split]:,} prompts; the hub's data has changed")
+    head = load_reward_head(args.model)
+    outputs = [args.dir / name for name in PERSONALLLM_FILES]
+    identity = {"model": "stand-in" if args.demo else args.model, "reward_head": digest_of(head.tolist()),
+                "data": digest_of([(*texts, scores.tolist()) for *texts, scores in splits.values()])}
+    if embeddings_are_finished(outputs, identity, args.overwrite):
+        print(f"these embeddings are finished already, in {args.dir}; next: python train_basis.py")
+        return
+
+    embeddings = embed(splits, args)
+    if process_rank() > 0:
+        return
+    save_reward_head(outputs, head, identity, model=identity["model"], data=args.label or PERSONALLLM, demo=args.demo)
+    for path, (split, (_, _, scores)) in zip(outputs, splits.items()):
+        save_tensors(path, {"embeddings": embeddings[split], "scores": scores}, scorers=SCORER_NAMES)
+        print(f"{path.name}: {len(embeddings[split]):,} embeddings, d = {len(head)}, "
+              f"{path.stat().st_size / 1e6:,.1f} MB")
+    print("next: python train_basis.py")
+
+
+if __name__ == "__main__":
+    run_script(main)
