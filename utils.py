@@ -31,6 +31,7 @@ import re
 import struct
 import sys
 import tempfile
+import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -51,6 +52,14 @@ from tqdm import tqdm
 
 class InputError(ValueError):
     """Input that cannot be used; its message is one line that says what, where and the remedy."""
+
+
+def _seeds(seed):
+    """One seed or several as a list; raises InputError unless they are distinct whole numbers from 0."""
+    seeds = [seed] if np.ndim(seed) == 0 else list(seed)
+    if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(s, (int, np.integer)) and s >= 0 for s in seeds):
+        raise InputError(f"seed = {seed!r}: give a whole number from 0, or a list of several")
+    return [int(s) for s in seeds]
 
 
 def run_script(main):
@@ -132,6 +141,18 @@ def load_tensors(path):
     except (SafetensorError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: not a complete safetensors file ({error}); delete it and run the step that "
                          "writes it again") from None
+
+
+def load_json(path, *keys):
+    """Read a JSON object. Raises InputError where the file is missing or damaged, or lacks one of `keys`."""
+    try:
+        content = json.loads(Path(path).read_text())
+        return {**content, **{key: content[key] for key in keys}}
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; run the script that writes it first (prepare.py)") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: damaged, or without {' or '.join(keys)} ({error}); make or download it "
+                         "again") from None
 
 
 _PLAIN_GLOBALS = {("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"), ("torch", "Size"),
@@ -286,10 +307,7 @@ def _checkpoint_file(model_name, filename):
 def _checkpoint_shards(model_name):
     """tensor name -> file name, or None where the checkpoint is a single safetensors file."""
     index = _checkpoint_file(model_name, "model.safetensors.index.json")
-    try:
-        return json.loads(Path(index).read_text())["weight_map"] if index else None
-    except (ValueError, KeyError) as error:
-        raise InputError(f"{index}: not a checkpoint's index ({error}); download it again") from None
+    return load_json(index, "weight_map")["weight_map"] if index else None
 
 
 def load_reward_head(model_name):
@@ -478,6 +496,11 @@ def _forward_within_memory(model, rows):
     return torch.cat([_forward_within_memory(model, part) for part in (rows[:half], rows[half:])])
 
 
+def _quoted(conversation):
+    """How an error message names a conversation: its beginning and end."""
+    return " .. ".join(repr(message["content"][:60]) for message in (conversation[0], conversation[-1]))
+
+
 def tokenize_conversations(conversations, tokenizer):
     """Chat-format and tokenize conversations -> one list of token ids each.
 
@@ -487,11 +510,12 @@ def tokenize_conversations(conversations, tokenizer):
         texts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=False) for c in conversations]
     except Exception as error:  # the template is the checkpoint's program
         raise InputError(f"the model's chat template cannot format these conversations ({error})") from None
-    for i, text in enumerate(texts):
+    for conversation, text in zip(conversations, texts):
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise InputError(f"conversation {i} is no Unicode text ({error}); repair it or leave it out") from None
+            raise InputError(f"the conversation {_quoted(conversation)} is no Unicode text ({error}); repair it or "
+                             "leave it out") from None
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
@@ -511,7 +535,7 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
     With `cache_dir`, shards of about `shard_size` conversations are saved there as they are made, and an interrupted
     call resumes after the last of them, with the same bytes in the end. Under torchrun the processes share the shards.
 
-    Raises InputError: no conversation, an empty one, one longer than the model's context; a damaged shard.
+    Raises InputError: no conversation, an empty one, one longer than the model's context.
     """
     if not conversations:
         raise InputError("no conversations to embed; give at least one")
@@ -521,8 +545,8 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
     longest, limit = max(map(len, sequences)), model.config.max_position_embeddings
     if min(map(len, sequences)) == 0 or longest > limit:
         worst = next(i for i, s in enumerate(sequences) if len(s) in (0, longest))
-        raise InputError(f"conversation {worst} has {len(sequences[worst])} tokens, the model takes 1 to {limit}; "
-                         "leave it out or shorten it")
+        raise InputError(f"the conversation {_quoted(conversations[worst])} has {len(sequences[worst])} tokens, the "
+                         f"model takes 1 to {limit}; leave it out or shorten it")
 
     fingerprint = _fingerprint(model) + hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
     keys = [hashlib.sha256(f"{fingerprint} {sequence}".encode()).hexdigest() for sequence in sequences]
@@ -536,7 +560,10 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
 
     def read_shards():
         for path in sorted(folder.glob("*.safetensors")):
-            tensors, about = load_tensors(path)
+            try:
+                tensors, about = load_tensors(path)
+            except InputError:
+                continue  # a damaged shard is made again
             for row, key in enumerate(about["keys"]):
                 if first.get(key) in missing:
                     embeddings[first[key]] = tensors["embeddings"][row]
@@ -1043,9 +1070,9 @@ def create_dataset_personalllm(tables, N, N_unseen, concentration, fractions, se
     tables: of `load_personalllm`. fractions: the shares of the train prompts that a seen and an unseen user compare,
     and the share of the test prompts of both.
 
-    Returns a dict: `seen` and `unseen`, names of users; `population` `[N, 10]` and `population_unseen` `[N_unseen, 10]`,
-    their mixtures; a list of Pairs under each of `train`, `test`, `train_unseen`, `test_unseen`; and `dropped`, how many
-    pairs were left out because all responses are tied.
+    Returns a dict: `seen` and `unseen`, names of users; `population` `[N, 10]` and `population_unseen` `[N_unseen,
+    10]`, their mixtures; a list of Pairs under each of `train`, `test`, `train_unseen`, `test_unseen`; and `dropped`,
+    how many pairs were left out because all responses are tied.
     """
     for name, value in (("N", N), ("N_unseen", N_unseen)):
         if type(value) is not int or value < 1:
@@ -1078,6 +1105,7 @@ def create_dataset_tldr(train, validation, train_pairs, unseen_pairs, seed=0, le
     def kept(file):
         return set(sorted(file, key=lambda worker: (len(file[worker]), worker))[leave_out:])
 
+    _seeds([seed])
     for name, most in (("train_pairs", train_pairs), ("unseen_pairs", unseen_pairs)):
         if type(most) is not int or most < 1:
             raise InputError(f"{name} = {most!r}: give a whole number from 1")
@@ -1188,7 +1216,7 @@ def load_prism(folder, model_name):
     head, about = find_reward_head(folder, model_name)
     split_file = folder / "data" / "prism" / "split.json"
     if "identity" in about and split_file.exists():
-        if json.loads(split_file.read_text())["rows"] != about["identity"]["data"]:
+        if load_json(split_file, "rows")["rows"] != about["identity"]["data"]:
             raise InputError(f"the embeddings in {folder} are of other rows than {split_file.parent} holds; run "
                              "generate-prism-embeddings.py --overwrite")
     check_width(width, head, folder, about.get("model", model_name))
@@ -1333,7 +1361,7 @@ class _Likelihood:
         return (by_score.T @ X)[:w.shape[1]]
 
 
-def _squared_distance_gradient(V, V_sft, member_alpha, sizes):
+def _squared_distance_gradient(V, V_sft, member_alpha):
     """Derivative of alpha * sum_j |V_j - V_sft|^2, per column: (C, d)."""
     return 2 * member_alpha * (V - V_sft)
 
@@ -1362,7 +1390,32 @@ def _threads_for(numbers):
         torch.set_num_threads(threads)
 
 
-def _descend(likelihood, W, num_iterations, learning_rate, X=None, V=None, S=None, penalty=None, alternating=False):
+CHECKPOINT_SECONDS = 60  # of training that an interruption loses at most
+
+
+class _Checkpoint:
+    """The file that a training leaves its state in, so that the same training, started again, goes on from there."""
+
+    def __init__(self, path, X, *settings):
+        """settings: what else the training depends on; their printed form is compared."""
+        self.path, self.saved = Path(path), time.monotonic()
+        self.identity = hashlib.sha256(X.cpu().numpy()).hexdigest() + digest_of(repr(settings))
+
+    def load(self):
+        """The state that `save` was given, None where there is none of this training."""
+        with contextlib.suppress(InputError):  # missing, or damaged
+            state = load_pickle(self.path)
+            return state if isinstance(state, dict) and state.get("identity") == self.identity else None
+
+    def save_if_due(self, **state):
+        if time.monotonic() - self.saved >= CHECKPOINT_SECONDS:
+            with atomic_write(self.path) as file:
+                torch.save({"identity": self.identity, **state}, file)
+            self.saved = time.monotonic()
+
+
+def _descend(likelihood, W, num_iterations, learning_rate, X=None, V=None, S=None, penalty=None, alternating=False,
+             checkpoint=None):
     """Adam on the logits W and, unless the scores S are given as constants, on the basis V; both are changed in place.
 
     V may have rows of zeros behind its C rows; they stay as they are. penalty(V, t) is the gradient of the penalty on
@@ -1374,9 +1427,17 @@ def _descend(likelihood, W, num_iterations, learning_rate, X=None, V=None, S=Non
     if not frozen:
         wide, V = V, V[:W.shape[1]]
         adam_V = torch.optim.Adam([V], lr=learning_rate)
-    bar = progress_bar("few-shot" if frozen else "training", num_iterations, unit="it", leave=False)
+    first = 0
+    if checkpoint is not None and (state := checkpoint.load()) is not None:
+        first = state["iterations"]
+        W.copy_(state["W"])
+        V.copy_(state["V"])
+        adam_W.load_state_dict(state["adam_W"])
+        adam_V.load_state_dict(state["adam_V"])
+        print(f"resuming the training after {first:,} of {num_iterations:,} iterations")
+    bar = progress_bar("few-shot" if frozen else "training", num_iterations, initial=first, unit="it", leave=False)
     with bar, _threads_for((S if frozen else X).numel()):
-        for t in range(num_iterations):
+        for t in range(first, num_iterations):
             S = S if frozen else (X @ wide.T)[:, :len(V)]  # (M, C)
             w = likelihood.weights(W)
             residuals = likelihood.residuals(S, w)
@@ -1393,17 +1454,22 @@ def _descend(likelihood, W, num_iterations, learning_rate, X=None, V=None, S=Non
                 adam_V.step()
             if not alternating:
                 adam_W.step()
+            if checkpoint is not None:
+                checkpoint.save_if_due(iterations=t + 1, W=W, V=V, adam_W=adam_W.state_dict(),
+                                       adam_V=adam_V.state_dict())
             bar.update()
 
 
-def fit_basis(features, members, V_sft, num_iterations, learning_rate, regularized=False, device=None):
+def fit_basis(features, members, V_sft, num_iterations, learning_rate, regularized=False, device=None,
+              checkpoint=None):
     """Learn basis and user weights of every member of a sweep together -> list of (w `[N, K]`, V `[d, K]`).
 
     features: list of float32 `[m_i, d]`, one per user. members: list of `Member`. V_sft: `[d, 1]`, needed where an
     alpha is not 0. The members share nothing but the reading of X: Adam is elementwise, their columns are independent.
     regularized: the loss, start and alternating steps of `LoRe_regularized` instead of `LoRe`'s.
-    device: where to train, default that of the features.
-    Under torchrun each process holds a part of the users; all return the whole.
+    device: where to train, default that of the features. checkpoint: a file that the training saves its state in every
+    CHECKPOINT_SECONDS, to go on from there when it is started again after an interruption; removed at the end.
+    Under torchrun each process holds a part of the users, all return the whole, and nothing is saved on the way.
     """
     mine = slice(process_rank(), None, process_count())
     if len(features) < process_count():
@@ -1433,9 +1499,17 @@ def fit_basis(features, members, V_sft, num_iterations, learning_rate, regulariz
             return 0
         if regularized:
             return _ramp(t, num_iterations) * _cosine_gradient(V, reference, alpha, columns)
-        return _squared_distance_gradient(V, reference, alpha, columns)
+        return _squared_distance_gradient(V, reference, alpha)
 
-    _descend(likelihood, W, num_iterations, learning_rate, X=X, V=V, penalty=penalty, alternating=regularized)
+    if checkpoint is not None and process_count() == 1:
+        checkpoint = _Checkpoint(checkpoint, X, members, counts.tolist(), num_iterations, learning_rate, regularized,
+                                 reference.flatten().tolist())
+    else:
+        checkpoint = None
+    _descend(likelihood, W, num_iterations, learning_rate, X, V, penalty=penalty, alternating=regularized,
+             checkpoint=checkpoint)
+    if checkpoint is not None:
+        checkpoint.path.unlink(missing_ok=True)
     w = torch.zeros(N, sum(sizes), device=device)
     w[mine] = likelihood.weights(W)
     if process_count() > 1:
@@ -1652,14 +1726,6 @@ class Fit:
     accuracies: dict  # setting -> float64 array, one accuracy per user
 
 
-def _seeds(seed):
-    """One seed or several as a list; raises InputError unless they are distinct whole numbers from 0."""
-    seeds = [seed] if np.ndim(seed) == 0 else list(seed)
-    if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(s, (int, np.integer)) and s >= 0 for s in seeds):
-        raise InputError(f"seed = {seed!r}: give a whole number from 0, or a list of several")
-    return [int(s) for s in seeds]
-
-
 def _reference(V_final, device):
     """The reward head as float32 `[d, 1]` on the device; raises InputError where it is not finite."""
     V_final = torch.as_tensor(V_final).to(device, torch.float32).reshape(-1, 1)
@@ -1669,7 +1735,7 @@ def _reference(V_final, device):
 
 
 def _sweep(K_list, alpha_list, V_final, features, users, device, seed, num_iterations, few_shot_learning_rate,
-           regularized=False, threshold=0.0):
+           regularized=False, threshold=0.0, checkpoint=None):
     """Train and evaluate every rank, alpha and seed -> list of Fit: alpha outer, rank, seed inner.
 
     features: four lists, of the train and test pairs of the seen, then of the unseen users; users: (N, N_unseen).
@@ -1687,7 +1753,7 @@ def _sweep(K_list, alpha_list, V_final, features, users, device, seed, num_itera
         return torch.ones(N, 1, device=device)
 
     trained = [m for m in members if m.K > 0]
-    bases = dict(zip(trained, fit_basis(train, trained, V_final, num_iterations, 0.5, regularized, device)
+    bases = dict(zip(trained, fit_basis(train, trained, V_final, num_iterations, 0.5, regularized, device, checkpoint)
                      if trained else []))
     bases = {m: prune(w, V, threshold) for m, (w, V) in bases.items()}
     bases.update({m: (ones(len(train)), V_final) for m in members if m.K == 0})
@@ -1721,20 +1787,21 @@ def _report(fits, lines):
 
 
 def run(K_list, alpha_list, V_final, train_features, test_features_sparse, train_features_unseen,
-        test_features_sparse_unseen, N, N_unseen, device, seed=0, num_iterations=1000, fits=None):
+        test_features_sparse_unseen, N, N_unseen, device, seed=0, num_iterations=1000, fits=None, checkpoint=None):
     """Sweep ranks and penalties: learn LoRe on the seen users, fit the unseen few-shot, evaluate and print.
 
     K_list: ranks; 0 is the reference model (V_final, every weight 1), 1 the pooled Bradley-Terry model.
     alpha_list: penalties of `LoRe`. V_final: the reward head, float32 `[d, 1]`.
     The four features: one float32 `[m_i, d]` (or Pairs) per user; N and N_unseen: how many users.
     seed: whole number, or several whose accuracies are averaged; all are trained together.
-    fits: a list that is extended with a `Fit` per alpha, rank and seed.
+    fits: a list that is extended with a `Fit` per alpha, rank and seed. checkpoint: see `fit_basis`.
 
     Returns 8 arrays of length len(alpha_list) * len(K_list), alpha outer: the mean accuracy over users of the four
     SETTINGS, then for each a quarter of the standard deviation over users. Raises InputError on unusable arguments.
     """
     found = _sweep(K_list, alpha_list, V_final, (train_features, test_features_sparse, train_features_unseen,
-                   test_features_sparse_unseen), (N, N_unseen), device, seed, num_iterations, 0.1)
+                   test_features_sparse_unseen), (N, N_unseen), device, seed, num_iterations, 0.1,
+                   checkpoint=checkpoint)
     if fits is not None:
         fits.extend(found)
     return _report(found, [("K", "K")])
@@ -1742,13 +1809,14 @@ def run(K_list, alpha_list, V_final, train_features, test_features_sparse, train
 
 def run_regularized(K_list, alpha_list, V_final, train_features, test_features_sparse, train_features_unseen,
                     test_features_sparse_unseen, N, N_unseen, device, seed=0, num_iterations=20000, threshold=1e-2,
-                    fits=None):
+                    fits=None, checkpoint=None):
     """`run` with `LoRe_regularized`: alternating steps, a cosine anchor to V_final, unused columns left out.
 
     threshold: leave out columns whose largest weight among the seen users is below it; 0 keeps all.
     """
     found = _sweep(K_list, alpha_list, V_final, (train_features, test_features_sparse, train_features_unseen,
-                   test_features_sparse_unseen), (N, N_unseen), device, seed, num_iterations, 0.5, True, threshold)
+                   test_features_sparse_unseen), (N, N_unseen), device, seed, num_iterations, 0.5, True, threshold,
+                   checkpoint)
     if fits is not None:
         fits.extend(found)
     return _report(found, [("alpha", "alpha"), ("Rank", "K")])

@@ -168,7 +168,7 @@ def evaluate(rows, scores):
 def is_demo(folder):
     """Whether prepare.py --demo wrote the split in this folder."""
     split = folder / "data" / "prism" / "split.json"
-    return split.exists() and json.loads(split.read_text())["demo"]
+    return split.exists() and load_json(split, "demo")["demo"]
 
 
 def mean_tables(tables):

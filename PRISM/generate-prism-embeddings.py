@@ -53,9 +53,7 @@ def main():
     parser.add_argument("--overwrite", action="store_true", help="replace finished embeddings of another model or data")
     args = parser.parse_args()
     folder = args.dir / "data" / "prism"
-    if not (folder / "split.json").exists():
-        raise InputError(f"{folder}: no split.json; run prepare.py first")
-    split = json.loads((folder / "split.json").read_text())
+    split = load_json(folder / "split.json", "rows", "model", "demo", "data")
     args.model = args.model or (str(args.dir / ".standin" / "model") if split["demo"] else split["model"])
     if args.model == MODEL_NAME:
         check_gpu(MODEL_NAME)

@@ -144,23 +144,26 @@ def main():
             pass
     users = [user.user_id for user in parse(survey, User) if user.num_completed_conversations > 0][:args.limit]
     everyone = {user.user_id for user in parse(survey, User)}
-    conversations_of, turns_of, left_out, conversation_count = {user: [] for user in users}, {}, 0, 0
+    conversations_of, turns_of, left_out, ids = {user: [] for user in users}, {}, 0, set()
     for conversation in parse(conversations, Conversation):
         if conversation.user_id not in everyone:
             raise InputError(f"{conversations}: conversation {conversation.conversation_id} is of user "
                              f"{conversation.user_id}, who is not in {survey}; take both files of one release")
         if conversation.user_id not in conversations_of:
             continue
-        conversation_count += 1
+        if conversation.conversation_id in ids:
+            raise InputError(f"{conversations}: conversation {conversation.conversation_id} stands there twice; leave "
+                             "one out")
+        ids.add(conversation.conversation_id)
         found, incomplete = turns(conversation)
         left_out += incomplete
         if found:
             turns_of[conversation.conversation_id] = found
             conversations_of[conversation.user_id].append(conversation.conversation_id)
-    conversations_of = {user: ids for user, ids in conversations_of.items() if ids}
+    conversations_of = {user: of_user for user, of_user in conversations_of.items() if of_user}
     split = split_users(conversations_of)
     rows = rows_of(split, turns_of)
-    print(f"{len(users):,} users, {conversation_count:,} conversations, {sum(map(len, turns_of.values())):,} complete "
+    print(f"{len(users):,} users, {len(ids):,} conversations, {sum(map(len, turns_of.values())):,} complete "
           f"turns; {left_out:,} turns without exactly one message, one chosen and a rejected response left out")
     if not split:
         raise InputError(f"no user has {fewest_conversations} conversations with a complete turn; take the whole "
@@ -183,7 +186,7 @@ def main():
              "counts": counts, "split_seed": split_seed,
              "users": {user: dict(zip(("seen", "train", "test"), parts)) for user, parts in split.items()}}
     if (folder / "split.json").exists() and not args.overwrite:
-        old = json.loads((folder / "split.json").read_text())
+        old = load_json(folder / "split.json", "rows", "data")
         if old["rows"] != about["rows"]:
             raise InputError(f"{folder} holds other rows ({old['data']}); move it away, or replace it with --overwrite")
     for name in rows:

@@ -19,7 +19,7 @@ from utils import *
 
 # ---------------------------------------------------------------------------------------------------------------------
 MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"
-ATTENTION = "sdpa"  # computes a prompt once for all its responses; flash_attention_2 cannot. None: flash where installed
+ATTENTION = "sdpa"  # computes a prompt once for all responses; flash_attention_2 cannot. None: flash where installed
 TOKEN_BUDGET = 8192  # tokens in a batch
 SHARD_SIZE = 1024  # responses per file of the cache, the most that an interruption loses
 FULL = {"train": 9402, "test": 1000}  # prompts of the full data set

@@ -173,7 +173,7 @@ def test_model_too_large_for_the_memory_is_refused(checkpoint, monkeypatch):
 
 
 def test_conversation_longer_than_the_context_is_named(reward_model):
-    with input_error("conversation 1", "tokens"):
+    with input_error("word and word", "tokens"):
         embed_conversations([conversation("hi", "you"), conversation("hi", "word and word " * 9000)], *reward_model)
     with input_error("no conversations"):
         embed_conversations([], *reward_model)
@@ -227,10 +227,26 @@ def test_another_template_or_model_does_not_hit_the_cache(reward_model, checkpoi
     assert (embeddings - one_at_a_time(conversations, other, tokenizer)).abs().max() < 1e-5
 
 
-def test_damaged_shard_is_named(reward_model, tmp_path):
+def test_damaged_shard_is_made_again(reward_model, tmp_path):
     conversations = ragged_conversations(4)
-    cached(conversations, reward_model, tmp_path)
+    embeddings, _ = cached(conversations, reward_model, tmp_path)
     shard = next(tmp_path.glob("*/*.safetensors"))
-    shard.write_bytes(shard.read_bytes()[:-10])
-    with input_error(shard.name):
-        cached(conversations, reward_model, tmp_path)
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-10])
+    again, forwards = cached(conversations, reward_model, tmp_path)
+    assert forwards > 0 and torch.equal(again, embeddings)
+    assert shard.read_bytes() == whole
+
+
+def test_repeated_conversations_have_equal_rows_in_their_places(reward_model):
+    conversations = ragged_conversations(3)
+    order = [0, 1, 0, 2, 2, 1, 0]
+    model, tokenizer = reward_model
+    embeddings = utils.embed_conversations([conversations[i] for i in order], model, tokenizer)
+    assert (embeddings - one_at_a_time(conversations, model, tokenizer)[order]).abs().max() < 1e-5
+
+
+def test_text_that_is_no_unicode_is_named(reward_model):
+    model, tokenizer = reward_model
+    with input_error("half a \\ud83d"):
+        utils.embed_conversations([[{"role": "user", "content": "half a \ud83d"}]], model, tokenizer)

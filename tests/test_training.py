@@ -462,3 +462,58 @@ def test_a_reward_head_of_another_size_is_refused_where_it_is_used(features, mod
 def test_personalize_refuses_a_basis_of_another_shape(features):
     with input_error("V", "(9, 4)", "(9, 3)"):
         PersonalizeBatch(len(COUNTS), d, 3).train(features, torch.zeros(d, 4))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interruptions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("regularized", [False, True])
+def test_an_interrupted_training_goes_on_where_it_was_and_ends_the_same(regularized, tmp_path, monkeypatch, capsys):
+    features, path, calls = random_users(COUNTS, d), tmp_path / "state.pt", []
+    V_sft, sweep = torch.randn(d, 1), [Member(1, 0.5), Member(3, 0.5)]
+
+    def train(checkpoint=None):
+        return fit_basis(features, sweep, V_sft, 30, 0.5, regularized, checkpoint=checkpoint)
+
+    gradient = utils._Likelihood.gradient_of_basis
+
+    def killed_in_iteration_20(*arguments):
+        calls.append(1)
+        if len(calls) == 20:
+            raise Killed
+        return gradient(*arguments)
+
+    unbroken = train()
+    monkeypatch.setattr(utils, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(utils._Likelihood, "gradient_of_basis", killed_in_iteration_20)
+    with pytest.raises(Killed):
+        train(path)
+    assert path.exists()
+    resumed = train(path)
+    assert len(calls) == 20 + 30 - 19  # the 19 finished iterations were not done again
+    assert "after 19 of 30" in capsys.readouterr().out
+    for found, expected in zip(resumed, unbroken):
+        assert all(torch.equal(*pair) for pair in zip(found, expected))
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("other", ["pairs", "learning rate", "damaged"])
+def test_the_state_of_another_training_is_not_used(other, tmp_path, monkeypatch):
+    features, path = random_users(COUNTS, d), tmp_path / "state.pt"
+    monkeypatch.setattr(utils, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(type(path), "unlink", lambda *_, **__: None)  # leave the state of a finished training
+    fit_basis(features, [Member(2)], None, 5, 0.5, checkpoint=path)
+    learning_rate = 0.4 if other == "learning rate" else 0.5
+    if other == "pairs":
+        features = random_users(COUNTS, d, seed=1)
+    if other == "damaged":
+        path.write_bytes(path.read_bytes()[:-100])
+    (w, V), = fit_basis(features, [Member(2)], None, 5, learning_rate, checkpoint=path)
+    (w_expected, V_expected), = fit_basis(features, [Member(2)], None, 5, learning_rate)
+    assert torch.equal(w, w_expected) and torch.equal(V, V_expected)

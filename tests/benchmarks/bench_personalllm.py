@@ -22,8 +22,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE)]
 import utils
-from bench_training import V_SFT, d, duration, in_turn, members, per_iteration, plain_lore, print_figure, print_heading, \
-    print_speedup
+from bench_training import (V_SFT, d, duration, in_turn, members, per_iteration, plain_lore, print_figure,
+                            print_heading, print_speedup)
 
 # ---------------------------------------------------------------------------------------------------------------------
 PROMPTS = {"train": 9402, "test": 1000}
@@ -40,7 +40,7 @@ def train_basis():
 
 
 def tables():
-    """Random embeddings and scores of the published size: split -> (bfloat16 `[8 * prompts, d]`, `[prompts, 8, 10]`)."""
+    """Random tables of the published size: split -> (bfloat16 `[8 * prompts, d]`, scores `[prompts, 8, 10]`)."""
     found = {}
     for split, prompts in PROMPTS.items():
         embeddings = torch.empty(8 * prompts, d, dtype=torch.bfloat16)
@@ -89,8 +89,8 @@ def main():
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 found = pool.apply(work, (Path(folder),))
     peak, seconds, evaluation, settings = found
-    print(f"\ntrain_basis.py as a whole, {ITERATIONS} iterations: {duration(seconds)}\n{'':<48} {'measured':>9} {'':>9}   "
-          f"{'':<24} target")
+    print(f"\ntrain_basis.py as a whole, {ITERATIONS} iterations: {duration(seconds)}\n"
+          f"{'':<48} {'measured':>9} {'':>9}   {'':<24} target")
     print_figure("peak memory", f"{peak / 1e9:.2f} GB", "", [peak / 1e9], "<= 8", peak <= 8e9)
     print_figure(f"evaluation, {settings} settings, all ranks", duration(evaluation), "", [evaluation], "<= 60",
                  evaluation <= 60)
@@ -99,8 +99,8 @@ def main():
     users = population(script, tables())["train"]
     X, counts = utils.pack(users)  # what every training begins with, and no part of an iteration
     users = list(X.split(counts.tolist()))
-    print_heading(f"Training, {len(users)} users, {sum(map(len, users)):,} pairs, K_list = {script.K_list}. Measured: one "
-                  "iteration, the mean of 6\n(plain: 2; pooled Bradley-Terry counts as a loop of its own)")
+    print_heading(f"Training, {len(users)} users, {sum(map(len, users)):,} pairs, K_list = {script.K_list}. Measured: "
+                  "one iteration, the mean\nof 6 (plain: 2; pooled Bradley-Terry counts as a loop of its own)")
     ranks = [K for K in script.K_list if K > 0]
     times = in_turn(
         lambda: per_iteration(lambda n: utils.fit_basis(users, members(ranks), None, n, 0.5), 6),
