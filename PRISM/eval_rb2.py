@@ -117,7 +117,8 @@ def ties_score(prompts):
 
     prompts: list of (id, scores of the correct answers, scores of the incorrect ones); ids are `ref:P` (one correct
     answer) and `tied:P` (several). A prompt is accurate when its worst correct answer beats its best incorrect one; its
-    margin is that difference, its spread the range of the correct scores.
+    margin is that difference, its spread the range of the correct scores. The shares of prompts are over those that
+    stand there in both kinds.
     """
     kinds = {"ref": {}, "tied": {}}
     for name, correct, incorrect in prompts:
@@ -136,12 +137,12 @@ def ties_score(prompts):
         return math.tanh(margin / spread - 1)
 
     tied, ref = kinds["tied"], kinds["ref"]
-    both = [(min(ref[prompt][0], margin), spread) for prompt, (margin, spread) in tied.items() if prompt in ref]
+    both = [(margin, min(ref[prompt][0], margin), spread) for prompt, (margin, spread) in tied.items() if prompt in ref]
     return (0.30 * share(margin > 0 for margin, _ in tied.values())
             + 0.30 * share(margin > 0 for margin, _ in ref.values())
-            + 0.20 * share(margin > spread for margin, spread in tied.values())
-            + 0.20 * share(margin > spread for margin, spread in both)
-            + 0.01 * share(safely(margin, spread) for margin, spread in both))
+            + 0.20 * share(margin > spread for margin, _, spread in both)
+            + 0.20 * share(smaller > spread for _, smaller, spread in both)
+            + 0.01 * share(safely(smaller, spread) for _, smaller, spread in both))
 
 
 def evaluate(rows, scores):

@@ -329,6 +329,7 @@ def named_history(history):
     (named_history([{"turn": 0, "role": "user"}]), ["conversations.jsonl, row 3", "content"]),
     (lambda survey, conversations: conversations[2].pop("conversation_history"), ["conversation_history"]),
     (lambda survey, conversations: survey[2].pop("num_completed_conversations"), ["survey.jsonl, row 3"]),
+    (lambda survey, conversations: conversations.append(conversations[3]), ["stands there twice"]),
     (lambda survey, conversations: conversations.__delitem__(slice(30, None)), ["6 conversations"])])
 def test_spoilt_row_is_named_and_nothing_written(monkeypatch, capsys, tmp_path, small, change, named):
     change(*small)
@@ -513,6 +514,14 @@ def test_embeddings_of_other_rows_than_the_parquet_files_are_named(monkeypatch, 
     refused(monkeypatch, capsys, script("train_basis"), ["--dir", embeddings], "other rows")
 
 
+@pytest.mark.parametrize("spoil", [lambda content: content[:100], lambda content: "[]", lambda content: '{"rows": 1}'])
+def test_a_damaged_split_is_named(monkeypatch, capsys, embeddings, spoil):
+    path = embeddings / "data" / "prism" / "split.json"
+    path.write_text(spoil(path.read_text()))
+    refused(monkeypatch, capsys, script("generate-prism-embeddings"), ["--dir", embeddings], path)
+    refused(monkeypatch, capsys, script("train_basis"), ["--dir", embeddings])
+
+
 # ---- RewardBench 2 --------------------------------------------------------------------------------------------------
 
 
@@ -540,7 +549,7 @@ def test_one_sided_ties_count_in_their_own_shares_only():
     score = script("eval_rb2").ties_score
     assert score([("ref:A", [1.0], [0.0])]) == pytest.approx(0.3)
     assert score([("ref:A", [0.0], [0.0])]) == 0
-    assert score([("tied:A", [3.0, 4.0], [0.0])]) == pytest.approx(0.3 + 0.2)
+    assert score([("tied:A", [3.0, 4.0], [0.0])]) == pytest.approx(0.3)  # the margins' shares need both kinds
     assert score([("tied:A", [3.0, 4.0], [3.5])]) == 0
     pair = [("ref:B", [2.0], [0.0]), ("tied:B", [3.0, 4.0], [0.0])]
     assert score([("ref:A", [-1.0], [0.0]), *pair]) == pytest.approx(0.3 + 0.15 + 0.4 + 0.01 * math.tanh(1))
