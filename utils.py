@@ -997,7 +997,8 @@ def personalllm_rows(folder=None):
     """The rows of PersonalLLM: split -> (where, row) pairs, from a folder, or from the hub where it is None."""
     if folder is not None:
         return {"train": read_split(folder, "train"), "test": read_split(folder, "test", "validation")}
-    return hub_splits(PERSONALLLM)
+    splits = hub_splits(PERSONALLLM)
+    return {split: splits[split] for split in ("train", "test")}
 
 
 def parse_personalllm(rows, limit=None):
