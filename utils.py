@@ -54,12 +54,54 @@ class InputError(ValueError):
     """Input that cannot be used; its message is one line that says what, where and the remedy."""
 
 
-def _seeds(seed):
-    """One seed or several as a list; raises InputError unless they are distinct whole numbers from 0."""
-    seeds = [seed] if np.ndim(seed) == 0 else list(seed)
-    if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(s, (int, np.integer)) and s >= 0 for s in seeds):
-        raise InputError(f"seed = {seed!r}: give a whole number from 0, or a list of several")
+def is_whole(value, least=0):
+    """Whether a setting is a whole number from `least`."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least
+
+
+def check_whole(name, value, least=1):
+    """Raise InputError unless a setting is a whole number from `least`."""
+    if not is_whole(value, least):
+        raise InputError(f"{name} = {value!r}: give a whole number from {least}")
+
+
+def check_list(name, values):
+    """Raise InputError unless a setting is a list of one or more values."""
+    if not isinstance(values, (list, tuple, range, np.ndarray)) or len(values) == 0:
+        raise InputError(f"{name} = {values!r}: give a list of one value or more")
+
+
+def check_seeds(seed, name="seed"):
+    """One seed or several as a list of int; raises InputError unless they are distinct whole numbers from 0."""
+    seeds = list(seed) if isinstance(seed, (list, tuple, range, np.ndarray)) else [seed]
+    if not seeds or not all(map(is_whole, seeds)) or len(set(seeds)) < len(seeds):
+        raise InputError(f"{name} = {seed!r}: give a whole number from 0, or a list of several")
     return [int(s) for s in seeds]
+
+
+class _Output:
+    """Standard output that its reader may close (`| head`): the script goes on in silence and finishes its work."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def _unless_closed(self, action, *arguments):
+        try:
+            return action(*arguments)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except OSError as error:
+            error.filename = "standard output"
+            raise
+
+    def write(self, text):
+        return self._unless_closed(self.stream.write, text)
+
+    def flush(self):
+        self._unless_closed(self.stream.flush)
 
 
 def run_script(main):
@@ -70,17 +112,20 @@ def run_script(main):
     if process_rank() > 0:
         sys.stdout = open(os.devnull, "w")
     try:
-        main()
+        with contextlib.redirect_stdout(_Output(sys.stdout)):
+            main()
+            sys.stdout.flush()
         return
     except InputError as error:
         message = str(error)
     except KeyboardInterrupt:
         message = "interrupted: finished files and embeddings are kept, run the same command again to resume"
-    except torch.cuda.OutOfMemoryError as error:
-        message = f"the GPU's memory is full ({error}); free it, or lower the sizes at the top of the script"
-    except BrokenPipeError:  # the reader of our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return
+    except (MemoryError, RuntimeError) as error:
+        of_gpu = isinstance(error, torch.cuda.OutOfMemoryError)
+        if not of_gpu and not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        message = (f"the {'GPU' if of_gpu else 'machine'}'s memory is full ({error}); free it, or lower the sizes at "
+                   "the top of the script")
     except OSError as error:
         message = f"{error.filename or 'a file'}: {error.strerror or error}; free or choose another place and run again"
     print("error:", " ".join(message.split()), file=sys.stderr)
@@ -117,6 +162,11 @@ def check_writable(folder):
         file.write(b"1")
 
 
+def _json(content, **options):
+    """JSON of plain values, with arrays, numpy's numbers and ranges as lists and numbers."""
+    return json.dumps(content, default=lambda v: v.tolist() if hasattr(v, "tolist") else list(v), **options)
+
+
 def save_tensors(path, tensors, **about):
     """Write a dict of tensors to a safetensors file, with `about` (JSON values) as its metadata entry of that name.
 
@@ -125,7 +175,7 @@ def save_tensors(path, tensors, **about):
     with atomic_write(path) as file:
         try:
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file.name,
-                      {"about": json.dumps(about)})  # one entry: several come in an order that varies
+                      {"about": _json(about)})  # one entry: several come in an order that varies
             os.chmod(file.name, os.fstat(file.fileno()).st_mode)  # the library puts a private file in its place
         except SafetensorError as error:
             code = re.search(r"os error (\d+)", str(error))  # the only trace of a full disk
@@ -138,7 +188,7 @@ def load_tensors(path):
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("about", "{}"))
             return {name: file.get_tensor(name) for name in file.keys()}, about
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: not a complete safetensors file ({error}); delete it and run the step that "
                          "writes it again") from None
 
@@ -211,11 +261,11 @@ def load_pickle(path):
         return torch.load(path, map_location="cpu", pickle_module=_PlainPickle, weights_only=False)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; run the script that writes it first (prepare.py)") from None
-    except (IsADirectoryError, PermissionError) as error:
-        raise InputError(f"{path}: {error.strerror}; give a file that can be read") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}; give a file that can be read") from None
     except Exception as error:  # a damaged pickle raises nearly anything
-        remedy = "do not trust this file" if "refused" in str(error) else ("it is truncated or no pickle; write it "
-                                                                              "again with --overwrite")
+        remedy = "do not trust this file" if "refused" in str(error) else ("it is truncated or no pickle; run the "
+                                                                              "script that writes it again")
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path}: {reason}; {remedy}") from None
 
@@ -275,7 +325,7 @@ def script_parser(description, folder):
     """The command line that every script has: `--dir`, where it reads and writes."""
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path(folder), metavar="DIR",
-                        help="read and write here instead of beside the script")
+                        help="read and write here, a folder of this data set's own, instead of beside the script")
     return parser
 
 
@@ -535,10 +585,13 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
     With `cache_dir`, shards of about `shard_size` conversations are saved there as they are made, and an interrupted
     call resumes after the last of them, with the same bytes in the end. Under torchrun the processes share the shards.
 
-    Raises InputError: no conversation, an empty one, one longer than the model's context.
+    Raises InputError: no conversation, an empty one, one longer than the model's context, or one whose embedding is
+    not finite.
     """
     if not conversations:
         raise InputError("no conversations to embed; give at least one")
+    check_whole("token_budget", token_budget)
+    check_whole("shard_size", shard_size)
     sequences = tokenize_conversations(conversations, tokenizer)
     if max_length is not None:
         sequences = [ids[-max_length:] if truncation_side == "left" else ids[:max_length] for ids in sequences]
@@ -564,9 +617,9 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
                 tensors, about = load_tensors(path)
             except InputError:
                 continue  # a damaged shard is made again
-            for row, key in enumerate(about["keys"]):
-                if first.get(key) in missing:
-                    embeddings[first[key]] = tensors["embeddings"][row]
+            for key, states in zip(about.get("keys", ()), tensors.get("embeddings", ())):
+                if first.get(key) in missing and states.isfinite().all():
+                    embeddings[first[key]] = states
                     missing.discard(first[key])
 
     if folder:
@@ -595,6 +648,10 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
                 parts.append(_forward_within_memory(model, batch))
                 bar.update(sum(map(len, batch)) * ranks)
             states = torch.cat(parts)
+            if not states.isfinite().all():
+                worst = members[int((~states.isfinite()).any(1).nonzero()[0])]
+                raise InputError(f"the model gives the conversation {_quoted(conversations[worst])} NaN or infinite "
+                                 f"values in {model.dtype}; leave it out, or check the model")
             embeddings[members] = states.to(embeddings.dtype)
             missing.difference_update(members)
             if folder:
@@ -697,11 +754,17 @@ def read_jsonl(path):
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
             for i, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
                 row = json.loads(line)
+                if "\\ud" in line.lower():  # an escape that may be half a character
+                    json.dumps(row, ensure_ascii=False).encode()
                 if not isinstance(row, dict):
                     raise InputError(f"{path}, row {i}: not a JSON object; give one object a line")
                 yield f"{path}, row {i}", row
-    except json.JSONDecodeError as error:
+    except UnicodeEncodeError as error:
+        raise InputError(f"{path}, row {i}: no Unicode text ({error}); repair the row or leave it out") from None
+    except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path}, row {i}: not JSON ({error}), so the line is cut short or the file an error page; "
                          "download or write it again") from None
     except FileNotFoundError:
@@ -777,18 +840,21 @@ def save_reward_head(outputs, head, identity, **about):
     save_tensors(path, {"reward_head": head}, identity=identity, **about)
 
 
-def find_reward_head(folder, model_name):
+def find_reward_head(folder, model_name, data_set):
     """The reward head beside embeddings, else from `model_name`'s checkpoint.
 
-    Returns (float32 `[d, 1]`, a dict of what is known of the model and the data).
+    Returns (float32 `[d, 1]`, a dict of what is known of model and data, with a `title` for plots: data_set's name).
     """
     path = Path(folder) / HEAD_FILE
     if not path.exists():
-        return load_reward_head(model_name), {"model": model_name}
+        try:
+            return load_reward_head(model_name), {"model": model_name, "title": data_set}
+        except InputError as error:
+            raise InputError(f"{path}: no such file, and {error}; prepare.py writes it") from None
     tensors, about = load_tensors(path)
     if "reward_head" not in tensors:
         raise InputError(f"{path}: no reward_head in it; delete it and run prepare.py --overwrite")
-    return tensors["reward_head"], about
+    return tensors["reward_head"], {**about, "title": f"{data_set} ({about['data']})" if "data" in about else data_set}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -964,19 +1030,19 @@ def create_sparse_tensor(dense, fraction, generator=None):
 
 
 def _share_of(prompts, fraction):
-    kept = int(fraction * prompts)
-    if not 1 <= kept <= prompts:
-        raise InputError(f"fraction {fraction} of {prompts} prompts is {kept} pairs a user; "
-                         "give one that leaves 1 or more, at most 1.0")
-    return kept
+    if not isinstance(fraction, (int, float)) or not 1 <= fraction * prompts <= prompts:
+        raise InputError(f"fraction {fraction} of {prompts} prompts leaves no pairs for a user, or is more than all; "
+                         f"give a number from {1 / prompts:.2g} to 1.0")
+    return int(fraction * prompts)
 
 
-def simulate_pairs(embeddings, reward_tensor, W, fraction, generator):
+def simulate_pairs(embeddings, reward_tensor, W, fraction, generator, what="users"):
     """The pairs of `simulate_user` by row numbers, for every row of W and a random `fraction` of the prompts.
 
     embeddings: `[responses * prompts, d]`, response j of prompt i at row responses * i + j; reward_tensor: `[prompts,
-    responses, scorers]`; W: `[N, scorers]`; generator: of numpy. Returns (list of N `Pairs`, how many pairs were
-    dropped because all responses to a prompt are tied). Raises InputError where a user is left without pairs.
+    responses, scorers]`; W: `[N, scorers]`; generator: of numpy; what: names the users in errors. Returns (list of N
+    `Pairs`, how many pairs were dropped because all responses to a prompt are tied). Raises InputError where a user is
+    left without pairs.
     """
     prompts, responses, _ = reward_tensor.shape
     kept, users, dropped = _share_of(prompts, fraction), [], 0
@@ -985,8 +1051,8 @@ def simulate_pairs(embeddings, reward_tensor, W, fraction, generator):
         best, worst = best_and_worst(reward_tensor[drawn], w)
         differ = best != worst
         if not differ.any():
-            raise InputError(f"user {i}: all responses to the {kept} prompts drawn are tied; give a larger fraction "
-                             f"than {fraction}")
+            raise InputError(f"{what}, user {i}: all responses to the {kept} prompts drawn are tied; take more "
+                             "prompts, or other scores")
         first_row = responses * drawn
         users.append(Pairs(embeddings, (first_row + best)[differ], (first_row + worst)[differ]))
         dropped += kept - len(users[-1])
@@ -998,11 +1064,14 @@ def personalllm_rows(folder=None):
     if folder is not None:
         return {"train": read_split(folder, "train"), "test": read_split(folder, "test", "validation")}
     splits = hub_splits(PERSONALLLM)
+    if not {"train", "test"} <= set(splits):
+        raise InputError(f"data set {PERSONALLLM}: has splits {', '.join(splits)} where train and test should be; give "
+                         "a downloaded copy with --data")
     return {split: splits[split] for split in ("train", "test")}
 
 
-def parse_personalllm(rows, limit=None):
-    """Parse the first `limit` rows of a PersonalLLM split -> (prompts, responses, scores).
+def parse_personalllm(rows, split, limit=None):
+    """Parse the first `limit` rows of a split of PersonalLLM -> (prompts, responses, scores). split: its name.
 
     Returns a list of n texts, a list of n lists of eight texts, and float32 `[n, 8, 10]`, scorers in the order of
     SCORER_NAMES. Raises InputError that names the row and the column: a column missing, a prompt or a response that is
@@ -1021,14 +1090,15 @@ def parse_personalllm(rows, limit=None):
                 raise InputError(f"{where}: {name} is {row[name]!r} and no text; every prompt needs {RESPONSES} "
                                  "responses, repair the row or leave it out")
         for name in numbers:
-            if isinstance(row[name], bool) or not isinstance(row[name], (int, float)) or not math.isfinite(row[name]):
-                raise InputError(f"{where}: {name} is {row[name]!r} and no finite number; repair the row or leave it "
-                                 "out")
+            number = row[name] if type(row[name]) in (int, float) else math.nan
+            if not abs(number) <= torch.finfo(torch.float32).max:
+                raise InputError(f"{where}: {name} is {repr(row[name])[:20]} and no finite number; repair the row or "
+                                 "leave it out")
         prompts.append(row["prompt"])
         responses.append([row[name] for name in texts[1:]])
         scores.append([row[name] for name in numbers])
     if not prompts:
-        raise InputError("PersonalLLM: a split without rows; give files with a prompt a row")
+        raise InputError(f"PersonalLLM: the {split} split has no rows; give one with a prompt a row")
     return prompts, responses, torch.tensor(scores, dtype=torch.float32).reshape(-1, RESPONSES, SCORERS)
 
 
@@ -1048,7 +1118,8 @@ def load_personalllm(folder, model_name, data=None):
         embeddings = tensors.get("embeddings")
         if embeddings is None or embeddings.ndim != 2 or not embeddings.is_floating_point():
             raise InputError(f"{path}: no matrix of embeddings in it; run prepare.py --overwrite")
-        scores = tensors["scores"] if "scores" in tensors else parse_personalllm(personalllm_rows(data)[split])[2]
+        scores = tensors["scores"] if "scores" in tensors else parse_personalllm(personalllm_rows(data)[split],
+                                                                                 split)[2]
         if scores.shape[1:] != (RESPONSES, SCORERS) or len(embeddings) != RESPONSES * len(scores):
             raise InputError(f"{path}: {len(embeddings):,} embeddings and scores of shape {tuple(scores.shape)}, where "
                              f"each prompt has {RESPONSES} responses with {SCORERS} scores; run prepare.py --overwrite")
@@ -1059,8 +1130,8 @@ def load_personalllm(folder, model_name, data=None):
         if not torch.isfinite(scores).all():
             raise InputError(f"{path}: scores that are NaN or infinite; run prepare.py --overwrite")
         width.setdefault(embeddings.shape[1], path)
-        tables[split] = embeddings, scores
-    head, about = find_reward_head(folder, model_name)
+        tables[split] = embeddings, scores.float()
+    head, about = find_reward_head(folder, model_name, "PersonalLLM")
     check_width(width, head, folder, about.get("model", model_name))
     return tables, head, about
 
@@ -1075,12 +1146,11 @@ def create_dataset_personalllm(tables, N, N_unseen, concentration, fractions, se
     10]`, their mixtures; a list of Pairs under each of `train`, `test`, `train_unseen`, `test_unseen`; and `dropped`,
     how many pairs were left out because all responses are tied.
     """
-    for name, value in (("N", N), ("N_unseen", N_unseen)):
-        if type(value) is not int or value < 1:
-            raise InputError(f"{name} = {value!r}: give a whole number of users from 1")
-    if not isinstance(concentration, (int, float)) or not 0 < concentration < math.inf:
-        raise InputError(f"concentration = {concentration!r}: give a number above 0")
-    _seeds([seed])
+    check_whole("N", N)
+    check_whole("N_unseen", N_unseen)
+    if not isinstance(concentration, (int, float)) or not 1e-6 <= concentration < math.inf:
+        raise InputError(f"concentration = {concentration!r}: give a number from 1e-6")
+    check_seeds([seed], "population_seed")
     data = {"seen": [f"seen_{i}" for i in range(N)], "unseen": [f"unseen_{i}" for i in range(N_unseen)],
             "population": generate_population(concentration, N, [seed, 0]),
             "population_unseen": generate_population(concentration, N_unseen, [seed, 1]), "dropped": 0}
@@ -1088,7 +1158,7 @@ def create_dataset_personalllm(tables, N, N_unseen, concentration, fractions, se
     for part, split, of, fraction in (("train", "train", "", fractions[0]), ("test", "test", "", fractions[2]),
                                       ("train_unseen", "train", "_unseen", fractions[1]),
                                       ("test_unseen", "test", "_unseen", fractions[2])):
-        data[part], dropped = simulate_pairs(*tables[split], data[f"population{of}"], fraction, chance)
+        data[part], dropped = simulate_pairs(*tables[split], data[f"population{of}"], fraction, chance, part)
         data["dropped"] += dropped
     return data
 
@@ -1106,10 +1176,9 @@ def create_dataset_tldr(train, validation, train_pairs, unseen_pairs, seed=0, le
     def kept(file):
         return set(sorted(file, key=lambda worker: (len(file[worker]), worker))[leave_out:])
 
-    _seeds([seed])
-    for name, most in (("train_pairs", train_pairs), ("unseen_pairs", unseen_pairs)):
-        if type(most) is not int or most < 1:
-            raise InputError(f"{name} = {most!r}: give a whole number from 1")
+    check_seeds([seed], "split_seed")
+    check_whole("train_pairs", train_pairs)
+    check_whole("unseen_pairs", unseen_pairs)
     workers = sorted(kept(train) & kept(validation))
     if len(workers) < 2:
         raise InputError(f"{len(workers)} workers are in both the train and the validation file (after the {leave_out} "
@@ -1151,7 +1220,7 @@ def load_tldr(folder, model_name):
             for i, pair in enumerate(pairs):
                 try:
                     sides = [pair["embeddings"][side][0] for side in ("winning", "losing")]
-                    usable = all(side.ndim == 1 and torch.isfinite(side).all() for side in sides)
+                    usable = all(side.ndim == 1 and len(side) and torch.isfinite(side).all() for side in sides)
                 except (KeyError, IndexError, TypeError, AttributeError):
                     usable = False
                 if not usable:
@@ -1160,7 +1229,7 @@ def load_tldr(folder, model_name):
                 for side in sides:
                     width.setdefault(len(side), f"{where}, pair {i}")
         files.append(content)
-    head, about = find_reward_head(folder, model_name)
+    head, about = find_reward_head(folder, model_name, "Reddit TL;DR")
     check_width(width, head, folder, about.get("model", model_name))
     return *files, head, about
 
@@ -1193,10 +1262,11 @@ def load_prism(folder, model_name):
                 pairs = prism_pairs(row)
                 usable = len(pairs) > 0 and bool(torch.isfinite(pairs).all())
                 malformed += "pair_format" not in row["extra_info"]
+                usable &= {"seen", "user_id", "dialog_id"} <= row["extra_info"].keys()
             except (KeyError, IndexError, TypeError, ValueError, RuntimeError):
                 usable = False
             if not usable:
-                raise InputError(f"{path}, row {i}: no embeddings, or NaN or infinite ones; run "
+                raise InputError(f"{path}, row {i}: no user, no embeddings, or NaN or infinite ones; run "
                                  "generate-prism-embeddings.py --overwrite")
             width.setdefault(pairs.shape[1], f"{path}, row {i}")
         for seen, suffix in ((True, ""), (False, "_unseen")):
@@ -1214,10 +1284,10 @@ def load_prism(folder, model_name):
     if malformed:
         print(f"{malformed:,} rows are in the released format, whose rejected side is malformed: all rejected "
               "responses of a turn as one printed list")
-    head, about = find_reward_head(folder, model_name)
+    head, about = find_reward_head(folder, model_name, "PRISM")
     split_file = folder / "data" / "prism" / "split.json"
     if "identity" in about and split_file.exists():
-        if load_json(split_file, "rows")["rows"] != about["identity"]["data"]:
+        if load_json(split_file, "rows")["rows"] != about["identity"].get("data"):
             raise InputError(f"the embeddings in {folder} are of other rows than {split_file.parent} holds; run "
                              "generate-prism-embeddings.py --overwrite")
     check_width(width, head, folder, about.get("model", model_name))
@@ -1295,26 +1365,20 @@ class Member:
         return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
-def check_list(name, values):
-    """Raise InputError unless a setting is a list of one or more values."""
-    if np.ndim(values) != 1 or len(values) == 0:
-        raise InputError(f"{name} = {values!r}: give a list of one value or more")
-
-
 def check_ranks(K_list, alpha_list):
     """Raise InputError unless K_list holds distinct whole numbers from 0 and alpha_list numbers from 0."""
     check_list("K_list", K_list)
     check_list("alpha_list", alpha_list)
     for K in K_list:
-        if isinstance(K, bool) or not isinstance(K, (int, np.integer)) or K < 0:
+        if not is_whole(K):
             raise InputError(f"K_list: {K!r} is no rank; give whole numbers from 0")
-    if len(K_list) == 0 or len(set(K_list)) < len(K_list):
-        raise InputError(f"K_list = {list(K_list)}: give one rank or more, each once")
+    if len(set(K_list)) < len(K_list):
+        raise InputError(f"K_list = {list(K_list)}: give each rank once")
     for alpha in alpha_list:
         if not isinstance(alpha, (int, float, np.number)) or not 0 <= alpha < math.inf:
             raise InputError(f"alpha_list: {alpha!r} is no penalty; give finite numbers from 0")
-    if len(alpha_list) == 0 or len(set(alpha_list)) < len(alpha_list):
-        raise InputError(f"alpha_list = {list(alpha_list)}: give one penalty or more, each once; [0] for none")
+    if len(set(alpha_list)) < len(alpha_list):
+        raise InputError(f"alpha_list = {list(alpha_list)}: give each penalty once; [0] for none")
 
 
 class _Likelihood:
@@ -1511,6 +1575,9 @@ def fit_basis(features, members, V_sft, num_iterations, learning_rate, regulariz
              checkpoint=checkpoint)
     if checkpoint is not None:
         checkpoint.path.unlink(missing_ok=True)
+    if not V.isfinite().all():
+        raise InputError("the training has diverged, its basis is NaN or infinite; give a smaller alpha, or pairs of "
+                         "smaller numbers")
     w = torch.zeros(N, sum(sizes), device=device)
     w[mine] = likelihood.weights(W)
     if process_count() > 1:
@@ -1747,7 +1814,10 @@ def _sweep(K_list, alpha_list, V_final, features, users, device, seed, num_itera
     for what, part, N in zip(("train_features", "test_features_sparse", "train_features_unseen",
                               "test_features_sparse_unseen"), features, (users[0], users[0], users[1], users[1])):
         check_features(part, what, N, len(V_final))
-    members = [Member(K, float(alpha), s) for alpha in alpha_list for K in K_list for s in _seeds(seed)]
+    check_whole("num_iterations", num_iterations)
+    if not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+        raise InputError(f"threshold = {threshold!r}: give a number from 0, which keeps all columns, to 1")
+    members = [Member(int(K), float(alpha), s) for alpha in alpha_list for K in K_list for s in check_seeds(seed)]
     train, _, train_unseen, _ = features
 
     def ones(N):
@@ -1836,16 +1906,15 @@ def run_few_shot_vary_shots(trials, alpha_list, K_list, num_shots, train_feature
     """
     check_ranks(K_list, alpha_list)
     check_list("num_shots", num_shots)
-    if np.ndim(seed) != 0:
-        raise InputError(f"seed = {seed!r}: give one whole number from 0")
-    for shots in [trials, *num_shots]:
-        if not isinstance(shots, (int, np.integer)) or shots < 1:
-            raise InputError(f"trials or num_shots: {shots!r} is not a whole number from 1")
+    check_whole("trials", trials)
+    check_whole("num_iterations", num_iterations)
+    for shots in num_shots:
+        check_whole("num_shots", shots)
     V_final = _reference(V_final, device)
     for what, part, users in (("train_features", train_features, N), ("train_features_unseen", train_features_unseen,
                               N_unseen), ("test_features_sparse_unseen", test_features_sparse_unseen, N_unseen)):
         check_features(part, what, users, len(V_final))
-    members = [Member(K, float(alpha), *_seeds([seed])) for alpha in alpha_list for K in K_list]
+    members = [Member(int(K), float(alpha), *check_seeds([seed])) for alpha in alpha_list for K in K_list]
     trained = [m for m in members if m.K > 0]
     bases = dict(zip(trained, fit_basis(train_features, trained, V_final, num_iterations, 0.5, device=device)
                      if trained else []))
@@ -1887,7 +1956,7 @@ def _versions():
 def save_json(path, content):
     """Write a dict as indented JSON."""
     with atomic_write(path) as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())
+        file.write((_json(content, indent=1) + "\n").encode())
 
 
 def save_results(folder, fits, user_ids, unseen_user_ids, config, seconds):

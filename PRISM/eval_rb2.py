@@ -54,6 +54,17 @@ def arguments():
     for name in ("limit", "batch_size", "max_length", "top_k"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)}: give a whole number from 1")
+    if not math.isfinite(args.head_bias):
+        raise InputError(f"--head_bias {args.head_bias}: give a finite number")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {args.device}: {str(error).splitlines()[0]}; give cpu, or a GPU of this machine "
+                         "such as cuda:0") from None
+    if args.save_csv is not None:
+        if args.save_csv.is_dir():
+            raise InputError(f"--save_csv {args.save_csv}: a folder; give the name of a file")
+        check_writable(args.save_csv.parent)
     if args.subset is not None and args.subset not in SUBSETS:
         raise InputError(f"--subset {args.subset}: unknown; one of {', '.join(SUBSETS)}")
     if args.mode == "lmhead" and args.rm_head is None:
@@ -72,7 +83,7 @@ def read_matrix(path, keys, what):
     elif path.suffix == ".npy":
         try:
             content = torch.from_numpy(np.load(path, allow_pickle=False))
-        except (ValueError, OSError, TypeError) as error:
+        except (ValueError, OSError, TypeError, EOFError) as error:
             raise InputError(f"{path}: no array of numbers ({error}); save it with numpy.save") from None
     else:
         content = load_pickle(path)
@@ -98,11 +109,14 @@ def read_rows(args):
             kept = {key: row[key] for key in ("id", "prompt", "chosen", "rejected", "subset")}
         except KeyError as error:
             raise InputError(f"{where}: no column {error}; expected is the schema of {DATASET}") from None
+        if not isinstance(kept["prompt"], str) or not isinstance(kept["id"], str):
+            raise InputError(f"{where}: id {kept['id']!r} and prompt {str(kept['prompt'])[:20]!r}; both should be text")
         if kept["subset"] not in SUBSETS:
             raise InputError(f"{where}: unknown subset {kept['subset']!r}; one of {', '.join(SUBSETS)}")
         for side in ("chosen", "rejected"):
-            if not kept[side] or not all(isinstance(text, str) for text in kept[side]):
-                raise InputError(f"{where}: no {side} answers; every row needs one or more")
+            if not isinstance(kept[side], (list, tuple)) or not kept[side] or not all(
+                    isinstance(text, str) for text in kept[side]):
+                raise InputError(f"{where}: no list of {side} answers; every row needs one or more")
         if args.subset in (None, kept["subset"]):
             found.append(kept)
         if len(found) == args.limit:
@@ -208,7 +222,7 @@ def main():
 
     conversations = [[{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": answer}]
                      for row in rows for answer in (*row["chosen"], *row["rejected"])]
-    embeddings = embed_conversations(conversations, model, tokenizer, token_budget=TOKEN_BUDGET,
+    embeddings = embed_conversations(conversations, model, tokenizer, args.dir / ".embedding_cache", TOKEN_BUDGET,
                                      max_length=args.max_length, truncation_side=args.truncation_side,
                                      batch_size=args.batch_size)
     scores = embeddings.float() @ heads + args.head_bias  # (answers, K)

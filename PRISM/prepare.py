@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import List, Literal, Optional
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -35,7 +35,7 @@ class User(BaseModel):
 
 
 class Message(BaseModel):
-    turn: int
+    turn: int = Field(ge=0, lt=10000)
     role: Literal["user", "model"]
     content: str
     if_chosen: Optional[bool] = None
@@ -138,6 +138,9 @@ def rows_of(split, turns_of):
 
 def main():
     args = prepare_arguments(__doc__, HERE, MODEL_NAME, build_demo, embeds=False)
+    check_seeds([split_seed], "split_seed")
+    if not 0 < seen_share < 1:
+        raise InputError(f"seen_share = {seen_share}: give a share between 0 and 1")
     survey, conversations, *others = source_files(args.data)
     for path in others:
         for _ in read_jsonl(path):  # whole, and no error page

@@ -33,13 +33,13 @@ def main():
     args = script_parser(__doc__, HERE).parse_args()
     check_ranks(K_list, alpha_list)
     data, V_final, about = load_prism(args.dir, MODEL_NAME)
-    check_writable(args.dir / "results")
+    for folder in ("results", "checkpoints"):
+        check_writable(args.dir / folder)
     ranks, alphas, iterations = K_list, alpha_list, num_iterations
     if about.get("demo"):
         ranks, alphas, iterations = demo_K_list, demo_alpha_list, demo_num_iterations
     N, N_unseen = len(data["seen"]), len(data["unseen"])
-    title = f"PRISM ({about['data']})" if "data" in about else "PRISM"
-    print(f"{title}: {N} seen and {N_unseen} unseen users, {sum(map(len, data['train'])):,} train pairs, "
+    print(f"{about['title']}: {N} seen and {N_unseen} unseen users, {sum(map(len, data['train'])):,} train pairs, "
           f"d = {len(V_final)}")
     if about.get("demo"):
         print(f"demo settings: K_list = {ranks}, alpha_list = {alphas}, {iterations} iterations")
@@ -57,13 +57,13 @@ def main():
     print_table(fits)
     if process_rank() == 0:
         for fit in fits:
-            if fit.seed == seeds[0]:
+            if fit.seed == fits[0].seed:
                 for name, tensor in (("V", fit.V), ("W", fit.W)):
                     path = args.dir / "checkpoints" / f"PRISM_{name}_lore_K_{fit.K}_alpha_{fit.alpha}.pt"
                     with atomic_write(path) as file:
                         torch.save(tensor.cpu().clone(), file)
-        config = {"data": title, "model": about.get("model"), "K_list": ranks, "alpha_list": alphas, "seeds": seeds,
-                  "num_iterations": iterations, "threshold": threshold}
+        config = {"data": about["title"], "model": about.get("model"), "K_list": ranks, "alpha_list": alphas,
+                  "seeds": seeds, "num_iterations": iterations, "threshold": threshold}
         save_results(args.dir / "results", fits, data["seen"], data["unseen"], config, seconds)
     print(f"\n{seconds:.1f} s; results and a plot are in {args.dir / 'results'}, V and W in {args.dir / 'checkpoints'}")
 

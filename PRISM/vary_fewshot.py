@@ -32,8 +32,8 @@ def main():
         trials, alpha_list, K_list, num_shots, data["train"], data["train_unseen"], data["test_unseen"], V_final,
         len(data["seen"]), len(data["unseen"]), default_device(), seed=seed, groups=data["dialogs_unseen"])
     if process_rank() == 0:
-        config = {"data": f"PRISM ({about['data']})" if "data" in about else "PRISM", "model": about.get("model"),
-                  "K_list": K_list, "alpha_list": alpha_list, "trials": trials, "num_shots": num_shots, "seed": seed,
+        config = {"data": about["title"], "model": about.get("model"), "K_list": K_list, "alpha_list": alpha_list,
+                  "trials": trials, "num_shots": num_shots, "seed": seed,
                   "shots_are": "conversations", "unseen_users": data["unseen"]}
         save_few_shot_curves(args.dir / "results", curves, config)
     print(f"\nthe curves and a plot are in {args.dir / 'results'}")

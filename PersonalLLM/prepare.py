@@ -55,7 +55,7 @@ def main():
     args = prepare_arguments(__doc__, HERE, MODEL_NAME, build_demo)
     splits = {}
     for split, rows in personalllm_rows(args.data).items():
-        splits[split] = parse_personalllm(rows, args.limit)
+        splits[split] = parse_personalllm(rows, split, args.limit)
         prompts = len(splits[split][0])
         print(f"{split}: {prompts:,} prompts, {RESPONSES * prompts:,} responses with {SCORERS} scores each")
         if args.data is None and args.limit is None and prompts != FULL[split]:

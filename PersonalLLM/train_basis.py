@@ -50,9 +50,9 @@ def main():
     check_writable(args.dir / "results")
     users, users_unseen, *of_population = population(about.get("demo"))
     data = create_dataset_personalllm(tables, users, users_unseen, *of_population, population_seed)
-    title = f"PersonalLLM ({about['data']})" if "data" in about else "PersonalLLM"
-    print(f"{title}: {users} seen and {users_unseen} unseen simulated users, {sum(map(len, data['train'])):,} train "
-          f"pairs, d = {len(V_final)}, {data['dropped']:,} pairs dropped, all of whose responses are tied")
+    print(f"{about['title']}: {users} seen and {users_unseen} unseen simulated users, "
+          f"{sum(map(len, data['train'])):,} train pairs, d = {len(V_final)}, {data['dropped']:,} pairs dropped, all of "
+          "whose responses are tied")
 
     fits, start = [], time.perf_counter()
     run(K_list, alpha_list, V_final, data["train"], data["test"], data["train_unseen"], data["test_unseen"],
@@ -61,7 +61,7 @@ def main():
 
     print_table(fits)
     if process_rank() == 0:
-        config = {"data": title, "model": about.get("model"), "K_list": K_list, "alpha_list": alpha_list,
+        config = {"data": about["title"], "model": about.get("model"), "K_list": K_list, "alpha_list": alpha_list,
                   "seeds": seeds, "population_seed": population_seed,
                   **dict(zip(("concentration", "fractions"), of_population)), "pairs_dropped": data["dropped"]}
         save_results(args.dir / "results", fits, data["seen"], data["unseen"], config, seconds)

@@ -47,14 +47,15 @@ def main():
     check_writable(args.dir / "results")
     users, users_unseen, *of_population = population(about.get("demo"))
     data = create_dataset_personalllm(tables, users, users_unseen, *of_population, population_seed)
+    print(f"{data['dropped']:,} pairs dropped, all of whose responses are tied")
     curves = run_few_shot_vary_shots(
         trials, alpha_list, K_list, num_shots, data["train"], data["train_unseen"], data["test_unseen"], V_final, users,
         users_unseen, default_device(), seed=seed)
     if process_rank() == 0:
-        config = {"data": f"PersonalLLM ({about['data']})" if "data" in about else "PersonalLLM",
-                  "model": about.get("model"), "K_list": K_list, "alpha_list": alpha_list, "trials": trials,
-                  "num_shots": num_shots, "seed": seed, "population_seed": population_seed,
-                  **dict(zip(("concentration", "fractions"), of_population)), "unseen_users": data["unseen"]}
+        config = {"data": about["title"], "model": about.get("model"), "K_list": K_list, "alpha_list": alpha_list,
+                  "trials": trials, "num_shots": num_shots, "seed": seed, "population_seed": population_seed,
+                  **dict(zip(("concentration", "fractions"), of_population)), "unseen_users": data["unseen"],
+                  "pairs_dropped": data["dropped"]}
         save_few_shot_curves(args.dir / "results", curves, config)
     print(f"\nthe curves and a plot are in {args.dir / 'results'}")
 

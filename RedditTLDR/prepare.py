@@ -118,7 +118,7 @@ def main():
     embed(splits, args)
     if process_rank() > 0:
         return
-    save_reward_head(outputs, head, identity, model=identity["model"], data=args.label or DATASET)
+    save_reward_head(outputs, head, identity, model=identity["model"], data=args.label or DATASET, demo=args.demo)
     for path, by_worker in zip(outputs, splits):
         save_pickle(path, by_worker)
         print(f"{path.name}: {len(by_worker)} workers, {sum(map(len, by_worker.values())):,} pairs, d = {len(head)}, "

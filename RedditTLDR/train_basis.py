@@ -34,8 +34,7 @@ def main():
     data = create_dataset_tldr(train, validation, train_pairs, few_shot_pairs, split_seed)
     del train, validation
     N, N_unseen = len(data["seen"]), len(data["unseen"])
-    title = f"Reddit TL;DR ({about['data']})" if "data" in about else "Reddit TL;DR"
-    print(f"{title}: {N} seen and {N_unseen} unseen workers, {sum(map(len, data['train'])):,} train pairs, "
+    print(f"{about['title']}: {N} seen and {N_unseen} unseen workers, {sum(map(len, data['train'])):,} train pairs, "
           f"d = {len(V_final)}")
 
     fits, start = [], time.perf_counter()
@@ -45,7 +44,7 @@ def main():
 
     print_table(fits)
     if process_rank() == 0:
-        config = {"data": title, "model": about.get("model"), "K_list": K_list, "alpha_list": alpha_list,
+        config = {"data": about["title"], "model": about.get("model"), "K_list": K_list, "alpha_list": alpha_list,
                   "seeds": seeds, "split_seed": split_seed, "train_pairs": train_pairs,
                   "few_shot_pairs": few_shot_pairs}
         save_results(args.dir / "results", fits, data["seen"], data["unseen"], config, seconds)

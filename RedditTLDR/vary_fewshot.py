@@ -37,8 +37,7 @@ def main():
         trials, alpha_list, K_list, num_shots, data["train"], data["train_unseen"], data["test_unseen"], V_final,
         len(data["seen"]), len(data["unseen"]), default_device(), seed=seed)
     if process_rank() == 0:
-        title = f"Reddit TL;DR ({about['data']})" if "data" in about else "Reddit TL;DR"
-        config = {"data": title, "model": about.get("model"), "K_list": K_list, "alpha_list": alpha_list,
+        config = {"data": about["title"], "model": about.get("model"), "K_list": K_list, "alpha_list": alpha_list,
                   "trials": trials, "num_shots": num_shots, "seed": seed, "split_seed": split_seed,
                   "train_pairs": train_pairs, "unseen_pairs": unseen_pairs, "unseen_workers": data["unseen"]}
         save_few_shot_curves(args.dir / "results", curves, config)

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-STANDIN_NOTE = ("demo: the reward model is a tiny stand-in with random weights and the comparisons are synthetic, "
+STANDIN_NOTE = ("demo: the reward model is a tiny stand-in with random weights and the data are synthetic, "
                 "written for this demo; the accuracies say nothing about real models or people")
 
 # ---------------------------------------------------------------------------------------------------------------------
