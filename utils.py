@@ -264,8 +264,8 @@ def load_pickle(path):
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}; give a file that can be read") from None
     except Exception as error:  # a damaged pickle raises nearly anything
-        remedy = "do not trust this file" if "refused" in str(error) else ("it is truncated or no pickle; run the "
-                                                                              "script that writes it again")
+        remedy = ("do not trust this file" if "refused" in str(error) else
+                  "it is truncated or no pickle; delete it and write it again")
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path}: {reason}; {remedy}") from None
 

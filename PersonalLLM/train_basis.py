@@ -51,8 +51,8 @@ def main():
     users, users_unseen, *of_population = population(about.get("demo"))
     data = create_dataset_personalllm(tables, users, users_unseen, *of_population, population_seed)
     print(f"{about['title']}: {users} seen and {users_unseen} unseen simulated users, "
-          f"{sum(map(len, data['train'])):,} train pairs, d = {len(V_final)}, {data['dropped']:,} pairs dropped, all of "
-          "whose responses are tied")
+          f"{sum(map(len, data['train'])):,} train pairs, d = {len(V_final)}; {data['dropped']:,} pairs dropped, all "
+          "responses tied")
 
     fits, start = [], time.perf_counter()
     run(K_list, alpha_list, V_final, data["train"], data["test"], data["train_unseen"], data["test_unseen"],

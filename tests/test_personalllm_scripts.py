@@ -388,7 +388,7 @@ def test_six_responses_a_prompt_are_counted_as_missing_columns(monkeypatch, caps
     (lambda path: path.write_bytes(path.read_bytes()[:-20]), "row 240"),
     (lambda path: path.write_text("<html>429 Too Many Requests</html>"), "row 1"),
     (lambda path: path.write_text("[1, 2]\n"), "row 1"), (lambda path: path.unlink(), "train"),
-    (lambda path: path.write_text(""), "split without rows"),
+    (lambda path: path.write_text(""), "no rows"),
     (lambda path: shutil.copy(path, path.with_name("train-2.jsonl")), "2 files")])
 def test_damaged_data_is_named(monkeypatch, capsys, sources, tmp_path, spoil, named):
     shutil.copytree(sources / "data", tmp_path / "data")
@@ -631,16 +631,16 @@ def test_truncated_and_missing_files_are_named(monkeypatch, capsys, embeddings, 
 
 
 @pytest.mark.parametrize("name, constants, named", [
-    ("train_basis", {"demo_train_fraction": 0.004}, ["fraction 0.004", "240 prompts", "0 pairs"]),
-    ("train_basis", {"demo_few_shot_fraction": 0.0}, ["fraction 0.0", "0 pairs"]),
-    ("train_basis", {"test_fraction": 1.1}, ["fraction 1.1", "60 prompts", "at most 1.0"]),
+    ("train_basis", {"demo_train_fraction": 0.004}, ["fraction 0.004", "240 prompts", "no pairs"]),
+    ("train_basis", {"demo_few_shot_fraction": 0.0}, ["fraction 0.0", "no pairs"]),
+    ("train_basis", {"test_fraction": 1.1}, ["fraction 1.1", "60 prompts", "to 1.0"]),
     ("train_basis", {"demo_train_fraction": -0.5}, ["fraction -0.5"]),
     ("train_basis", {"demo_N": 0}, ["N = 0"]), ("train_basis", {"demo_N": 2.5}, ["N = 2.5"]),
     ("train_basis", {"demo_N_unseen": 0}, ["N_unseen = 0"]), ("train_basis", {"demo_N": True}, ["N = True"]),
     ("train_basis", {"concentration": 0}, ["concentration = 0"]),
     ("train_basis", {"concentration": [0.1] * 10}, ["concentration"]),
     ("train_basis", {"population_seed": -1}, ["seed", "-1"]), ("train_basis", {"K_list": []}, ["K_list"]),
-    ("vary_fewshot", {"demo_pool_fraction": 0.004}, ["fraction 0.004", "0 pairs"]),
+    ("vary_fewshot", {"demo_pool_fraction": 0.004}, ["fraction 0.004", "no pairs"]),
     ("vary_fewshot", {"demo_N": 0}, ["N = 0"]), ("vary_fewshot", {"num_shots": [0]}, ["num_shots"])])
 def test_unusable_constant_is_named_and_nothing_written(monkeypatch, capsys, embeddings, name, constants, named):
     module = script(name)

@@ -356,7 +356,7 @@ def test_vary_shots_refuses_the_same_ranks_and_penalties(wrong):
 @pytest.mark.parametrize("trials, num_shots, named",
                          [(0, [2], "0"), (2.5, [2], "2.5"), (2, [0], "0"), (2, [1.5], "1.5"), (2, [-3], "-3")])
 def test_vary_shots_refuses_numbers_of_trials_or_shots_below_one(trials, num_shots, named):
-    with input_error("num_shots", named):
+    with input_error(f"{'num_shots' if trials == 2 else 'trials'} = {named}"):
         vary_shots(trials, [0], [2], num_shots, num_iterations=1)
 
 

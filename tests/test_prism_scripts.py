@@ -737,8 +737,8 @@ def test_unusable_heads_and_options_are_one_line(monkeypatch, capsys, tmp_path, 
 
 
 @pytest.mark.parametrize("changes, named", [
-    ({"subset": "Poetry"}, "Poetry"), ({"chosen": []}, "no chosen"), ({"rejected": []}, "no rejected"),
-    ({"chosen": None}, "no chosen"), ({"prompt": ...}, "prompt"), ({"chosen": [1]}, "chosen")])
+    ({"subset": "Poetry"}, "Poetry"), ({"chosen": []}, "no list of chosen"), ({"rejected": []}, "no list of rejected"),
+    ({"chosen": None}, "no list of chosen"), ({"prompt": ...}, "prompt"), ({"chosen": [1]}, "chosen")])
 def test_spoilt_benchmark_row_is_named(monkeypatch, capsys, tmp_path, benchmark, model, changes, named):
     rows = [dict(row) for row in benchmark[1]]
     for column, value in changes.items():
