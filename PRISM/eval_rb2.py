@@ -110,7 +110,7 @@ def read_rows(args):
         except KeyError as error:
             raise InputError(f"{where}: no column {error}; expected is the schema of {DATASET}") from None
         if not isinstance(kept["prompt"], str) or not isinstance(kept["id"], str):
-            raise InputError(f"{where}: id {kept['id']!r} and prompt {str(kept['prompt'])[:20]!r}; both should be text")
+            raise InputError(f"{where}: id {kept['id']!r} and prompt {repr(kept['prompt'])[:20]}; both should be text")
         if kept["subset"] not in SUBSETS:
             raise InputError(f"{where}: unknown subset {kept['subset']!r}; one of {', '.join(SUBSETS)}")
         for side in ("chosen", "rejected"):

@@ -1,6 +1,7 @@
 """The reward model, its head, and embeddings against one forward pass per conversation."""
 
 import json
+import math
 import shutil
 
 import numpy as np
@@ -236,6 +237,28 @@ def test_damaged_shard_is_made_again(reward_model, tmp_path):
     again, forwards = cached(conversations, reward_model, tmp_path)
     assert forwards > 0 and torch.equal(again, embeddings)
     assert shard.read_bytes() == whole
+
+
+@pytest.mark.parametrize("spoilt", [{"embeddings": torch.full((99, 64), math.nan)}, {"states": torch.ones(99, 64)}],
+                         ids=["NaN", "other tensors"])
+def test_shard_without_usable_embeddings_is_made_again(reward_model, tmp_path, spoilt):
+    conversations = ragged_conversations(4)
+    embeddings, _ = cached(conversations, reward_model, tmp_path)
+    shard = next(tmp_path.glob("*/*.safetensors"))
+    whole = shard.read_bytes()
+    about = utils.load_tensors(shard)[1]
+    utils.save_tensors(shard, {name: tensor[:len(about["keys"])] for name, tensor in spoilt.items()}, **about)
+    again, forwards = cached(conversations, reward_model, tmp_path)
+    assert forwards == 1 and torch.equal(again, embeddings) and shard.read_bytes() == whole
+
+
+def test_conversation_whose_embedding_is_not_finite_is_named(checkpoint, tmp_path):
+    model, tokenizer = load_reward_model(str(checkpoint), device="cpu")
+    model.norm.weight.data[3] = math.inf
+    conversations = ragged_conversations(2)
+    with input_error("NaN or infinite", repr(conversations[0][0]["content"][:60])[1:-1]):
+        embed_conversations(conversations[:1], model, tokenizer, cache_dir=tmp_path)
+    assert not list(tmp_path.glob("*/*"))
 
 
 def test_repeated_conversations_have_equal_rows_in_their_places(reward_model):

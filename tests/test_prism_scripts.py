@@ -721,7 +721,9 @@ def test_printed_table_is_the_saved_one(demo):
     (["--rm_head", "basis.pt", "--user_weights", "wide.pt"], ["wide.pt", "(32, 2)"]),
     (["--rm_head", "basis.safetensors", "--head_key", "U"], ["basis.safetensors", "U"]),
     (["--rm_head", "text.npy"], ["text.npy"]), (["--rm_head", "cut.safetensors"], ["cut.safetensors"]),
-    (["--rm_head", "nan.pt"], ["nan.pt"]), (["--truncation_side", "middle"], ["--truncation_side"])])
+    (["--rm_head", "nan.pt"], ["nan.pt"]), (["--truncation_side", "middle"], ["--truncation_side"]),
+    (["--head_bias", "nan"], ["--head_bias"]), (["--device", "tpu"], ["--device tpu"]),
+    (["--save_csv", "."], ["--save_csv", "folder"])])
 def test_unusable_heads_and_options_are_one_line(monkeypatch, capsys, tmp_path, benchmark, model, arguments, named):
     for name in ("basis.pt", "basis.safetensors"):
         shutil.copy(benchmark[0] / name, tmp_path)
@@ -738,7 +740,8 @@ def test_unusable_heads_and_options_are_one_line(monkeypatch, capsys, tmp_path, 
 
 @pytest.mark.parametrize("changes, named", [
     ({"subset": "Poetry"}, "Poetry"), ({"chosen": []}, "no list of chosen"), ({"rejected": []}, "no list of rejected"),
-    ({"chosen": None}, "no list of chosen"), ({"prompt": ...}, "prompt"), ({"chosen": [1]}, "chosen")])
+    ({"chosen": None}, "no list of chosen"), ({"prompt": ...}, "prompt"), ({"chosen": [1]}, "chosen"),
+    ({"prompt": 5}, "prompt 5"), ({"id": 7}, "id 7")])
 def test_spoilt_benchmark_row_is_named(monkeypatch, capsys, tmp_path, benchmark, model, changes, named):
     rows = [dict(row) for row in benchmark[1]]
     for column, value in changes.items():

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, call, load_script, refused
+from helpers import ROOT, call, fresh_process, load_script, refused
 from safetensors import safe_open
 from standin import PLANTED_RANK, build_reward_model, write_tldr_corpus
 
@@ -432,6 +432,25 @@ def test_unusable_ranks_are_named(monkeypatch, capsys, embeddings, K_list):
     module = script("train_basis")
     monkeypatch.setattr(module, "K_list", K_list)
     refused(monkeypatch, capsys, module, ["--dir", embeddings], "K_list")
+
+
+def test_ranks_and_seeds_may_be_ranges_and_arrays(monkeypatch, embeddings):
+    module = script("train_basis")
+    monkeypatch.setattr(module, "K_list", range(2))
+    monkeypatch.setattr(module, "seeds", np.arange(2))
+    call(monkeypatch, module, "--dir", embeddings)
+    results = json.loads((embeddings / "results" / "results.json").read_text())
+    assert results["config"]["K_list"] == [0, 1] and results["seeds"] == [0, 1]
+    assert [(fit["K"], fit["seed"]) for fit in results["fits"]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_a_reader_that_leaves_loses_no_results(embeddings):
+    code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import train_basis; train_basis.K_list = [0, 1, 2]; "
+            "train_basis.run_script(train_basis.main)")
+    process = fresh_process(code, SCRIPTS, "--dir", embeddings)
+    process.stdout.close()  # as `| head -0` does
+    assert process.stderr.read() == "" and process.wait(timeout=120) == 0
+    assert len(json.loads((embeddings / "results" / "results.json").read_text())["fits"]) == 3
 
 
 def test_worker_with_one_pair_and_pickles_without_a_head_are_fine(monkeypatch, capsys, embeddings, sources):
