@@ -47,7 +47,7 @@ def main():
     check_writable(args.dir / "results")
     users, users_unseen, *of_population = population(about.get("demo"))
     data = create_dataset_personalllm(tables, users, users_unseen, *of_population, population_seed)
-    print(f"{data['dropped']:,} pairs dropped, all of whose responses are tied")
+    print(f"{data['dropped']:,} pairs dropped, all responses tied")
     curves = run_few_shot_vary_shots(
         trials, alpha_list, K_list, num_shots, data["train"], data["train_unseen"], data["test_unseen"], V_final, users,
         users_unseen, default_device(), seed=seed)

@@ -660,7 +660,7 @@ def tie(prompts):
 def test_tied_prompts_are_dropped_and_counted(monkeypatch, capsys, demo, embeddings, sources, trainer):
     spoil(embeddings, "test.safetensors", tie([5, 17]))
     call(monkeypatch, trainer, "--dir", embeddings)
-    assert f"{2 * (N + N_UNSEEN)} pairs dropped, all of whose responses are tied" in capsys.readouterr().out
+    assert f"{2 * (N + N_UNSEEN)} pairs dropped, all responses tied" in capsys.readouterr().out
     results = results_in(embeddings)
     assert results["config"]["pairs_dropped"] == 2 * (N + N_UNSEEN)
     rows = read_rows(sources / "data", "test")
