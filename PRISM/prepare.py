@@ -5,7 +5,8 @@
     python prepare.py --data DIR               survey.jsonl, conversations.jsonl (and utterances.jsonl) from a folder
 
 Writes to data/prism/ beside itself: train.parquet, test.parquet, split.json. Next: python generate-prism-embeddings.py
-The full data set must come to 1,030 seen users with 12,999 train turns, 19,638 train and 19,727 test pairs.
+The full data set must come to 1,030 seen users and, of seen and unseen users together, 12,999 train turns, 19,638 train
+and 19,727 test pairs.
 """
 
 import sys
@@ -25,7 +26,7 @@ FILES = ("survey.jsonl", "conversations.jsonl", "utterances.jsonl")  # the last 
 split_seed = 123  # of the released split
 seen_share = 0.8  # of the users, rounded down
 fewest_conversations = 6  # users with fewer are left out
-EXPECTED = {"seen users": 1030, "train turns": 12999, "train pairs": 19638, "test pairs": 19727}  # seen users' pairs
+EXPECTED = {"seen users": 1030, "train turns": 12999, "train pairs": 19638, "test pairs": 19727}  # of the full data set
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -172,13 +173,13 @@ def main():
         raise InputError(f"no user has {fewest_conversations} conversations with a complete turn; take the whole "
                          "data set, or a larger --limit")
 
-    counts = {}
-    for seen, group in ((True, "seen"), (False, "unseen")):
-        counts[f"{group} users"] = sum(of_user[0] == seen for of_user in split.values())
-        for name in rows:
-            infos = [row["extra_info"] for row in rows[name] if row["extra_info"]["seen"] == seen]
-            turn_key, pair_key = (f"{name} {unit}" if seen else f"unseen {name} {unit}" for unit in ("turns", "pairs"))
-            counts[turn_key], counts[pair_key] = len(infos), sum(len(info["rejected_utterance"]) for info in infos)
+    counts = {"seen users": sum(seen for seen, *_ in split.values())}
+    counts["unseen users"] = len(split) - counts["seen users"]
+    for name in rows:
+        infos = [row["extra_info"] for row in rows[name]]
+        counts[f"{name} turns"] = len(infos)
+        counts[f"{name} pairs"] = sum(len(info["rejected_utterance"]) for info in infos)
+        counts[f"{name} pairs of seen users"] = sum(len(info["rejected_utterance"]) for info in infos if info["seen"])
     for key, count in counts.items():
         differs = args.data is None and args.limit is None and EXPECTED.get(key, count) != count
         print(f"{key}: {count:,}" + (f"  WARNING: {EXPECTED[key]:,} expected of the full data set" if differs else ""))

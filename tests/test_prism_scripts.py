@@ -250,12 +250,13 @@ def test_printed_counts_are_the_corpuses(demo):
     by_id = {c["conversation_id"]: c["conversation_history"] for c in conversations}
     counts = Counter()
     for user, seen, *parts in numpy_split(survey, conversations):
-        of = "" if seen else "unseen "
         counts["seen users" if seen else "unseen users"] += 1
         for name, ids in zip(("train", "test"), parts):
             replies = [m for i in ids for m in by_id[i] if m["role"] == "model"]
-            counts[f"{of}{name} turns"] += sum(m["if_chosen"] for m in replies)
-            counts[f"{of}{name} pairs"] += sum(not m["if_chosen"] for m in replies)
+            rejected = sum(not m["if_chosen"] for m in replies)
+            counts[f"{name} turns"] += sum(m["if_chosen"] for m in replies)
+            counts[f"{name} pairs"] += rejected
+            counts[f"{name} pairs of seen users"] += rejected * seen
     for name, count in counts.items():
         assert f"\n{name}: {count:,}\n" in demo[1]["prepare"]
     assert counts["train pairs"] > counts["train turns"]
