@@ -1,6 +1,6 @@
 """How much faster the training engine of utils.py is than a plain loop over users, and how much memory `run` takes.
 
-    python tests/benchmarks/bench_training.py             all sections, about 10 minutes on 2 cores
+    python tests/benchmarks/bench_training.py             all sections, about 5 minutes on 2 cores
     python tests/benchmarks/bench_training.py memory run  only these; of memory, run, training, few-shot, seeds, prism
 
 Prints a line per figure: seconds of ours and of the plain loop, their ratio (the median of the repeats, and the
@@ -22,6 +22,7 @@ import resource
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -142,7 +143,7 @@ def members(K_list, seeds=(0,), alpha=0.0):
 def run_silently(K_list, features, num_iterations, few_shot_iterations, pipeline=utils.run, **options):
     """`utils.run` with another number of few-shot iterations than its constant, without its printing."""
     utils.FEW_SHOT_ITERATIONS = few_shot_iterations
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         pipeline(K_list, options.pop("alpha_list", [0]), V_SFT, *features, len(features[0]), len(features[2]), "cpu",
                  num_iterations=num_iterations, **options)
 
@@ -241,8 +242,8 @@ def memory_of_run(sizes, K_list, pipeline, sliced, options):
 def bench_memory(figure, sizes, K_list, allowance, pipeline="run", sliced=False, **options):
     """Peak memory against the bytes of the features. A process inherits the peak of the one that starts it: run this
     before anything large has been allocated here."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        features, peak = pool.apply(memory_of_run, (sizes, K_list, pipeline, sliced, options))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        features, peak = pool.submit(memory_of_run, sizes, K_list, pipeline, sliced, options).result()
     ratio = (peak - allowance) / features
     print_figure(figure, f"{peak / 1e6:.0f} MB", f"{features / 1e6:.0f} MB", [ratio], "<= 1.5", ratio <= 1.5)
 
