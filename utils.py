@@ -300,6 +300,8 @@ def process_count():
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count > 1 and not dist.is_initialized():
         import datetime
+        if torch.cuda.is_available():
+            torch.cuda.set_device(default_device())  # where NCCL's barrier runs
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
                                 timeout=datetime.timedelta(days=7))  # a slow neighbour may embed for hours
     return count
@@ -1243,6 +1245,25 @@ PRISM_FILES = ("train_embeddings.pkl", "test_embeddings.pkl")
 PAIR_FORMAT = "one embedding per rejected response"
 
 
+def _prism_rows(path):
+    """The rows of an embeddings file, each checked for its user and for finite pairs; where each width was seen."""
+    rows, width = load_pickle(path), {}
+    if not isinstance(rows, list) or not rows:
+        raise InputError(f"{path}: not a list of rows; run generate-prism-embeddings.py --overwrite")
+    for i, row in enumerate(rows):
+        try:
+            pairs = prism_pairs(row)
+            usable = len(pairs) > 0 and bool(torch.isfinite(pairs).all())
+            usable &= {"seen", "user_id", "dialog_id"} <= row["extra_info"].keys()
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError):
+            usable = False
+        if not usable:
+            raise InputError(f"{path}, row {i}: no user, no embeddings, or NaN or infinite ones; run "
+                             "generate-prism-embeddings.py --overwrite")
+        width.setdefault(pairs.shape[1], f"{path}, row {i}")
+    return rows, width
+
+
 def load_prism(folder, model_name):
     """Read the embeddings of PRISM/generate-prism-embeddings.py (or of the released script) and the reward head.
 
@@ -1252,45 +1273,32 @@ def load_prism(folder, model_name):
     Raises InputError that names file and row: missing or damaged files, embeddings missing, not finite, of different
     widths or of other rows than data/prism/ beside them holds.
     """
-    folder, data, width, malformed = Path(folder), {}, {}, 0
-    for path, split in zip((folder / name for name in PRISM_FILES), ("train", "test")):
-        rows = load_pickle(path)
-        if not isinstance(rows, list) or not rows:
-            raise InputError(f"{path}: not a list of rows; run generate-prism-embeddings.py --overwrite")
-        for i, row in enumerate(rows):
-            try:
-                pairs = prism_pairs(row)
-                usable = len(pairs) > 0 and bool(torch.isfinite(pairs).all())
-                malformed += "pair_format" not in row["extra_info"]
-                usable &= {"seen", "user_id", "dialog_id"} <= row["extra_info"].keys()
-            except (KeyError, IndexError, TypeError, ValueError, RuntimeError):
-                usable = False
-            if not usable:
-                raise InputError(f"{path}, row {i}: no user, no embeddings, or NaN or infinite ones; run "
-                                 "generate-prism-embeddings.py --overwrite")
-            width.setdefault(pairs.shape[1], f"{path}, row {i}")
-        for seen, suffix in ((True, ""), (False, "_unseen")):
-            of_group = [row for row in rows if bool(row["extra_info"]["seen"]) == seen]
-            users = list(_prism_dialogs(of_group))
-            name = "seen" if seen else "unseen"
-            if not users or data.setdefault(name, users) != users:
-                raise InputError(f"{path}: {len(users)} {name} users, {len(data.get(name, []))} in {PRISM_FILES[0]}; "
-                                 "make both files in one run of generate-prism-embeddings.py")
-            data[split + suffix] = create_dataset_prism(of_group)
-            if (split, seen) == ("train", False):
-                data["dialogs_unseen"] = [
-                    torch.tensor([n for n, of_dialog in enumerate(dialogs.values()) for row in of_dialog
-                                  for _ in prism_pairs(row)]) for dialogs in _prism_dialogs(of_group).values()]
-    if malformed:
-        print(f"{malformed:,} rows are in the released format, whose rejected side is malformed: all rejected "
-              "responses of a turn as one printed list")
+    folder, data = Path(folder), {}
+    (train, width), (test, width_of_test) = (_prism_rows(folder / name) for name in PRISM_FILES)
     head, about = find_reward_head(folder, model_name, "PRISM")
+    check_width({**width_of_test, **width}, head, folder, about.get("model", model_name))
     split_file = folder / "data" / "prism" / "split.json"
     if "identity" in about and split_file.exists():
         if load_json(split_file, "rows")["rows"] != about["identity"].get("data"):
             raise InputError(f"the embeddings in {folder} are of other rows than {split_file.parent} holds; run "
                              "generate-prism-embeddings.py --overwrite")
-    check_width(width, head, folder, about.get("model", model_name))
+    malformed = sum("pair_format" not in row["extra_info"] for row in train + test)
+    if malformed:
+        print(f"{malformed:,} rows are in the released format, whose rejected side is malformed: all rejected "
+              "responses of a turn as one printed list")
+    for split, rows, name in (("train", train, PRISM_FILES[0]), ("test", test, PRISM_FILES[1])):
+        for seen, suffix in ((True, ""), (False, "_unseen")):
+            of_group = [row for row in rows if bool(row["extra_info"]["seen"]) == seen]
+            users = list(_prism_dialogs(of_group))
+            group = "seen" if seen else "unseen"
+            if not users or data.setdefault(group, users) != users:
+                raise InputError(f"{folder / name}: {len(users)} {group} users, {len(data.get(group, []))} in "
+                                 f"{PRISM_FILES[0]}; make both files in one run of generate-prism-embeddings.py")
+            data[split + suffix] = create_dataset_prism(of_group)
+            if (split, seen) == ("train", False):
+                data["dialogs_unseen"] = [
+                    torch.tensor([n for n, of_dialog in enumerate(dialogs.values()) for row in of_dialog
+                                  for _ in prism_pairs(row)]) for dialogs in _prism_dialogs(of_group).values()]
     return data, head, about
 
 

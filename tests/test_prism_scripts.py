@@ -500,6 +500,8 @@ def test_pairs_are_the_chosen_minus_each_rejected_response(demo):
     (lambda rows: rows[4]["extra_info"].update(rejected_conv_embedding=torch.zeros(0, 64)), "row 4"),
     (lambda rows: [row["extra_info"].update(chosen_conv_embedding=torch.ones(32), rejected_conv_embedding=torch.zeros(
         1, 32)) for row in rows], "d = 32"),
+    (lambda rows: rows[4]["extra_info"].update(chosen_conv_embedding=torch.ones(32),
+                                               rejected_conv_embedding=torch.zeros(1, 32)), "row 4"),
     (lambda rows: rows.clear(), "list of rows"),
     (lambda rows: [row["extra_info"].update(seen=True) for row in rows], "0 unseen users"),
     (lambda rows: rows[0]["extra_info"].update(user_id="somebody"), "users")])
