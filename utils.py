@@ -178,7 +178,7 @@ def save_tensors(path, tensors, **about):
                       {"about": _json(about)})  # one entry: several come in an order that varies
             os.chmod(file.name, os.fstat(file.fileno()).st_mode)  # the library puts a private file in its place
         except SafetensorError as error:
-            code = re.search(r"os error (\d+)", str(error))  # the only trace of a full disk
+            code = re.search(r"(?:os error|code:) (\d+)", str(error))  # the only trace of a full disk
             raise OSError(int(code[1]), os.strerror(int(code[1]))) if code else error from None
 
 
