@@ -571,6 +571,30 @@ def tokenize_conversations(conversations, tokenizer):
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
+def _shards(rows, shard_size):
+    """Split rows into lists of about `shard_size` conversations each."""
+    shards, count = [], shard_size
+    for row in rows:
+        if count >= shard_size:
+            shards.append([])
+            count = 0
+        shards[-1].append(row)
+        count += len(row.members)
+    return shards
+
+
+def _cached(folder):
+    """What the shards in a cache folder hold: (key, embedding) pairs. Damaged ones hold nothing and are made again."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            tensors, about = load_tensors(path)
+        except InputError:
+            continue
+        for key, states in zip(about.get("keys", ()), tensors.get("embeddings", ())):
+            if states.isfinite().all():
+                yield key, states
+
+
 def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_budget=8192, shard_size=1024,
                         max_length=None, truncation_side="left", batch_size=None, dtype=None):
     """phi of each conversation: the state, after the final norm, of its last token.
@@ -613,29 +637,18 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
     distinct = list(first.values())
     missing = set(distinct)
 
-    def read_shards():
-        for path in sorted(folder.glob("*.safetensors")):
-            try:
-                tensors, about = load_tensors(path)
-            except InputError:
-                continue  # a damaged shard is made again
-            for key, states in zip(about.get("keys", ()), tensors.get("embeddings", ())):
-                if first.get(key) in missing and states.isfinite().all():
-                    embeddings[first[key]] = states
-                    missing.discard(first[key])
+    def take_cached():
+        for key, states in _cached(folder):
+            if first.get(key) in missing:
+                embeddings[first[key]] = states
+                missing.discard(first[key])
 
     if folder:
         check_writable(folder)
-        read_shards()
-    shards, count = [[]], 0
+        take_cached()
     flash = getattr(model.config, "_attn_implementation", "eager") == "flash_attention_2"
     prompts = {n: n if flash else json.dumps(conversations[n][:-1]) for n in distinct}
-    for row in _rows_of_shared_prefixes(sequences, prompts, token_budget):
-        if count >= shard_size:
-            shards.append([])
-            count = 0
-        shards[-1].append(row)
-        count += len(row.members)
+    shards = _shards(_rows_of_shared_prefixes(sequences, prompts, token_budget), shard_size)
     ranks = process_count()
     work = [[row.only(missing) for row in rows] for rows in shards]
     work = [sorted((row for row in rows if row.members), key=len, reverse=True) for rows in work]
@@ -662,7 +675,7 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
                 save_tensors(folder / f"{name}.safetensors", {"embeddings": states}, keys=shard_keys)
     if ranks > 1:
         dist.barrier()
-        read_shards()
+        take_cached()
     repeated = sorted(set(range(len(keys))) - set(distinct))
     embeddings[repeated] = embeddings[[first[keys[n]] for n in repeated]]
     return embeddings
