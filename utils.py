@@ -952,24 +952,30 @@ def check_features(features, what, users=None, d=None):
 
 
 def pack(features, device=None):
-    """Lay the pairs of all users behind one another -> (X float32 `[M, d]`, counts int64 `[N]`).
+    """Lay the pairs of all users behind one another -> (X float32 `[rows, d]`, counts int64 `[N]`, row).
 
+    row: the row of X of each of the M pairs, int64 `[M]`, where all are Pairs of one table: what many users prefer
+    alike stands in X once. Else None, and X is `[M, d]`.
     Users that are consecutive slices of one matrix already (`X.split(counts)`) are used in place, not copied.
     """
-    counts = torch.tensor([len(X) for X in features])
+    counts, row = torch.tensor([len(X) for X in features]), None
     first = features[0]
+    if isinstance(first, Pairs) and all(isinstance(X, Pairs) and X.embeddings is first.embeddings for X in features):
+        rows_of_table = len(first.embeddings)
+        pairs, row = torch.cat([X.chosen * rows_of_table + X.rejected for X in features]).unique(return_inverse=True)
+        features = [Pairs(first.embeddings, part // rows_of_table, part % rows_of_table) for part in pairs.split(1024)]
     device = torch.device(device) if device is not None else first.device
-    d, ends = first.shape[1], torch.cumsum(counts, 0).tolist()
+    d, ends = first.shape[1], list(itertools.accumulate(map(len, features)))
     in_place = all(isinstance(X, torch.Tensor) and X.dtype == torch.float32 and X.is_contiguous()
                    and X.device == first.device and X.data_ptr() == first.data_ptr() + 4 * d * (end - len(X))
                    and X.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
                    for X, end in zip(features, ends))
     if in_place:
-        return first.as_strided((ends[-1], d), (d, 1)).to(device), counts
+        return first.as_strided((ends[-1], d), (d, 1)).to(device), counts, row
     X = torch.empty(ends[-1], d, device=device)
     for end, part in zip(ends, features):
         X[end - len(part):end] = part.dense() if isinstance(part, Pairs) else part
-    return X, counts
+    return X, counts, row
 
 
 def sample_shots(features, shots, generator=None, groups=None):
@@ -1409,8 +1415,11 @@ class _Likelihood:
     pairs under each basis column, w `[N, C]` the user weights (each member's columns sum to 1).
     """
 
-    def __init__(self, counts, sizes, device, total=None):
-        """counts: pairs of each user. total: mean over that many pairs; default the sum over users of each's mean."""
+    def __init__(self, counts, sizes, device, total=None, row=None):
+        """counts: pairs of each user. total: mean over that many pairs; default the sum over users of each's mean.
+
+        row: of X, for each pair, where several pairs share one; see `pack`.
+        """
         self.sizes = list(sizes)
         self.user = torch.arange(len(counts)).repeat_interleave(counts).to(device)  # (M,)
         self.start = (torch.cumsum(counts, 0) - counts).to(device)  # (N,) a user's first pair
@@ -1418,10 +1427,20 @@ class _Likelihood:
         self.of_member = torch.block_diag(*(torch.ones(K, 1) for K in self.sizes)).to(device)  # (C, G), 0 and 1
         divisor = counts if total is None else torch.full_like(counts, total)
         self.pair_weight = 1.0 / divisor.repeat_interleave(counts).to(device)[:, None]  # (M, 1)
+        self.row = row
+        if row is not None:
+            self.row, self.by_row = row.to(device), row.argsort(stable=True).to(device)
+            shared_by = row.bincount()
+            self.first_of_row = (torch.cumsum(shared_by, 0) - shared_by).to(device)
 
     def weights(self, W):
         """User weights, the softmax over each member's logits: (N, C)."""
         return torch.cat([logits.softmax(1) for logits in W.split(self.sizes, 1)], 1)
+
+    def scores(self, X, V):
+        """S = X V of every pair: (M, C). V: (C, d), or with rows of zeros behind its C rows."""
+        S = (X @ V.T)[:, :len(self.of_member)]
+        return S if self.row is None else S[self.row]
 
     def margins(self, S, w):
         """x V w_i / 100 of every pair: (M, G)."""
@@ -1444,6 +1463,8 @@ class _Likelihood:
     def gradient_of_basis(self, X, w, residuals):
         """Derivative of the loss by V, as rows: (C, d)."""
         by_score = pad(residuals * w[self.user], (0, -w.shape[1] % 8))  # as many columns as in fit_basis
+        if self.row is not None:
+            by_score = embedding_bag(self.by_row, by_score, self.first_of_row, mode="sum")
         return (by_score.T @ X)[:w.shape[1]]
 
 
@@ -1524,7 +1545,7 @@ def _descend(likelihood, W, num_iterations, learning_rate, X=None, V=None, S=Non
     bar = progress_bar("few-shot" if frozen else "training", num_iterations, initial=first, unit="it", leave=False)
     with bar, _threads_for((S if frozen else X).numel()):
         for t in range(first, num_iterations):
-            S = S if frozen else (X @ wide.T)[:, :len(V)]  # (M, C)
+            S = S if frozen else likelihood.scores(X, wide)  # (M, C)
             w = likelihood.weights(W)
             residuals = likelihood.residuals(S, w)
             W.grad = likelihood.gradient_of_logits(S, w, residuals)
@@ -1560,7 +1581,7 @@ def fit_basis(features, members, V_sft, num_iterations, learning_rate, regulariz
     mine = slice(process_rank(), None, process_count())
     if len(features) < process_count():
         raise InputError(f"{len(features)} users for {process_count()} processes; start at most one process per user")
-    X, counts = pack(features[mine], device)
+    X, counts, row = pack(features[mine], device)
     N, d, device = len(features), X.shape[1], X.device
     sizes = [member.K for member in members]
     W, V = [], []
@@ -1578,7 +1599,7 @@ def fit_basis(features, members, V_sft, num_iterations, learning_rate, regulariz
                          "one model")
     alpha = torch.tensor([m.alpha for m in members for _ in range(m.K)], device=device)[:, None]  # (C, 1)
     columns = torch.tensor([m.K for m in members for _ in range(m.K)], device=device)[:, None]
-    likelihood = _Likelihood(counts, sizes, device, total=sum(map(len, features)) if regularized else None)
+    likelihood = _Likelihood(counts, sizes, device, sum(map(len, features)) if regularized else None, row)
 
     def penalty(V, t):
         if not any(member.alpha for member in members):
@@ -1588,8 +1609,8 @@ def fit_basis(features, members, V_sft, num_iterations, learning_rate, regulariz
         return _squared_distance_gradient(V, reference, alpha)
 
     if checkpoint is not None and process_count() == 1:
-        checkpoint = _Checkpoint(checkpoint, X, members, counts.tolist(), num_iterations, learning_rate, regularized,
-                                 reference.flatten().tolist())
+        checkpoint = _Checkpoint(checkpoint, X, members, counts.tolist(), row if row is None else row.tolist(),
+                                 num_iterations, learning_rate, regularized, reference.flatten().tolist())
     else:
         checkpoint = None
     _descend(likelihood, W, num_iterations, learning_rate, X, V, penalty=penalty, alternating=regularized,

@@ -231,15 +231,24 @@ def test_a_user_is_fitted_alone_or_in_company_to_the_same_weights():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def shared_pairs():
+    """Users who have pairs of one small table, many of them the same ones."""
+    table, chance = torch.randn(9, d, generator=torch.Generator().manual_seed(1)) * 30, np.random.default_rng(1)
+    return [Pairs(table, *chance.integers(9, size=(2, m))) for m in COUNTS]
+
+
 @pytest.mark.parametrize("over", ["users", "pairs"])
-def test_loss_and_gradients_are_those_of_autograd_in_float64(features, over):
+@pytest.mark.parametrize("shared", [False, True], ids=["dense", "shared pairs"])
+def test_loss_and_gradients_are_those_of_autograd_in_float64(features, over, shared):
     sizes, N = [1, 2, 4], len(COUNTS)
     generator = torch.Generator().manual_seed(3)
     W, V = (torch.randn(*shape, generator=generator) for shape in ((N, 7), (d, 7)))
-    X, counts = pack(features)
-    likelihood = utils._Likelihood(counts, sizes, "cpu", total=None if over == "users" else len(X))
+    X, counts, row = pack(shared_pairs() if shared else features)
+    features = [X.dense() for X in shared_pairs()] if shared else features
+    likelihood = utils._Likelihood(counts, sizes, "cpu", None if over == "users" else sum(COUNTS), row)
     w = likelihood.weights(W)
-    residuals = likelihood.residuals(X @ V, w)
+    S = likelihood.scores(X, V.T)
+    residuals = likelihood.residuals(S, w)
     losses, by_W, by_V = [], [], []
     for logits, basis in zip(W.double().split(sizes, 1), V.double().split(sizes, 1)):
         logits, basis = logits.requires_grad_(), basis.requires_grad_()
@@ -247,8 +256,8 @@ def test_loss_and_gradients_are_those_of_autograd_in_float64(features, over):
         losses.append(loss.detach())
         for gradients, gradient in zip((by_W, by_V), torch.autograd.grad(loss, [logits, basis])):
             gradients.append(gradient)
-    for ours, plain in ((likelihood.loss(X @ V, w), torch.stack(losses)),
-                        (likelihood.gradient_of_logits(X @ V, w, residuals), torch.cat(by_W, 1)),
+    for ours, plain in ((likelihood.loss(S, w), torch.stack(losses)),
+                        (likelihood.gradient_of_logits(S, w, residuals), torch.cat(by_W, 1)),
                         (likelihood.gradient_of_basis(X, w, residuals).T, torch.cat(by_V, 1))):
         torch.testing.assert_close(ours.double(), plain, rtol=1e-4, atol=1e-6)
 
@@ -398,7 +407,7 @@ def test_learn_single_reward_fits_one_model_for_all(features, V_sft):
 def test_slices_of_one_matrix_are_packed_in_place():
     X = torch.randn(64, d)
     for users, rows in ((X.split(COUNTS), X), (X.split(COUNTS)[1:4], X[1:51])):  # also from the middle of the matrix
-        packed, counts = pack(users)
+        packed, counts, _ = pack(users)
         assert packed.data_ptr() == rows.data_ptr() and torch.equal(packed, rows)
         assert counts.tolist() == [len(user) for user in users]
 
@@ -408,9 +417,17 @@ def test_users_that_do_not_follow_one_another_are_copied_in_their_order():
     other = torch.randn(5, d)
     for users in ([X[10:20], X[0:10]], [X[0:10], X[12:20]], [X[0:10], other], [X[0:4], X[0:4]], [X[0:8:2], X[8:10]],
                   [X[0:4].bfloat16(), X[4:6].bfloat16()], [X[:, :5][0:3], X[:, :5][3:6]]):
-        packed, _ = pack(users)
+        packed, *_ = pack(users)
         assert packed.dtype == torch.float32
         assert torch.equal(packed, torch.cat(users).float())
+
+
+def test_a_pair_of_many_users_is_packed_once():
+    users = shared_pairs()
+    X, counts, row = pack(users)
+    distinct = {pair for user in users for pair in zip(user.chosen.tolist(), user.rejected.tolist())}
+    assert len(X) == len(distinct) < sum(COUNTS) and counts.tolist() == list(COUNTS)
+    assert torch.equal(X[row], torch.cat([user.dense() for user in users]))
 
 
 def test_separately_allocated_users_and_pairs_of_a_table_train_the_same_model(features, V_sft):

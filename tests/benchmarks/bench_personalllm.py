@@ -97,14 +97,13 @@ def main():
 
     script = train_basis()
     users = population(script, tables())["train"]
-    X, counts = utils.pack(users)  # what every training begins with, and no part of an iteration
-    users = list(X.split(counts.tolist()))
+    dense = [X.dense() for X in users]
     print_heading(f"Training, {len(users)} users, {sum(map(len, users)):,} pairs, K_list = {script.K_list}. Measured: "
                   "one iteration, the mean\nof 6 (plain: 2; pooled Bradley-Terry counts as a loop of its own)")
     ranks = [K for K in script.K_list if K > 0]
     times = in_turn(
         lambda: per_iteration(lambda n: utils.fit_basis(users, members(ranks), None, n, 0.5), 6),
-        lambda: sum(per_iteration(lambda n: plain_lore(users, K, n), 2) for K in ranks))
+        lambda: sum(per_iteration(lambda n: plain_lore(dense, K, n), 2) for K in ranks))
     print_speedup(f"sweep, K = 1..{max(ranks)}, against {len(ranks)} plain loops", *times, 25)
 
 
