@@ -14,6 +14,7 @@ import resource
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -86,8 +87,8 @@ def main():
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; synthetic embeddings, d = {d}")
     with tempfile.TemporaryDirectory() as folder:
         for work in (write_inputs, whole_script):
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                found = pool.apply(work, (Path(folder),))
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                found = pool.submit(work, Path(folder)).result()
     peak, seconds, evaluation, settings = found
     print(f"\ntrain_basis.py as a whole, {ITERATIONS} iterations: {duration(seconds)}\n"
           f"{'':<48} {'measured':>9} {'':>9}   {'':<24} target")
@@ -99,10 +100,10 @@ def main():
     users = population(script, tables())["train"]
     dense = [X.dense() for X in users]
     print_heading(f"Training, {len(users)} users, {sum(map(len, users)):,} pairs, K_list = {script.K_list}. Measured: "
-                  "one iteration, the mean\nof 6 (plain: 2; pooled Bradley-Terry counts as a loop of its own)")
+                  "one iteration, the mean\nof 12 (plain: 2; pooled Bradley-Terry counts as a loop of its own)")
     ranks = [K for K in script.K_list if K > 0]
     times = in_turn(
-        lambda: per_iteration(lambda n: utils.fit_basis(users, members(ranks), None, n, 0.5), 6),
+        lambda: per_iteration(lambda n: utils.fit_basis(users, members(ranks), None, n, 0.5), 12),
         lambda: sum(per_iteration(lambda n: plain_lore(dense, K, n), 2) for K in ranks))
     print_speedup(f"sweep, K = 1..{max(ranks)}, against {len(ranks)} plain loops", *times, 25)
 
