@@ -308,8 +308,14 @@ def process_count():
 
 
 def default_device():
-    """This process's GPU, or the CPU where there is none."""
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    """This process's GPU, or the CPU where there is none. Raises InputError where processes outnumber the GPUs."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    number, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= gpus:
+        raise InputError(f"process {number + 1} on a machine with {gpus} GPUs; start torchrun with --nproc-per-node "
+                         f"{gpus}")
+    return torch.device("cuda", number)
 
 
 def progress_bar(label, total, **options):
@@ -448,12 +454,15 @@ def load_reward_model(model_name, device=None, attention=None, dtype=None, token
 
 
 def _fingerprint(model):
-    """A digest of a loaded model: revision, dtype, and the shape and the outer values of every parameter."""
-    digest = hashlib.sha256(f"{getattr(model.config, '_commit_hash', None)} {model.dtype}".encode())
+    """A digest of a loaded model: revision, dtype, attention, settings, and every parameter's shape and checksum."""
+    settings = {key: value for key, value in model.config.to_dict().items()
+                if key not in ("_name_or_path", "transformers_version")}  # another path or version is no other model
+    attention = getattr(model.config, "_attn_implementation", None)
+    digest = hashlib.sha256(f"{getattr(model.config, '_commit_hash', None)} {model.dtype} {attention}".encode())
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(torch.cat([values[:16], values[-16:]]).float().cpu().numpy().tobytes())
+        values = parameter.detach().flatten().view(torch.uint8)
+        digest.update(f"{name} {tuple(parameter.shape)} {values[:64].tolist()} {values.sum().item()}".encode())
     return digest.hexdigest()
 
 
@@ -495,11 +504,16 @@ def _rows_of_shared_prefixes(tokens, prompts, token_budget):
     return sorted(rows, key=len, reverse=True)
 
 
+def _padded_length(rows):
+    """The width of a batch: that of its longest row, rounded up to what the GPU kernels want, a multiple of 8."""
+    return -(-max(map(len, rows)) // 8) * 8
+
+
 def _batches(rows, token_budget, batch_size=None):
     """Split rows, longest first, so that a padded batch holds at most token_budget tokens (or one row)."""
     batch = []
     for row in rows:
-        if batch and (len(batch[0]) * (len(batch) + 1) > token_budget or len(batch) == batch_size):
+        if batch and (_padded_length(batch[:1]) * (len(batch) + 1) > token_budget or len(batch) == batch_size):
             yield batch
             batch = []
         batch.append(row)
@@ -509,7 +523,7 @@ def _batches(rows, token_budget, batch_size=None):
 
 def _forward(model, rows):
     """Last-token states of every member of a batch of rows, in order: `[members, d]` on the CPU."""
-    width = -(-max(map(len, rows)) // 8) * 8  # the GPU kernels want a multiple of 8
+    width = _padded_length(rows)
     ids, position, segment = (torch.full((len(rows), width), fill) for fill in (0, 0, -1))
     last = []
     for r, row in enumerate(rows):
@@ -541,11 +555,15 @@ def _forward_within_memory(model, rows):
     try:
         return _forward(model, rows)
     except torch.cuda.OutOfMemoryError:
-        if len(rows) == 1:
+        if len(rows) == 1 == len(rows[0].members):
             raise
     torch.cuda.empty_cache()
-    half = len(rows) // 2
-    return torch.cat([_forward_within_memory(model, part) for part in (rows[:half], rows[half:])])
+    if len(rows) == 1:
+        members = rows[0].members
+        halves = [[rows[0].only(part)] for part in (members[:len(members) // 2], members[len(members) // 2:])]
+    else:
+        halves = rows[:len(rows) // 2], rows[len(rows) // 2:]
+    return torch.cat([_forward_within_memory(model, half) for half in halves])
 
 
 def _quoted(conversation):
@@ -569,6 +587,13 @@ def tokenize_conversations(conversations, tokenizer):
             raise InputError(f"the conversation {_quoted(conversation)} is no Unicode text ({error}); repair it or "
                              "leave it out") from None
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+
+def _takes_any_mask(config):
+    """Whether a model's attention is all that a mask says: neither flash-attn's nor within a window of its own."""
+    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return not (window or getattr(config, "attention_chunk_size", None)
+                or getattr(config, "_attn_implementation", "eager") == "flash_attention_2")
 
 
 def _shards(rows, shard_size):
@@ -604,18 +629,23 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
     the model's.
 
     Equal conversations are computed once, and so is the prompt that several responses share: such responses lie behind
-    one copy of it in a row, with an attention mask that keeps them apart. flash-attn takes no such mask; with it each
-    conversation is a row of its own. A padded batch holds at most `token_budget` tokens and `batch_size` rows.
+    one copy of it in a row, with an attention mask that keeps them apart. flash-attn takes no such mask, and attention
+    in a sliding window has one of its own; there each conversation is a row by itself. A padded batch holds at most
+    `token_budget` tokens (or a single row) and `batch_size` rows.
     max_length: cut conversations of more tokens, at their "left" or "right" `truncation_side`.
 
     With `cache_dir`, shards of about `shard_size` conversations are saved there as they are made, and an interrupted
-    call resumes after the last of them, with the same bytes in the end. Under torchrun the processes share the shards.
+    call resumes after the last of them, with the same bytes in the end. Under torchrun the processes share the work by
+    these shards, so they need a `cache_dir` that all of them see.
 
     Raises InputError: no conversation, an empty one, one longer than the model's context, or one whose embedding is
-    not finite.
+    not finite; several processes without a common `cache_dir`.
     """
     if not conversations:
         raise InputError("no conversations to embed; give at least one")
+    ranks = process_count()
+    if ranks > 1 and not cache_dir:
+        raise InputError(f"{ranks} processes share their work by a cache folder; give cache_dir")
     check_whole("token_budget", token_budget)
     check_whole("shard_size", shard_size)
     sequences = tokenize_conversations(conversations, tokenizer)
@@ -646,10 +676,11 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
     if folder:
         check_writable(folder)
         take_cached()
-    flash = getattr(model.config, "_attn_implementation", "eager") == "flash_attention_2"
-    prompts = {n: n if flash else json.dumps(conversations[n][:-1]) for n in distinct}
+    if ranks > 1:
+        dist.barrier()  # all have read the same shards before one writes another
+    alone = not _takes_any_mask(model.config)
+    prompts = {n: n if alone else json.dumps(conversations[n][:-1]) for n in distinct}
     shards = _shards(_rows_of_shared_prefixes(sequences, prompts, token_budget), shard_size)
-    ranks = process_count()
     work = [[row.only(missing) for row in rows] for rows in shards]
     work = [sorted((row for row in rows if row.members), key=len, reverse=True) for rows in work]
     work = [rows for rows in work if rows][process_rank()::ranks]
@@ -676,6 +707,9 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
     if ranks > 1:
         dist.barrier()
         take_cached()
+    if missing:
+        raise InputError(f"{folder}: {len(missing)} embeddings of the other processes are not there; give all "
+                         "processes one folder, and run the same command again")
     repeated = sorted(set(range(len(keys))) - set(distinct))
     embeddings[repeated] = embeddings[[first[keys[n]] for n in repeated]]
     return embeddings
@@ -924,7 +958,7 @@ class Pairs:
     def dense(self, device=None):
         """The float32 matrix `[m, d]` itself."""
         chosen, rejected = (self.embeddings[rows].to(device, torch.float32) for rows in (self.chosen, self.rejected))
-        return chosen.sub_(rejected) if chosen.data_ptr() != self.embeddings.data_ptr() else chosen - rejected
+        return chosen.sub_(rejected)
 
 
 def check_features(features, what, users=None, d=None):
@@ -1497,6 +1531,7 @@ def _threads_for(numbers):
         torch.set_num_threads(threads)
 
 
+CHECKPOINT_FILE = ".training.pt"  # in the folder of the results, until they are written
 CHECKPOINT_SECONDS = 60  # of training that an interruption loses at most
 
 
@@ -1506,6 +1541,7 @@ class _Checkpoint:
     def __init__(self, path, X, *settings):
         """settings: what else the training depends on; their printed form is compared."""
         self.path, self.saved = Path(path), time.monotonic()
+        settings = (torch.__version__, X.device.type, *settings)
         self.identity = hashlib.sha256(X.cpu().numpy()).hexdigest() + digest_of(repr(settings))
 
     def load(self):
@@ -1514,8 +1550,8 @@ class _Checkpoint:
             state = load_pickle(self.path)
             return state if isinstance(state, dict) and state.get("identity") == self.identity else None
 
-    def save_if_due(self, **state):
-        if time.monotonic() - self.saved >= CHECKPOINT_SECONDS:
+    def save_if_due(self, finished, **state):
+        if finished or time.monotonic() - self.saved >= CHECKPOINT_SECONDS:
             with atomic_write(self.path) as file:
                 torch.save({"identity": self.identity, **state}, file)
             self.saved = time.monotonic()
@@ -1562,8 +1598,8 @@ def _descend(likelihood, W, num_iterations, learning_rate, X=None, V=None, S=Non
             if not alternating:
                 adam_W.step()
             if checkpoint is not None:
-                checkpoint.save_if_due(iterations=t + 1, W=W, V=V, adam_W=adam_W.state_dict(),
-                                       adam_V=adam_V.state_dict())
+                checkpoint.save_if_due(t + 1 == num_iterations, iterations=t + 1, W=W, V=V,
+                                       adam_W=adam_W.state_dict(), adam_V=adam_V.state_dict())
             bar.update()
 
 
@@ -1575,7 +1611,8 @@ def fit_basis(features, members, V_sft, num_iterations, learning_rate, regulariz
     alpha is not 0. The members share nothing but the reading of X: Adam is elementwise, their columns are independent.
     regularized: the loss, start and alternating steps of `LoRe_regularized` instead of `LoRe`'s.
     device: where to train, default that of the features. checkpoint: a file that the training saves its state in every
-    CHECKPOINT_SECONDS, to go on from there when it is started again after an interruption; removed at the end.
+    CHECKPOINT_SECONDS and at its end, to go on from there when it is started again after an interruption; the caller
+    removes it when what follows is done.
     Under torchrun each process holds a part of the users, all return the whole, and nothing is saved on the way.
     """
     mine = slice(process_rank(), None, process_count())
@@ -1591,8 +1628,8 @@ def fit_basis(features, members, V_sft, num_iterations, learning_rate, regulariz
         V.append(torch.randn(member.K, d, generator=generator))
     W, V = torch.cat(W, 1)[mine].to(device), torch.cat(V).to(device)  # (N, C), (C, d): rows are read fastest
     V = pad(V, (0, 0, 0, -len(V) % 8))  # a product with 8 columns takes less time than one with 5 or 7
-    if any(member.alpha for member in members) and V_sft is None:
-        raise InputError("alpha is not 0 and V_sft is None; give the reward head [d, 1]")
+    if any(member.alpha for member in members) and (V_sft is None or not V_sft.any()):
+        raise InputError("alpha is not 0 and V_sft is missing or all 0; give the reward head [d, 1]")
     reference = (torch.zeros(d) if V_sft is None else V_sft).to(device, torch.float32).reshape(1, -1)
     if reference.shape[1] != d:
         raise InputError(f"V_sft: shape {tuple(V_sft.shape)} where {(d, 1)} should be; take head and embeddings from "
@@ -1615,9 +1652,9 @@ def fit_basis(features, members, V_sft, num_iterations, learning_rate, regulariz
         checkpoint = None
     _descend(likelihood, W, num_iterations, learning_rate, X, V, penalty=penalty, alternating=regularized,
              checkpoint=checkpoint)
-    if checkpoint is not None:
-        checkpoint.path.unlink(missing_ok=True)
     if not V.isfinite().all():
+        if checkpoint is not None:
+            checkpoint.path.unlink(missing_ok=True)
         raise InputError("the training has diverged, its basis is NaN or infinite; give a smaller alpha, or pairs of "
                          "smaller numbers")
     w = torch.zeros(N, sum(sizes), device=device)
@@ -1671,7 +1708,9 @@ class LoRe:
                  learning_rate=0.5, seed=0):
         self.V_sft, self.num_classes, self.num_features = V_sft, num_classes, num_features
         self.num_iterations, self.learning_rate = num_iterations, learning_rate
+        check_whole("num_basis_vectors", num_basis_vectors)
         check_ranks([num_basis_vectors], [alpha])
+        check_seeds([seed])
         self.member = Member(num_basis_vectors, float(alpha), seed)
 
     def train(self, features):
@@ -1952,6 +1991,11 @@ def run_few_shot_vary_shots(trials, alpha_list, K_list, num_shots, train_feature
     check_whole("num_iterations", num_iterations)
     for shots in num_shots:
         check_whole("num_shots", shots)
+    if groups is not None:
+        for i, (group, X) in enumerate(zip(groups, train_features_unseen, strict=True)):
+            if len(group) != len(X) or set(group.tolist()) != set(range(int(group.max()) + 1)):
+                raise InputError(f"groups, user {i}: {len(group)} numbers for {len(X)} pairs; give each pair the "
+                                 "number of its group, counted from 0 without a gap")
     V_final = _reference(V_final, device)
     for what, part, users in (("train_features", train_features, N), ("train_features_unseen", train_features_unseen,
                               N_unseen), ("test_features_sparse_unseen", test_features_sparse_unseen, N_unseen)):
@@ -2006,6 +2050,7 @@ def save_results(folder, fits, user_ids, unseen_user_ids, config, seconds):
 
     user_ids, unseen_user_ids: in the order of the rows of W and W_unseen. config: what the reader set, a dict of JSON
     values; `config["data"]` names the data in the plot. seconds: of training and evaluation.
+    The training's checkpoint in `folder`, no longer needed then, is removed.
     """
     folder = Path(folder)
     entries = []
@@ -2025,6 +2070,7 @@ def save_results(folder, fits, user_ids, unseen_user_ids, config, seconds):
         "counts": {"seen users": len(user_ids), "unseen users": len(unseen_user_ids), "d": len(fits[0].V)},
         "users": user_ids, "unseen_users": unseen_user_ids, "fits": entries})
     plot_accuracy_by_rank(folder / "accuracy_by_rank.png", fits, config["data"])
+    (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
 
 
 def print_table(fits):

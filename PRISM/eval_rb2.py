@@ -41,7 +41,7 @@ def arguments():
     parser.add_argument("--subset", metavar="NAME", help=f"one of {', '.join(SUBSETS)}")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
     parser.add_argument("--data", type=Path, metavar="DIR", help="a folder with a local copy")
-    parser.add_argument("--batch_size", type=int, help="conversations in a batch (default: as many as fit)")
+    parser.add_argument("--batch_size", type=int, help="prompts, each with its answers, in a batch (default: as fit)")
     parser.add_argument("--max_length", type=int, help="truncate conversations to so many tokens")
     parser.add_argument("--truncation_side", choices=("left", "right"), default="left")
     parser.add_argument("--device", help="default: the GPU, else the CPU")
@@ -49,7 +49,7 @@ def arguments():
     parser.add_argument("--trust_remote_code", action="store_true")
     parser.add_argument("--save_csv", type=Path, metavar="FILE")
     parser.add_argument("--top_k", type=int, metavar="N", help="print only the N best lines")
-    parser.add_argument("--verbose_failures", action="store_true", help="list the rows that the first line gets wrong")
+    parser.add_argument("--verbose_failures", action="store_true", help="list the rows that column 0 gets wrong")
     args = parser.parse_args()
     for name in ("limit", "batch_size", "max_length", "top_k"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -90,8 +90,8 @@ def read_matrix(path, keys, what):
     if isinstance(content, dict):
         found = [key for key in keys if key in content] or (list(content) if len(content) == 1 else [])
         if not found:
-            raise InputError(f"{path}: holds {', '.join(map(str, content))}, and none of {', '.join(keys)}; name the "
-                             f"{what} with --head_key")
+            raise InputError(f"{path}: holds {', '.join(map(str, content))}, and none of {', '.join(keys)}; "
+                             f"{'name one with --head_key' if what == 'head' else f'give a file with the {what}'}")
         content = content[found[0]]
     if not isinstance(content, torch.Tensor) or content.ndim not in (1, 2) or not torch.isfinite(content).all():
         raise InputError(f"{path}: the {what} is not a finite vector or matrix of numbers")
@@ -139,6 +139,8 @@ def ties_score(prompts):
         kind, _, prompt = name.partition(":")
         if kind not in kinds:
             raise InputError(f"Ties row {name}: its id should begin with ref: or tied:; take the benchmark's own file")
+        if prompt in kinds[kind]:
+            raise InputError(f"Ties row {name}: its id stands there twice; leave one out")
         kinds[kind][prompt] = (min(correct) - max(incorrect), max(correct) - min(correct))
 
     def share(values):

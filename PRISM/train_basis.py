@@ -47,7 +47,7 @@ def main():
     fits, start = [], time.perf_counter()
     run_regularized(ranks, alphas, V_final, data["train"], data["test"], data["train_unseen"], data["test_unseen"], N,
                     N_unseen, default_device(), seed=seeds, num_iterations=iterations, threshold=threshold, fits=fits,
-                    checkpoint=args.dir / "results" / ".training.pt")
+                    checkpoint=args.dir / "results" / CHECKPOINT_FILE)
     seconds = time.perf_counter() - start
 
     for fit in fits:

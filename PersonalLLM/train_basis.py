@@ -56,7 +56,7 @@ def main():
 
     fits, start = [], time.perf_counter()
     run(K_list, alpha_list, V_final, data["train"], data["test"], data["train_unseen"], data["test_unseen"],
-        users, users_unseen, default_device(), seed=seeds, fits=fits, checkpoint=args.dir / "results" / ".training.pt")
+        users, users_unseen, default_device(), seed=seeds, fits=fits, checkpoint=args.dir / "results" / CHECKPOINT_FILE)
     seconds = time.perf_counter() - start
 
     print_table(fits)

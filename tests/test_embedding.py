@@ -10,7 +10,7 @@ import torch
 from helpers import input_error
 from safetensors.torch import load_file, save_file
 from standin import build_reward_model
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, MistralConfig, MistralModel
 
 import utils
 from utils import embed_conversations, load_reward_head, load_reward_model, tokenize_conversations
@@ -226,6 +226,43 @@ def test_another_template_or_model_does_not_hit_the_cache(reward_model, checkpoi
     embeddings, forwards = cached(conversations, (other, tokenizer), tmp_path)
     assert forwards > 0
     assert (embeddings - one_at_a_time(conversations, other, tokenizer)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("change", [
+    lambda model: model.embed_tokens.weight.data[1:-1].mul_(1.5), lambda model: setattr(model.config, "rope_theta", 5.0)],
+    ids=["inner values", "settings"])
+def test_a_retrained_model_does_not_hit_the_cache(reward_model, checkpoint, tmp_path, change):
+    conversations = ragged_conversations(2)
+    cached(conversations, reward_model, tmp_path)
+    other, tokenizer = load_reward_model(str(checkpoint), device="cpu")
+    change(other)
+    assert cached(conversations, (other, tokenizer), tmp_path)[1] > 0
+    assert cached(conversations, load_reward_model(str(checkpoint), device="cpu"), tmp_path)[1] == 0
+
+
+def test_sliding_window_is_kept_where_a_prompt_is_shared():
+    torch.manual_seed(0)
+    config = MistralConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                           num_attention_heads=2, num_key_value_heads=1, sliding_window=8, max_position_embeddings=512)
+    model, chance = MistralModel(config).eval(), np.random.default_rng(0)
+    prompt = chance.integers(300, size=40).tolist()
+    tokens = [prompt + chance.integers(300, size=n).tolist() for n in (5, 9, 3)]
+
+    class Tokenizer:
+        chat_template = "numbers"
+
+        def apply_chat_template(self, conversation, **options):
+            return conversation[-1]["content"]
+
+        def __call__(self, texts, **options):
+            return {"input_ids": [tokens[int(text)] for text in texts]}
+
+    conversations = [[{"role": "user", "content": "the same"}, {"role": "assistant", "content": str(i)}]
+                     for i in range(3)]
+    embeddings = embed_conversations(conversations, model, Tokenizer())
+    with torch.no_grad():
+        expected = torch.cat([model(torch.tensor([ids])).last_hidden_state[:, -1] for ids in tokens])
+    assert (embeddings - expected).abs().max() < 1e-5
 
 
 def test_damaged_shard_is_made_again(reward_model, tmp_path):

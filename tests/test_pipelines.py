@@ -360,6 +360,14 @@ def test_vary_shots_refuses_numbers_of_trials_or_shots_below_one(trials, num_sho
         vary_shots(trials, [0], [2], num_shots, num_iterations=1)
 
 
+@pytest.mark.parametrize("group", [[1] * 30, [0] * 29, [0, 2] * 15, [-1, 0] * 15])
+def test_groups_of_shots_that_are_not_numbered_from_0_are_refused(group):
+    features = [torch.randn(30, 4) for _ in range(2)]
+    with input_error("groups, user 1"):
+        utils.run_few_shot_vary_shots(1, [0], [2], [1], features, features, features, torch.ones(4, 1), 2, 2, "cpu",
+                                      num_iterations=1, groups=[torch.zeros(30).long(), torch.tensor(group)])
+
+
 @pytest.mark.parametrize("part", range(4), ids=NAMES)
 @pytest.mark.parametrize("damage, named", [
     (lambda X: X * math.nan, "NaN"), (lambda X: X / 0, "infinite"), (lambda X: X[:0], "(0, 6)"),

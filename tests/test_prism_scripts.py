@@ -707,6 +707,11 @@ def test_subset_limit_top_k_and_failures(table, benchmark, capsys):
                     if scores["Average"] == max(other["Average"] for other in everything.values())}
 
 
+def test_a_ties_prompt_that_stands_there_twice_is_named():
+    with input_error("tied:3"):
+        script("eval_rb2").ties_score([("tied:3", [1.0, 2.0], [0.0]), ("tied:3", [1.0, 2.0], [0.0])])
+
+
 def test_printed_table_is_the_saved_one(demo):
     with open(demo[0] / "results" / "rewardbench.csv", newline="") as file:
         rows = list(csv.reader(file))

@@ -517,14 +517,13 @@ def test_an_interrupted_training_goes_on_where_it_was_and_ends_the_same(regulari
     assert "after 19 of 30" in capsys.readouterr().out
     for found, expected in zip(resumed, unbroken):
         assert all(torch.equal(*pair) for pair in zip(found, expected))
-    assert not path.exists()
+    train(path)  # of a pipeline that was interrupted after the training
+    assert "after 30 of 30" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("other", ["pairs", "learning rate", "damaged"])
-def test_the_state_of_another_training_is_not_used(other, tmp_path, monkeypatch):
+def test_the_state_of_another_training_is_not_used(other, tmp_path):
     features, path = random_users(COUNTS, d), tmp_path / "state.pt"
-    monkeypatch.setattr(utils, "CHECKPOINT_SECONDS", 0)
-    monkeypatch.setattr(type(path), "unlink", lambda *_, **__: None)  # leave the state of a finished training
     fit_basis(features, [Member(2)], None, 5, 0.5, checkpoint=path)
     learning_rate = 0.4 if other == "learning rate" else 0.5
     if other == "pairs":
@@ -534,3 +533,21 @@ def test_the_state_of_another_training_is_not_used(other, tmp_path, monkeypatch)
     (w, V), = fit_basis(features, [Member(2)], None, 5, learning_rate, checkpoint=path)
     (w_expected, V_expected), = fit_basis(features, [Member(2)], None, 5, learning_rate)
     assert torch.equal(w, w_expected) and torch.equal(V, V_expected)
+
+
+def test_an_interruption_after_the_training_keeps_its_state(tmp_path, monkeypatch):
+    features = [random_users([5] * users, d, seed) for seed, users in enumerate((3, 3, 2, 2))]
+    monkeypatch.setattr(utils, "fit_users", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        utils.run([2], [0], torch.ones(d, 1), *features, 3, 2, "cpu", num_iterations=4,
+                  checkpoint=tmp_path / utils.CHECKPOINT_FILE)
+    assert utils.load_pickle(tmp_path / utils.CHECKPOINT_FILE)["iterations"] == 4
+
+
+@pytest.mark.parametrize("model", [LoRe, LoRe_regularized])
+@pytest.mark.parametrize("settings, named", [({"num_basis_vectors": 0}, "num_basis_vectors = 0"), ({"seed": -1}, "-1"),
+                                             ({"V_sft": torch.zeros(d, 1), "alpha": 1.0}, "V_sft")])
+def test_settings_without_a_meaning_are_refused(model, settings, named):
+    settings = {"V_sft": None, "alpha": 0.0, "num_basis_vectors": 2, **settings}
+    with input_error(named):
+        model(num_classes=len(COUNTS), num_features=d, num_iterations=1, **settings).train(random_users(COUNTS, d))
