@@ -28,12 +28,14 @@ import pickle
 import platform
 import random
 import re
+import shutil
 import struct
 import sys
 import tempfile
 import time
 import zipfile
 import zlib
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +65,11 @@ def check_whole(name, value, least=1):
     """Raise InputError unless a setting is a whole number from `least`."""
     if not is_whole(value, least):
         raise InputError(f"{name} = {value!r}: give a whole number from {least}")
+
+
+def is_number(value, least, most):
+    """Whether a setting is a number from `least` to `most`."""
+    return isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most
 
 
 def check_list(name, values):
@@ -242,10 +249,10 @@ def _load_storage(data):
     return torch.load(io.BytesIO(data), map_location="cpu", pickle_module=_PlainPickle, weights_only=False)
 
 
-def load_pickle(path):
+def load_pickle(path, written_by="prepare.py"):
     """Load a file of `pickle.dump` or `torch.save` without running code from it, tensors on the CPU.
 
-    Accepts tensors and plain containers, so every file of the released scripts.
+    Accepts tensors and plain containers, so every file of the released scripts. written_by: named where it is missing.
     Raises InputError: file missing, truncated, of another kind, or naming a global that could run code (it says which).
     """
     try:
@@ -260,11 +267,11 @@ def load_pickle(path):
                 raise pickle.UnpicklingError("refused: a TorchScript program, not data")
         return torch.load(path, map_location="cpu", pickle_module=_PlainPickle, weights_only=False)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; run the script that writes it first (prepare.py)") from None
+        raise InputError(f"{path}: no such file; run {written_by} first") from None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}; give a file that can be read") from None
     except Exception as error:  # a damaged pickle raises nearly anything
-        remedy = ("do not trust this file" if "refused" in str(error) else
+        remedy = ("do not trust this file, or save it as plain tensors, lists and dicts" if "refused" in str(error) else
                   "it is truncated or no pickle; delete it and write it again")
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path}: {reason}; {remedy}") from None
@@ -750,9 +757,13 @@ def prepare_arguments(description, folder, model_name, build_demo, embeds=True):
     args.label = "synthetic demo" if args.demo else args.data.name if args.data else None
     check_writable(args.dir)
     if args.demo:
-        args.data, args.model = (args.dir / ".standin" / name for name in ("data", "model"))
+        args.data, args.model = (args.dir / ".standin" / name for name in (Path(folder).name, "model"))
         if process_rank() == 0:
-            build_demo(args.data, args.model)
+            try:
+                build_demo(args.data, args.model)
+            except OSError as error:
+                error.filename = error.filename or str(args.data.parent)
+                raise
         if process_count() > 1:
             dist.barrier()
     args.model = str(args.model or model_name)
@@ -785,6 +796,8 @@ def load_parquet(path):
     import pyarrow.parquet
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; run the script that writes it first (prepare.py)") from None
     except (OSError, pyarrow.ArrowException) as error:
         raise InputError(f"{path}: not a complete parquet file ({error}); download or write it again") from None
 
@@ -801,7 +814,7 @@ def read_jsonl(path):
     """The rows of a .jsonl or .jsonl.gz file: (where, row) pairs. Raises InputError: a line that is no JSON object."""
     path = Path(path)
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
             for i, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -813,13 +826,15 @@ def read_jsonl(path):
                 yield f"{path}, row {i}", row
     except UnicodeEncodeError as error:
         raise InputError(f"{path}, row {i}: no Unicode text ({error}); repair the row or leave it out") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path}, row {i}: not JSON ({error}), so the line is cut short or the file an error page; "
-                         "download or write it again") from None
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; give the folder that holds it with --data") from None
     except (EOFError, UnicodeDecodeError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path}: damaged ({error}); download or write it again") from None
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}, row {i}: not JSON ({error}), so the line is cut short or the file an error page; "
+                         "download or write it again") from None
 
 
 def hub_splits(dataset, **options):
@@ -869,6 +884,9 @@ def embeddings_are_finished(outputs, identity, overwrite):
     if not existing or overwrite:
         return False
     head = existing[0].with_name(HEAD_FILE)
+    if not head.exists():
+        raise InputError(f"{existing[0]}: finished embeddings without the {HEAD_FILE} that says of which model; move "
+                         "them away, or make them again with --overwrite")
     about = _about(head)
     if about.get("identity") != identity:
         held = ", ".join(f"{key} {about.get(key, 'unknown')}" for key in ("model", "data"))
@@ -920,8 +938,10 @@ class Pairs:
 
     def __init__(self, embeddings, chosen, rejected):
         self.embeddings = embeddings
-        self.chosen = torch.as_tensor(chosen, dtype=torch.long)
-        self.rejected = torch.as_tensor(rejected, dtype=torch.long)
+        self.chosen, self.rejected = (torch.as_tensor(rows) for rows in (chosen, rejected))
+        if any(rows.dtype == torch.bool or (rows != rows.long()).any() for rows in (self.chosen, self.rejected)):
+            raise InputError("Pairs: chosen and rejected are no row numbers; give whole numbers")
+        self.chosen, self.rejected = self.chosen.long(), self.rejected.long()
         rows = torch.cat([self.chosen, self.rejected])
         if self.chosen.shape != self.rejected.shape or self.chosen.ndim != 1:
             raise InputError(f"Pairs: chosen {tuple(self.chosen.shape)} and rejected {tuple(self.rejected.shape)} "
@@ -970,6 +990,10 @@ def check_features(features, what, users=None, d=None):
     if len(features) == 0 or users not in (None, len(features)):
         raise InputError(f"{what}: {len(features)} users where {users or 'at least 1'} should be; "
                          "give one tensor per user")
+    for i, X in enumerate(features):
+        if not isinstance(X, (torch.Tensor, Pairs)):
+            raise InputError(f"{what}, user {i}: {type(X).__name__} where a tensor or Pairs should be; convert with "
+                             "torch.as_tensor")
     d = d if d is not None else features[0].shape[-1]
     finite_tables = set()
     for i, X in enumerate(features):
@@ -1018,6 +1042,7 @@ def sample_shots(features, shots, generator=None, groups=None):
     features: list of `[m_i, d]`. Returns a list of `[min(shots, m_i), d]`.
     generator: a CPU torch.Generator; default torch's own. groups: see `run_few_shot_vary_shots`.
     """
+    check_whole("shots", shots)
     if groups is None:
         return [X[torch.randperm(len(X), generator=generator)[:shots]] for X in features]
     drawn = [torch.randperm(int(group.max()) + 1, generator=generator)[:shots] for group in groups]
@@ -1038,6 +1063,8 @@ def generate_population(alpha, N, seed=None):
     alpha: the concentration, one number per scorer, or a single number for PersonalLLM's ten scorers.
     """
     concentration = np.full(SCORERS, alpha) if np.ndim(alpha) == 0 else np.asarray(alpha, dtype=float)
+    if not all(is_number(value, 1e-6, 1e6) for value in concentration.tolist()):
+        raise InputError(f"concentration {alpha!r}: give a number from 1e-6 to 1e6, or one per scorer")
     return torch.from_numpy(np.random.default_rng(seed).dirichlet(concentration, N)).float()
 
 
@@ -1050,6 +1077,8 @@ def best_and_worst(reward_tensor, w):
     reward_tensor: `[prompts, responses, scorers]`; w: the user's mixture `[scorers]`.
     """
     reward_tensor = torch.as_tensor(reward_tensor)
+    if not reward_tensor.is_floating_point():
+        reward_tensor = reward_tensor.float()
     scores = reward_tensor @ torch.as_tensor(w, dtype=reward_tensor.dtype, device=reward_tensor.device)
     best, worst = scores.argmax(1), scores.argmin(1)
     tied = (reward_tensor == reward_tensor[:, :1]).all(2).all(1)  # here rounding would decide
@@ -1085,10 +1114,10 @@ def create_sparse_tensor(dense, fraction, generator=None):
 
 
 def _share_of(prompts, fraction):
-    if not isinstance(fraction, (int, float)) or not 1 <= fraction * prompts <= prompts:
+    if not is_number(fraction, 1 / prompts, 1.0):
         raise InputError(f"fraction {fraction} of {prompts} prompts leaves no pairs for a user, or is more than all; "
-                         f"give a number from {1 / prompts:.2g} to 1.0")
-    return int(fraction * prompts)
+                         f"give a number from {1 / prompts:.2g} to 1.0, or more prompts")
+    return int(fraction * prompts + 1e-9)  # 0.29 of 100 is 29, not the 28.999.. of the floating-point product
 
 
 def simulate_pairs(embeddings, reward_tensor, W, fraction, generator, what="users"):
@@ -1203,9 +1232,9 @@ def create_dataset_personalllm(tables, N, N_unseen, concentration, fractions, se
     """
     check_whole("N", N)
     check_whole("N_unseen", N_unseen)
-    if not isinstance(concentration, (int, float)) or not 1e-6 <= concentration < math.inf:
-        raise InputError(f"concentration = {concentration!r}: give a number from 1e-6")
-    check_seeds([seed], "population_seed")
+    if not is_number(concentration, 1e-6, 1e6):
+        raise InputError(f"concentration = {concentration!r}: give a number from 1e-6 to 1e6")
+    check_whole("population_seed", seed, 0)
     data = {"seen": [f"seen_{i}" for i in range(N)], "unseen": [f"unseen_{i}" for i in range(N_unseen)],
             "population": generate_population(concentration, N, [seed, 0]),
             "population_unseen": generate_population(concentration, N_unseen, [seed, 1]), "dropped": 0}
@@ -1231,14 +1260,14 @@ def create_dataset_tldr(train, validation, train_pairs, unseen_pairs, seed=0, le
     def kept(file):
         return set(sorted(file, key=lambda worker: (len(file[worker]), worker))[leave_out:])
 
-    check_seeds([seed], "split_seed")
+    check_whole("split_seed", seed, 0)
     check_whole("train_pairs", train_pairs)
     check_whole("unseen_pairs", unseen_pairs)
     workers = sorted(kept(train) & kept(validation))
     if len(workers) < 2:
         raise InputError(f"{len(workers)} workers are in both the train and the validation file (after the {leave_out} "
                          "smallest of each), at least 2 are needed; prepare both from one data set, without --limit")
-    chance = random.Random(seed)
+    chance = random.Random(int(seed))
     chance.shuffle(workers)
     half = len(workers) // 2
 
@@ -1300,7 +1329,7 @@ PAIR_FORMAT = "one embedding per rejected response"
 
 def _prism_rows(path):
     """The rows of an embeddings file, each checked for its user and for finite pairs; where each width was seen."""
-    rows, width = load_pickle(path), {}
+    rows, width = load_pickle(path, "generate-prism-embeddings.py"), {}
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{path}: not a list of rows; run generate-prism-embeddings.py --overwrite")
     for i, row in enumerate(rows):
@@ -1436,8 +1465,8 @@ def check_ranks(K_list, alpha_list):
     if len(set(K_list)) < len(K_list):
         raise InputError(f"K_list = {list(K_list)}: give each rank once")
     for alpha in alpha_list:
-        if not isinstance(alpha, (int, float, np.number)) or not 0 <= alpha < math.inf:
-            raise InputError(f"alpha_list: {alpha!r} is no penalty; give finite numbers from 0")
+        if not is_number(alpha, 0, 1e15):  # beyond that the squared gradient overflows in Adam
+            raise InputError(f"alpha_list: {alpha!r} is no penalty; give numbers from 0 to 1e15")
     if len(set(alpha_list)) < len(alpha_list):
         raise InputError(f"alpha_list = {list(alpha_list)}: give each penalty once; [0] for none")
 
@@ -1669,7 +1698,7 @@ def _scores(features, V):
     table = scores = None
     for X in features:
         if not isinstance(X, Pairs):
-            yield X.to(V.device) @ V
+            yield X.to(V.device, V.dtype) @ V
             continue
         if X.embeddings is not table:
             table, scores = X.embeddings, X.table_scores(V)
@@ -1708,9 +1737,10 @@ class LoRe:
                  learning_rate=0.5, seed=0):
         self.V_sft, self.num_classes, self.num_features = V_sft, num_classes, num_features
         self.num_iterations, self.learning_rate = num_iterations, learning_rate
-        check_whole("num_basis_vectors", num_basis_vectors)
         check_ranks([num_basis_vectors], [alpha])
-        check_seeds([seed])
+        for name, value, least in (("num_basis_vectors", num_basis_vectors, 1), ("seed", seed, 0),
+                                   ("num_iterations", num_iterations, 0)):
+            check_whole(name, value, least)
         self.member = Member(num_basis_vectors, float(alpha), seed)
 
     def train(self, features):
@@ -1760,6 +1790,9 @@ class PersonalizeBatch:
                  learning_rate=0.1, seed=0):
         self.num_classes, self.num_features = num_classes, num_features
         self.num_iterations, self.learning_rate = num_iterations, learning_rate
+        for name, value, least in (("num_basis_vectors", num_basis_vectors, 1), ("seed", seed, 0),
+                                   ("num_iterations", num_iterations, 0)):
+            check_whole(name, value, least)
         self.member = Member(num_basis_vectors, seed=seed)
 
     def train(self, features, V):
@@ -1834,6 +1867,9 @@ def eval_multiple(W_list, V_list, features):
 
     W_list: one w `[K]` per user; V_list: one V `[d, K]` per user.
     """
+    if not len(W_list) == len(V_list) == len(features) > 0:
+        raise InputError(f"{len(W_list)} weights and {len(V_list)} bases for {len(features)} users; give one of each "
+                         "per user")
     accuracies = [evaluate_model(X, V, w) for w, V, X in zip(W_list, V_list, features)]
     _print_accuracy(accuracies)
     return accuracies
@@ -1877,6 +1913,8 @@ class Fit:
 
 def _reference(V_final, device):
     """The reward head as float32 `[d, 1]` on the device; raises InputError where it is not finite."""
+    if not isinstance(V_final, (torch.Tensor, np.ndarray)) or max(V_final.shape, default=0) < math.prod(V_final.shape):
+        raise InputError(f"V_final: {getattr(V_final, 'shape', V_final)} where a reward head [d, 1] should be")
     V_final = torch.as_tensor(V_final).to(device, torch.float32).reshape(-1, 1)
     if not torch.isfinite(V_final).all() or not V_final.any():
         raise InputError("V_final: NaN or infinite values, or all zero; read the reward head again")
@@ -1896,7 +1934,7 @@ def _sweep(K_list, alpha_list, V_final, features, users, device, seed, num_itera
                               "test_features_sparse_unseen"), features, (users[0], users[0], users[1], users[1])):
         check_features(part, what, N, len(V_final))
     check_whole("num_iterations", num_iterations)
-    if not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+    if not is_number(threshold, 0, 1):
         raise InputError(f"threshold = {threshold!r}: give a number from 0, which keeps all columns, to 1")
     members = [Member(int(K), float(alpha), s) for alpha in alpha_list for K in K_list for s in check_seeds(seed)]
     train, _, train_unseen, _ = features
@@ -1992,7 +2030,9 @@ def run_few_shot_vary_shots(trials, alpha_list, K_list, num_shots, train_feature
     for shots in num_shots:
         check_whole("num_shots", shots)
     if groups is not None:
-        for i, (group, X) in enumerate(zip(groups, train_features_unseen, strict=True)):
+        if len(groups) != len(train_features_unseen):
+            raise InputError(f"groups: of {len(groups)} users, and there are {len(train_features_unseen)} unseen ones")
+        for i, (group, X) in enumerate(zip(groups, train_features_unseen)):
             if len(group) != len(X) or set(group.tolist()) != set(range(int(group.max()) + 1)):
                 raise InputError(f"groups, user {i}: {len(group)} numbers for {len(X)} pairs; give each pair the "
                                  "number of its group, counted from 0 without a gap")
@@ -2000,7 +2040,8 @@ def run_few_shot_vary_shots(trials, alpha_list, K_list, num_shots, train_feature
     for what, part, users in (("train_features", train_features, N), ("train_features_unseen", train_features_unseen,
                               N_unseen), ("test_features_sparse_unseen", test_features_sparse_unseen, N_unseen)):
         check_features(part, what, users, len(V_final))
-    members = [Member(int(K), float(alpha), *check_seeds([seed])) for alpha in alpha_list for K in K_list]
+    check_whole("seed", seed, 0)
+    members = [Member(int(K), float(alpha), int(seed)) for alpha in alpha_list for K in K_list]
     trained = [m for m in members if m.K > 0]
     bases = dict(zip(trained, fit_basis(train_features, trained, V_final, num_iterations, 0.5, device=device)
                      if trained else []))
@@ -2052,12 +2093,13 @@ def save_results(folder, fits, user_ids, unseen_user_ids, config, seconds):
     values; `config["data"]` names the data in the plot. seconds: of training and evaluation.
     The training's checkpoint in `folder`, no longer needed then, is removed.
     """
-    folder = Path(folder)
-    entries = []
+    folder, entries = Path(folder), []
+    new = folder / ".new"  # whole first, so that files of two runs never stand side by side
+    shutil.rmtree(new, ignore_errors=True)
     several = {field: len({getattr(fit, field) for fit in fits}) > 1 for field in ("alpha", "seed")}
     for fit in fits:
         name = f"K_{fit.K}" + "".join(f"_{f}_{getattr(fit, f)}" for f in ("alpha", "seed") if several[f])
-        save_tensors(folder / f"{name}.safetensors", {"V": fit.V, "W": fit.W, "W_unseen": fit.W_unseen}, K=fit.K,
+        save_tensors(new / f"{name}.safetensors", {"V": fit.V, "W": fit.W, "W_unseen": fit.W_unseen}, K=fit.K,
                      alpha=fit.alpha, seed=fit.seed, users=user_ids, unseen_users=unseen_user_ids)
         entries.append({
             "K": fit.K, "alpha": fit.alpha, "seed": fit.seed, "columns": fit.V.shape[1], "file": f"{name}.safetensors",
@@ -2065,11 +2107,14 @@ def save_results(folder, fits, user_ids, unseen_user_ids, config, seconds):
             "std_over_users": {s: float(a.std()) for s, a in fit.accuracies.items()},
             "accuracy_of_user": {s: dict(zip(unseen_user_ids if s in SETTINGS[2:] else user_ids, a.tolist()))
                                  for s, a in fit.accuracies.items()}})
-    save_json(folder / "results.json", {
+    save_json(new / "results.json", {
         "config": config, "seeds": sorted({fit.seed for fit in fits}), "versions": _versions(), "seconds": seconds,
         "counts": {"seen users": len(user_ids), "unseen users": len(unseen_user_ids), "d": len(fits[0].V)},
         "users": user_ids, "unseen_users": unseen_user_ids, "fits": entries})
-    plot_accuracy_by_rank(folder / "accuracy_by_rank.png", fits, config["data"])
+    plot_accuracy_by_rank(new / "accuracy_by_rank.png", fits, config["data"])
+    for path in sorted(new.iterdir()):
+        os.replace(path, folder / path.name)
+    new.rmdir()
     (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
 
 
@@ -2127,6 +2172,7 @@ def save_few_shot_curves(folder, curves, config):
     save_json(folder / "vary_fewshot.json", {"config": config, "versions": _versions(), "curves": found})
 
     def draw(axes):
+        axes.set_xticks(shots)
         for model in found:
             of = f", K = {model['K']}" + (f", alpha {model['alpha']:g}" if len(config["alpha_list"]) > 1 else "")
             for label, name in (("few-shot train", "few_shot_train"), ("unseen prompts", "unseen")):

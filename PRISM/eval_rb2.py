@@ -54,13 +54,14 @@ def arguments():
     for name in ("limit", "batch_size", "max_length", "top_k"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)}: give a whole number from 1")
-    if not math.isfinite(args.head_bias):
-        raise InputError(f"--head_bias {args.head_bias}: give a finite number")
+    if not is_number(args.head_bias, -1e6, 1e6):
+        raise InputError(f"--head_bias {args.head_bias}: give a number from -1e6 to 1e6")
     try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {args.device}: {str(error).splitlines()[0]}; give cpu, or a GPU of this machine "
-                         "such as cuda:0") from None
+        usable = torch.empty(0, device=args.device).device.type in ("cpu", "cuda")
+    except (RuntimeError, AssertionError):
+        usable = False
+    if not usable:
+        raise InputError(f"--device {args.device}: not on this machine; give cpu, or a GPU such as cuda:0")
     if args.save_csv is not None:
         if args.save_csv.is_dir():
             raise InputError(f"--save_csv {args.save_csv}: a folder; give the name of a file")
@@ -93,7 +94,8 @@ def read_matrix(path, keys, what):
             raise InputError(f"{path}: holds {', '.join(map(str, content))}, and none of {', '.join(keys)}; "
                              f"{'name one with --head_key' if what == 'head' else f'give a file with the {what}'}")
         content = content[found[0]]
-    if not isinstance(content, torch.Tensor) or content.ndim not in (1, 2) or not torch.isfinite(content).all():
+    if not isinstance(content, torch.Tensor) or content.is_complex() or content.ndim not in (1, 2) or (
+            content.numel() == 0) or not torch.isfinite(content).all():
         raise InputError(f"{path}: the {what} is not a finite vector or matrix of numbers")
     return content.float()
 
@@ -227,7 +229,7 @@ def main():
     embeddings = embed_conversations(conversations, model, tokenizer, args.dir / ".embedding_cache", TOKEN_BUDGET,
                                      max_length=args.max_length, truncation_side=args.truncation_side,
                                      batch_size=args.batch_size)
-    scores = embeddings.float() @ heads + args.head_bias  # (answers, K)
+    scores = (embeddings.float() @ heads).double() + args.head_bias  # (answers, K)
     ends = np.cumsum([len(row["chosen"]) + len(row["rejected"]) for row in rows])
 
     def table_of(column):
@@ -240,8 +242,8 @@ def main():
         tables[f"column {k}" if heads.shape[1] > 1 else "reward head"], wrong = table_of(scores[:, k])
         failures = wrong if failures is None else failures
     if weights is not None:
-        tables["mean user"] = table_of(scores @ weights.mean(0))[0]
-        tables["average over users"] = mean_tables([table_of(scores @ w)[0] for w in weights])
+        tables["mean user"] = table_of(scores @ weights.double().mean(0))[0]
+        tables["average over users"] = mean_tables([table_of(scores @ w)[0] for w in weights.double()])
 
     subsets = [subset for subset in SUBSETS if any(row["subset"] == subset for row in rows)]
     for table in tables.values():

@@ -139,9 +139,10 @@ def rows_of(split, turns_of):
 
 def main():
     args = prepare_arguments(__doc__, HERE, MODEL_NAME, build_demo, embeds=False)
-    check_seeds([split_seed], "split_seed")
-    if not 0 < seen_share < 1:
-        raise InputError(f"seen_share = {seen_share}: give a share between 0 and 1")
+    check_whole("split_seed", split_seed, 0)
+    check_whole("fewest_conversations", fewest_conversations, 2)
+    if not is_number(seen_share, 0.01, 0.99):
+        raise InputError(f"seen_share = {seen_share}: give a share from 0.01 to 0.99")
     survey, conversations, *others = source_files(args.data)
     for path in others:
         for _ in read_jsonl(path):  # whole, and no error page

@@ -32,6 +32,7 @@ MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"  # whose head is read wh
 def main():
     args = script_parser(__doc__, HERE).parse_args()
     check_ranks(K_list, alpha_list)
+    check_seeds(seeds, "seeds")
     data, V_final, about = load_prism(args.dir, MODEL_NAME)
     for folder in ("results", "checkpoints"):
         check_writable(args.dir / folder)

@@ -46,6 +46,7 @@ def main():
                         "which hold no scores (default: the hub)")
     args = parser.parse_args()
     check_ranks(K_list, alpha_list)
+    check_seeds(seeds, "seeds")
     tables, V_final, about = load_personalllm(args.dir, MODEL_NAME, args.data)
     check_writable(args.dir / "results")
     users, users_unseen, *of_population = population(about.get("demo"))

@@ -21,7 +21,7 @@ alpha_list = [0]  # penalties on the squared distance of the basis to the reward
 seeds = [0]  # of the training; with several, the accuracies are averaged, at little more than the time of one
 split_seed = 0  # of the split into seen and unseen workers
 train_pairs = 150  # at most, per seen worker
-few_shot_pairs = 50  # at most, per unseen worker
+unseen_pairs = 50  # at most, per unseen worker: the few shots
 MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"  # whose head is read where none stands beside the embeddings
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -29,9 +29,10 @@ MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"  # whose head is read wh
 def main():
     args = script_parser(__doc__, HERE).parse_args()
     check_ranks(K_list, alpha_list)
+    check_seeds(seeds, "seeds")
     train, validation, V_final, about = load_tldr(args.dir, MODEL_NAME)
     check_writable(args.dir / "results")
-    data = create_dataset_tldr(train, validation, train_pairs, few_shot_pairs, split_seed)
+    data = create_dataset_tldr(train, validation, train_pairs, unseen_pairs, split_seed)
     del train, validation
     N, N_unseen = len(data["seen"]), len(data["unseen"])
     print(f"{about['title']}: {N} seen and {N_unseen} unseen workers, {sum(map(len, data['train'])):,} train pairs, "
@@ -46,7 +47,7 @@ def main():
     if process_rank() == 0:
         config = {"data": about["title"], "model": about.get("model"), "K_list": K_list, "alpha_list": alpha_list,
                   "seeds": seeds, "split_seed": split_seed, "train_pairs": train_pairs,
-                  "few_shot_pairs": few_shot_pairs}
+                  "unseen_pairs": unseen_pairs}
         save_results(args.dir / "results", fits, data["seen"], data["unseen"], config, seconds)
     print(f"\n{seconds:.1f} s; results, the basis of each rank and a plot are in {args.dir / 'results'}")
 

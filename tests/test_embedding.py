@@ -229,8 +229,8 @@ def test_another_template_or_model_does_not_hit_the_cache(reward_model, checkpoi
 
 
 @pytest.mark.parametrize("change", [
-    lambda model: model.embed_tokens.weight.data[1:-1].mul_(1.5), lambda model: setattr(model.config, "rope_theta", 5.0)],
-    ids=["inner values", "settings"])
+    lambda model: model.embed_tokens.weight.data[1:-1].mul_(1.5),
+    lambda model: setattr(model.config, "rms_norm_eps", 0.1)], ids=["inner values", "settings"])
 def test_a_retrained_model_does_not_hit_the_cache(reward_model, checkpoint, tmp_path, change):
     conversations = ragged_conversations(2)
     cached(conversations, reward_model, tmp_path)

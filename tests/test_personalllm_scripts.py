@@ -68,7 +68,7 @@ def forks():
 @pytest.fixture(scope="module")
 def demo(forks, tmp_path_factory):
     """A folder beside which prepare.py --demo and train_basis.py ran: (folder, script -> what it printed)."""
-    folder, printed = tmp_path_factory.mktemp("demo"), {}
+    folder, printed = tmp_path_factory.mktemp("demo") / "PersonalLLM", {}
     with pytest.MonkeyPatch.context() as patch:
         for name, arguments in (("prepare", ["--demo"]), ("train_basis", [])):
             module = script(name)
@@ -81,7 +81,7 @@ def demo(forks, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sources(demo):
-    """The folder of the demo's corpus (`data`) and stand-in model (`model`)."""
+    """The folder of the demo's corpus (`PersonalLLM`) and stand-in model (`model`)."""
     return demo[0] / ".standin"
 
 
@@ -133,7 +133,7 @@ def alone(backbone, prompt, response):
 def small(demo):
     """Twenty of the demo's test prompts and six users: (rows, embeddings, scores, mixtures)."""
     tables = load_file(demo[0] / "test.safetensors")
-    rows = read_rows(demo[0] / ".standin" / "data", "test")[:20]
+    rows = read_rows(demo[0] / ".standin" / "PersonalLLM", "test")[:20]
     W = torch.from_numpy(np.random.default_rng(3).dirichlet([0.3] * 10, 6)).float()
     return rows, tables["embeddings"][:160], tables["scores"][:20], W
 
@@ -205,7 +205,7 @@ def test_files_hold_an_embedding_a_response_and_the_scores_of_the_rows(demo, sou
         tensors = load_file(folder / f"{split}.safetensors")
         assert set(tensors) == {"embeddings", "scores"}
         assert tensors["embeddings"].dtype == torch.bfloat16 and tensors["embeddings"].shape == (8 * prompts, D)
-        rows = read_rows(sources / "data", split)
+        rows = read_rows(sources / "PersonalLLM", split)
         assert torch.equal(tensors["scores"], torch.tensor(scores_of(rows), dtype=torch.float32))
         assert tensors["scores"].shape == (prompts, 8, 10)
         with safe_open(folder / f"{split}.safetensors", "pt") as file:
@@ -218,7 +218,8 @@ def test_files_hold_an_embedding_a_response_and_the_scores_of_the_rows(demo, sou
 
 def test_response_j_of_prompt_i_is_row_8_i_plus_j(demo, sources, backbone):
     for split, prompts in (("train", (0, 101, 239)), ("test", (0, 59))):
-        rows, table = read_rows(sources / "data", split), load_file(demo[0] / f"{split}.safetensors")["embeddings"]
+        rows = read_rows(sources / "PersonalLLM", split)
+        table = load_file(demo[0] / f"{split}.safetensors")["embeddings"]
         for i in prompts:
             states = torch.stack([alone(backbone, rows[i]["prompt"], rows[i][f"response_{j}"]) for j in range(1, 9)])
             cosines = torch.nn.functional.cosine_similarity(states[:, None], table.float()[None], dim=2)  # (8, rows)
@@ -246,8 +247,8 @@ def test_file_lost_after_an_interruption_is_written_again_from_the_cache(monkeyp
 
 
 def test_limit_takes_the_first_prompts_of_each_split(monkeypatch, demo, sources, tmp_path):
-    call(monkeypatch, script("prepare"), "--data", sources / "data", "--model", sources / "model", "--dir", tmp_path,
-         "--limit", 5)
+    call(monkeypatch, script("prepare"), "--data", sources / "PersonalLLM", "--model", sources / "model", "--dir",
+         tmp_path, "--limit", 5)
     for name in utils.PERSONALLLM_FILES:
         first, everything = load_file(tmp_path / name), load_file(demo[0] / name)
         assert torch.equal(first["scores"], everything["scores"][:5])
@@ -259,7 +260,7 @@ def test_parquet_and_a_split_named_validation_give_the_same_files(monkeypatch, s
     import pyarrow
     import pyarrow.parquet
     for split, name in (("train", "train-0"), ("test", "validation-0")):
-        rows = read_rows(sources / "data", split)[:4]
+        rows = read_rows(sources / "PersonalLLM", split)[:4]
         write_rows(tmp_path / "plain" / f"{split}.jsonl", rows)
         (tmp_path / "parquet").mkdir(exist_ok=True)
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "parquet" / f"{name}.parquet")
@@ -276,7 +277,7 @@ def hub(monkeypatch, splits):
 
 
 def test_hub_of_another_size_than_published_is_warned_about(monkeypatch, capsys, sources, tmp_path):
-    hub(monkeypatch, {"namkoong-lab/PersonalLLM": {split: read_rows(sources / "data", split)[:2] for split in
+    hub(monkeypatch, {"namkoong-lab/PersonalLLM": {split: read_rows(sources / "PersonalLLM", split)[:2] for split in
                                                    ("train", "test")}})
     call(monkeypatch, script("prepare"), "--model", sources / "model", "--dir", tmp_path)
     printed = capsys.readouterr().out
@@ -289,7 +290,7 @@ def test_hub_of_another_size_than_published_is_warned_about(monkeypatch, capsys,
 
 def test_other_embeddings_are_replaced_only_with_overwrite(monkeypatch, capsys, embeddings, sources):
     before = content_of(embeddings)
-    options = ["--data", sources / "data", "--model", sources / "model", "--dir", embeddings, "--limit", 3]
+    options = ["--data", sources / "PersonalLLM", "--model", sources / "model", "--dir", embeddings, "--limit", 3]
     refused(monkeypatch, capsys, script("prepare"), options, "train.safetensors", "--overwrite")
     assert content_of(embeddings) == before
     call(monkeypatch, script("prepare"), *options, "--overwrite")
@@ -310,7 +311,7 @@ def test_prepare_killed_at_random_moments_ends_with_the_same_files(forks, source
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
 
     def start(folder):
-        arguments = ["--data", sources / "data", "--model", sources / "model", "--dir", folder, "--limit", "15"]
+        arguments = ["--data", sources / "PersonalLLM", "--model", sources / "model", "--dir", folder, "--limit", "15"]
         process = forks.Process(target=exec, args=(RUN_MAIN.format(
             str(SCRIPTS), list(map(str, arguments)), "prepare", "script.SHARD_SIZE = 8"), {}))
         process.start()
@@ -361,7 +362,7 @@ def test_prepare_killed_at_random_moments_ends_with_the_same_files(forks, source
 def test_spoilt_row_is_named_and_nothing_written_or_lost(monkeypatch, capsys, embeddings, sources, tmp_path, column,
                                                          value):
     for split in ("train", "test"):
-        rows = read_rows(sources / "data", split)[:6]
+        rows = read_rows(sources / "PersonalLLM", split)[:6]
         if split == "test":
             rows[2][column] = value
             if value is ...:
@@ -377,7 +378,7 @@ def test_spoilt_row_is_named_and_nothing_written_or_lost(monkeypatch, capsys, em
 def test_six_responses_a_prompt_are_counted_as_missing_columns(monkeypatch, capsys, sources, tmp_path):
     for split in ("train", "test"):
         rows = [{name: value for name, value in row.items() if not name.startswith(("response_7", "response_8"))}
-                for row in read_rows(sources / "data", split)[:3]]
+                for row in read_rows(sources / "PersonalLLM", split)[:3]]
         write_rows(tmp_path / "data" / f"{split}.jsonl", rows)
     refused(monkeypatch, capsys, script("prepare"), ["--data", tmp_path / "data", "--model", sources / "model", "--dir",
                                                      tmp_path / "out"], "row 1: ", "response_7 and 21 more", "8 resp")
@@ -391,7 +392,7 @@ def test_six_responses_a_prompt_are_counted_as_missing_columns(monkeypatch, caps
     (lambda path: path.write_text(""), "no rows"),
     (lambda path: shutil.copy(path, path.with_name("train-2.jsonl")), "2 files")])
 def test_damaged_data_is_named(monkeypatch, capsys, sources, tmp_path, spoil, named):
-    shutil.copytree(sources / "data", tmp_path / "data")
+    shutil.copytree(sources / "PersonalLLM", tmp_path / "data")
     spoil(tmp_path / "data" / "train.jsonl")
     refused(monkeypatch, capsys, script("prepare"), ["--data", tmp_path / "data", "--model", sources / "model", "--dir",
                                                      tmp_path / "out"], named)
@@ -471,7 +472,8 @@ def test_population_is_the_dirichlet_draw_of_its_seed(demo):
 
 
 def test_accuracies_agree_with_the_saved_tensors_and_the_rows(demo, sources):
-    rows, table = read_rows(sources / "data", "test"), load_file(demo[0] / "test.safetensors")["embeddings"].double()
+    rows = read_rows(sources / "PersonalLLM", "test")
+    table = load_file(demo[0] / "test.safetensors")["embeddings"].double()
     population = load_file(demo[0] / "results" / "population.safetensors")
     pairs = {name: [loop_over_responses(rows, w) for w in population[name][:10]] for name in population}
     for fit in results_in(demo[0])["fits"]:
@@ -559,11 +561,11 @@ def as_released(monkeypatch, folder, sources, module):
 
 def test_released_files_read_their_scores_from_the_data_set(monkeypatch, demo, embeddings, sources, trainer):
     as_released(monkeypatch, embeddings, sources, trainer)
-    call(monkeypatch, trainer, "--dir", embeddings, "--data", sources / "data")
+    call(monkeypatch, trainer, "--dir", embeddings, "--data", sources / "PersonalLLM")
     fit, = results_in(embeddings)["fits"]
     assert fit["accuracy_of_user"] == results_in(demo[0])["fits"][0]["accuracy_of_user"]
     (embeddings / "results" / "results.json").unlink()
-    hub(monkeypatch, {"namkoong-lab/PersonalLLM": {split: read_rows(sources / "data", split) for split in
+    hub(monkeypatch, {"namkoong-lab/PersonalLLM": {split: read_rows(sources / "PersonalLLM", split) for split in
                                                    ("train", "test")}})
     call(monkeypatch, trainer, "--dir", embeddings)
     assert results_in(embeddings)["fits"] == [fit]
@@ -572,7 +574,7 @@ def test_released_files_read_their_scores_from_the_data_set(monkeypatch, demo, e
 def test_released_files_of_another_data_set_are_named(monkeypatch, capsys, embeddings, sources, trainer, tmp_path):
     as_released(monkeypatch, embeddings, sources, trainer)
     for split, prompts in (("train", TRAIN), ("test", TEST - 1)):
-        write_rows(tmp_path / "data" / f"{split}.jsonl", read_rows(sources / "data", split)[:prompts])
+        write_rows(tmp_path / "data" / f"{split}.jsonl", read_rows(sources / "PersonalLLM", split)[:prompts])
     before = content_of(embeddings)
     refused(monkeypatch, capsys, trainer, ["--dir", embeddings, "--data", tmp_path / "data"],
             embeddings / "test.safetensors", "480 embeddings", "(59, 8, 10)")
@@ -663,7 +665,7 @@ def test_tied_prompts_are_dropped_and_counted(monkeypatch, capsys, demo, embeddi
     assert f"{2 * (N + N_UNSEEN)} pairs dropped, all responses tied" in capsys.readouterr().out
     results = results_in(embeddings)
     assert results["config"]["pairs_dropped"] == 2 * (N + N_UNSEEN)
-    rows = read_rows(sources / "data", "test")
+    rows = read_rows(sources / "PersonalLLM", "test")
     reward = load_file(embeddings / "test.safetensors")["embeddings"].double() @ load_file(
         embeddings / utils.HEAD_FILE)["reward_head"].double()[:, 0]
     for i, w in enumerate(load_file(embeddings / "results" / "population.safetensors")["unseen"][:5]):

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, call, fresh_process, load_script, outcome, refused
+from helpers import ROOT, call, fresh_process, input_error, load_script, outcome, refused
 from safetensors import safe_open
 from standin import PLANTED_RANK, write_prism_corpus, write_rewardbench_corpus
 
@@ -237,7 +237,7 @@ def test_split_is_the_same_in_a_fresh_process(monkeypatch, tmp_path, small):
 
 
 def test_corpora_are_those_of_another_process(demo, tmp_path):
-    write_prism_corpus(tmp_path / "data")
+    write_prism_corpus(tmp_path / "PRISM")
     write_rewardbench_corpus(tmp_path / "benchmark")
     assert len(content_of(tmp_path)) == 4
     for path, content in content_of(tmp_path).items():
@@ -245,7 +245,7 @@ def test_corpora_are_those_of_another_process(demo, tmp_path):
 
 
 def test_printed_counts_are_the_corpuses(demo):
-    source = demo[0] / ".standin" / "data"
+    source = demo[0] / ".standin" / "PRISM"
     survey, conversations = (read_rows(source / f"{name}.jsonl") for name in ("survey", "conversations"))
     by_id = {c["conversation_id"]: c["conversation_history"] for c in conversations}
     counts = Counter()
@@ -266,7 +266,7 @@ def test_printed_counts_are_the_corpuses(demo):
 
 def test_prompt_holds_the_chosen_path_only(demo):
     by_id = {c["conversation_id"]: c["conversation_history"]
-             for c in read_rows(demo[0] / ".standin" / "data" / "conversations.jsonl")}
+             for c in read_rows(demo[0] / ".standin" / "PRISM" / "conversations.jsonl")}
     lengths = set()
     for row in (row for rows in prepared(demo[0])[1:] for row in rows):
         info = row["extra_info"]
@@ -345,7 +345,7 @@ def test_spoilt_row_is_named_and_nothing_written(monkeypatch, capsys, tmp_path, 
     (lambda content: "<!DOCTYPE html>\n<html><body>429 Too Many Requests</body></html>\n", "row 1"),
     (lambda content: content[:-20], "row ")])
 def test_error_page_and_short_line_are_named(monkeypatch, capsys, tmp_path, demo, file, spoil, named):
-    shutil.copytree(demo[0] / ".standin" / "data", tmp_path / "source")
+    shutil.copytree(demo[0] / ".standin" / "PRISM", tmp_path / "source")
     path = tmp_path / "source" / f"{file}.jsonl"
     path.write_text(spoil(path.read_text()))
     refused(monkeypatch, capsys, script("prepare"), ["--data", tmp_path / "source", "--dir", tmp_path / "out"], path,
@@ -376,7 +376,7 @@ def test_other_rows_are_replaced_only_with_overwrite(monkeypatch, capsys, tmp_pa
 
 def test_every_response_reaches_the_tokenizer_as_prose(monkeypatch, demo, tmp_path):
     source = demo[0] / ".standin"
-    call(monkeypatch, script("prepare"), "--data", source / "data", "--dir", tmp_path, "--limit", 12)
+    call(monkeypatch, script("prepare"), "--data", source / "PRISM", "--dir", tmp_path, "--limit", 12)
     module, texts = script("generate-prism-embeddings"), []
 
     def load(*arguments, **options):
