@@ -2086,6 +2086,19 @@ def save_json(path, content):
         file.write((_json(content, indent=1) + "\n").encode())
 
 
+@contextlib.contextmanager
+def _together(folder):
+    """A folder to write files in, which move to `folder` once all are there: never do those of two runs stand mixed."""
+    new = Path(folder) / ".new"
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        yield new
+        for path in sorted(new.iterdir()):
+            os.replace(path, Path(folder) / path.name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
 def save_results(folder, fits, user_ids, unseen_user_ids, config, seconds):
     """Write what a sweep found: `results.json`, one safetensors file per Fit, `accuracy_by_rank.png`.
 
@@ -2093,29 +2106,26 @@ def save_results(folder, fits, user_ids, unseen_user_ids, config, seconds):
     values; `config["data"]` names the data in the plot. seconds: of training and evaluation.
     The training's checkpoint in `folder`, no longer needed then, is removed.
     """
-    folder, entries = Path(folder), []
-    new = folder / ".new"  # whole first, so that files of two runs never stand side by side
-    shutil.rmtree(new, ignore_errors=True)
+    entries = []
     several = {field: len({getattr(fit, field) for fit in fits}) > 1 for field in ("alpha", "seed")}
-    for fit in fits:
-        name = f"K_{fit.K}" + "".join(f"_{f}_{getattr(fit, f)}" for f in ("alpha", "seed") if several[f])
-        save_tensors(new / f"{name}.safetensors", {"V": fit.V, "W": fit.W, "W_unseen": fit.W_unseen}, K=fit.K,
-                     alpha=fit.alpha, seed=fit.seed, users=user_ids, unseen_users=unseen_user_ids)
-        entries.append({
-            "K": fit.K, "alpha": fit.alpha, "seed": fit.seed, "columns": fit.V.shape[1], "file": f"{name}.safetensors",
-            "mean_accuracy": {s: float(a.mean()) for s, a in fit.accuracies.items()},
-            "std_over_users": {s: float(a.std()) for s, a in fit.accuracies.items()},
-            "accuracy_of_user": {s: dict(zip(unseen_user_ids if s in SETTINGS[2:] else user_ids, a.tolist()))
-                                 for s, a in fit.accuracies.items()}})
-    save_json(new / "results.json", {
-        "config": config, "seeds": sorted({fit.seed for fit in fits}), "versions": _versions(), "seconds": seconds,
-        "counts": {"seen users": len(user_ids), "unseen users": len(unseen_user_ids), "d": len(fits[0].V)},
-        "users": user_ids, "unseen_users": unseen_user_ids, "fits": entries})
-    plot_accuracy_by_rank(new / "accuracy_by_rank.png", fits, config["data"])
-    for path in sorted(new.iterdir()):
-        os.replace(path, folder / path.name)
-    new.rmdir()
-    (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+    with _together(folder) as new:
+        for fit in fits:
+            name = f"K_{fit.K}" + "".join(f"_{f}_{getattr(fit, f)}" for f in ("alpha", "seed") if several[f])
+            save_tensors(new / f"{name}.safetensors", {"V": fit.V, "W": fit.W, "W_unseen": fit.W_unseen}, K=fit.K,
+                         alpha=fit.alpha, seed=fit.seed, users=user_ids, unseen_users=unseen_user_ids)
+            entries.append({
+                "K": fit.K, "alpha": fit.alpha, "seed": fit.seed, "columns": fit.V.shape[1],
+                "file": f"{name}.safetensors",
+                "mean_accuracy": {s: float(a.mean()) for s, a in fit.accuracies.items()},
+                "std_over_users": {s: float(a.std()) for s, a in fit.accuracies.items()},
+                "accuracy_of_user": {s: dict(zip(unseen_user_ids if s in SETTINGS[2:] else user_ids, a.tolist()))
+                                     for s, a in fit.accuracies.items()}})
+        save_json(new / "results.json", {
+            "config": config, "seeds": sorted({fit.seed for fit in fits}), "versions": _versions(), "seconds": seconds,
+            "counts": {"seen users": len(user_ids), "unseen users": len(unseen_user_ids), "d": len(fits[0].V)},
+            "users": user_ids, "unseen_users": unseen_user_ids, "fits": entries})
+        plot_accuracy_by_rank(new / "accuracy_by_rank.png", fits, config["data"])
+    (Path(folder) / CHECKPOINT_FILE).unlink(missing_ok=True)
 
 
 def print_table(fits):
@@ -2163,13 +2173,12 @@ def save_few_shot_curves(folder, curves, config):
 
     config: what the reader set, with K_list, alpha_list, num_shots, and `data` for the plot's title.
     """
-    shots, folder = config["num_shots"], Path(folder)
+    shots = config["num_shots"]
     models = [(alpha, K) for alpha in config["alpha_list"] for K in config["K_list"]]
     names = ("few_shot_train_mean", "few_shot_train_std", "unseen_mean", "unseen_std")
     found = [{"K": K, "alpha": alpha, **{name: curve[i * len(shots):(i + 1) * len(shots)]
                                          for name, curve in zip(names, curves)}}
              for i, (alpha, K) in enumerate(models)]
-    save_json(folder / "vary_fewshot.json", {"config": config, "versions": _versions(), "curves": found})
 
     def draw(axes):
         axes.set_xticks(shots)
@@ -2180,4 +2189,6 @@ def save_few_shot_curves(folder, curves, config):
                               label=label + of)
 
     of_shot = config.get("shots_are", "pairs")
-    _save_figure(folder / "vary_fewshot.png", config["data"], f"{of_shot} per unseen user", draw)
+    with _together(folder) as new:
+        save_json(new / "vary_fewshot.json", {"config": config, "versions": _versions(), "curves": found})
+        _save_figure(new / "vary_fewshot.png", config["data"], f"{of_shot} per unseen user", draw)

@@ -125,6 +125,8 @@ def test_a_sparse_tensor_keeps_the_fraction_of_each_users_prompts_rounded_down()
         assert len(set(kept[-1])) == 7
     assert len(set(map(tuple, kept))) == 5  # other prompts for each user
     assert [len(X) for X in utils.create_sparse_tensor(dense, 1.0)] == [30] * 5
+    for percent in range(1, 101):  # whatever the rounding of the product
+        assert len(utils.create_sparse_tensor(torch.zeros(1, 100, 2), percent / 100)[0]) == percent
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0, -0.5, 1.1])

@@ -333,6 +333,7 @@ RANKS_AND_PENALTIES = [
     (dict(K_list=["2"]), "K_list", "'2'"),
     (dict(alpha_list=[-1]), "alpha_list", "-1"), (dict(alpha_list=[math.nan]), "alpha_list", "nan"),
     (dict(alpha_list=[math.inf]), "alpha_list", "inf"), (dict(alpha_list=[]), "alpha_list"),
+    (dict(alpha_list=[1e16]), "alpha_list", "1e+16"), (dict(alpha_list=[10**400]), "alpha_list"),
     (dict(alpha_list=[0, 1, 0.0]), "alpha_list", "[0, 1, 0.0]")]
 NAMES = ("train_features", "test_features_sparse", "train_features_unseen", "test_features_sparse_unseen")
 

@@ -731,12 +731,16 @@ def test_printed_table_is_the_saved_one(demo):
     (["--rm_head", "text.npy"], ["text.npy"]), (["--rm_head", "cut.safetensors"], ["cut.safetensors"]),
     (["--rm_head", "nan.pt"], ["nan.pt"]), (["--truncation_side", "middle"], ["--truncation_side"]),
     (["--head_bias", "nan"], ["--head_bias"]), (["--device", "tpu"], ["--device tpu"]),
+    (["--device", "meta"], ["--device meta"]), (["--rm_head", "complex.pt"], ["complex.pt"]),
+    (["--rm_head", "empty.pt"], ["empty.pt"]), (["--rm_head", "basis.pt", "--user_weights", "empty.pt"], ["empty.pt"]),
     (["--save_csv", "."], ["--save_csv", "folder"])])
 def test_unusable_heads_and_options_are_one_line(monkeypatch, capsys, tmp_path, benchmark, model, arguments, named):
     for name in ("basis.pt", "basis.safetensors"):
         shutil.copy(benchmark[0] / name, tmp_path)
     torch.save(torch.ones(32, 3 if "--user_weights" not in arguments else 2), tmp_path / "wide.pt")
     torch.save(torch.full((64, 1), float("nan")), tmp_path / "nan.pt")
+    torch.save(torch.ones(64, 1, dtype=torch.complex64), tmp_path / "complex.pt")
+    torch.save(torch.ones(64, 0), tmp_path / "empty.pt")
     (tmp_path / "text.npy").write_text("no array")
     (tmp_path / "cut.safetensors").write_bytes((benchmark[0] / "basis.safetensors").read_bytes()[:100])
     arguments = [tmp_path / a if "." in str(a) and "/" not in str(a) else a for a in arguments]

@@ -303,7 +303,8 @@ def test_null_and_empty_texts_are_dropped_and_counted(monkeypatch, capsys, rows,
 
 
 @pytest.mark.parametrize("content, named", [
-    (b'{"info": 1}\n{"info"\n', "row 2"), (b"[1, 2]\n", "row 1"), (b"<html>\n", "row 1"), (b"\xff\xfe\n", "damaged")])
+    (b'{"info": 1}\n{"info"\n', "row 2"), (b"[1, 2]\n", "row 1"), (b"<html>\n", "row 1"), (b"\xff\xfe\n", "damaged"),
+    (b'{"info": ' + b"1" * 5001 + b"}\n", "row 1")])
 def test_file_that_is_no_jsonl_is_named(monkeypatch, capsys, rows, tmp_path, sources, content, named):
     data = spoilt(rows, tmp_path)
     (data / "train.jsonl").write_bytes(content)
@@ -451,6 +452,30 @@ def test_a_reader_that_leaves_loses_no_results(embeddings):
     process.stdout.close()  # as `| head -0` does
     assert process.stderr.read() == "" and process.wait(timeout=120) == 0
     assert len(json.loads((embeddings / "results" / "results.json").read_text())["fits"]) == 3
+
+
+def test_a_failed_run_leaves_the_results_of_the_run_before(monkeypatch, capsys, embeddings):
+    module = script("train_basis")
+    monkeypatch.setattr(module, "K_list", [0, 2])
+    call(monkeypatch, module, "--dir", embeddings)
+
+    def results():
+        return {path.name: path.read_bytes() for path in (embeddings / "results").iterdir() if path.is_file()}
+
+    before, save_json = results(), utils.save_json
+
+    def full_disk(path, content):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(module, "seeds", [1])
+    monkeypatch.setattr(utils, "save_json", full_disk)
+    refused(monkeypatch, capsys, module, ["--dir", embeddings], "results.json", "No space")
+    after = results()
+    assert after.pop(utils.CHECKPOINT_FILE) and after == before
+    monkeypatch.setattr(utils, "save_json", save_json)
+    call(monkeypatch, module, "--dir", embeddings)
+    assert "after 1,000 of 1,000" in capsys.readouterr().out
+    assert results().keys() == before.keys() and results() != before
 
 
 def test_worker_with_one_pair_and_pickles_without_a_head_are_fine(monkeypatch, capsys, embeddings, sources):
