@@ -28,7 +28,6 @@ import pickle
 import platform
 import random
 import re
-import shutil
 import struct
 import sys
 import tempfile
@@ -2089,14 +2088,11 @@ def save_json(path, content):
 @contextlib.contextmanager
 def _together(folder):
     """A folder to write files in, which move to `folder` once all are there: never do those of two runs stand mixed."""
-    new = Path(folder) / ".new"
-    shutil.rmtree(new, ignore_errors=True)
-    try:
-        yield new
-        for path in sorted(new.iterdir()):
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as new:
+        yield Path(new)
+        for path in sorted(Path(new).iterdir()):
             os.replace(path, Path(folder) / path.name)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def save_results(folder, fits, user_ids, unseen_user_ids, config, seconds):
