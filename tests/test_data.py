@@ -172,6 +172,13 @@ def loop_over_prompts(rewards, features, w):
     return torch.stack(rows)
 
 
+def test_whole_scores_give_the_pairs_of_the_same_floats():
+    rewards, features = torch.randint(1, 6, (12, 8, 10), generator=chance()), torch.randn(12, 8, 5, generator=chance(1))
+    w = utils.generate_population(0.5, 1, seed=0)[0]
+    pairs = utils.simulate_user(rewards, features, w)
+    assert pairs.abs().sum() > 0 and torch.equal(pairs, utils.simulate_user(rewards.float(), features, w))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_simulated_user_prefers_the_best_response_to_the_worst(dtype):
     rewards, features = torch.randn(12, 8, 10, generator=chance()), torch.randn(12, 8, 5, generator=chance(1)).to(dtype)

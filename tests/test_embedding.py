@@ -310,3 +310,16 @@ def test_text_that_is_no_unicode_is_named(reward_model):
     model, tokenizer = reward_model
     with input_error("half a \\ud83d"):
         utils.embed_conversations([[{"role": "user", "content": "half a \ud83d"}]], model, tokenizer)
+
+
+def test_embeddings_that_another_process_did_not_make_are_missed(reward_model, tmp_path, monkeypatch):
+    model, tokenizer = reward_model
+    monkeypatch.setattr(utils, "process_count", lambda: 2)
+    monkeypatch.setattr(utils.dist, "barrier", lambda: None)
+    with input_error("cache_dir"):
+        embed_conversations(ragged_conversations(3), model, tokenizer)
+    with input_error(str(tmp_path), "other processes"):
+        embed_conversations(ragged_conversations(), model, tokenizer, cache_dir=tmp_path, shard_size=4)
+    monkeypatch.undo()  # one process alone completes what is there
+    embeddings = embed_conversations(ragged_conversations(), model, tokenizer, cache_dir=tmp_path, shard_size=4)
+    assert (embeddings - one_at_a_time(ragged_conversations(), model, tokenizer)).abs().max() < 1e-5
