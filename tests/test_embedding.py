@@ -113,6 +113,22 @@ def test_a_shared_prompt_is_computed_once(reward_model):
     assert sum(seen) < lengths[0] + 60 < sum(lengths)
 
 
+def test_batch_beyond_the_gpus_memory_is_halved_down_to_single_responses(reward_model, monkeypatch):
+    forward, tried = utils._forward, []
+
+    def small_gpu(model, rows):
+        tried.append(sum(len(row.members) for row in rows))
+        if tried[-1] > 1:
+            raise torch.cuda.OutOfMemoryError
+        return forward(model, rows)
+
+    monkeypatch.setattr(utils, "_forward", small_gpu)
+    conversations = ragged_conversations()
+    embeddings = embed_conversations(conversations, *reward_model)
+    assert max(tried) > 3 and 1 in tried
+    assert (embeddings - one_at_a_time(conversations, *reward_model)).abs().max() < 1e-5
+
+
 def test_special_tokens_stand_once(reward_model):
     _, tokenizer = reward_model
     ids, = tokenize_conversations([conversation("hello", "there")], tokenizer)
