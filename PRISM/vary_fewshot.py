@@ -16,6 +16,7 @@ from utils import *
 # ---------------------------------------------------------------------------------------------------------------------
 K_list = [5]
 alpha_list = [0]
+num_iterations = 500  # of the training, of `LoRe` as for the other data sets, without the anchor
 trials = 20
 num_shots = [1, 2, 3]  # conversations; most users have six, of which half are for training
 seed = 0  # of the training and of the drawn shots
@@ -30,10 +31,11 @@ def main():
     check_writable(args.dir / "results")
     curves = run_few_shot_vary_shots(
         trials, alpha_list, K_list, num_shots, data["train"], data["train_unseen"], data["test_unseen"], V_final,
-        len(data["seen"]), len(data["unseen"]), default_device(), seed=seed, groups=data["dialogs_unseen"])
+        len(data["seen"]), len(data["unseen"]), default_device(), seed=seed, num_iterations=num_iterations,
+        groups=data["dialogs_unseen"])
     if process_rank() == 0:
         config = {"data": about["title"], "model": about.get("model"), "K_list": K_list, "alpha_list": alpha_list,
-                  "trials": trials, "num_shots": num_shots, "seed": seed,
+                  "trials": trials, "num_shots": num_shots, "seed": seed, "num_iterations": num_iterations,
                   "shots_are": "conversations", "unseen_users": data["unseen"]}
         save_few_shot_curves(args.dir / "results", curves, config)
     print(f"\nthe curves and a plot are in {args.dir / 'results'}")

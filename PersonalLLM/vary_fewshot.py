@@ -16,6 +16,7 @@ from utils import *
 # ---------------------------------------------------------------------------------------------------------------------
 K_list = [5]
 alpha_list = [0]
+num_iterations = 500  # of the training, half of what train_basis.py takes
 trials = 20
 num_shots = list(range(5, 51, 5))
 seed = 0  # of the training and of the drawn shots
@@ -50,12 +51,12 @@ def main():
     print(f"{data['dropped']:,} pairs dropped, all responses tied")
     curves = run_few_shot_vary_shots(
         trials, alpha_list, K_list, num_shots, data["train"], data["train_unseen"], data["test_unseen"], V_final, users,
-        users_unseen, default_device(), seed=seed)
+        users_unseen, default_device(), seed=seed, num_iterations=num_iterations)
     if process_rank() == 0:
         config = {"data": about["title"], "model": about.get("model"), "K_list": K_list, "alpha_list": alpha_list,
-                  "trials": trials, "num_shots": num_shots, "seed": seed, "population_seed": population_seed,
-                  **dict(zip(("concentration", "fractions"), of_population)), "unseen_users": data["unseen"],
-                  "pairs_dropped": data["dropped"]}
+                  "trials": trials, "num_shots": num_shots, "seed": seed, "num_iterations": num_iterations,
+                  "population_seed": population_seed, **dict(zip(("concentration", "fractions"), of_population)),
+                  "unseen_users": data["unseen"], "pairs_dropped": data["dropped"]}
         save_few_shot_curves(args.dir / "results", curves, config)
     print(f"\nthe curves and a plot are in {args.dir / 'results'}")
 
