@@ -7,10 +7,8 @@ evaluation are those of PersonalLLM/train_basis.py with its own constants, K_lis
 """
 
 import contextlib
-import importlib.util
 import io
 import multiprocessing
-import resource
 import sys
 import tempfile
 import time
@@ -21,23 +19,16 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(ROOT), str(HERE)]
+sys.path[:0] = [str(ROOT), str(HERE), str(HERE.parent)]
 import utils
-from bench_training import (V_SFT, d, duration, in_turn, members, per_iteration, plain_lore, print_figure,
-                            print_heading, print_speedup)
+from bench_training import (V_SFT, d, duration, in_turn, members, peak_bytes, per_iteration, plain_lore,
+                            print_figure, print_heading, print_speedup)
+from helpers import load_script
 
 # ---------------------------------------------------------------------------------------------------------------------
 PROMPTS = {"train": 9402, "test": 1000}
 ITERATIONS = 5  # of the training in the memory section: its peak does not depend on them
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def train_basis():
-    """PersonalLLM/train_basis.py as a module."""
-    spec = importlib.util.spec_from_file_location("train_basis", ROOT / "PersonalLLM" / "train_basis.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def tables():
@@ -64,7 +55,7 @@ def write_inputs(folder):
 
 def whole_script(folder):
     """main() of train_basis.py with few iterations -> peak resident bytes, seconds, seconds of the evaluation."""
-    script, evaluate, spent = train_basis(), utils._accuracies, []
+    script, evaluate, spent = load_script("PersonalLLM", "train_basis"), utils._accuracies, []
 
     def run_shortly(*arguments, **options):
         return utils.run(*arguments, num_iterations=ITERATIONS, **options)
@@ -79,8 +70,7 @@ def whole_script(folder):
     begin = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
         script.main()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return peak, time.perf_counter() - begin, sum(spent), len(spent)
+    return peak_bytes(), time.perf_counter() - begin, sum(spent), len(spent)
 
 
 def main():
@@ -96,7 +86,7 @@ def main():
     print_figure(f"evaluation, {settings} settings, all ranks", duration(evaluation), "", [evaluation], "<= 60",
                  evaluation <= 60)
 
-    script = train_basis()
+    script = load_script("PersonalLLM", "train_basis")
     users = population(script, tables())["train"]
     dense = [X.dense() for X in users]
     print_heading(f"Training, {len(users)} users, {sum(map(len, users)):,} pairs, K_list = {script.K_list}. Measured: "

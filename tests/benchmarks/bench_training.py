@@ -227,6 +227,11 @@ def duration(seconds):
 # The figures
 
 
+def peak_bytes():
+    """The peak resident memory of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def memory_of_run(sizes, K_list, pipeline, sliced, options):
     """In a process of its own: bytes of the features, and the peak resident bytes.
 
@@ -235,8 +240,7 @@ def memory_of_run(sizes, K_list, pipeline, sliced, options):
     features = [list(torch.randn(sum(part), d).split(part)) if sliced else [torch.randn(pairs, d) for pairs in part]
                 for part in sizes]
     run_silently(K_list, features, 3, 3, getattr(utils, pipeline), **options)
-    return (sum(X.nbytes for part in features for X in part),
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    return sum(X.nbytes for part in features for X in part), peak_bytes()
 
 
 def bench_memory(figure, sizes, K_list, allowance, pipeline="run", sliced=False, **options):
