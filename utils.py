@@ -194,6 +194,8 @@ def load_tensors(path):
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("about", "{}"))
             return {name: file.get_tensor(name) for name in file.keys()}, about
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; run the script that writes it first (prepare.py)") from None
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: not a complete safetensors file ({error}); delete it and run the step that "
                          "writes it again") from None
@@ -631,8 +633,7 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
     """phi of each conversation: the state, after the final norm, of its last token.
 
     conversations: list of lists of {"role", "content"} messages, the last one the response that is judged.
-    model, tokenizer: from `load_reward_model`. Returns a CPU tensor `[n, d]` of `dtype`, default
-    the model's.
+    model, tokenizer: from `load_reward_model`. Returns a CPU tensor `[n, d]` of `dtype`, default the model's.
 
     Equal conversations are computed once, and so is the prompt that several responses share: such responses lie behind
     one copy of it in a row, with an attention mask that keeps them apart. flash-attn takes no such mask, and attention
@@ -869,7 +870,7 @@ def digest_of(content):
 def _about(head):
     """What a reward head's file says of itself; nothing where it is missing or damaged."""
     with contextlib.suppress(InputError):
-        return load_tensors(head)[1] if head.exists() else {}
+        return load_tensors(head)[1]
     return {}
 
 
@@ -1193,16 +1194,16 @@ def load_personalllm(folder, model_name, data=None):
     what is known of model and data). Raises InputError: missing or damaged files, another number of rows than 8 a
     prompt, embeddings that are not finite or of different widths.
     """
-    tables, width = {}, {}
+    tables, width, rows = {}, {}, None
     for path, split in zip((Path(folder) / name for name in PERSONALLLM_FILES), ("train", "test")):
-        if not path.exists():
-            raise InputError(f"{path}: no such file; run prepare.py")
         tensors, _ = load_tensors(path)
         embeddings = tensors.get("embeddings")
         if embeddings is None or embeddings.ndim != 2 or not embeddings.is_floating_point():
             raise InputError(f"{path}: no matrix of embeddings in it; run prepare.py --overwrite")
-        scores = tensors["scores"] if "scores" in tensors else parse_personalllm(personalllm_rows(data)[split],
-                                                                                 split)[2]
+        if "scores" not in tensors:
+            rows = rows or personalllm_rows(data)
+            tensors["scores"] = parse_personalllm(rows[split], split)[2]
+        scores = tensors["scores"]
         if scores.shape[1:] != (RESPONSES, SCORERS) or len(embeddings) != RESPONSES * len(scores):
             raise InputError(f"{path}: {len(embeddings):,} embeddings and scores of shape {tuple(scores.shape)}, where "
                              f"each prompt has {RESPONSES} responses with {SCORERS} scores; run prepare.py --overwrite")
@@ -1217,6 +1218,14 @@ def load_personalllm(folder, model_name, data=None):
     head, about = find_reward_head(folder, model_name, "PersonalLLM")
     check_width(width, head, folder, about.get("model", model_name))
     return tables, head, about
+
+
+def personalllm_parser(description, folder):
+    """The command line of the scripts that train on PersonalLLM: `--dir`, and `--data` for `load_personalllm`."""
+    parser = script_parser(description, folder)
+    parser.add_argument("--data", type=Path, metavar="DIR", help="the data set, for embeddings of the released script, "
+                        "which hold no scores (default: the hub)")
+    return parser
 
 
 def create_dataset_personalllm(tables, N, N_unseen, concentration, fractions, seed=0):
@@ -1438,6 +1447,7 @@ def create_dataset_prism_shots(embeddings, shots, generator=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 TEMPERATURE = 100.0  # of the Bradley-Terry model, fixed
+COLUMNS = 8  # a product with X takes less time with a multiple of so many columns than with 5 or 7: pad to it
 FEW_SHOT_ITERATIONS = 500
 
 
@@ -1470,6 +1480,11 @@ def check_ranks(K_list, alpha_list):
         raise InputError(f"alpha_list = {list(alpha_list)}: give each penalty once; [0] for none")
 
 
+def _starts(counts):
+    """Where each of several groups begins that lie behind one another: int64, as counts."""
+    return torch.cumsum(counts, 0) - counts
+
+
 class _Likelihood:
     """The Bradley-Terry likelihood of packed pairs under every member of a sweep at once, and its gradients.
 
@@ -1484,16 +1499,15 @@ class _Likelihood:
         """
         self.sizes = list(sizes)
         self.user = torch.arange(len(counts)).repeat_interleave(counts).to(device)  # (M,)
-        self.start = (torch.cumsum(counts, 0) - counts).to(device)  # (N,) a user's first pair
+        self.start = _starts(counts).to(device)  # (N,) a user's first pair
         self.pairs = torch.arange(len(self.user), device=device)
         self.of_member = torch.block_diag(*(torch.ones(K, 1) for K in self.sizes)).to(device)  # (C, G), 0 and 1
         divisor = counts if total is None else torch.full_like(counts, total)
         self.pair_weight = 1.0 / divisor.repeat_interleave(counts).to(device)[:, None]  # (M, 1)
-        self.row = row
+        self.row = None if row is None else row.to(device)
         if row is not None:
-            self.row, self.by_row = row.to(device), row.argsort(stable=True).to(device)
-            shared_by = row.bincount()
-            self.first_of_row = (torch.cumsum(shared_by, 0) - shared_by).to(device)
+            self.by_row = row.argsort(stable=True).to(device)  # (M,) the pairs, sorted by their row
+            self.start_of_row = _starts(row.bincount()).to(device)
 
     def weights(self, W):
         """User weights, the softmax over each member's logits: (N, C)."""
@@ -1524,9 +1538,9 @@ class _Likelihood:
 
     def gradient_of_basis(self, X, w, residuals):
         """Derivative of the loss by V, as rows: (C, d)."""
-        by_score = pad(residuals * w[self.user], (0, -w.shape[1] % 8))  # as many columns as in fit_basis
+        by_score = pad(residuals * w[self.user], (0, -w.shape[1] % COLUMNS))
         if self.row is not None:
-            by_score = embedding_bag(self.by_row, by_score, self.first_of_row, mode="sum")
+            by_score = embedding_bag(self.by_row, by_score, self.start_of_row, mode="sum")
         return (by_score.T @ X)[:w.shape[1]]
 
 
@@ -1578,11 +1592,13 @@ class _Checkpoint:
             state = load_pickle(self.path)
             return state if isinstance(state, dict) and state.get("identity") == self.identity else None
 
-    def save_if_due(self, finished, **state):
-        if finished or time.monotonic() - self.saved >= CHECKPOINT_SECONDS:
-            with atomic_write(self.path) as file:
-                torch.save({"identity": self.identity, **state}, file)
-            self.saved = time.monotonic()
+    def is_due(self):
+        return time.monotonic() - self.saved >= CHECKPOINT_SECONDS
+
+    def save(self, **state):
+        with atomic_write(self.path) as file:
+            torch.save({"identity": self.identity, **state}, file)
+        self.saved = time.monotonic()
 
 
 def _descend(likelihood, W, num_iterations, learning_rate, X=None, V=None, S=None, penalty=None, alternating=False,
@@ -1625,9 +1641,8 @@ def _descend(likelihood, W, num_iterations, learning_rate, X=None, V=None, S=Non
                 adam_V.step()
             if not alternating:
                 adam_W.step()
-            if checkpoint is not None:
-                checkpoint.save_if_due(t + 1 == num_iterations, iterations=t + 1, W=W, V=V,
-                                       adam_W=adam_W.state_dict(), adam_V=adam_V.state_dict())
+            if checkpoint is not None and (t + 1 == num_iterations or checkpoint.is_due()):
+                checkpoint.save(iterations=t + 1, W=W, V=V, adam_W=adam_W.state_dict(), adam_V=adam_V.state_dict())
             bar.update()
 
 
@@ -1655,7 +1670,7 @@ def fit_basis(features, members, V_sft, num_iterations, learning_rate, regulariz
         W.append((torch.rand if regularized else torch.randn)(N, member.K, generator=generator))
         V.append(torch.randn(member.K, d, generator=generator))
     W, V = torch.cat(W, 1)[mine].to(device), torch.cat(V).to(device)  # (N, C), (C, d): rows are read fastest
-    V = pad(V, (0, 0, 0, -len(V) % 8))  # a product with 8 columns takes less time than one with 5 or 7
+    V = pad(V, (0, 0, 0, -len(V) % COLUMNS))
     if any(member.alpha for member in members) and (V_sft is None or not V_sft.any()):
         raise InputError("alpha is not 0 and V_sft is missing or all 0; give the reward head [d, 1]")
     reference = (torch.zeros(d) if V_sft is None else V_sft).to(device, torch.float32).reshape(1, -1)
@@ -1724,6 +1739,15 @@ def fit_users(features, members, bases, num_iterations, learning_rate):
     return _fit_weights(S, counts, members, num_iterations, learning_rate)
 
 
+def _checked_member(num_basis_vectors, alpha, seed, num_iterations):
+    """The Member of a model that is trained alone; raises InputError where a setting has no meaning."""
+    check_ranks([num_basis_vectors], [alpha])
+    for name, value, least in (("num_basis_vectors", num_basis_vectors, 1), ("seed", seed, 0),
+                               ("num_iterations", num_iterations, 0)):
+        check_whole(name, value, least)
+    return Member(num_basis_vectors, float(alpha), seed)
+
+
 class LoRe:
     """Low-rank reward model: basis and user weights by one Adam on both.
 
@@ -1736,11 +1760,7 @@ class LoRe:
                  learning_rate=0.5, seed=0):
         self.V_sft, self.num_classes, self.num_features = V_sft, num_classes, num_features
         self.num_iterations, self.learning_rate = num_iterations, learning_rate
-        check_ranks([num_basis_vectors], [alpha])
-        for name, value, least in (("num_basis_vectors", num_basis_vectors, 1), ("seed", seed, 0),
-                                   ("num_iterations", num_iterations, 0)):
-            check_whole(name, value, least)
-        self.member = Member(num_basis_vectors, float(alpha), seed)
+        self.member = _checked_member(num_basis_vectors, alpha, seed, num_iterations)
 
     def train(self, features):
         """features: list of float32 `[m_i, d]`, one per user. Returns (softmax(W) `[N, K]`, V `[d, K]`).
@@ -1789,10 +1809,7 @@ class PersonalizeBatch:
                  learning_rate=0.1, seed=0):
         self.num_classes, self.num_features = num_classes, num_features
         self.num_iterations, self.learning_rate = num_iterations, learning_rate
-        for name, value, least in (("num_basis_vectors", num_basis_vectors, 1), ("seed", seed, 0),
-                                   ("num_iterations", num_iterations, 0)):
-            check_whole(name, value, least)
-        self.member = Member(num_basis_vectors, seed=seed)
+        self.member = _checked_member(num_basis_vectors, 0.0, seed, num_iterations)
 
     def train(self, features, V):
         """features: list of `[m_i, d]`, one per user; V: `[d, K]`. Returns a list of N simplex vectors `[K]`."""
@@ -1935,7 +1952,8 @@ def _sweep(K_list, alpha_list, V_final, features, users, device, seed, num_itera
     check_whole("num_iterations", num_iterations)
     if not is_number(threshold, 0, 1):
         raise InputError(f"threshold = {threshold!r}: give a number from 0, which keeps all columns, to 1")
-    members = [Member(int(K), float(alpha), s) for alpha in alpha_list for K in K_list for s in check_seeds(seed)]
+    seeds = check_seeds(seed)
+    members = [Member(int(K), float(alpha), s) for alpha in alpha_list for K in K_list for s in seeds]
     train, _, train_unseen, _ = features
 
     def ones(N):

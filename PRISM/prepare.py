@@ -147,8 +147,9 @@ def main():
     for path in others:
         for _ in read_jsonl(path):  # whole, and no error page
             pass
-    users = [user.user_id for user in parse(survey, User) if user.num_completed_conversations > 0][:args.limit]
-    everyone = {user.user_id for user in parse(survey, User)}
+    people = list(parse(survey, User))
+    users = [user.user_id for user in people if user.num_completed_conversations > 0][:args.limit]
+    everyone = {user.user_id for user in people}
     conversations_of, turns_of, left_out, ids = {user: [] for user in users}, {}, 0, set()
     for conversation in parse(conversations, Conversation):
         if conversation.user_id not in everyone:

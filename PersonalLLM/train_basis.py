@@ -41,10 +41,7 @@ def population(demo):
 
 
 def main():
-    parser = script_parser(__doc__, HERE)
-    parser.add_argument("--data", type=Path, metavar="DIR", help="the data set, for embeddings of the released script, "
-                        "which hold no scores (default: the hub)")
-    args = parser.parse_args()
+    args = personalllm_parser(__doc__, HERE).parse_args()
     check_ranks(K_list, alpha_list)
     check_seeds(seeds, "seeds")
     tables, V_final, about = load_personalllm(args.dir, MODEL_NAME, args.data)

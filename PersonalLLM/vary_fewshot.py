@@ -39,10 +39,7 @@ def population(demo):
 
 
 def main():
-    parser = script_parser(__doc__, HERE)
-    parser.add_argument("--data", type=Path, metavar="DIR", help="the data set, for embeddings of the released script, "
-                        "which hold no scores (default: the hub)")
-    args = parser.parse_args()
+    args = personalllm_parser(__doc__, HERE).parse_args()
     check_ranks(K_list, alpha_list)
     tables, V_final, about = load_personalllm(args.dir, MODEL_NAME, args.data)
     check_writable(args.dir / "results")
