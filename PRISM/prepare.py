@@ -48,6 +48,11 @@ class Conversation(BaseModel):
     conversation_history: List[Message]
 
 
+class Utterance(BaseModel):
+    conversation_id: str
+    user_id: str
+
+
 def build_demo(data, model):
     """The demo's synthetic corpus, its benchmark for eval_rb2.py, and the stand-in reward model."""
     sys.path.insert(0, str(HERE.parent / "tests"))
@@ -145,7 +150,7 @@ def main():
         raise InputError(f"seen_share = {seen_share}: give a share from 0.01 to 0.99")
     survey, conversations, *others = source_files(args.data)
     for path in others:
-        for _ in read_jsonl(path):  # whole, and no error page
+        for _ in parse(path, Utterance):  # whole, and no error page
             pass
     people = list(parse(survey, User))
     users = [user.user_id for user in people if user.num_completed_conversations > 0][:args.limit]
@@ -183,7 +188,7 @@ def main():
         counts[f"{name} pairs"] = sum(len(info["rejected_utterance"]) for info in infos)
         counts[f"{name} pairs of seen users"] = sum(len(info["rejected_utterance"]) for info in infos if info["seen"])
     for key, count in counts.items():
-        differs = args.data is None and args.limit is None and EXPECTED.get(key, count) != count
+        differs = not args.demo and args.limit is None and EXPECTED.get(key, count) != count
         print(f"{key}: {count:,}" + (f"  WARNING: {EXPECTED[key]:,} expected of the full data set" if differs else ""))
 
     folder = args.dir / "data" / "prism"
@@ -191,13 +196,15 @@ def main():
     about = {"data": args.label or DATASET, "rows": digest_of(rows), "model": model, "demo": args.demo,
              "counts": counts, "split_seed": split_seed,
              "users": {user: dict(zip(("seen", "train", "test"), parts)) for user, parts in split.items()}}
-    if (folder / "split.json").exists() and not args.overwrite:
-        old = load_json(folder / "split.json", "rows", "data")
+    split_file = folder / "split.json"
+    if not args.overwrite and any((folder / name).exists() for name in ("split.json", "train.parquet", "test.parquet")):
+        old = load_json(split_file, "rows", "data") if split_file.exists() else {"rows": None, "data": "unknown"}
         if old["rows"] != about["rows"]:
             raise InputError(f"{folder} holds other rows ({old['data']}); move it away, or replace it with --overwrite")
-    for name in rows:
-        save_parquet(folder / f"{name}.parquet", rows[name])
-    save_json(folder / "split.json", about)
+    with together(folder) as new:
+        for name in rows:
+            save_parquet(new / f"{name}.parquet", rows[name])
+        save_json(new / "split.json", about)
     print(f"train.parquet, test.parquet and split.json are in {folder}; next: python generate-prism-embeddings.py")
 
 

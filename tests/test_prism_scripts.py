@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, call, fresh_process, input_error, load_script, outcome, refused
+from helpers import ROOT, call, fresh_process, input_error, load_script, outcome, refused, sign_again
 from safetensors import safe_open
 from standin import PLANTED_RANK, write_prism_corpus, write_rewardbench_corpus
 
@@ -343,7 +343,7 @@ def test_spoilt_row_is_named_and_nothing_written(monkeypatch, capsys, tmp_path, 
 @pytest.mark.parametrize("file", ["survey", "conversations", "utterances"])
 @pytest.mark.parametrize("spoil, named", [
     (lambda content: "<!DOCTYPE html>\n<html><body>429 Too Many Requests</body></html>\n", "row 1"),
-    (lambda content: content[:-20], "row ")])
+    (lambda content: '{"error": "Too Many Requests"}\n', "row 1"), (lambda content: content[:-20], "row ")])
 def test_error_page_and_short_line_are_named(monkeypatch, capsys, tmp_path, demo, file, spoil, named):
     shutil.copytree(demo[0] / ".standin" / "PRISM", tmp_path / "source")
     path = tmp_path / "source" / f"{file}.jsonl"
@@ -369,6 +369,9 @@ def test_other_rows_are_replaced_only_with_overwrite(monkeypatch, capsys, tmp_pa
             "--overwrite")
     assert content_of(tmp_path / "out") == before
     assert len(prepare(monkeypatch, tmp_path, small, "--overwrite")[1]) < len(first[1])
+    (tmp_path / "out" / "data" / "prism" / "split.json").unlink()  # as beside files of the released script
+    refused(monkeypatch, capsys, script("prepare"), ["--data", tmp_path / "source", "--dir", tmp_path / "out"],
+            "--overwrite")
 
 
 # ---- Honest pairs ---------------------------------------------------------------------------------------------------
@@ -458,6 +461,7 @@ def spoil(folder, change, which=0):
     rows = torch.load(path, weights_only=True)
     change(rows)
     torch.save(rows, path)
+    sign_again(folder)
 
 
 def as_released(rows):
@@ -509,6 +513,11 @@ def test_spoilt_embeddings_are_named_and_nothing_written(monkeypatch, capsys, em
     spoil(embeddings, change)
     refused(monkeypatch, capsys, script("train_basis"), ["--dir", embeddings], named)
     assert not content_of(embeddings / "results") and not (embeddings / "checkpoints").exists()
+
+
+def test_embeddings_of_another_run_than_the_heads_are_named(monkeypatch, capsys, embeddings):
+    shutil.copy(embeddings / utils.PRISM_FILES[0], embeddings / utils.PRISM_FILES[1])
+    refused(monkeypatch, capsys, script("train_basis"), ["--dir", embeddings], utils.PRISM_FILES[1], "another run")
 
 
 def test_embeddings_of_other_rows_than_the_parquet_files_are_named(monkeypatch, capsys, embeddings):
