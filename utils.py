@@ -28,6 +28,7 @@ import pickle
 import platform
 import random
 import re
+import shutil
 import struct
 import sys
 import tempfile
@@ -56,14 +57,14 @@ class InputError(ValueError):
 
 
 def is_whole(value, least=0):
-    """Whether a setting is a whole number from `least`."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least
+    """Whether a setting is a whole number from `least`, and below 2^32 as numpy's seeds must be."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and least <= value < 2**32
 
 
 def check_whole(name, value, least=1):
-    """Raise InputError unless a setting is a whole number from `least`."""
+    """Raise InputError unless a setting is a whole number from `least`, below 2^32."""
     if not is_whole(value, least):
-        raise InputError(f"{name} = {value!r}: give a whole number from {least}")
+        raise InputError(f"{name} = {value!r}: give a whole number from {least}, below 2^32")
 
 
 def is_number(value, least, most):
@@ -161,6 +162,23 @@ def atomic_write(path):
         raise
 
 
+@contextlib.contextmanager
+def together(folder):
+    """A folder to write files in, which move to `folder` once all are there: never do those of two runs stand mixed."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".new-*"):  # by a process that was killed
+        if time.time() - left.stat().st_mtime > 3600:
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as new:
+        yield Path(new)
+        paths = sorted(Path(new).iterdir())
+        for path in paths:
+            (folder / path.name).unlink(missing_ok=True)
+        for path in paths:
+            os.replace(path, folder / path.name)
+
+
 def check_writable(folder):
     """Create `folder` and prove that a file can be written there; raises OSError before any long work has begun."""
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -176,7 +194,8 @@ def _json(content, **options):
 def save_tensors(path, tensors, **about):
     """Write a dict of tensors to a safetensors file, with `about` (JSON values) as its metadata entry of that name.
 
-    From the tensors' own memory, so no second copy is made of those that lie on the CPU in one piece.
+    Of tensors that lie on the CPU in one piece no second copy is made (by safetensors 0.5, which the paper's versions
+    bring, one is).
     """
     with atomic_write(path) as file:
         try:
@@ -370,53 +389,71 @@ def _checkpoint_file(model_name, filename):
                      "check the name and the network, or give the path of a downloaded checkpoint")
 
 
-def _checkpoint_shards(model_name):
-    """tensor name -> file name, or None where the checkpoint is a single safetensors file."""
+@contextlib.contextmanager
+def _shard(model_name, filename):
+    """One safetensors file of a checkpoint, open for reading. Raises InputError where it is missing or damaged."""
+    path = _checkpoint_file(model_name, filename)
+    if path is None:
+        raise InputError(f"model {model_name}: no {filename} in it; give a checkpoint in safetensors format")
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a complete safetensors file ({error}); download it again") from None
+
+
+def _shard_of_tensor(model_name):
+    """Which safetensors file of a checkpoint holds each tensor: tensor name -> file name."""
     index = _checkpoint_file(model_name, "model.safetensors.index.json")
-    return load_json(index, "weight_map")["weight_map"] if index else None
+    if index:
+        return load_json(index, "weight_map")["weight_map"]
+    with _shard(model_name, "model.safetensors") as file:
+        return dict.fromkeys(file.keys(), "model.safetensors")
 
 
 def load_reward_head(model_name):
     """Read the reward head of a checkpoint: one tensor from its safetensors shard, never the model.
 
     model_name: a folder, or an id on the hub. Returns float32 `[d, 1]`, the transposed `score.weight`: the layer that
-    the reward model itself multiplies the last token's state with (the released scripts took a column of the last
-    MLP's down-projection instead).
+    the reward model itself multiplies the last token's state with.
     Raises InputError: unknown model, no safetensors, or not exactly one scalar head.
     """
-    shards = _checkpoint_shards(model_name)
-    heads = [name for name in shards if name.endswith("score.weight")] if shards is not None else None
-    if heads is not None and len(heads) != 1:
-        raise InputError(f"model {model_name}: has {len(heads)} score.weight tensors, a reward model has one; "
-                         "give a sequence-classification checkpoint with num_labels=1")
-    path = _checkpoint_file(model_name, shards[heads[0]] if heads else "model.safetensors")
-    if path is None:
-        raise InputError(f"model {model_name}: no model.safetensors in it; give a checkpoint in safetensors format")
-    try:
-        with safe_open(path, "pt") as file:
-            heads = [name for name in file.keys() if name.endswith("score.weight")]
-            head = file.get_tensor(heads[0]) if len(heads) == 1 else None
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a complete safetensors file ({error}); download it again") from None
-    if head is None or head.ndim != 2 or head.shape[0] != 1:
-        found = f"one of shape {tuple(head.shape)}" if head is not None else f"{len(heads)} score.weight tensors"
-        raise InputError(f"model {model_name}: needs exactly one scalar reward head and has {found}; "
-                         "give a sequence-classification checkpoint with num_labels=1")
-    return head.float().T.contiguous()
+    heads = {name: shard for name, shard in _shard_of_tensor(model_name).items() if name.endswith("score.weight")}
+    found = f"{len(heads)} score.weight tensors"
+    if len(heads) == 1:
+        (name, shard), = heads.items()
+        with _shard(model_name, shard) as file:
+            head = file.get_tensor(name)
+        if head.ndim == 2 and head.shape[0] == 1:
+            return head.float().T.contiguous()
+        found = f"one of shape {tuple(head.shape)}"
+    raise InputError(f"model {model_name}: needs exactly one scalar reward head and has {found}; give a "
+                     "sequence-classification checkpoint with num_labels=1")
+
+
+def load_released_reference(model_name):
+    """The vector that the released scripts took for the reward head, to compare with: float32 `[d, 1]`.
+
+    The last linear layer of the model without its head, which is the last MLP's down-projection; its first column.
+    Raises InputError: unknown model, no safetensors, or one without such layers.
+    """
+    layers = {}
+    for name, shard in _shard_of_tensor(model_name).items():
+        if layer := re.search(r"layers\.(\d+)\.mlp\.down_proj\.weight$", name):
+            layers[int(layer[1])] = name, shard
+    if not layers:
+        raise InputError(f"model {model_name}: no MLP down-projection in it; the released reference is that of Llama")
+    name, shard = layers[max(layers)]
+    with _shard(model_name, shard) as file:
+        return file.get_slice(name)[:, :1].float().contiguous()
 
 
 def _check_fits_memory(model_name, dtype):
     """Raise InputError before loading a model into a CPU memory that cannot hold it."""
-    shards = _checkpoint_shards(model_name)
-    files = [_checkpoint_file(model_name, name) for name in
-             (sorted(set(shards.values())) if shards else ["model.safetensors"])]
     parameters = 0
-    for path in filter(None, files):
-        try:
-            with safe_open(path, "pt") as file:
-                parameters += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
-        except SafetensorError as error:
-            raise InputError(f"{path}: not a complete safetensors file ({error}); download it again") from None
+    for shard in sorted(set(_shard_of_tensor(model_name).values())):
+        with _shard(model_name, shard) as file:
+            parameters += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
     needed = parameters * torch.finfo(dtype).bits // 8
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > 0.8 * memory:
@@ -653,8 +690,12 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
     ranks = process_count()
     if ranks > 1 and not cache_dir:
         raise InputError(f"{ranks} processes share their work by a cache folder; give cache_dir")
-    check_whole("token_budget", token_budget)
-    check_whole("shard_size", shard_size)
+    for name, value in (("token_budget", token_budget), ("shard_size", shard_size), ("max_length", max_length),
+                        ("batch_size", batch_size)):
+        if value is not None:
+            check_whole(name, value)
+    if truncation_side not in ("left", "right"):
+        raise InputError(f"truncation_side = {truncation_side!r}: give left or right")
     sequences = tokenize_conversations(conversations, tokenizer)
     if max_length is not None:
         sequences = [ids[-max_length:] if truncation_side == "left" else ids[:max_length] for ids in sequences]
@@ -744,7 +785,7 @@ def prepare_arguments(description, folder, model_name, build_demo, embeds=True):
     parser.add_argument("--data", type=Path, metavar="DIR",
                         help="read the splits from here (parquet, jsonl or jsonl.gz) instead of downloading them")
     parser.add_argument("--model", metavar="ID_OR_PATH", help=f"the reward model (default: {model_name})")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each split")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each split; PRISM: users")
     parser.add_argument("--demo", action="store_true", help="a tiny stand-in model and a synthetic corpus, anywhere")
     parser.add_argument("--overwrite", action="store_true", help="replace finished embeddings of another model or data")
     args = parser.parse_args()
@@ -755,6 +796,8 @@ def prepare_arguments(description, folder, model_name, build_demo, embeds=True):
     if embeds and not args.demo and not args.model:
         check_gpu(model_name)
     args.label = "synthetic demo" if args.demo else args.data.name if args.data else None
+    if args.data is not None and not args.data.is_dir():
+        raise InputError(f"--data {args.data}: no such folder; give one with a file per split")
     check_writable(args.dir)
     if args.demo:
         args.data, args.model = (args.dir / ".standin" / name for name in (Path(folder).name, "model"))
@@ -767,6 +810,8 @@ def prepare_arguments(description, folder, model_name, build_demo, embeds=True):
         if process_count() > 1:
             dist.barrier()
     args.model = str(args.model or model_name)
+    if os.path.isdir(args.model):
+        args.model = os.path.normpath(args.model)
     return args
 
 
@@ -867,17 +912,17 @@ def digest_of(content):
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _about(head):
-    """What a reward head's file says of itself; nothing where it is missing or damaged."""
-    with contextlib.suppress(InputError):
-        return load_tensors(head)[1]
-    return {}
+def _file_digest(path):
+    """SHA-256 of a file, as hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def embeddings_are_finished(outputs, identity, overwrite):
     """Whether the files `outputs` already hold the embeddings of this model and data.
 
-    identity: a dict of JSON values; the one of the files is kept in the reward head's file beside them.
+    identity: a dict of JSON values; that of the files, and their digests, stand in the reward head's file beside
+    them. Files that are damaged or missing are not finished.
     Raises InputError where they hold other embeddings and `overwrite` is not set.
     """
     existing = [path for path in outputs if path.exists()]
@@ -887,30 +932,33 @@ def embeddings_are_finished(outputs, identity, overwrite):
     if not head.exists():
         raise InputError(f"{existing[0]}: finished embeddings without the {HEAD_FILE} that says of which model; move "
                          "them away, or make them again with --overwrite")
-    about = _about(head)
+    about = {}
+    with contextlib.suppress(InputError):  # damaged
+        about = load_tensors(head)[1]
     if about.get("identity") != identity:
         held = ", ".join(f"{key} {about.get(key, 'unknown')}" for key in ("model", "data"))
         raise InputError(f"{existing[0]} holds finished embeddings of other rows or another model ({held}); "
                          "move it away, or replace it with --overwrite")
-    return len(existing) == len(outputs)
+    return all(path.exists() and _file_digest(path) == about.get("files", {}).get(path.name) for path in outputs)
 
 
-def save_reward_head(outputs, head, identity, **about):
-    """Write the reward head beside `outputs`, embeddings that are about to be written.
+@contextlib.contextmanager
+def new_embeddings(folder, head, identity, **about):
+    """Where to write embeddings that then, with the reward head beside them, replace those in `folder` together.
 
-    Removes outputs of another identity first, so that never a head stands beside embeddings of another model.
+    identity: see `embeddings_are_finished`; about: further JSON values.
     """
-    path = outputs[0].with_name(HEAD_FILE)
-    if _about(path).get("identity") != identity:
-        for output in outputs:
-            output.unlink(missing_ok=True)
-    save_tensors(path, {"reward_head": head}, identity=identity, **about)
+    with together(folder) as new:
+        yield new
+        save_tensors(new / HEAD_FILE, {"reward_head": head}, identity=identity, **about,
+                     files={path.name: _file_digest(path) for path in sorted(new.iterdir())})
 
 
-def find_reward_head(folder, model_name, data_set):
-    """The reward head beside embeddings, else from `model_name`'s checkpoint.
+def find_reward_head(folder, model_name, data_set, outputs):
+    """The reward head beside the embeddings in the files `outputs`, else from `model_name`'s checkpoint.
 
     Returns (float32 `[d, 1]`, a dict of what is known of model and data, with a `title` for plots: data_set's name).
+    Raises InputError where one of the files is not that which the head was written with.
     """
     path = Path(folder) / HEAD_FILE
     if not path.exists():
@@ -921,6 +969,10 @@ def find_reward_head(folder, model_name, data_set):
     tensors, about = load_tensors(path)
     if "reward_head" not in tensors:
         raise InputError(f"{path}: no reward_head in it; delete it and run prepare.py --overwrite")
+    for name in outputs:
+        if "files" in about and about["files"].get(name) != _file_digest(Path(folder) / name):
+            raise InputError(f"{Path(folder) / name}: not the file that {HEAD_FILE} was written with, but changed, or "
+                             "of another run; make the embeddings again")
     return tensors["reward_head"], {**about, "title": f"{data_set} ({about['data']})" if "data" in about else data_set}
 
 
@@ -1113,10 +1165,10 @@ def create_sparse_tensor(dense, fraction, generator=None):
     return sample_shots(list(dense), _share_of(dense.shape[1], fraction), generator)
 
 
-def _share_of(prompts, fraction):
+def _share_of(prompts, fraction, what="users"):
     if not is_number(fraction, 1 / prompts, 1.0):
-        raise InputError(f"fraction {fraction} of {prompts} prompts leaves no pairs for a user, or is more than all; "
-                         f"give a number from {1 / prompts:.2g} to 1.0, or more prompts")
+        raise InputError(f"{what}: fraction {fraction} of {prompts} prompts leaves no pairs for a user, or is more than "
+                         f"all; give a number from {1 / prompts:.2g} to 1.0, or more prompts")
     return int(fraction * prompts + 1e-9)  # 0.29 of 100 is 29, not the 28.999.. of the floating-point product
 
 
@@ -1129,7 +1181,7 @@ def simulate_pairs(embeddings, reward_tensor, W, fraction, generator, what="user
     left without pairs.
     """
     prompts, responses, _ = reward_tensor.shape
-    kept, users, dropped = _share_of(prompts, fraction), [], 0
+    kept, users, dropped = _share_of(prompts, fraction, what), [], 0
     for i, w in enumerate(W):
         drawn = torch.from_numpy(np.sort(generator.choice(prompts, kept, replace=False)))
         best, worst = best_and_worst(reward_tensor[drawn], w)
@@ -1215,7 +1267,7 @@ def load_personalllm(folder, model_name, data=None):
             raise InputError(f"{path}: scores that are NaN or infinite; run prepare.py --overwrite")
         width.setdefault(embeddings.shape[1], path)
         tables[split] = embeddings, scores.float()
-    head, about = find_reward_head(folder, model_name, "PersonalLLM")
+    head, about = find_reward_head(folder, model_name, "PersonalLLM", PERSONALLLM_FILES)
     check_width(width, head, folder, about.get("model", model_name))
     return tables, head, about
 
@@ -1266,12 +1318,12 @@ def create_dataset_tldr(train, validation, train_pairs, unseen_pairs, seed=0, le
     `train`, `test`, `train_unseen`, `test_unseen`. Raises InputError where fewer than two workers are in both files.
     """
     def kept(file):
-        return set(sorted(file, key=lambda worker: (len(file[worker]), worker))[leave_out:])
+        return set(sorted(file, key=lambda worker: (len(file[worker]), str(worker)))[leave_out:])
 
     check_whole("split_seed", seed, 0)
     check_whole("train_pairs", train_pairs)
     check_whole("unseen_pairs", unseen_pairs)
-    workers = sorted(kept(train) & kept(validation))
+    workers = sorted(kept(train) & kept(validation), key=str)
     if len(workers) < 2:
         raise InputError(f"{len(workers)} workers are in both the train and the validation file (after the {leave_out} "
                          "smallest of each), at least 2 are needed; prepare both from one data set, without --limit")
@@ -1321,7 +1373,7 @@ def load_tldr(folder, model_name):
                 for side in sides:
                     width.setdefault(len(side), f"{where}, pair {i}")
         files.append(content)
-    head, about = find_reward_head(folder, model_name, "Reddit TL;DR")
+    head, about = find_reward_head(folder, model_name, "Reddit TL;DR", TLDR_FILES)
     check_width(width, head, folder, about.get("model", model_name))
     return *files, head, about
 
@@ -1365,7 +1417,7 @@ def load_prism(folder, model_name):
     """
     folder, data = Path(folder), {}
     (train, width), (test, width_of_test) = (_prism_rows(folder / name) for name in PRISM_FILES)
-    head, about = find_reward_head(folder, model_name, "PRISM")
+    head, about = find_reward_head(folder, model_name, "PRISM", PRISM_FILES)
     check_width({**width_of_test, **width}, head, folder, about.get("model", model_name))
     split_file = folder / "data" / "prism" / "split.json"
     if "identity" in about and split_file.exists():
@@ -1420,7 +1472,8 @@ def _prism_dialogs(embeddings):
     for row in rows:
         info = row["extra_info"]
         users.setdefault(info["user_id"], {}).setdefault(info["dialog_id"], []).append(row)
-    return {user: dict(sorted(users[user].items())) for user in sorted(users)}
+    return {user: {dialog: users[user][dialog] for dialog in sorted(users[user], key=str)}
+            for user in sorted(users, key=str)}
 
 
 def create_dataset_prism(embeddings):
@@ -1573,7 +1626,7 @@ def _threads_for(numbers):
         torch.set_num_threads(threads)
 
 
-CHECKPOINT_FILE = ".training.pt"  # in the folder of the results, until they are written
+CHECKPOINT_FILE, FEW_SHOT_CHECKPOINT_FILE = ".training.pt", ".vary_fewshot.pt"  # beside results, until these are there
 CHECKPOINT_SECONDS = 60  # of training that an interruption loses at most
 
 
@@ -1651,7 +1704,8 @@ def fit_basis(features, members, V_sft, num_iterations, learning_rate, regulariz
     """Learn basis and user weights of every member of a sweep together -> list of (w `[N, K]`, V `[d, K]`).
 
     features: list of float32 `[m_i, d]`, one per user. members: list of `Member`. V_sft: `[d, 1]`, needed where an
-    alpha is not 0. The members share nothing but the reading of X: Adam is elementwise, their columns are independent.
+    alpha is not 0. The members share nothing but the reading of X: Adam is elementwise, their columns are independent
+    (up to rounding: products of another width add in another order).
     regularized: the loss, start and alternating steps of `LoRe_regularized` instead of `LoRe`'s.
     device: where to train, default that of the features. checkpoint: a file that the training saves its state in every
     CHECKPOINT_SECONDS and at its end, to go on from there when it is started again after an interruption; the caller
@@ -1677,7 +1731,7 @@ def fit_basis(features, members, V_sft, num_iterations, learning_rate, regulariz
     if reference.shape[1] != d:
         raise InputError(f"V_sft: shape {tuple(V_sft.shape)} where {(d, 1)} should be; take head and embeddings from "
                          "one model")
-    alpha = torch.tensor([m.alpha for m in members for _ in range(m.K)], device=device)[:, None]  # (C, 1)
+    alpha = torch.tensor([float(m.alpha) for m in members for _ in range(m.K)], device=device)[:, None]  # (C, 1)
     columns = torch.tensor([m.K for m in members for _ in range(m.K)], device=device)[:, None]
     likelihood = _Likelihood(counts, sizes, device, sum(map(len, features)) if regularized else None, row)
 
@@ -1937,6 +1991,12 @@ def _reference(V_final, device):
     return V_final
 
 
+def _members(K_list, alpha_list, seeds):
+    """The members of a sweep: alpha outer, rank, seed inner. A whole alpha stays whole, as it is printed."""
+    alphas = [alpha if isinstance(alpha, int) else float(alpha) for alpha in alpha_list]
+    return [Member(int(K), alpha, seed) for alpha in alphas for K in K_list for seed in seeds]
+
+
 def _sweep(K_list, alpha_list, V_final, features, users, device, seed, num_iterations, few_shot_learning_rate,
            regularized=False, threshold=0.0, checkpoint=None):
     """Train and evaluate every rank, alpha and seed -> list of Fit: alpha outer, rank, seed inner.
@@ -1953,7 +2013,7 @@ def _sweep(K_list, alpha_list, V_final, features, users, device, seed, num_itera
     if not is_number(threshold, 0, 1):
         raise InputError(f"threshold = {threshold!r}: give a number from 0, which keeps all columns, to 1")
     seeds = check_seeds(seed)
-    members = [Member(int(K), float(alpha), s) for alpha in alpha_list for K in K_list for s in seeds]
+    members = _members(K_list, alpha_list, seeds)
     train, _, train_unseen, _ = features
 
     def ones(N):
@@ -2031,12 +2091,12 @@ def run_regularized(K_list, alpha_list, V_final, train_features, test_features_s
 
 def run_few_shot_vary_shots(trials, alpha_list, K_list, num_shots, train_features, train_features_unseen,
                             test_features_sparse_unseen, V_final, N, N_unseen, device, seed=0, num_iterations=500,
-                            groups=None):
+                            groups=None, checkpoint=None):
     """How the accuracy on unseen users grows with the number of pairs that they are fitted from.
 
     trials: how often each number of shots is drawn anew; num_shots: list of whole numbers. Otherwise as `run`.
     groups: for each unseen user an int64 `[m_i]` that names the group of each pair, such as its conversation, numbered
-    from 0; a shot is then a whole group.
+    from 0; a shot is then a whole group. checkpoint: see `fit_basis`.
     Returns 4 lists over num_shots (for each alpha and rank in turn, where there are several): mean and standard
     deviation over trials of the few-shot train accuracy, then of the accuracy on unseen users' unseen prompts.
     """
@@ -2058,10 +2118,10 @@ def run_few_shot_vary_shots(trials, alpha_list, K_list, num_shots, train_feature
                               N_unseen), ("test_features_sparse_unseen", test_features_sparse_unseen, N_unseen)):
         check_features(part, what, users, len(V_final))
     check_whole("seed", seed, 0)
-    members = [Member(int(K), float(alpha), int(seed)) for alpha in alpha_list for K in K_list]
+    members = _members(K_list, alpha_list, [int(seed)])
     trained = [m for m in members if m.K > 0]
-    bases = dict(zip(trained, fit_basis(train_features, trained, V_final, num_iterations, 0.5, device=device)
-                     if trained else []))
+    bases = dict(zip(trained, fit_basis(train_features, trained, V_final, num_iterations, 0.5, device=device,
+                                        checkpoint=checkpoint) if trained else []))
     results = ([], [], [], [])
     for member in members:
         V = bases[member][1] if member.K else V_final
@@ -2093,6 +2153,7 @@ def run_few_shot_vary_shots(trials, alpha_list, K_list, num_shots, train_feature
 
 
 def _versions():
+    """The versions that a result depends on."""
     from importlib.metadata import version
     return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy", "safetensors")}}
 
@@ -2103,30 +2164,30 @@ def save_json(path, content):
         file.write((_json(content, indent=1) + "\n").encode())
 
 
-@contextlib.contextmanager
-def _together(folder):
-    """A folder to write files in, which move to `folder` once all are there: never do those of two runs stand mixed."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as new:
-        yield Path(new)
-        for path in sorted(Path(new).iterdir()):
-            os.replace(path, Path(folder) / path.name)
+def _counts(data):
+    """Users, pairs and width behind a result; data: as `save_results` takes it."""
+    return {"seen users": len(data["seen"]), "unseen users": len(data["unseen"]),
+            **{f"{part.replace('_', ' ')} pairs": sum(map(len, data[part]))
+               for part in ("train", "test", "train_unseen", "test_unseen")},
+            "d": data["train"][0].shape[1]}
 
 
-def save_results(folder, fits, user_ids, unseen_user_ids, config, seconds):
+def save_results(folder, fits, data, config, seconds):
     """Write what a sweep found: `results.json`, one safetensors file per Fit, `accuracy_by_rank.png`.
 
-    user_ids, unseen_user_ids: in the order of the rows of W and W_unseen. config: what the reader set, a dict of JSON
-    values; `config["data"]` names the data in the plot. seconds: of training and evaluation.
+    data: a dict of the users' ids, `seen` and `unseen`, in the order of the rows of W and W_unseen, and of the
+    features, `train`, `test`, `train_unseen`, `test_unseen`. config: what the reader set, a dict of JSON values;
+    `config["data"]` names the data in the plot. seconds: of training and evaluation.
     The training's checkpoint in `folder`, no longer needed then, is removed.
     """
-    entries = []
+    entries, user_ids, unseen_user_ids = [], data["seen"], data["unseen"]
     several = {field: len({getattr(fit, field) for fit in fits}) > 1 for field in ("alpha", "seed")}
-    with _together(folder) as new:
+    with together(folder) as new:
         for fit in fits:
             name = f"K_{fit.K}" + "".join(f"_{f}_{getattr(fit, f)}" for f in ("alpha", "seed") if several[f])
             save_tensors(new / f"{name}.safetensors", {"V": fit.V, "W": fit.W, "W_unseen": fit.W_unseen}, K=fit.K,
-                         alpha=fit.alpha, seed=fit.seed, users=user_ids, unseen_users=unseen_user_ids)
+                         alpha=fit.alpha, seed=fit.seed, users=user_ids, unseen_users=unseen_user_ids,
+                         versions=_versions())
             entries.append({
                 "K": fit.K, "alpha": fit.alpha, "seed": fit.seed, "columns": fit.V.shape[1],
                 "file": f"{name}.safetensors",
@@ -2136,7 +2197,7 @@ def save_results(folder, fits, user_ids, unseen_user_ids, config, seconds):
                                      for s, a in fit.accuracies.items()}})
         save_json(new / "results.json", {
             "config": config, "seeds": sorted({fit.seed for fit in fits}), "versions": _versions(), "seconds": seconds,
-            "counts": {"seen users": len(user_ids), "unseen users": len(unseen_user_ids), "d": len(fits[0].V)},
+            "counts": _counts(data),
             "users": user_ids, "unseen_users": unseen_user_ids, "fits": entries})
         plot_accuracy_by_rank(new / "accuracy_by_rank.png", fits, config["data"])
     (Path(folder) / CHECKPOINT_FILE).unlink(missing_ok=True)
@@ -2182,10 +2243,11 @@ def plot_accuracy_by_rank(path, fits, title):
     _save_figure(path, title, "rank K", draw)
 
 
-def save_few_shot_curves(folder, curves, config):
+def save_few_shot_curves(folder, curves, data, config):
     """Write what `run_few_shot_vary_shots` returned: `vary_fewshot.json` and `vary_fewshot.png`.
 
-    config: what the reader set, with K_list, alpha_list, num_shots, and `data` for the plot's title.
+    data: as for `save_results`. config: what the reader set, with K_list, alpha_list, num_shots, and `data` for the
+    plot's title. The training's checkpoint in `folder`, no longer needed then, is removed.
     """
     shots = config["num_shots"]
     models = [(alpha, K) for alpha in config["alpha_list"] for K in config["K_list"]]
@@ -2203,6 +2265,9 @@ def save_few_shot_curves(folder, curves, config):
                               label=label + of)
 
     of_shot = config.get("shots_are", "pairs")
-    with _together(folder) as new:
-        save_json(new / "vary_fewshot.json", {"config": config, "versions": _versions(), "curves": found})
+    with together(folder) as new:
+        save_json(new / "vary_fewshot.json", {
+            "config": config, "versions": _versions(), "counts": _counts(data), "users": data["seen"],
+            "unseen_users": data["unseen"], "curves": found})
         _save_figure(new / "vary_fewshot.png", config["data"], f"{of_shot} per unseen user", draw)
+    (Path(folder) / FEW_SHOT_CHECKPOINT_FILE).unlink(missing_ok=True)

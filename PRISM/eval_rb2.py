@@ -23,6 +23,7 @@ from utils import *
 MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"
 DATASET = "allenai/reward-bench-2"
 SUBSETS = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
+ATTENTION = "sdpa"  # computes a prompt once for all answers; flash_attention_2 cannot. None: flash where installed
 TOKEN_BUDGET = 8192  # tokens in a batch
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -211,7 +212,7 @@ def main():
     weights = read_matrix(args.user_weights, ["W", "W_unseen"], "user weights") if args.user_weights else None
     if asks_for_gpu:
         check_gpu(MODEL_NAME)
-    model, tokenizer = load_reward_model(args.model, args.device, attention="sdpa", tokenizer_name=args.tokenizer,
+    model, tokenizer = load_reward_model(args.model, args.device, attention=ATTENTION, tokenizer_name=args.tokenizer,
                                          dtype=getattr(torch, args.dtype) if args.dtype else None,
                                          trust_remote_code=args.trust_remote_code)
     d = model.config.hidden_size

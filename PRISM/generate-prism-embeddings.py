@@ -72,10 +72,12 @@ def main():
     embed([row for name in rows for row in rows[name]], args)
     if process_rank() > 0:
         return
-    save_reward_head(outputs, head, identity, model=identity["model"], data=split["data"], demo=split["demo"])
+    with new_embeddings(args.dir, head, identity, model=identity["model"], data=split["data"],
+                        demo=split["demo"]) as folder:
+        for path, name in zip(outputs, rows):
+            with atomic_write(folder / path.name) as file:
+                torch.save(rows[name], file)
     for path, name in zip(outputs, rows):
-        with atomic_write(path) as file:
-            torch.save(rows[name], file)
         print(f"{path.name}: {len(rows[name]):,} turns, d = {len(head)}, {path.stat().st_size / 1e6:,.1f} MB")
     print("next: python train_basis.py")
 

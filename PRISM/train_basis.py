@@ -26,6 +26,7 @@ seeds = [0]  # of the training; with several, the accuracies are averaged
 demo_K_list, demo_num_iterations = [0, 1, 2, 3, 5], 1000
 demo_alpha_list = [0.1]  # at d = 64 the anchor of 1e4 would leave nothing but the stand-in's random reward head
 MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"  # whose head is read where none stands beside the embeddings
+released_reference = False  # True: in place of the reward head the vector of the released scripts, to compare with
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -34,6 +35,8 @@ def main():
     check_ranks(K_list, alpha_list)
     check_seeds(seeds, "seeds")
     data, V_final, about = load_prism(args.dir, MODEL_NAME)
+    if released_reference:
+        V_final = load_released_reference(MODEL_NAME)
     for folder in ("results", "checkpoints"):
         check_writable(args.dir / folder)
     ranks, alphas, iterations = K_list, alpha_list, num_iterations
@@ -57,15 +60,16 @@ def main():
                   f"{threshold:g} or more")
     print_table(fits)
     if process_rank() == 0:
-        for fit in fits:
-            if fit.seed == fits[0].seed:
-                for name, tensor in (("V", fit.V), ("W", fit.W)):
-                    path = args.dir / "checkpoints" / f"PRISM_{name}_lore_K_{fit.K}_alpha_{fit.alpha}.pt"
-                    with atomic_write(path) as file:
-                        torch.save(tensor.cpu().clone(), file)
+        with together(args.dir / "checkpoints") as folder:
+            for fit in fits:
+                if fit.seed == fits[0].seed:
+                    for name, tensor in (("V", fit.V), ("W", fit.W)):
+                        with atomic_write(folder / f"PRISM_{name}_lore_K_{fit.K}_alpha_{fit.alpha}.pt") as file:
+                            torch.save(tensor.cpu().clone(), file)
         config = {"data": about["title"], "model": about.get("model"), "K_list": ranks, "alpha_list": alphas,
-                  "seeds": seeds, "num_iterations": iterations, "threshold": threshold}
-        save_results(args.dir / "results", fits, data["seen"], data["unseen"], config, seconds)
+                  "num_iterations": iterations, "threshold": threshold, "released_reference": released_reference,
+                  "seeds": seeds}
+        save_results(args.dir / "results", fits, data, config, seconds)
     print(f"\n{seconds:.1f} s; results and a plot are in {args.dir / 'results'}, V and W in {args.dir / 'checkpoints'}")
 
 

@@ -32,12 +32,12 @@ def main():
     curves = run_few_shot_vary_shots(
         trials, alpha_list, K_list, num_shots, data["train"], data["train_unseen"], data["test_unseen"], V_final,
         len(data["seen"]), len(data["unseen"]), default_device(), seed=seed, num_iterations=num_iterations,
-        groups=data["dialogs_unseen"])
+        groups=data["dialogs_unseen"], checkpoint=args.dir / "results" / FEW_SHOT_CHECKPOINT_FILE)
     if process_rank() == 0:
         config = {"data": about["title"], "model": about.get("model"), "K_list": K_list, "alpha_list": alpha_list,
                   "trials": trials, "num_shots": num_shots, "seed": seed, "num_iterations": num_iterations,
-                  "shots_are": "conversations", "unseen_users": data["unseen"]}
-        save_few_shot_curves(args.dir / "results", curves, config)
+                  "shots_are": "conversations"}
+        save_few_shot_curves(args.dir / "results", curves, data, config)
     print(f"\nthe curves and a plot are in {args.dir / 'results'}")
 
 

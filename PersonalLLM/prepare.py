@@ -71,9 +71,11 @@ def main():
     embeddings = embed(splits, args)
     if process_rank() > 0:
         return
-    save_reward_head(outputs, head, identity, model=identity["model"], data=args.label or PERSONALLLM, demo=args.demo)
-    for path, (split, (_, _, scores)) in zip(outputs, splits.items()):
-        save_tensors(path, {"embeddings": embeddings[split], "scores": scores}, scorers=SCORER_NAMES)
+    with new_embeddings(args.dir, head, identity, model=identity["model"], data=args.label or PERSONALLLM,
+                        demo=args.demo) as folder:
+        for path, (split, (_, _, scores)) in zip(outputs, splits.items()):
+            save_tensors(folder / path.name, {"embeddings": embeddings[split], "scores": scores}, scorers=SCORER_NAMES)
+    for path, split in zip(outputs, splits):
         print(f"{path.name}: {len(embeddings[split]):,} embeddings, d = {len(head)}, "
               f"{path.stat().st_size / 1e6:,.1f} MB")
     print("next: python train_basis.py")

@@ -42,19 +42,20 @@ def main():
     args = personalllm_parser(__doc__, HERE).parse_args()
     check_ranks(K_list, alpha_list)
     tables, V_final, about = load_personalllm(args.dir, MODEL_NAME, args.data)
-    check_writable(args.dir / "results")
     users, users_unseen, *of_population = population(about.get("demo"))
     data = create_dataset_personalllm(tables, users, users_unseen, *of_population, population_seed)
+    check_writable(args.dir / "results")
     print(f"{data['dropped']:,} pairs dropped, all responses tied")
     curves = run_few_shot_vary_shots(
         trials, alpha_list, K_list, num_shots, data["train"], data["train_unseen"], data["test_unseen"], V_final, users,
-        users_unseen, default_device(), seed=seed, num_iterations=num_iterations)
+        users_unseen, default_device(), seed=seed, num_iterations=num_iterations,
+        checkpoint=args.dir / "results" / FEW_SHOT_CHECKPOINT_FILE)
     if process_rank() == 0:
         config = {"data": about["title"], "model": about.get("model"), "K_list": K_list, "alpha_list": alpha_list,
                   "trials": trials, "num_shots": num_shots, "seed": seed, "num_iterations": num_iterations,
                   "population_seed": population_seed, **dict(zip(("concentration", "fractions"), of_population)),
-                  "unseen_users": data["unseen"], "pairs_dropped": data["dropped"]}
-        save_few_shot_curves(args.dir / "results", curves, config)
+                  "pairs_dropped": data["dropped"]}
+        save_few_shot_curves(args.dir / "results", curves, data, config)
     print(f"\nthe curves and a plot are in {args.dir / 'results'}")
 
 

@@ -118,9 +118,11 @@ def main():
     embed(splits, args)
     if process_rank() > 0:
         return
-    save_reward_head(outputs, head, identity, model=identity["model"], data=args.label or DATASET, demo=args.demo)
+    with new_embeddings(args.dir, head, identity, model=identity["model"], data=args.label or DATASET,
+                        demo=args.demo) as folder:
+        for path, by_worker in zip(outputs, splits):
+            save_pickle(folder / path.name, by_worker)
     for path, by_worker in zip(outputs, splits):
-        save_pickle(path, by_worker)
         print(f"{path.name}: {len(by_worker)} workers, {sum(map(len, by_worker.values())):,} pairs, d = {len(head)}, "
               f"{path.stat().st_size / 1e6:,.1f} MB")
     print("next: python train_basis.py")

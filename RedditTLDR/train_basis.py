@@ -18,11 +18,13 @@ from utils import *
 # ---------------------------------------------------------------------------------------------------------------------
 K_list = [0, 1, 2, 3, 4, 5, 6]
 alpha_list = [0]  # penalties on the squared distance of the basis to the reward head
+num_iterations = 1000  # of the training
 seeds = [0]  # of the training; with several, the accuracies are averaged, at little more than the time of one
 split_seed = 0  # of the split into seen and unseen workers
 train_pairs = 150  # at most, per seen worker
 unseen_pairs = 50  # at most, per unseen worker: the few shots
 MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"  # whose head is read where none stands beside the embeddings
+released_reference = False  # True: in place of the reward head the vector of the released scripts, to compare with
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -31,24 +33,28 @@ def main():
     check_ranks(K_list, alpha_list)
     check_seeds(seeds, "seeds")
     train, validation, V_final, about = load_tldr(args.dir, MODEL_NAME)
-    check_writable(args.dir / "results")
+    if released_reference:
+        V_final = load_released_reference(MODEL_NAME)
+    everyone = len(train.keys() | validation.keys())
     data = create_dataset_tldr(train, validation, train_pairs, unseen_pairs, split_seed)
     del train, validation
+    check_writable(args.dir / "results")
     N, N_unseen = len(data["seen"]), len(data["unseen"])
-    print(f"{about['title']}: {N} seen and {N_unseen} unseen workers, {sum(map(len, data['train'])):,} train pairs, "
-          f"d = {len(V_final)}")
+    print(f"{about['title']}: {N} seen and {N_unseen} unseen workers ({everyone - N - N_unseen} left out, in one file "
+          f"only or of the smallest), {sum(map(len, data['train'])):,} train pairs, d = {len(V_final)}")
 
     fits, start = [], time.perf_counter()
     run(K_list, alpha_list, V_final, data["train"], data["test"], data["train_unseen"], data["test_unseen"],
-        N, N_unseen, default_device(), seed=seeds, fits=fits, checkpoint=args.dir / "results" / CHECKPOINT_FILE)
+        N, N_unseen, default_device(), seed=seeds, num_iterations=num_iterations, fits=fits,
+        checkpoint=args.dir / "results" / CHECKPOINT_FILE)
     seconds = time.perf_counter() - start
 
     print_table(fits)
     if process_rank() == 0:
         config = {"data": about["title"], "model": about.get("model"), "K_list": K_list, "alpha_list": alpha_list,
-                  "seeds": seeds, "split_seed": split_seed, "train_pairs": train_pairs,
-                  "unseen_pairs": unseen_pairs}
-        save_results(args.dir / "results", fits, data["seen"], data["unseen"], config, seconds)
+                  "num_iterations": num_iterations, "released_reference": released_reference, "seeds": seeds,
+                  "split_seed": split_seed, "train_pairs": train_pairs, "unseen_pairs": unseen_pairs}
+        save_results(args.dir / "results", fits, data, config, seconds)
     print(f"\n{seconds:.1f} s; results, the basis of each rank and a plot are in {args.dir / 'results'}")
 
 

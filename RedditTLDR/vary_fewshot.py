@@ -31,18 +31,18 @@ def main():
     args = script_parser(__doc__, HERE).parse_args()
     check_ranks(K_list, alpha_list)
     train, validation, V_final, about = load_tldr(args.dir, MODEL_NAME)
-    check_writable(args.dir / "results")
     data = create_dataset_tldr(train, validation, train_pairs, unseen_pairs, split_seed)
     del train, validation
+    check_writable(args.dir / "results")
     curves = run_few_shot_vary_shots(
         trials, alpha_list, K_list, num_shots, data["train"], data["train_unseen"], data["test_unseen"], V_final,
-        len(data["seen"]), len(data["unseen"]), default_device(), seed=seed, num_iterations=num_iterations)
+        len(data["seen"]), len(data["unseen"]), default_device(), seed=seed, num_iterations=num_iterations,
+        checkpoint=args.dir / "results" / FEW_SHOT_CHECKPOINT_FILE)
     if process_rank() == 0:
         config = {"data": about["title"], "model": about.get("model"), "K_list": K_list, "alpha_list": alpha_list,
                   "trials": trials, "num_shots": num_shots, "seed": seed, "num_iterations": num_iterations,
-                  "split_seed": split_seed, "train_pairs": train_pairs, "unseen_pairs": unseen_pairs,
-                  "unseen_workers": data["unseen"]}
-        save_few_shot_curves(args.dir / "results", curves, config)
+                  "split_seed": split_seed, "train_pairs": train_pairs, "unseen_pairs": unseen_pairs}
+        save_few_shot_curves(args.dir / "results", curves, data, config)
     print(f"\nthe curves and a plot are in {args.dir / 'results'}")
 
 

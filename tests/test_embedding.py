@@ -13,7 +13,8 @@ from standin import build_reward_model
 from transformers import AutoModelForSequenceClassification, MistralConfig, MistralModel
 
 import utils
-from utils import embed_conversations, load_reward_head, load_reward_model, tokenize_conversations
+from utils import (embed_conversations, load_released_reference, load_reward_head, load_reward_model,
+                   tokenize_conversations)
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +159,18 @@ def test_head_is_found_in_a_sharded_checkpoint(checkpoint, tmp_path):
     assert torch.equal(load_reward_head(str(tmp_path)), load_reward_head(str(checkpoint)))
 
 
+def test_released_reference_is_a_column_of_the_last_linear_layer(checkpoint, reward_model):
+    last = [layer for layer in reward_model[0].modules() if isinstance(layer, torch.nn.Linear)][-1]
+    found = load_released_reference(str(checkpoint))
+    assert found.dtype == torch.float32 and torch.equal(found, last.weight[:, :1].float())
+
+
+def test_model_without_an_mlp_has_no_released_reference(tmp_path):
+    save_file({"score.weight": torch.zeros(1, 8)}, tmp_path / "model.safetensors")
+    with input_error(str(tmp_path), "down-projection"):
+        load_released_reference(str(tmp_path))
+
+
 @pytest.mark.parametrize("heads", [{}, {"score.weight": torch.zeros(2, 8)},
                                    {"score.weight": torch.zeros(1, 8), "other.score.weight": torch.zeros(1, 8)}])
 def test_checkpoint_without_exactly_one_scalar_head_is_refused(heads, tmp_path):
@@ -187,6 +200,13 @@ def test_model_too_large_for_the_memory_is_refused(checkpoint, monkeypatch):
     monkeypatch.setattr(utils.os, "sysconf", lambda name: 100)
     with input_error("GiB"):
         load_reward_model(str(checkpoint), device="cpu")
+
+
+@pytest.mark.parametrize("options", [{"max_length": 0}, {"max_length": -3}, {"batch_size": 0}, {"token_budget": 0},
+                                     {"shard_size": 1.5}, {"truncation_side": "middle"}])
+def test_options_that_mean_nothing_are_named(reward_model, options):
+    with input_error(*options, str(*options.values())):
+        embed_conversations([conversation("hello", "there")], *reward_model, **options)
 
 
 def test_conversation_longer_than_the_context_is_named(reward_model):

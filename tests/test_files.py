@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import subprocess
+import time
 import zipfile
 
 import numpy as np
@@ -316,6 +317,23 @@ def test_a_failure_half_way_leaves_the_old_file_and_nothing_else(tmp_path, failu
             raise failure
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file.bin"]
+
+
+def test_files_written_together_replace_the_old_ones_together_or_not_at_all(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        with utils.together(tmp_path) as new:
+            (new / "a").write_text("new")
+            raise KeyboardInterrupt
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old", "b": "old"}
+    (tmp_path / ".new-left").mkdir()  # by a process that was killed two hours ago
+    os.utime(tmp_path / ".new-left", (time.time() - 7200,) * 2)
+    with utils.together(tmp_path) as new:
+        (new / "a").write_text("new")
+        (new / "c").write_text("new")
+        assert (tmp_path / "a").read_text() == "old"
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "new", "b": "old", "c": "new"}
 
 
 def test_a_folder_is_proved_writable_before_long_work_and_left_empty(tmp_path):

@@ -14,7 +14,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, call, fresh_process, load_script, outcome, refused
+from helpers import ROOT, call, fresh_process, load_script, outcome, refused, sign_again
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from standin import PLANTED_RANK
@@ -435,7 +435,9 @@ def test_results_name_what_was_set_and_every_user(demo):
     results = results_in(demo[0])
     assert results["users"] == [f"seen_{i}" for i in range(N)]
     assert results["unseen_users"] == [f"unseen_{i}" for i in range(N_UNSEEN)]
-    assert results["counts"] == {"seen users": N, "unseen users": N_UNSEEN, "d": D}
+    pairs = {"train pairs": 24 * N, "test pairs": 60 * N, "train unseen pairs": 12 * N_UNSEEN,
+             "test unseen pairs": 60 * N_UNSEEN}
+    assert results["counts"] == {"seen users": N, "unseen users": N_UNSEEN, **pairs, "d": D}
     expected = {"K_list": [0, 1, 2, 3, 4, 5], "alpha_list": [0], "seeds": [0], "population_seed": 0,
                 "concentration": 0.1, "fractions": [0.1, 0.05, 1.0], "pairs_dropped": 0}
     assert {name: results["config"][name] for name in expected} == expected
@@ -592,6 +594,8 @@ def spoil(folder, name, change):
     tensors, about = utils.load_tensors(folder / name)
     change(tensors)
     utils.save_tensors(folder / name, tensors, **about)
+    if name != utils.HEAD_FILE:
+        sign_again(folder)
 
 
 @pytest.mark.parametrize("name, change, named", [
@@ -610,6 +614,13 @@ def test_spoilt_embeddings_are_named_and_nothing_written(monkeypatch, capsys, em
     before = content_of(embeddings)
     refused(monkeypatch, capsys, trainer, ["--dir", embeddings], embeddings / f"{name}.safetensors", *named)
     assert content_of(embeddings) == before
+
+
+def test_embeddings_of_another_run_than_the_heads_are_named(monkeypatch, capsys, embeddings, trainer):
+    path = embeddings / "test.safetensors"
+    tensors, about = utils.load_tensors(path)
+    utils.save_tensors(path, {**tensors, "embeddings": tensors["embeddings"] + 1}, **about)
+    refused(monkeypatch, capsys, trainer, ["--dir", embeddings], path, "another run")
 
 
 def test_reward_head_of_another_width_is_named(monkeypatch, capsys, embeddings, trainer):
@@ -641,8 +652,9 @@ def test_truncated_and_missing_files_are_named(monkeypatch, capsys, embeddings, 
     ("train_basis", {"demo_N_unseen": 0}, ["N_unseen = 0"]), ("train_basis", {"demo_N": True}, ["N = True"]),
     ("train_basis", {"concentration": 0}, ["concentration = 0"]),
     ("train_basis", {"concentration": [0.1] * 10}, ["concentration"]),
-    ("train_basis", {"population_seed": -1}, ["seed", "-1"]), ("train_basis", {"K_list": []}, ["K_list"]),
-    ("vary_fewshot", {"demo_pool_fraction": 0.004}, ["fraction 0.004", "no pairs"]),
+    ("train_basis", {"population_seed": -1}, ["seed", "-1"]),
+    ("train_basis", {"population_seed": 2**32}, ["seed", "4294967296"]), ("train_basis", {"K_list": []}, ["K_list"]),
+    ("vary_fewshot", {"demo_pool_fraction": 0.004}, ["train_unseen", "fraction 0.004", "no pairs"]),
     ("vary_fewshot", {"demo_N": 0}, ["N = 0"]), ("vary_fewshot", {"num_shots": [0]}, ["num_shots"])])
 def test_unusable_constant_is_named_and_nothing_written(monkeypatch, capsys, embeddings, name, constants, named):
     module = script(name)

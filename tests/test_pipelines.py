@@ -194,6 +194,7 @@ def test_run_regularized_prints_alpha_and_rank(swept_regularized):
     _, printed, fits = swept_regularized
     assert printed == "".join(expected_print([f"alpha : {fit.alpha}", f"Rank : {fit.K}"], accuracies_by_counting(fit))
                               for fit in fits)
+    assert "alpha : 0\n" in printed and "alpha : 10000.0\n" in printed  # as they stand in alpha_list
 
 
 def test_eval_multiple_prints_the_mean_and_deviation_of_what_it_returns(swept, capsys):

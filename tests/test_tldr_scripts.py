@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -14,9 +15,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, call, fresh_process, load_script, refused
+from helpers import ROOT, call, fresh_process, load_script, refused, sign_again
 from safetensors import safe_open
 from standin import PLANTED_RANK, build_reward_model, write_tldr_corpus
+from transformers import AutoModel
 
 import utils
 
@@ -118,6 +120,12 @@ def test_embeddings_in_the_pickle_are_the_models(demo):
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
         state = model(ids).last_hidden_state[0, -1]
         torch.testing.assert_close(pair["embeddings"][side][0].float(), state, rtol=0.01, atol=0.01)
+
+
+def test_the_readmes_example_of_a_new_person_runs(demo):
+    code, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    printed = run_process("-c", code, cwd=demo[0].parent).stdout
+    assert re.fullmatch(r"tensor\(\[ *-?[\d.]+, *-?[\d.]+\]\)\n", printed)
 
 
 def test_results_agree_with_the_saved_tensors_and_the_pickles(demo):
@@ -250,14 +258,16 @@ def test_ctrl_c_says_that_a_second_run_resumes(sources, tmp_path):
 
 def test_full_disk_is_one_line_and_keeps_what_was_there(embeddings, sources):
     import resource
+    most = 250_000  # bytes of a file: enough for a shard, not for a pickle
     before = {path.name: path.read_bytes() for path in embeddings.iterdir()}
     command = [sys.executable, SCRIPTS / "prepare.py", "--data", sources / "data", "--model", sources / "model",
                "--dir", embeddings, "--overwrite"]
     done = subprocess.run(command, capture_output=True, text=True,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)))
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert [line.startswith("error: ") for line in done.stderr.splitlines()] == [True]
     assert {path.name: path.read_bytes() for path in embeddings.iterdir() if path.is_file()} == before
+    assert [path.name for path in embeddings.iterdir() if path.is_dir()] == [".embedding_cache"]
 
 
 # ---- What prepare.py refuses, drops and keeps -----------------------------------------------------------------------
@@ -375,6 +385,14 @@ def test_finished_embeddings_are_recognised(monkeypatch, capsys, demo, embedding
     assert "finished already" in capsys.readouterr().out
 
 
+def test_damaged_embeddings_are_not_finished(monkeypatch, capsys, demo, embeddings):
+    path = embeddings / utils.TLDR_FILES[1]
+    path.write_bytes(path.read_bytes()[:-100])
+    call(monkeypatch, script("prepare"), "--demo", "--dir", embeddings)
+    assert "finished already" not in capsys.readouterr().out
+    assert path.read_bytes() == (demo[0] / path.name).read_bytes()
+
+
 # ---- What train_basis.py refuses ------------------------------------------------------------------------------------
 
 
@@ -384,6 +402,7 @@ def spoil_pickle(folder, change, which=0):
     content = pickle.loads(path.read_bytes())
     change(content)
     path.write_bytes(pickle.dumps(content))
+    sign_again(folder)
 
 
 def pair_of(content):
@@ -414,6 +433,14 @@ def test_train_and_validation_of_different_models_are_named(monkeypatch, capsys,
     refused(monkeypatch, capsys, script("train_basis"), ["--dir", embeddings], "d = 32", *utils.TLDR_FILES)
     spoil_pickle(embeddings, halve, which=0)
     refused(monkeypatch, capsys, script("train_basis"), ["--dir", embeddings], "reward head", "d = 32")
+
+
+def test_embeddings_of_another_run_than_the_heads_are_named(monkeypatch, capsys, embeddings):
+    train, validation = (embeddings / name for name in utils.TLDR_FILES)
+    train.rename(embeddings / "swapped")
+    validation.rename(train)
+    (embeddings / "swapped").rename(validation)
+    refused(monkeypatch, capsys, script("train_basis"), ["--dir", embeddings], train, "another run")
 
 
 def test_missing_truncated_and_hostile_pickles_are_named(monkeypatch, capsys, embeddings):
@@ -476,6 +503,32 @@ def test_a_failed_run_leaves_the_results_of_the_run_before(monkeypatch, capsys, 
     call(monkeypatch, module, "--dir", embeddings)
     assert "after 1,000 of 1,000" in capsys.readouterr().out
     assert results().keys() == before.keys() and results() != before
+
+
+def test_the_released_reference_takes_the_heads_place_where_asked_for(monkeypatch, embeddings, sources):
+    module = script("train_basis")
+    for name, value in {"MODEL_NAME": str(sources / "model"), "K_list": [0], "released_reference": True}.items():
+        monkeypatch.setattr(module, name, value)
+    call(monkeypatch, module, "--dir", embeddings)
+    with safe_open(embeddings / "results" / "K_0.safetensors", "pt") as file:
+        found = file.get_tensor("V")
+    model = AutoModel.from_pretrained(sources / "model")  # without its head, as the released scripts load it
+    last = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)][-1]
+    assert torch.equal(found, last.weight[:, :1].float())
+    assert json.loads((embeddings / "results" / "results.json").read_text())["config"]["released_reference"] is True
+
+
+def test_an_interrupted_vary_fewshot_goes_on_from_its_training(monkeypatch, capsys, embeddings):
+    module = script("vary_fewshot")
+    for name, value in {"num_shots": [3], "K_list": [2], "trials": 2}.items():
+        monkeypatch.setattr(module, name, value)
+    curves = module.save_few_shot_curves
+    monkeypatch.setattr(module, "save_few_shot_curves", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    refused(monkeypatch, capsys, module, ["--dir", embeddings], "resume")
+    monkeypatch.setattr(module, "save_few_shot_curves", curves)
+    call(monkeypatch, module, "--dir", embeddings)
+    assert "after 500 of 500" in capsys.readouterr().out
+    assert {path.name for path in (embeddings / "results").iterdir()} == {"vary_fewshot.json", "vary_fewshot.png"}
 
 
 def test_worker_with_one_pair_and_pickles_without_a_head_are_fine(monkeypatch, capsys, embeddings, sources):
