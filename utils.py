@@ -1727,10 +1727,10 @@ def fit_basis(features, members, V_sft, num_iterations, learning_rate, regulariz
     V = pad(V, (0, 0, 0, -len(V) % COLUMNS))
     if any(member.alpha for member in members) and (V_sft is None or not V_sft.any()):
         raise InputError("alpha is not 0 and V_sft is missing or all 0; give the reward head [d, 1]")
-    reference = (torch.zeros(d) if V_sft is None else V_sft).to(device, torch.float32).reshape(1, -1)
-    if reference.shape[1] != d:
+    if V_sft is not None and tuple(V_sft.shape) not in ((d, 1), (1, d), (d,)):
         raise InputError(f"V_sft: shape {tuple(V_sft.shape)} where {(d, 1)} should be; take head and embeddings from "
                          "one model")
+    reference = (torch.zeros(d) if V_sft is None else V_sft).to(device, torch.float32).reshape(1, -1)
     alpha = torch.tensor([float(m.alpha) for m in members for _ in range(m.K)], device=device)[:, None]  # (C, 1)
     columns = torch.tensor([m.K for m in members for _ in range(m.K)], device=device)[:, None]
     likelihood = _Likelihood(counts, sizes, device, sum(map(len, features)) if regularized else None, row)

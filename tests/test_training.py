@@ -470,10 +470,10 @@ def test_features_that_do_not_fit_the_model_are_refused(features, V_sft, model):
 
 
 @pytest.mark.parametrize("model", [LoRe, LoRe_regularized])
-@pytest.mark.parametrize("rows", [1, d - 1, d + 1])
-def test_a_reward_head_of_another_size_is_refused_where_it_is_used(features, model, rows):
-    with input_error("V_sft", f"({rows}, 1)"):
-        model(torch.ones(rows, 1), 1.0, len(COUNTS), d, 2, 5, 0.5).train(features)
+@pytest.mark.parametrize("shape", [(1, 1), (d - 1, 1), (d + 1, 1), (d // 3, 3)])
+def test_a_reward_head_of_another_size_is_refused_where_it_is_used(features, model, shape):
+    with input_error("V_sft", str(shape)):
+        model(torch.ones(shape), 1.0, len(COUNTS), d, 2, 5, 0.5).train(features)
 
 
 def test_personalize_refuses_a_basis_of_another_shape(features):
