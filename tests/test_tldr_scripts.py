@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -164,9 +165,17 @@ def test_split_and_results_do_not_depend_on_the_hash_seed_or_the_run(demo, embed
         del results["seconds"]
         return results, {p.name: p.read_bytes() for p in sorted((folder / "results").glob("*.safetensors"))}
 
-    for seed in ("1", "2"):
-        run_process(SCRIPTS / "train_basis.py", "--dir", embeddings, cwd="/", PYTHONHASHSEED=seed)
-        assert outcome(embeddings) == outcome(demo[0])
+    def trained(seed):
+        folder = embeddings / seed
+        folder.mkdir()
+        for name in (*utils.TLDR_FILES, utils.HEAD_FILE):
+            shutil.copy(embeddings / name, folder)
+        run_process(SCRIPTS / "train_basis.py", "--dir", folder, cwd="/", PYTHONHASHSEED=seed)
+        return outcome(folder)
+
+    with ThreadPoolExecutor() as pool:
+        for found in pool.map(trained, ("1", "2")):
+            assert found == outcome(demo[0])
 
 
 def test_vary_fewshot_writes_its_curves(embeddings, monkeypatch, capsys):
@@ -185,8 +194,10 @@ def test_torchrun_gives_the_same_embeddings_and_nearly_the_same_bases(demo, sour
     one_thread = {"OMP_NUM_THREADS": "1"}
     single, double = tmp_path / "single", tmp_path / "double"
     options = ("--data", sources / "data", "--model", sources / "model", "--limit", "60")
-    run_process(SCRIPTS / "prepare.py", *options, "--dir", single, **one_thread)
-    run_process(*launcher, SCRIPTS / "prepare.py", *options, "--dir", double, **one_thread)
+    with ThreadPoolExecutor() as pool:
+        alone = pool.submit(run_process, SCRIPTS / "prepare.py", *options, "--dir", single, **one_thread)
+        run_process(*launcher, SCRIPTS / "prepare.py", *options, "--dir", double, **one_thread)
+        alone.result()
     for name in utils.TLDR_FILES:
         assert (single / name).read_bytes() == (double / name).read_bytes()
     for name in (*utils.TLDR_FILES, utils.HEAD_FILE):
@@ -214,15 +225,10 @@ def shards_in(folder):
     return {path: path.stat().st_mtime_ns for path in folder.glob(".embedding_cache/*/*.safetensors")}
 
 
-def test_prepare_killed_at_ten_moments_ends_with_the_same_pickles(sources, tmp_path):
-    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    start = time.perf_counter()
-    assert prepare_in_small_shards(sources, unbroken).wait() == 0
-    seconds = time.perf_counter() - start
-    everything = len(shards_in(unbroken))
-    chance = random.Random(0)
+def kill_five_times(sources, broken, everything, seconds, chance):
+    """Start and kill prepare.py -> how often it had made some of its shards, but not `everything`."""
     partial = 0
-    for kill in range(10):
+    for kill in range(5):
         before = shards_in(broken)
         process = prepare_in_small_shards(sources, broken)
         if kill % 2:  # any moment of its life, the start included
@@ -238,11 +244,25 @@ def test_prepare_killed_at_ten_moments_ends_with_the_same_pickles(sources, tmp_p
         partial += 0 < len(after) < everything
         if len(after) == everything:  # it came through: begin again
             shutil.rmtree(broken)
-    assert partial >= 3
-    assert prepare_in_small_shards(sources, broken).wait() == 0
-    assert len(shards_in(broken)) == everything
-    for name in utils.TLDR_FILES:
-        assert (broken / name).read_bytes() == (unbroken / name).read_bytes()
+    return partial
+
+
+def test_prepare_killed_at_ten_moments_ends_with_the_same_pickles(sources, tmp_path):
+    unbroken, *broken = (tmp_path / name for name in ("unbroken", "one", "other"))
+    start = time.perf_counter()
+    assert prepare_in_small_shards(sources, unbroken).wait() == 0
+    seconds = time.perf_counter() - start
+    everything = len(shards_in(unbroken))
+    with ThreadPoolExecutor() as pool:
+        partial = pool.map(lambda seed: kill_five_times(sources, broken[seed], everything, seconds,
+                                                        random.Random(seed)), (0, 1))
+        assert sum(partial) >= 3
+        resumed = pool.map(lambda folder: prepare_in_small_shards(sources, folder).wait(), broken)
+        assert list(resumed) == [0, 0]
+    for folder in broken:
+        assert len(shards_in(folder)) == everything
+        for name in utils.TLDR_FILES:
+            assert (folder / name).read_bytes() == (unbroken / name).read_bytes()
 
 
 def test_ctrl_c_says_that_a_second_run_resumes(sources, tmp_path):
