@@ -494,7 +494,7 @@ def test_results_do_not_depend_on_the_hash_seed_or_the_run(demo, embeddings, tmp
         return results, {path.name: path.read_bytes() for path in sorted((folder / "results").glob("*.safetensors"))}
 
     folders = {seed: shutil.copytree(embeddings, tmp_path / seed) for seed in ("1", "2")}
-    few = "import functools; script.K_list = [0, 3]; script.run = functools.partial(script.run, num_iterations=30)"
+    few = "script.K_list, script.num_iterations = [0, 3], 30"
     processes = [fresh_process(RUN_MAIN.format(str(SCRIPTS), ["--dir", str(folder)], "train_basis", few),
                                PYTHONHASHSEED=seed, OMP_NUM_THREADS="1") for seed, folder in folders.items()]
     for process in processes:

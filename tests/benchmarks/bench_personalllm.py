@@ -57,16 +57,13 @@ def whole_script(folder):
     """main() of train_basis.py with few iterations -> peak resident bytes, seconds, seconds of the evaluation."""
     script, evaluate, spent = load_script("PersonalLLM", "train_basis"), utils._accuracies, []
 
-    def run_shortly(*arguments, **options):
-        return utils.run(*arguments, num_iterations=ITERATIONS, **options)
-
     def timed(*arguments):
         begin = time.perf_counter()
         found = evaluate(*arguments)
         spent.append(time.perf_counter() - begin)
         return found
 
-    script.run, utils._accuracies, sys.argv = run_shortly, timed, ["train_basis.py", "--dir", str(folder)]
+    script.num_iterations, utils._accuracies, sys.argv = ITERATIONS, timed, ["train_basis.py", "--dir", str(folder)]
     begin = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
         script.main()
