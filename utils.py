@@ -449,7 +449,9 @@ def load_released_reference(model_name):
 
 
 def _check_fits_memory(model_name, dtype):
-    """Raise InputError before loading a model into a CPU memory that cannot hold it."""
+    """Raise InputError before loading a model into a CPU memory that cannot hold it; only safetensors are measured."""
+    if not any(_checkpoint_file(model_name, f"model.safetensors{index}") for index in (".index.json", "")):
+        return
     parameters = 0
     for shard in sorted(set(_shard_of_tensor(model_name).values())):
         with _shard(model_name, shard) as file:

@@ -202,6 +202,15 @@ def test_model_too_large_for_the_memory_is_refused(checkpoint, monkeypatch):
         load_reward_model(str(checkpoint), device="cpu")
 
 
+def test_model_in_another_format_than_safetensors_loads(checkpoint, reward_model, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    model, _ = load_reward_model(str(folder), device="cpu")
+    for found, expected in zip(model.parameters(), reward_model[0].parameters(), strict=True):
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("options", [{"max_length": 0}, {"max_length": -3}, {"batch_size": 0}, {"token_budget": 0},
                                      {"shard_size": 1.5}, {"truncation_side": "middle"}])
 def test_options_that_mean_nothing_are_named(reward_model, options):
