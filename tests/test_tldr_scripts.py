@@ -65,12 +65,18 @@ def demo(tmp_path_factory):
     return copy / "RedditTLDR", prepared, trained
 
 
+def copy_embeddings(demo, folder):
+    """Copy the demo's pickles and head to a folder."""
+    folder.mkdir(exist_ok=True)
+    for name in (*utils.TLDR_FILES, utils.HEAD_FILE):
+        shutil.copy(demo[0] / name, folder)
+    return folder
+
+
 @pytest.fixture
 def embeddings(demo, tmp_path):
     """A folder with the demo's pickles and head, to be spoilt."""
-    for name in (*utils.TLDR_FILES, utils.HEAD_FILE):
-        shutil.copy(demo[0] / name, tmp_path)
-    return tmp_path
+    return copy_embeddings(demo, tmp_path)
 
 
 # ---- The demo, the formats, the results -----------------------------------------------------------------------------
@@ -159,17 +165,14 @@ def test_closing_table_has_ranks_down_and_settings_across(demo):
         assert [float(cell) for cell in row[2:]] == pytest.approx(list(fit["mean_accuracy"].values()), abs=5e-5)
 
 
-def test_split_and_results_do_not_depend_on_the_hash_seed_or_the_run(demo, embeddings):
+def test_split_and_results_do_not_depend_on_the_hash_seed_or_the_run(demo, tmp_path):
     def outcome(folder):
         results = json.loads((folder / "results" / "results.json").read_text())
         del results["seconds"]
         return results, {p.name: p.read_bytes() for p in sorted((folder / "results").glob("*.safetensors"))}
 
     def trained(seed):
-        folder = embeddings / seed
-        folder.mkdir()
-        for name in (*utils.TLDR_FILES, utils.HEAD_FILE):
-            shutil.copy(embeddings / name, folder)
+        folder = copy_embeddings(demo, tmp_path / seed)
         run_process(SCRIPTS / "train_basis.py", "--dir", folder, cwd="/", PYTHONHASHSEED=seed)
         return outcome(folder)
 
@@ -200,8 +203,7 @@ def test_torchrun_gives_the_same_embeddings_and_nearly_the_same_bases(demo, sour
         alone.result()
     for name in utils.TLDR_FILES:
         assert (single / name).read_bytes() == (double / name).read_bytes()
-    for name in (*utils.TLDR_FILES, utils.HEAD_FILE):
-        shutil.copy(demo[0] / name, double)
+    copy_embeddings(demo, double)
     printed = run_process(*launcher, SCRIPTS / "train_basis.py", "--dir", double, **one_thread).stdout
     assert printed.count("K : 3") == 1
     ours, theirs = (json.loads((folder / "results" / "results.json").read_text())["fits"]
