@@ -86,6 +86,11 @@ def check_seeds(seed, name="seed"):
     return [int(s) for s in seeds]
 
 
+def _no_such_file(path, written_by="prepare.py"):
+    """The InputError of a file that an earlier step should have written."""
+    return InputError(f"{path}: no such file; run {written_by} first")
+
+
 class _Output:
     """Standard output that its reader may close (`| head`): the script goes on in silence and finishes its work."""
 
@@ -214,7 +219,7 @@ def load_tensors(path):
             about = json.loads((file.metadata() or {}).get("about", "{}"))
             return {name: file.get_tensor(name) for name in file.keys()}, about
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; run the script that writes it first (prepare.py)") from None
+        raise _no_such_file(path) from None
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: not a complete safetensors file ({error}); delete it and run the step that "
                          "writes it again") from None
@@ -226,7 +231,7 @@ def load_json(path, *keys):
         content = json.loads(Path(path).read_text())
         return {**content, **{key: content[key] for key in keys}}
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; run the script that writes it first (prepare.py)") from None
+        raise _no_such_file(path) from None
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path}: damaged, or without {' or '.join(keys)} ({error}); make or download it "
                          "again") from None
@@ -287,7 +292,7 @@ def load_pickle(path, written_by="prepare.py"):
                 raise pickle.UnpicklingError("refused: a TorchScript program, not data")
         return torch.load(path, map_location="cpu", pickle_module=_PlainPickle, weights_only=False)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; run {written_by} first") from None
+        raise _no_such_file(path, written_by) from None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}; give a file that can be read") from None
     except Exception as error:  # a damaged pickle raises nearly anything
@@ -798,8 +803,8 @@ def prepare_arguments(description, folder, model_name, build_demo, embeds=True):
     if embeds and not args.demo and not args.model:
         check_gpu(model_name)
     args.label = "synthetic demo" if args.demo else args.data.name if args.data else None
-    if args.data is not None and not args.data.is_dir():
-        raise InputError(f"--data {args.data}: no such folder; give one with a file per split")
+    if args.data is not None:
+        _check_data_folder(args.data)
     check_writable(args.dir)
     if args.demo:
         args.data, args.model = (args.dir / ".standin" / name for name in (Path(folder).name, "model"))
@@ -817,6 +822,12 @@ def prepare_arguments(description, folder, model_name, build_demo, embeds=True):
     return args
 
 
+def _check_data_folder(folder):
+    """Raise InputError unless there is a folder to read data from."""
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder}: no such folder; give the one that holds the data")
+
+
 def read_split(folder, *names):
     """The rows of one split of a data set in a folder: (where, row) pairs, `where` for error messages.
 
@@ -824,8 +835,7 @@ def read_split(folder, *names):
     .jsonl.gz. Raises InputError: no such file or several, a line that is not a JSON object.
     """
     endings = (".parquet", ".jsonl", ".jsonl.gz")
-    if not Path(folder).is_dir():
-        raise InputError(f"{folder}: no such folder; give one with a file per split")
+    _check_data_folder(folder)
     paths = sorted(p for p in Path(folder).iterdir() if p.name.endswith(endings) and any(n in p.name for n in names))
     if len(paths) != 1:
         raise InputError(f"{folder}: {len(paths)} files with {' or '.join(names)} in the name ({', '.join(endings)}), "
@@ -844,7 +854,7 @@ def load_parquet(path):
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; run the script that writes it first (prepare.py)") from None
+        raise _no_such_file(path) from None
     except (OSError, pyarrow.ArrowException) as error:
         raise InputError(f"{path}: not a complete parquet file ({error}); download or write it again") from None
 
@@ -920,6 +930,11 @@ def _file_digest(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _was_written_with(about, path):
+    """Whether a file is the one that a reward head's metadata holds the digest of."""
+    return _file_digest(path) == about.get("files", {}).get(path.name)
+
+
 def embeddings_are_finished(outputs, identity, overwrite):
     """Whether the files `outputs` already hold the embeddings of this model and data.
 
@@ -941,7 +956,7 @@ def embeddings_are_finished(outputs, identity, overwrite):
         held = ", ".join(f"{key} {about.get(key, 'unknown')}" for key in ("model", "data"))
         raise InputError(f"{existing[0]} holds finished embeddings of other rows or another model ({held}); "
                          "move it away, or replace it with --overwrite")
-    return all(path.exists() and _file_digest(path) == about.get("files", {}).get(path.name) for path in outputs)
+    return all(path.exists() and _was_written_with(about, path) for path in outputs)
 
 
 @contextlib.contextmanager
@@ -971,10 +986,10 @@ def find_reward_head(folder, model_name, data_set, outputs):
     tensors, about = load_tensors(path)
     if "reward_head" not in tensors:
         raise InputError(f"{path}: no reward_head in it; delete it and run prepare.py --overwrite")
-    for name in outputs:
-        if "files" in about and about["files"].get(name) != _file_digest(Path(folder) / name):
-            raise InputError(f"{Path(folder) / name}: not the file that {HEAD_FILE} was written with, but changed, or "
-                             "of another run; make the embeddings again")
+    for output in (Path(folder) / name for name in outputs if "files" in about):
+        if not _was_written_with(about, output):
+            raise InputError(f"{output}: not the file that {HEAD_FILE} was written with, but changed, or of another "
+                             "run; make the embeddings again")
     return tensors["reward_head"], {**about, "title": f"{data_set} ({about['data']})" if "data" in about else data_set}
 
 
@@ -1169,8 +1184,8 @@ def create_sparse_tensor(dense, fraction, generator=None):
 
 def _share_of(prompts, fraction, what="users"):
     if not is_number(fraction, 1 / prompts, 1.0):
-        raise InputError(f"{what}: fraction {fraction} of {prompts} prompts leaves no pairs for a user, or is more than "
-                         f"all; give a number from {1 / prompts:.2g} to 1.0, or more prompts")
+        raise InputError(f"{what}: fraction {fraction} of {prompts} prompts leaves no pairs for a user, or is more "
+                         f"than all; give a number from {1 / prompts:.2g} to 1.0, or more prompts")
     return int(fraction * prompts + 1e-9)  # 0.29 of 100 is 29, not the 28.999.. of the floating-point product
 
 
@@ -2014,8 +2029,7 @@ def _sweep(K_list, alpha_list, V_final, features, users, device, seed, num_itera
     check_whole("num_iterations", num_iterations)
     if not is_number(threshold, 0, 1):
         raise InputError(f"threshold = {threshold!r}: give a number from 0, which keeps all columns, to 1")
-    seeds = check_seeds(seed)
-    members = _members(K_list, alpha_list, seeds)
+    members = _members(K_list, alpha_list, check_seeds(seed))
     train, _, train_unseen, _ = features
 
     def ones(N):
@@ -2182,14 +2196,14 @@ def save_results(folder, fits, data, config, seconds):
     `config["data"]` names the data in the plot. seconds: of training and evaluation.
     The training's checkpoint in `folder`, no longer needed then, is removed.
     """
-    entries, user_ids, unseen_user_ids = [], data["seen"], data["unseen"]
+    entries, user_ids, unseen_user_ids, versions = [], data["seen"], data["unseen"], _versions()
     several = {field: len({getattr(fit, field) for fit in fits}) > 1 for field in ("alpha", "seed")}
     with together(folder) as new:
         for fit in fits:
             name = f"K_{fit.K}" + "".join(f"_{f}_{getattr(fit, f)}" for f in ("alpha", "seed") if several[f])
             save_tensors(new / f"{name}.safetensors", {"V": fit.V, "W": fit.W, "W_unseen": fit.W_unseen}, K=fit.K,
                          alpha=fit.alpha, seed=fit.seed, users=user_ids, unseen_users=unseen_user_ids,
-                         versions=_versions())
+                         versions=versions)
             entries.append({
                 "K": fit.K, "alpha": fit.alpha, "seed": fit.seed, "columns": fit.V.shape[1],
                 "file": f"{name}.safetensors",
@@ -2198,9 +2212,8 @@ def save_results(folder, fits, data, config, seconds):
                 "accuracy_of_user": {s: dict(zip(unseen_user_ids if s in SETTINGS[2:] else user_ids, a.tolist()))
                                      for s, a in fit.accuracies.items()}})
         save_json(new / "results.json", {
-            "config": config, "seeds": sorted({fit.seed for fit in fits}), "versions": _versions(), "seconds": seconds,
-            "counts": _counts(data),
-            "users": user_ids, "unseen_users": unseen_user_ids, "fits": entries})
+            "config": config, "seeds": sorted({fit.seed for fit in fits}), "versions": versions, "seconds": seconds,
+            "counts": _counts(data), "users": user_ids, "unseen_users": unseen_user_ids, "fits": entries})
         plot_accuracy_by_rank(new / "accuracy_by_rank.png", fits, config["data"])
     (Path(folder) / CHECKPOINT_FILE).unlink(missing_ok=True)
 
