@@ -35,6 +35,7 @@ import tempfile
 import time
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from numbers import Real
 from pathlib import Path
 
@@ -43,7 +44,8 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.nn.functional import embedding_bag, logsigmoid, pad
+from threadpoolctl import threadpool_limits
+from torch.nn.functional import logsigmoid
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -1078,31 +1080,56 @@ def check_features(features, what, users=None, d=None):
             finite_tables.add(id(table))
 
 
-def pack(features, device=None):
-    """Lay the pairs of all users behind one another -> (X float32 `[rows, d]`, counts int64 `[N]`, row).
+SMALL_PRODUCT = 100**3  # multiplications of a matrix product up to which OpenBLAS has kernels of its own
+BLOCK_NUMBERS = SMALL_PRODUCT // 4  # in a block of pairs, so that four members at once are a small product
+ROW_GAP = 16  # numbers between two rows: a power of two from row to row, and all would share one place in the cache
+BATCH_NUMBERS = {"cpu": 2**20, "cuda": 2**26}  # in a batch: so many stay in a core's cache; keep a GPU busy
 
-    row: the row of X of each of the M pairs, int64 `[M]`, where all are Pairs of one table: what many users prefer
-    alike stands in X once. Else None, and X is `[M, d]`.
-    Users that are consecutive slices of one matrix already (`X.split(counts)`) are used in place, not copied.
+
+@dataclasses.dataclass
+class Batch:
+    """n blocks of up to m pairs, each block of one user, as one product takes them.
+
+    X: float32 `[n, m, d]`, where shorter blocks end in rows of zeros. weight: float32 `[n, m]`, what each pair counts
+    for in the loss, 0 for a row of zeros. blocks: slice, their numbers among the blocks of all batches.
     """
-    counts, row = torch.tensor([len(X) for X in features]), None
-    first = features[0]
-    if isinstance(first, Pairs) and all(isinstance(X, Pairs) and X.embeddings is first.embeddings for X in features):
-        rows_of_table = len(first.embeddings)
-        pairs, row = torch.cat([X.chosen * rows_of_table + X.rejected for X in features]).unique(return_inverse=True)
-        features = [Pairs(first.embeddings, part // rows_of_table, part % rows_of_table) for part in pairs.split(1024)]
-    device = torch.device(device) if device is not None else first.device
-    d, ends = first.shape[1], list(itertools.accumulate(map(len, features)))
-    in_place = all(isinstance(X, torch.Tensor) and X.dtype == torch.float32 and X.is_contiguous()
-                   and X.device == first.device and X.data_ptr() == first.data_ptr() + 4 * d * (end - len(X))
-                   and X.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-                   for X, end in zip(features, ends))
-    if in_place:
-        return first.as_strided((ends[-1], d), (d, 1)).to(device), counts, row
-    X = torch.empty(ends[-1], d, device=device)
-    for end, part in zip(ends, features):
-        X[end - len(part):end] = part.dense() if isinstance(part, Pairs) else part
-    return X, counts, row
+    X: torch.Tensor
+    weight: torch.Tensor
+    blocks: slice
+
+
+def pack(features, device=None, total=None):
+    """Cut the users' pairs into blocks, and lay blocks of about one size together -> (list of `Batch`, user).
+
+    user: int64 `[blocks]`, whose pairs a block holds. total: the loss is a mean over that many pairs; default the sum
+    over users of each one's mean.
+    """
+    d = features[0].shape[1]
+    device = torch.device(device) if device is not None else features[0].device
+    blocks = []
+    for user, X in enumerate(features):
+        count = math.ceil(len(X) / max(1, BLOCK_NUMBERS // d))
+        ends = [len(X) * i // count for i in range(count + 1)]
+        blocks += [(X[begin:end], 1 / (total or len(X)), user) for begin, end in zip(ends, ends[1:])]
+    blocks.sort(key=lambda block: len(block[0]))
+    batches, begin = [], 0
+    for end in range(1, len(blocks) + 1):
+        if end == len(blocks) or (end + 1 - begin) * blocks[end][0].shape.numel() > BATCH_NUMBERS[device.type]:
+            parts, weights, _ = zip(*blocks[begin:end])
+            is_pair = torch.tensor([len(part) for part in parts])[:, None] > torch.arange(len(parts[-1]))  # (n, m)
+            weight = is_pair * torch.tensor(weights)[:, None]
+            batches.append(Batch(_stack(parts, device), weight.to(device), slice(begin, end)))
+            begin = end
+    return batches, torch.tensor([user for *_, user in blocks], device=device)
+
+
+def _stack(parts, device):
+    """One float32 tensor `[n, m, d]` of n parts with up to m rows, the last of which has m."""
+    m, d = parts[-1].shape
+    stacked = torch.zeros(len(parts), m, d + ROW_GAP, device=device)[..., :d]
+    for rows, X in zip(stacked, parts):
+        rows[:len(X)] = X.dense() if isinstance(X, Pairs) else X
+    return stacked
 
 
 def sample_shots(features, shots, generator=None, groups=None):
@@ -1517,7 +1544,7 @@ def create_dataset_prism_shots(embeddings, shots, generator=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 TEMPERATURE = 100.0  # of the Bradley-Terry model, fixed
-COLUMNS = 8  # a product with X takes less time with a multiple of so many columns than with 5 or 7: pad to it
+MOST_THREADS = 8  # of a training: each call between two products waits for Python's one lock
 FEW_SHOT_ITERATIONS = 500
 
 
@@ -1550,68 +1577,123 @@ def check_ranks(K_list, alpha_list):
         raise InputError(f"alpha_list = {list(alpha_list)}: give each penalty once; [0] for none")
 
 
-def _starts(counts):
-    """Where each of several groups begins that lie behind one another: int64, as counts."""
-    return torch.cumsum(counts, 0) - counts
+def _array_library(device, d):
+    """numpy or torch: whose products of few rows with few vectors of length d are faster on the device.
+
+    On processors with AVX-512 numpy's OpenBLAS has kernels for SMALL_PRODUCTs that read their operands where they lie.
+    Other libraries copy the operands first, which takes longer than the product itself.
+    """
+    return np if device.type == "cpu" and d >= 256 and torch.backends.cpu.get_cpu_capability() == "AVX512" else torch
 
 
 class _Likelihood:
-    """The Bradley-Terry likelihood of packed pairs under every member of a sweep at once, and its gradients.
+    """The Bradley-Terry likelihood of users' pairs under every member of a sweep at once, and its gradients.
 
-    Letters: M pairs, N users, G members, C columns of all members together. S = X V `[M, C]` are the scores of the
-    pairs under each basis column, w `[N, C]` the user weights (each member's columns sum to 1).
+    Letters: N users, G members, C columns of all members together; n blocks of up to m pairs in a batch, see `pack`.
+    w `[N, C]` are the user weights (each member's columns sum to 1), V `[C, d]` the bases as rows.
+
+    The margin x V w_i is taken as x (V w_i): one reward vector of each member meets the pairs of user i, not all K
+    columns of its basis. Backwards, s_i, the sum of residual * x over the user's pairs, gives both derivatives, V^T s_i
+    by w_i and s_i w_i^T by V. So X is multiplied with G columns instead of C, batch by batch, while it is in the cache.
     """
 
-    def __init__(self, counts, sizes, device, total=None, row=None):
-        """counts: pairs of each user. total: mean over that many pairs; default the sum over users of each's mean.
-
-        row: of X, for each pair, where several pairs share one; see `pack`.
-        """
-        self.sizes = list(sizes)
-        self.user = torch.arange(len(counts)).repeat_interleave(counts).to(device)  # (M,)
-        self.start = _starts(counts).to(device)  # (N,) a user's first pair
-        self.pairs = torch.arange(len(self.user), device=device)
+    def __init__(self, features, sizes, device=None, total=None):
+        """features: list of `[m_i, d]`, one per user. sizes: K of each member. total: see `pack`."""
+        batches, self.user = pack(features, device, total)
+        self.sizes, self.d, device = list(sizes), features[0].shape[1], self.user.device
         self.of_member = torch.block_diag(*(torch.ones(K, 1) for K in self.sizes)).to(device)  # (C, G), 0 and 1
-        divisor = counts if total is None else torch.full_like(counts, total)
-        self.pair_weight = 1.0 / divisor.repeat_interleave(counts).to(device)[:, None]  # (M, 1)
-        self.row = None if row is None else row.to(device)
-        if row is not None:
-            self.by_row = row.argsort(stable=True).to(device)  # (M,) the pairs, sorted by their row
-            self.start_of_row = _starts(row.bincount()).to(device)
+        self.ranks = [(K, len(list(members))) for K, members in itertools.groupby(self.sizes)]
+        ends = list(itertools.accumulate(count for _, count in self.ranks))
+        self.members = [slice(end - count, end) for end, (_, count) in zip(ends, self.ranks)]  # of each rank
+        self.xp = _array_library(device, self.d)
+        self.batches = [Batch(*map(self._array, (batch.X, batch.weight)), batch.blocks) for batch in batches]
+        large = device.type == "cpu" and sum(batch.X.numel() for batch in batches) >= 2**20  # else waiting costs more
+        threads = min(torch.get_num_threads(), MOST_THREADS, len(batches)) if large else 1
+        self.shares, self.map = [self.batches[t::threads] for t in range(threads)], map
+
+    @contextlib.contextmanager
+    def workers(self):
+        """While it lasts, each share of the batches has a thread of its own, and the libraries start no others."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with threadpool_limits(1, "blas"), ThreadPoolExecutor(len(self.shares)) as pool:
+                self.map = pool.map if len(self.shares) > 1 else map
+                yield
+        finally:
+            self.map = map
+            torch.set_num_threads(threads)
 
     def weights(self, W):
         """User weights, the softmax over each member's logits: (N, C)."""
         return torch.cat([logits.softmax(1) for logits in W.split(self.sizes, 1)], 1)
 
-    def scores(self, X, V):
-        """S = X V of every pair: (M, C). V: (C, d), or with rows of zeros behind its C rows."""
-        S = (X @ V.T)[:, :len(self.of_member)]
-        return S if self.row is None else S[self.row]
-
-    def margins(self, S, w):
-        """x V w_i / 100 of every pair: (M, G)."""
-        return (S * w[self.user]) @ self.of_member / TEMPERATURE
-
-    def loss(self, S, w):
+    def loss(self, w, V):
         """Negative log-likelihood of each member: (G,)."""
-        return -(self.pair_weight * logsigmoid(self.margins(S, w))).sum(0)
+        w, V = self._by_rank(w[self.user].T / TEMPERATURE), self._by_rank(V)
+        margins = [torch.as_tensor(self._margins(batch, w, V)) for batch in self.batches]  # each (G, n, m)
+        return -sum((torch.as_tensor(batch.weight) * logsigmoid(m)).sum((1, 2)) for batch, m in zip(self.batches, margins))
 
-    def residuals(self, S, w):
-        """Derivative of the loss by x V w_i, repeated for each of the member's columns: (M, C)."""
-        residual = -torch.sigmoid(-self.margins(S, w)) * self.pair_weight / TEMPERATURE
-        return residual @ self.of_member.T
+    def gradients(self, w, V, of_weights=True, of_basis=True):
+        """Derivatives of the loss by w: (N, C), and by V: (C, d); None in place of one that is not asked for."""
+        w_ranks, V_ranks = self._by_rank(w[self.user].T / TEMPERATURE), self._by_rank(V)
+        by_weight = torch.empty(len(V), len(self.user), device=V.device)  # (C, blocks)
+        by_weight_ranks = self._by_rank(by_weight)
 
-    def gradient_of_logits(self, S, w, residuals):
+        @np.errstate(over="ignore")  # exp(margin) is infinite from 88 on, and the residual 0
+        def of_share(batches):
+            by_basis, term = (torch.zeros(V.shape, device=V.device) for _ in range(2))
+            total, term, term_ranks = self._array(by_basis), self._array(term), self._by_rank(term)
+            for batch in batches:
+                margins = self._margins(batch, w_ranks, V_ranks)
+                residuals = -batch.weight / (1 + self.xp.exp(margins))  # (G, n, m)
+                sums = self._empty(len(margins), len(batch.X), self.d)  # (G, n, d)
+                for part in self._parts(batch):
+                    self.xp.matmul(residuals[part].swapaxes(0, 1), batch.X, out=sums[part].swapaxes(0, 1))
+                for i, members in enumerate(self.members):
+                    if of_weights:  # V^T s_i
+                        self.xp.matmul(V_ranks[i], sums[members].swapaxes(1, 2),
+                                       out=by_weight_ranks[i][..., batch.blocks])
+                    if of_basis:  # s_i w_i^T
+                        self.xp.matmul(w_ranks[i][..., batch.blocks], sums[members], out=term_ranks[i])
+                if of_basis:
+                    total += term
+            return by_basis
+
+        by_basis = sum(self.map(of_share, self.shares))
+        return (torch.zeros_like(w).index_add_(0, self.user, by_weight.T / TEMPERATURE) if of_weights else None,
+                by_basis if of_basis else None)
+
+    def gradient_of_logits(self, w, by_weight):
         """Derivative of the loss by W, through the softmax: (N, C)."""
-        by_weight = embedding_bag(self.pairs, residuals * S, self.start, mode="sum")  # sums over each user's pairs
         return w * (by_weight - (w * by_weight) @ self.of_member @ self.of_member.T)
 
-    def gradient_of_basis(self, X, w, residuals):
-        """Derivative of the loss by V, as rows: (C, d)."""
-        by_score = pad(residuals * w[self.user], (0, -w.shape[1] % COLUMNS))
-        if self.row is not None:
-            by_score = embedding_bag(self.by_row, by_score, self.start_of_row, mode="sum")
-        return (by_score.T @ X)[:w.shape[1]]
+    def _margins(self, batch, w_ranks, V_ranks):
+        """x V w_i / 100 of a batch's pairs: (G, n, m). w_ranks are of w / 100."""
+        v = self._empty(len(self.sizes), len(batch.X), self.d)  # (G, n, d), the reward vectors
+        for members, w_k, V_k in zip(self.members, w_ranks, V_ranks):
+            self.xp.matmul(w_k[..., batch.blocks].swapaxes(1, 2), V_k, out=v[members])
+        margins = self._empty(len(v), *batch.X.shape[:2])
+        for part in self._parts(batch):
+            self.xp.matmul(v[part].swapaxes(0, 1), batch.X.swapaxes(1, 2), out=margins[part].swapaxes(0, 1))
+        return margins
+
+    def _parts(self, batch):
+        """The members that go into one product with a batch's X: for numpy as many as keep it a SMALL_PRODUCT."""
+        members = len(self.sizes)
+        at_once = max(1, SMALL_PRODUCT // (batch.X.shape[1] * self.d)) if self.xp is np else members
+        return [slice(first, first + at_once) for first in range(0, members, at_once)]
+
+    def _by_rank(self, columns):
+        """All members' columns as rows `[C, x]` -> an array (members, K, x) for each run of members of one rank."""
+        parts = columns.contiguous().split([K * count for K, count in self.ranks])
+        return [self._array(part.view(count, K, -1)) for part, (K, count) in zip(parts, self.ranks)]
+
+    def _array(self, tensor):
+        return tensor.numpy() if self.xp is np else tensor
+
+    def _empty(self, *shape):
+        return np.empty(shape, np.float32) if self.xp is np else torch.empty(shape, device=self.user.device)
 
 
 def _squared_distance_gradient(V, V_sft, member_alpha):
@@ -1632,17 +1714,6 @@ def _ramp(t, num_iterations):
     return min(max((t / num_iterations - 0.2) / 0.6, 0.0), 1.0)
 
 
-@contextlib.contextmanager
-def _threads_for(numbers):
-    """One CPU thread while a step reads few numbers: waiting for the others would take longer than they save."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if numbers < 2**20 else threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 CHECKPOINT_FILE, FEW_SHOT_CHECKPOINT_FILE = ".training.pt", ".vary_fewshot.pt"  # beside results, until these are there
 CHECKPOINT_SECONDS = 60  # of training that an interruption loses at most
 
@@ -1650,11 +1721,15 @@ CHECKPOINT_SECONDS = 60  # of training that an interruption loses at most
 class _Checkpoint:
     """The file that a training leaves its state in, so that the same training, started again, goes on from there."""
 
-    def __init__(self, path, X, *settings):
+    def __init__(self, path, likelihood, *settings):
         """settings: what else the training depends on; their printed form is compared."""
         self.path, self.saved = Path(path), time.monotonic()
-        settings = (torch.__version__, X.device.type, *settings)
-        self.identity = hashlib.sha256(X.cpu().numpy()).hexdigest() + digest_of(repr(settings))
+        digest = hashlib.sha256()
+        for batch in likelihood.batches:
+            for values in (batch.X, batch.weight):
+                digest.update(torch.as_tensor(values).cpu().contiguous().numpy())
+        settings = (torch.__version__, likelihood.user.device.type, likelihood.user.tolist(), likelihood.sizes, *settings)
+        self.identity = digest.hexdigest() + digest_of(repr(settings))
 
     def load(self):
         """The state that `save` was given, None where there is none of this training."""
@@ -1671,48 +1746,58 @@ class _Checkpoint:
         self.saved = time.monotonic()
 
 
-def _descend(likelihood, W, num_iterations, learning_rate, X=None, V=None, S=None, penalty=None, alternating=False,
-             checkpoint=None):
-    """Adam on the logits W and, unless the scores S are given as constants, on the basis V; both are changed in place.
+class _Adam:
+    """Adam (Kingma and Ba, 2015, algorithm 1) on one tensor, with torch.optim's defaults, whose first use alone costs
+    a second and 80 MB of imports."""
 
-    V may have rows of zeros behind its C rows; they stay as they are. penalty(V, t) is the gradient of the penalty on
-    V. Alternating: in each iteration one step on W, then one on V that sees the new W; V does not move in the first,
-    so both share one X V.
+    def __init__(self, variable, learning_rate):
+        self.variable, self.learning_rate, self.steps = variable, learning_rate, 0
+        self.mean, self.square = torch.zeros_like(variable), torch.zeros_like(variable)  # moments of the gradient
+
+    def step(self, gradient):
+        self.steps += 1
+        self.mean.lerp_(gradient, 1 - 0.9)
+        self.square.mul_(0.999).addcmul_(gradient, gradient, value=1 - 0.999)
+        deviation = (self.square / (1 - 0.999**self.steps)).sqrt_().add_(1e-8)
+        self.variable.addcdiv_(self.mean, deviation, value=-self.learning_rate / (1 - 0.9**self.steps))
+
+    def state(self):
+        return {"variable": self.variable, "mean": self.mean, "square": self.square, "steps": self.steps}
+
+    def load(self, state):
+        for name in ("variable", "mean", "square"):
+            getattr(self, name).copy_(state[name])
+        self.steps = state["steps"]
+
+
+def _descend(likelihood, W, V, num_iterations, learning_rate, penalty=None, frozen=False, alternating=False,
+             checkpoint=None):
+    """Adam on the logits W `[N, C]` and, unless it is frozen, on the basis V `[C, d]`; both are changed in place.
+
+    penalty(V, t) is the gradient of the penalty on V. Alternating: in each iteration one step on W, then one on V that
+    sees the new W.
     """
-    frozen = S is not None
-    adam_W = torch.optim.Adam([W], lr=learning_rate)
-    if not frozen:
-        wide, V = V, V[:W.shape[1]]
-        adam_V = torch.optim.Adam([V], lr=learning_rate)
+    adam_W, adam_V = (_Adam(variable, learning_rate) for variable in (W, V))
     first = 0
     if checkpoint is not None and (state := checkpoint.load()) is not None:
         first = state["iterations"]
-        W.copy_(state["W"])
-        V.copy_(state["V"])
-        adam_W.load_state_dict(state["adam_W"])
-        adam_V.load_state_dict(state["adam_V"])
+        adam_W.load(state["W"])
+        adam_V.load(state["V"])
         print(f"resuming the training after {first:,} of {num_iterations:,} iterations")
     bar = progress_bar("few-shot" if frozen else "training", num_iterations, initial=first, unit="it", leave=False)
-    with bar, _threads_for((S if frozen else X).numel()):
+    with bar, likelihood.workers():
         for t in range(first, num_iterations):
-            S = S if frozen else likelihood.scores(X, wide)  # (M, C)
             w = likelihood.weights(W)
-            residuals = likelihood.residuals(S, w)
-            W.grad = likelihood.gradient_of_logits(S, w, residuals)
+            by_weight, by_basis = likelihood.gradients(w, V, of_basis=not (frozen or alternating))
+            adam_W.step(likelihood.gradient_of_logits(w, by_weight))
             if alternating:
-                adam_W.step()
-                w = likelihood.weights(W)
-                residuals = likelihood.residuals(S, w)
+                _, by_basis = likelihood.gradients(likelihood.weights(W), V, of_weights=False)
             if not frozen:
-                V.grad = likelihood.gradient_of_basis(X, w, residuals)
                 if process_count() > 1:
-                    dist.all_reduce(V.grad)
-                V.grad += penalty(V, t)
-                adam_V.step()
-            if not alternating:
-                adam_W.step()
+                    dist.all_reduce(by_basis)
+                adam_V.step(by_basis + penalty(V, t))
             if checkpoint is not None and (t + 1 == num_iterations or checkpoint.is_due()):
-                checkpoint.save(iterations=t + 1, W=W, V=V, adam_W=adam_W.state_dict(), adam_V=adam_V.state_dict())
+                checkpoint.save(iterations=t + 1, W=adam_W.state(), V=adam_V.state())
             bar.update()
 
 
@@ -1732,16 +1817,15 @@ def fit_basis(features, members, V_sft, num_iterations, learning_rate, regulariz
     mine = slice(process_rank(), None, process_count())
     if len(features) < process_count():
         raise InputError(f"{len(features)} users for {process_count()} processes; start at most one process per user")
-    X, counts, row = pack(features[mine], device)
-    N, d, device = len(features), X.shape[1], X.device
     sizes = [member.K for member in members]
+    likelihood = _Likelihood(features[mine], sizes, device, sum(map(len, features)) if regularized else None)
+    N, d, device = len(features), likelihood.d, likelihood.user.device
     W, V = [], []
     for member in members:
         generator = member.generator(0)
         W.append((torch.rand if regularized else torch.randn)(N, member.K, generator=generator))
         V.append(torch.randn(member.K, d, generator=generator))
-    W, V = torch.cat(W, 1)[mine].to(device), torch.cat(V).to(device)  # (N, C), (C, d): rows are read fastest
-    V = pad(V, (0, 0, 0, -len(V) % COLUMNS))
+    W, V = torch.cat(W, 1)[mine].to(device), torch.cat(V).to(device)  # (N, C), (C, d)
     if any(member.alpha for member in members) and (V_sft is None or not V_sft.any()):
         raise InputError("alpha is not 0 and V_sft is missing or all 0; give the reward head [d, 1]")
     if V_sft is not None and tuple(V_sft.shape) not in ((d, 1), (1, d), (d,)):
@@ -1750,7 +1834,6 @@ def fit_basis(features, members, V_sft, num_iterations, learning_rate, regulariz
     reference = (torch.zeros(d) if V_sft is None else V_sft).to(device, torch.float32).reshape(1, -1)
     alpha = torch.tensor([float(m.alpha) for m in members for _ in range(m.K)], device=device)[:, None]  # (C, 1)
     columns = torch.tensor([m.K for m in members for _ in range(m.K)], device=device)[:, None]
-    likelihood = _Likelihood(counts, sizes, device, sum(map(len, features)) if regularized else None, row)
 
     def penalty(V, t):
         if not any(member.alpha for member in members):
@@ -1760,12 +1843,11 @@ def fit_basis(features, members, V_sft, num_iterations, learning_rate, regulariz
         return _squared_distance_gradient(V, reference, alpha)
 
     if checkpoint is not None and process_count() == 1:
-        checkpoint = _Checkpoint(checkpoint, X, members, counts.tolist(), row if row is None else row.tolist(),
-                                 num_iterations, learning_rate, regularized, reference.flatten().tolist())
+        checkpoint = _Checkpoint(checkpoint, likelihood, members, num_iterations, learning_rate, regularized,
+                                 reference.flatten().tolist())
     else:
         checkpoint = None
-    _descend(likelihood, W, num_iterations, learning_rate, X, V, penalty=penalty, alternating=regularized,
-             checkpoint=checkpoint)
+    _descend(likelihood, W, V, num_iterations, learning_rate, penalty, alternating=regularized, checkpoint=checkpoint)
     if not V.isfinite().all():
         if checkpoint is not None:
             checkpoint.path.unlink(missing_ok=True)
@@ -1775,7 +1857,7 @@ def fit_basis(features, members, V_sft, num_iterations, learning_rate, regulariz
     w[mine] = likelihood.weights(W)
     if process_count() > 1:
         dist.all_reduce(w)
-    return [(w_k, V_k.T) for w_k, V_k in zip(w.split(sizes, 1), V[:w.shape[1]].split(sizes))]
+    return [(w_k, V_k.T) for w_k, V_k in zip(w.split(sizes, 1), V.split(sizes))]
 
 
 def _scores(features, V):
@@ -1790,11 +1872,14 @@ def _scores(features, V):
         yield X.of_table(scores)
 
 
-def _fit_weights(S, counts, members, num_iterations, learning_rate):
-    """User weights under frozen bases, from the scores S `[M, C]` alone -> list of w `[N, K]`."""
-    W = torch.cat([torch.randn(len(counts), m.K, generator=m.generator(1)) for m in members], 1).to(S.device)
-    likelihood = _Likelihood(counts, [m.K for m in members], S.device)
-    _descend(likelihood, W, num_iterations, learning_rate, S=S)
+def _fit_weights(S, members, num_iterations, learning_rate):
+    """User weights under frozen bases, from each user's scores X_i V `[m_i, C]` alone -> list of w `[N, K]`.
+
+    The scores take the place of the pairs: S = S I, so the basis they are under is the identity.
+    """
+    W = torch.cat([torch.randn(len(S), m.K, generator=m.generator(1)) for m in members], 1).to(S[0].device)
+    likelihood = _Likelihood(S, [m.K for m in members])
+    _descend(likelihood, W, torch.eye(W.shape[1], device=W.device), num_iterations, learning_rate, frozen=True)
     return list(likelihood.weights(W).split(likelihood.sizes, 1))
 
 
@@ -1804,10 +1889,9 @@ def fit_users(features, members, bases, num_iterations, learning_rate):
     features: list of `[m_i, d]` or Pairs, one per user; members and bases: one Member and one V `[d, K]` each.
     X V is computed once, so an iteration works on K numbers a pair.
     """
-    counts = torch.tensor([len(X) for X in features])
-    S = torch.cat(list(_scores(features, torch.cat([V.T for V in bases]).T)))  # (M, C)
+    S = list(_scores(features, torch.cat([V.T for V in bases]).T))  # each (m_i, C)
     members = [dataclasses.replace(member, K=V.shape[1]) for member, V in zip(members, bases)]
-    return _fit_weights(S, counts, members, num_iterations, learning_rate)
+    return _fit_weights(S, members, num_iterations, learning_rate)
 
 
 def _checked_member(num_basis_vectors, alpha, seed, num_iterations):
@@ -1926,12 +2010,11 @@ def learn_multiple(features, num_iterations=1000, learning_rate=0.01, seed=0):
     X = pad_sequence(features, batch_first=True)  # (N, m, d)
     weight = pad_sequence([torch.full((len(X),), 1 / len(X), device=X.device) for X in features], batch_first=True)
     V = torch.randn(len(X), X.shape[2], generator=Member(1, seed=seed).generator(0)).to(X.device)  # (N, d)
-    adam = torch.optim.Adam([V], lr=learning_rate)
+    adam = _Adam(V, learning_rate)
     for _ in range(num_iterations):
         margins = (X @ V[:, :, None])[:, :, 0] / TEMPERATURE  # (N, m)
         residuals = -torch.sigmoid(-margins) * weight / TEMPERATURE
-        V.grad = (residuals[:, None, :] @ X)[:, 0]
-        adam.step()
+        adam.step((residuals[:, None, :] @ X)[:, 0])
     return [torch.ones(1, device=X.device) for _ in V], [v[:, None] for v in V]
 
 
@@ -2146,10 +2229,9 @@ def run_few_shot_vary_shots(trials, alpha_list, K_list, num_shots, train_feature
         for shots in num_shots:
             generator = member.generator(2 + shots)
             drawn = [S for _ in range(trials) for S in sample_shots(S_train, shots, generator, groups)]
-            counts = torch.tensor([len(S) for S in drawn])
             w = torch.ones(len(drawn), 1, device=V.device)
             if member.K > 1:
-                w = _fit_weights(torch.cat(drawn), counts, [member], FEW_SHOT_ITERATIONS, 0.1)[0]
+                w = _fit_weights(drawn, [member], FEW_SHOT_ITERATIONS, 0.1)[0]
             w = w.reshape(trials, N_unseen, -1)
             train = [(S @ w[i // N_unseen, i % N_unseen] > 0).double().mean().item() for i, S in enumerate(drawn)]
             test = torch.stack([(S @ w[:, i].T > 0).double().mean(0) for i, S in enumerate(S_test)])  # (users, trials)

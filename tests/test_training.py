@@ -231,24 +231,23 @@ def test_a_user_is_fitted_alone_or_in_company_to_the_same_weights():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def shared_pairs():
-    """Users who have pairs of one small table, many of them the same ones."""
-    table, chance = torch.randn(9, d, generator=torch.Generator().manual_seed(1)) * 30, np.random.default_rng(1)
-    return [Pairs(table, *chance.integers(9, size=(2, m))) for m in COUNTS]
+@pytest.fixture
+def small_batches(monkeypatch):
+    """Blocks of at most 8 pairs and batches of 40, so that a few users make several of each."""
+    monkeypatch.setattr(utils, "BLOCK_NUMBERS", 8 * d)
+    monkeypatch.setattr(utils, "BATCH_NUMBERS", {"cpu": 40 * d})
 
 
-@pytest.mark.parametrize("over", ["users", "pairs"])
-@pytest.mark.parametrize("shared", [False, True], ids=["dense", "shared pairs"])
-def test_loss_and_gradients_are_those_of_autograd_in_float64(features, over, shared):
-    sizes, N = [1, 2, 4], len(COUNTS)
-    generator = torch.Generator().manual_seed(3)
-    W, V = (torch.randn(*shape, generator=generator) for shape in ((N, 7), (d, 7)))
-    X, counts, row = pack(shared_pairs() if shared else features)
-    features = [X.dense() for X in shared_pairs()] if shared else features
-    likelihood = utils._Likelihood(counts, sizes, "cpu", None if over == "users" else sum(COUNTS), row)
-    w = likelihood.weights(W)
-    S = likelihood.scores(X, V.T)
-    residuals = likelihood.residuals(S, w)
+@pytest.fixture(params=["torch", "numpy"])
+def library(request, monkeypatch):
+    """Both libraries that may multiply on a CPU, whichever the tests' machine would take; numpy two members at once."""
+    monkeypatch.setattr(utils, "_array_library", lambda device, d: {"torch": torch, "numpy": np}[request.param])
+    monkeypatch.setattr(utils, "SMALL_PRODUCT", 2 * 8 * d)
+    return request.param
+
+
+def plain_loss_and_gradients(features, W, V, sizes, over):
+    """In float64 by autograd, member by member -> losses (G,), by W (N, C), by V (d, C)."""
     losses, by_W, by_V = [], [], []
     for logits, basis in zip(W.double().split(sizes, 1), V.double().split(sizes, 1)):
         logits, basis = logits.requires_grad_(), basis.requires_grad_()
@@ -256,18 +255,52 @@ def test_loss_and_gradients_are_those_of_autograd_in_float64(features, over, sha
         losses.append(loss.detach())
         for gradients, gradient in zip((by_W, by_V), torch.autograd.grad(loss, [logits, basis])):
             gradients.append(gradient)
-    for ours, plain in ((likelihood.loss(S, w), torch.stack(losses)),
-                        (likelihood.gradient_of_logits(S, w, residuals), torch.cat(by_W, 1)),
-                        (likelihood.gradient_of_basis(X, w, residuals).T, torch.cat(by_V, 1))):
-        torch.testing.assert_close(ours.double(), plain, rtol=1e-4, atol=1e-6)
+    return torch.stack(losses), torch.cat(by_W, 1), torch.cat(by_V, 1)
 
 
-def test_the_loss_stays_finite_and_exact_for_margins_of_a_million():
-    X, counts = torch.tensor([[1e6], [-1e6], [0.0]]), torch.tensor([1, 1, 1])
-    likelihood = utils._Likelihood(counts, [1], "cpu")
-    assert likelihood.loss(X, torch.ones(3, 1)).item() == pytest.approx(0 + 1e4 + np.log(2))
-    residuals = likelihood.residuals(X, torch.ones(3, 1))
-    assert residuals.flatten().tolist() == pytest.approx([0, -1 / 100, -1 / 200])
+@pytest.mark.parametrize("over", ["users", "pairs"])
+@pytest.mark.parametrize("sizes", [[4], [1, 2, 4], [2, 2, 2, 1, 2]], ids=str)
+def test_loss_and_gradients_are_those_of_autograd_in_float64(features, small_batches, library, over, sizes):
+    N, C = len(COUNTS), sum(sizes)
+    generator = torch.Generator().manual_seed(3)
+    W, V = (torch.randn(*shape, generator=generator) for shape in ((N, C), (d, C)))
+    likelihood = utils._Likelihood(features, sizes, total=None if over == "users" else sum(COUNTS))
+    assert len(likelihood.batches) > 1 and len(likelihood.user) > N
+    w = likelihood.weights(W)
+    by_weight, by_basis = likelihood.gradients(w, V.T)
+    ours = likelihood.loss(w, V.T), likelihood.gradient_of_logits(w, by_weight), by_basis.T
+    for one, plain in zip(ours, plain_loss_and_gradients(features, W, V, sizes, over), strict=True):
+        torch.testing.assert_close(one.double(), plain, rtol=1e-4, atol=1e-6)
+    for wanted in ({"of_weights": False}, {"of_basis": False}):
+        parts = likelihood.gradients(w, V.T, **wanted)
+        assert (parts[0] is None) == ("of_weights" in wanted) and (parts[1] is None) == ("of_basis" in wanted)
+        assert all(part is None or torch.equal(part, whole) for part, whole in zip(parts, (by_weight, by_basis)))
+
+
+def test_threads_share_the_batches_of_many_pairs(monkeypatch):
+    wide, sizes = 512, [1, 3]
+    features = random_users([60] * 40, wide)  # over 2^20 numbers, so that threads share them
+    W, V = torch.randn(40, 4), torch.randn(wide, 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    likelihood = utils._Likelihood(features, sizes)
+    assert len(likelihood.shares) == 2 == len(likelihood.batches)  # no more of them than batches
+    w = likelihood.weights(W)
+    with likelihood.workers():
+        shared = likelihood.gradients(w, V.T)
+    by_weight, by_basis = likelihood.gradients(w, V.T)  # the same shares in turn
+    assert torch.equal(shared[0], by_weight) and torch.equal(shared[1], by_basis)
+    _, by_W, by_V = plain_loss_and_gradients(features, W, V, sizes, "users")
+    torch.testing.assert_close(likelihood.gradient_of_logits(w, by_weight).double(), by_W, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(by_basis.T.double(), by_V, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_loss_stays_finite_and_exact_for_margins_of_a_million(library):
+    X, V = torch.tensor([[1e6], [-1e6], [0.0]]), torch.ones(1, 1)
+    likelihood = utils._Likelihood(X.split(1), [1])
+    assert likelihood.loss(torch.ones(3, 1), V).item() == pytest.approx(0 + 1e4 + np.log(2))
+    by_weight, by_basis = likelihood.gradients(torch.ones(3, 1), V)  # residual * x V, and the sum of residual * x
+    assert by_weight.flatten().tolist() == pytest.approx([0, 1e4, 0]) and by_basis.item() == pytest.approx(1e4)
 
 
 @pytest.mark.parametrize("model", [LoRe, LoRe_regularized])
@@ -404,30 +437,42 @@ def test_learn_single_reward_fits_one_model_for_all(features, V_sft):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_slices_of_one_matrix_are_packed_in_place():
+def packed_pairs(features, **options):
+    """What `pack` made of the users: their pairs in order, one matrix `[pairs, d + 1]` a user, the last column the
+    pair's weight; rows of zeros must weigh nothing and fill up what is left."""
+    batches, user = pack(features, **options)
+    assert torch.cat([torch.arange(len(user))[batch.blocks] for batch in batches]).tolist() == list(range(len(user)))
+    found = [[] for _ in features]
+    for batch in batches:
+        assert batch.X.dtype == torch.float32 and batch.weight.shape == batch.X.shape[:2]
+        for of_user, X, weight in zip(user[batch.blocks].tolist(), batch.X, batch.weight):
+            pairs = int((weight > 0).sum())
+            assert (weight[:pairs] > 0).all() and not X[pairs:].any()
+            found[of_user].append(torch.cat([X, weight[:, None]], 1)[:pairs])
+    return [torch.cat(blocks) for blocks in found]
+
+
+@pytest.mark.parametrize("total", [None, 50])
+def test_every_pair_stands_in_one_batch_with_its_weight(features, small_batches, total):
+    for user, X in zip(packed_pairs(features, total=total), features, strict=True):
+        weight = torch.full((len(X), 1), 1 / (total or len(X)))
+        ours, plain = (sorted(rows.tolist()) for rows in (user, torch.cat([X, weight], 1)))
+        assert ours == plain
+
+
+def test_blocks_and_batches_stay_small(features, small_batches):
+    batches, user = pack(features)
+    assert max(batch.X.shape[1] for batch in batches) <= 8 and max(batch.X.numel() for batch in batches) <= 40 * d
+    assert user.bincount().tolist() == [1, 5, 1, 1, 1, 2]  # of users with 1, 40, 3, 7, 1 and 12 pairs
+
+
+def test_slices_other_dtypes_and_pairs_of_a_table_are_packed_alike():
     X = torch.randn(64, d)
-    for users, rows in ((X.split(COUNTS), X), (X.split(COUNTS)[1:4], X[1:51])):  # also from the middle of the matrix
-        packed, counts, _ = pack(users)
-        assert packed.data_ptr() == rows.data_ptr() and torch.equal(packed, rows)
-        assert counts.tolist() == [len(user) for user in users]
-
-
-def test_users_that_do_not_follow_one_another_are_copied_in_their_order():
-    X = torch.randn(64, d)
-    other = torch.randn(5, d)
-    for users in ([X[10:20], X[0:10]], [X[0:10], X[12:20]], [X[0:10], other], [X[0:4], X[0:4]], [X[0:8:2], X[8:10]],
-                  [X[0:4].bfloat16(), X[4:6].bfloat16()], [X[:, :5][0:3], X[:, :5][3:6]]):
-        packed, *_ = pack(users)
-        assert packed.dtype == torch.float32
-        assert torch.equal(packed, torch.cat(users).float())
-
-
-def test_a_pair_of_many_users_is_packed_once():
-    users = shared_pairs()
-    X, counts, row = pack(users)
-    distinct = {pair for user in users for pair in zip(user.chosen.tolist(), user.rejected.tolist())}
-    assert len(X) == len(distinct) < sum(COUNTS) and counts.tolist() == list(COUNTS)
-    assert torch.equal(X[row], torch.cat([user.dense() for user in users]))
+    table = Pairs(X, range(10), range(10, 20))
+    for users in (X.split(8), [X[10:20], X[0:10]], [X[0:4], X[0:4]], [X[0:8:2], X[8:12]], [X[0:4].bfloat16(), X[4:9]],
+                  [X[:, :5][0:3], X[:, :5][3:6]], [table, table[:7]]):
+        for packed, user in zip(packed_pairs(users), users, strict=True):
+            assert torch.equal(packed[:, :-1], user.dense() if isinstance(user, Pairs) else user.float())
 
 
 def test_separately_allocated_users_and_pairs_of_a_table_train_the_same_model(features, V_sft):
@@ -498,7 +543,7 @@ def test_an_interrupted_training_goes_on_where_it_was_and_ends_the_same(regulari
     def train(checkpoint=None):
         return fit_basis(features, sweep, V_sft, 30, 0.5, regularized, checkpoint=checkpoint)
 
-    gradient = utils._Likelihood.gradient_of_basis
+    gradient = utils._Likelihood.gradient_of_logits
 
     def killed_in_iteration_20(*arguments):
         calls.append(1)
@@ -508,7 +553,7 @@ def test_an_interrupted_training_goes_on_where_it_was_and_ends_the_same(regulari
 
     unbroken = train()
     monkeypatch.setattr(utils, "CHECKPOINT_SECONDS", 0)
-    monkeypatch.setattr(utils._Likelihood, "gradient_of_basis", killed_in_iteration_20)
+    monkeypatch.setattr(utils._Likelihood, "gradient_of_logits", killed_in_iteration_20)
     with pytest.raises(Killed):
         train(path)
     assert path.exists()

@@ -10,8 +10,7 @@ asserted, the exit status is 0.
 
 The plain loop stands below: in every step one user after the other, a training per rank, autograd and torch's Adam.
 Both sides run in this process on the same features, in turn, so that a busy machine slows both. Features are
-synthetic: standard normal, as wide as the 8B model's; neither side's cost depends on their values. They are slices of
-one matrix, which is what the TL;DR loader gives; only the memory section allocates every user's tensor on its own.
+synthetic: standard normal, as wide as the 8B model's; neither side's cost depends on their values.
 """
 
 import contextlib
@@ -232,29 +231,25 @@ def peak_bytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def memory_of_run(sizes, K_list, pipeline, sliced, options):
-    """In a process of its own: bytes of the features, and the peak resident bytes.
-
-    sliced: the users of a part are slices of one matrix, as the loaders give them; else each tensor is on its own.
-    """
-    features = [list(torch.randn(sum(part), d).split(part)) if sliced else [torch.randn(pairs, d) for pairs in part]
-                for part in sizes]
+def memory_of_run(sizes, K_list, pipeline, options):
+    """In a process of its own: bytes of the features, and the peak resident bytes."""
+    features = [[torch.randn(pairs, d) for pairs in part] for part in sizes]
     run_silently(K_list, features, 3, 3, getattr(utils, pipeline), **options)
     return sum(X.nbytes for part in features for X in part), peak_bytes()
 
 
-def bench_memory(figure, sizes, K_list, allowance, pipeline="run", sliced=False, **options):
+def bench_memory(figure, sizes, K_list, allowance, pipeline="run", **options):
     """Peak memory against the bytes of the features. A process inherits the peak of the one that starts it: run this
     before anything large has been allocated here."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        features, peak = pool.submit(memory_of_run, sizes, K_list, pipeline, sliced, options).result()
+        features, peak = pool.submit(memory_of_run, sizes, K_list, pipeline, options).result()
     ratio = (peak - allowance) / features
     print_figure(figure, f"{peak / 1e6:.0f} MB", f"{features / 1e6:.0f} MB", [ratio], "<= 1.5", ratio <= 1.5)
 
 
 def memory():
-    print("\nPeak memory of `run` (3 iterations): (peak - allowance) / bytes of features. A tensor per user on its "
-          "own,\nwhich training copies once; `slices` of one matrix, as the loaders give them, are used in place")
+    print("\nPeak memory of `run` (3 iterations): (peak - allowance) / bytes of features; training copies those "
+          "of the\nseen users' train pairs once, into its own layout")
     print(f"{'':<48} {'peak':>9} {'features':>9}   {'ratio':<24} target")
     for tests in (TLDR_PAIRS["test"], TLDR_ALL_TEST_PAIRS):
         pairs = {**TLDR_PAIRS, "test": tests, "test_unseen": tests}
@@ -262,9 +257,7 @@ def memory():
                      [[of_user] * TLDR_USERS for of_user in pairs.values()], TLDR_RANKS, 500e6)
     sizes = [[PERSONAL_PAIRS] * PERSONAL_USERS, [PERSONAL_TEST_PAIRS] * PERSONAL_USERS,
              [PERSONAL_UNSEEN_PAIRS] * PERSONAL_UNSEEN_USERS, [PERSONAL_TEST_PAIRS] * PERSONAL_UNSEEN_USERS]
-    for sliced in (True, False):
-        bench_memory(f"{PERSONAL_USERS} x {PERSONAL_PAIRS}, {'slices' if sliced else 'separate'}, - 500 MB", sizes,
-                     PERSONAL_RANKS, 500e6, sliced=sliced)
+    bench_memory(f"{PERSONAL_USERS} x {PERSONAL_PAIRS}, - 500 MB", sizes, PERSONAL_RANKS, 500e6)
     unseen = shared_out(PRISM_UNSEEN_USERS, PRISM_UNSEEN_PAIRS)
     bench_memory("PRISM, `run_regularized`, - 1 GB",
                  [shared_out(PRISM_USERS, PRISM_PAIRS), shared_out(PRISM_USERS, PRISM_TEST_PAIRS), unseen, unseen],
@@ -288,12 +281,12 @@ def run():
 
 
 def training():
-    print_heading(f"Training, {PERSONAL_USERS} users x {PERSONAL_PAIRS} pairs. Measured: one iteration, the mean of 6 "
+    print_heading(f"Training, {PERSONAL_USERS} users x {PERSONAL_PAIRS} pairs. Measured: one iteration, the mean of 12 "
                   "(plain: 2)")
     features = slices(PERSONAL_USERS, PERSONAL_PAIRS)
     for figure, ranks, target in (("one rank, K = 5", [5], 6), ("sweep, K = 1..5", PERSONAL_RANKS, 25)):
         times = in_turn(
-            lambda: per_iteration(lambda n: utils.fit_basis(features, members(ranks), None, n, 0.5), 6),
+            lambda: per_iteration(lambda n: utils.fit_basis(features, members(ranks), None, n, 0.5), 12),
             lambda: sum(per_iteration(lambda n: plain_lore(features, K, n), 2) for K in ranks))
         print_speedup(figure, *times, target)
 
@@ -324,11 +317,11 @@ def seeds():
 
 def prism():
     print_heading(f"PRISM, {PRISM_USERS} users, {PRISM_PAIRS} pairs, eight ranks {PRISM_RANKS} (0 trains nothing).\n"
-                  "Measured: one iteration of the sweep, a step on W and one on V, the mean of 3 (plain: 1)")
+                  "Measured: one iteration of the sweep, a step on W and one on V, the mean of 6 (plain: 1)")
     features = list(torch.randn(PRISM_PAIRS, d).split(shared_out(PRISM_USERS, PRISM_PAIRS)))
     times = in_turn(
         lambda: per_iteration(lambda n: utils.fit_basis(features, members(PRISM_RANKS, alpha=PRISM_ALPHA), V_SFT, n,
-                                                        0.5, regularized=True), 3),
+                                                        0.5, regularized=True), 6),
         lambda: sum(per_iteration(lambda n: plain_lore_regularized(features, K, n), 1) for K in PRISM_RANKS if K > 0))
     print_speedup("alternating sweep", *times, 40)
 
