@@ -1631,8 +1631,11 @@ class _Likelihood:
     def loss(self, w, V):
         """Negative log-likelihood of each member: (G,)."""
         w, V = self._by_rank(w[self.user].T / TEMPERATURE), self._by_rank(V)
-        margins = [torch.as_tensor(self._margins(batch, w, V)) for batch in self.batches]  # each (G, n, m)
-        return -sum((torch.as_tensor(batch.weight) * logsigmoid(m)).sum((1, 2)) for batch, m in zip(self.batches, margins))
+        losses = 0
+        for batch in self.batches:
+            margins, weight = (torch.as_tensor(values) for values in (self._margins(batch, w, V), batch.weight))
+            losses -= (weight * logsigmoid(margins)).sum((1, 2))
+        return losses
 
     def gradients(self, w, V, of_weights=True, of_basis=True):
         """Derivatives of the loss by w: (N, C), and by V: (C, d); None in place of one that is not asked for."""
@@ -1728,7 +1731,7 @@ class _Checkpoint:
         for batch in likelihood.batches:
             for values in (batch.X, batch.weight):
                 digest.update(torch.as_tensor(values).cpu().contiguous().numpy())
-        settings = (torch.__version__, likelihood.user.device.type, likelihood.user.tolist(), likelihood.sizes, *settings)
+        settings = (torch.__version__, likelihood.user.device.type, likelihood.user.tolist(), *settings)
         self.identity = digest.hexdigest() + digest_of(repr(settings))
 
     def load(self):

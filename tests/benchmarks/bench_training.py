@@ -271,6 +271,7 @@ def run():
     features = tldr_features()
 
     def plain():
+        plain_lore(features[0], 1, 1)  # the first use of torch.optim imports for a second, which is no iteration's
         fits = TLDR_ITERATIONS * sum(per_iteration(lambda n: plain_lore(features[0], K, n), 2) for K in TLDR_RANKS)
         few_shot_fits = FEW_SHOT_ITERATIONS * sum(
             per_iteration(lambda n: plain_few_shot(features[2], torch.randn(d, K), n), 2) for K in TLDR_RANKS if K > 1)
