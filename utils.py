@@ -1875,15 +1875,17 @@ def _scores(features, V):
         yield X.of_table(scores)
 
 
-def _fit_weights(S, members, num_iterations, learning_rate):
-    """User weights under frozen bases, from each user's scores X_i V `[m_i, C]` alone -> list of w `[N, K]`.
+def _fit_weights(scores, members, num_iterations, learning_rate):
+    """User weights under frozen bases of one rank -> w `[N, K]` of each of the members in turn.
 
-    The scores take the place of the pairs: S = S I, so the basis they are under is the identity.
+    scores: X_i V `[m_i, K]` of each user under the first member's basis, then under the next one's. They take the place
+    of the pairs, and the identity that of the basis: S = S I. A user is then another one under each member.
     """
-    W = torch.cat([torch.randn(len(S), m.K, generator=m.generator(1)) for m in members], 1).to(S[0].device)
-    likelihood = _Likelihood(S, [m.K for m in members])
-    _descend(likelihood, W, torch.eye(W.shape[1], device=W.device), num_iterations, learning_rate, frozen=True)
-    return list(likelihood.weights(W).split(likelihood.sizes, 1))
+    K, N = members[0].K, len(scores) // len(members)
+    W = torch.cat([torch.randn(N, K, generator=member.generator(1)) for member in members]).to(scores[0].device)
+    likelihood = _Likelihood(scores, [K])
+    _descend(likelihood, W, torch.eye(K, device=W.device), num_iterations, learning_rate, frozen=True)
+    return likelihood.weights(W).split(N)
 
 
 def fit_users(features, members, bases, num_iterations, learning_rate):
@@ -1892,9 +1894,15 @@ def fit_users(features, members, bases, num_iterations, learning_rate):
     features: list of `[m_i, d]` or Pairs, one per user; members and bases: one Member and one V `[d, K]` each.
     X V is computed once, so an iteration works on K numbers a pair.
     """
-    S = list(_scores(features, torch.cat([V.T for V in bases]).T))  # each (m_i, C)
     members = [dataclasses.replace(member, K=V.shape[1]) for member, V in zip(members, bases)]
-    return _fit_weights(S, members, num_iterations, learning_rate)
+    of_user = [S.split([member.K for member in members], 1) for S in _scores(features, torch.cat(bases, 1))]
+    of_member, found = list(zip(*of_user)), {}
+    for K in dict.fromkeys(member.K for member in members):
+        same = [i for i, member in enumerate(members) if member.K == K]
+        w = _fit_weights([S for i in same for S in of_member[i]], [members[i] for i in same], num_iterations,
+                         learning_rate)
+        found.update(zip(same, w))
+    return [found[i] for i in range(len(members))]
 
 
 def _checked_member(num_basis_vectors, alpha, seed, num_iterations):

@@ -325,7 +325,7 @@ def test_a_member_learns_the_same_alone_and_beside_others(features, V_sft, regul
 
 
 def test_frozen_bases_are_fitted_the_same_alone_and_beside_others(features):
-    members = [Member(2), Member(5, seed=3), Member(3)]
+    members = [Member(2), Member(5, seed=3), Member(3), Member(2, seed=1), Member(2, 0.5)]
     bases = [planted_basis(d, m.K, seed, length=5.0) for seed, m in enumerate(members)]
     together = utils.fit_users(features, members, bases, 60, 0.1)
     for member, V, w in zip(members, bases, together, strict=True):
