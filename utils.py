@@ -45,7 +45,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from threadpoolctl import threadpool_limits
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import embedding_bag, logsigmoid
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -531,7 +531,7 @@ class _Row:
         return len(self.prefix) + sum(map(len, self.suffixes))
 
     def only(self, wanted):
-        kept = [(m, s) for m, s in zip(self.members, self.suffixes) if m in wanted]
+        kept = [(m, s) for m, s in zip(self.run_members, self.suffixes) if m in wanted]
         return dataclasses.replace(self, members=[m for m, _ in kept], suffixes=[s for _, s in kept])
 
 
@@ -1083,7 +1083,8 @@ def check_features(features, what, users=None, d=None):
 SMALL_PRODUCT = 100**3  # multiplications of a matrix product up to which OpenBLAS has kernels of its own
 BLOCK_NUMBERS = SMALL_PRODUCT // 4  # in a block of pairs, so that four members at once are a small product
 ROW_GAP = 16  # numbers between two rows: a power of two from row to row, and all would share one place in the cache
-BATCH_NUMBERS = {"cpu": 2**20, "cuda": 2**26}  # in a batch: so many stay in a core's cache; keep a GPU busy
+CPU_BATCH_NUMBERS = 5 * 2**18  # in a batch's pairs and reward vectors: so many stay in the cache
+GPU_BATCH_NUMBERS = 2**26  # so many keep it busy
 
 
 @dataclasses.dataclass
@@ -1098,11 +1099,11 @@ class Batch:
     blocks: slice
 
 
-def pack(features, device=None, total=None):
+def pack(features, device=None, total=None, vectors=0):
     """Cut the users' pairs into blocks, and lay blocks of about one size together -> (list of `Batch`, user).
 
     user: int64 `[blocks]`, whose pairs a block holds. total: the loss is a mean over that many pairs; default the sum
-    over users of each one's mean.
+    over users of each one's mean. vectors: how many others of length d each block is worked on with.
     """
     d = features[0].shape[1]
     device = torch.device(device) if device is not None else features[0].device
@@ -1112,9 +1113,10 @@ def pack(features, device=None, total=None):
         ends = [len(X) * i // count for i in range(count + 1)]
         blocks += [(X[begin:end], 1 / (total or len(X)), user) for begin, end in zip(ends, ends[1:])]
     blocks.sort(key=lambda block: len(block[0]))
+    most = CPU_BATCH_NUMBERS if device.type == "cpu" else GPU_BATCH_NUMBERS
     batches, begin = [], 0
     for end in range(1, len(blocks) + 1):
-        if end == len(blocks) or (end + 1 - begin) * blocks[end][0].shape.numel() > BATCH_NUMBERS[device.type]:
+        if end == len(blocks) or (end + 1 - begin) * (len(blocks[end][0]) + vectors) * d > most:
             parts, weights, _ = zip(*blocks[begin:end])
             is_pair = torch.tensor([len(part) for part in parts])[:, None] > torch.arange(len(parts[-1]))  # (n, m)
             weight = is_pair * torch.tensor(weights)[:, None]
@@ -1599,12 +1601,15 @@ class _Likelihood:
 
     def __init__(self, features, sizes, device=None, total=None):
         """features: list of `[m_i, d]`, one per user. sizes: K of each member. total: see `pack`."""
-        batches, self.user = pack(features, device, total)
+        batches, self.user = pack(features, device, total, len(sizes))
         self.sizes, self.d, device = list(sizes), features[0].shape[1], self.user.device
+        self.by_user = self.user.argsort(stable=True)  # the blocks, in order of their users
+        counts = self.user.bincount()
+        self.first_of_user = counts.cumsum(0) - counts
         self.of_member = torch.block_diag(*(torch.ones(K, 1) for K in self.sizes)).to(device)  # (C, G), 0 and 1
-        self.ranks = [(K, len(list(members))) for K, members in itertools.groupby(self.sizes)]
-        ends = list(itertools.accumulate(count for _, count in self.ranks))
-        self.members = [slice(end - count, end) for end, (_, count) in zip(ends, self.ranks)]  # of each rank
+        self.runs = [(K, len(list(members))) for K, members in itertools.groupby(self.sizes)]
+        ends = list(itertools.accumulate(count for _, count in self.runs))
+        self.run_members = [slice(end - count, end) for end, (_, count) in zip(ends, self.runs)]  # of each rank
         self.xp = _array_library(device, self.d)
         self.batches = [Batch(*map(self._array, (batch.X, batch.weight)), batch.blocks) for batch in batches]
         large = device.type == "cpu" and sum(batch.X.numel() for batch in batches) >= 2**20  # else waiting costs more
@@ -1613,11 +1618,15 @@ class _Likelihood:
 
     @contextlib.contextmanager
     def workers(self):
-        """While it lasts, each share of the batches has a thread of its own, and the libraries start no others."""
+        """While it lasts, each share of the batches has a thread of its own, and the libraries start no others.
+
+        The libraries' settings are the process's: one training at a time.
+        """
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            with threadpool_limits(1, "blas"), ThreadPoolExecutor(len(self.shares)) as pool:
+            pool = ThreadPoolExecutor(len(self.shares), initializer=torch.set_num_threads, initargs=(1,))
+            with threadpool_limits(1, "blas"), pool:
                 self.map = pool.map if len(self.shares) > 1 else map
                 yield
         finally:
@@ -1643,7 +1652,7 @@ class _Likelihood:
         by_weight = torch.empty(len(V), len(self.user), device=V.device)  # (C, blocks)
         by_weight_ranks = self._by_rank(by_weight)
 
-        @np.errstate(over="ignore")  # exp(margin) is infinite from 88 on, and the residual 0
+        @np.errstate(over="ignore", invalid="ignore")  # exp(margin) is infinite from 88 on, and the residual 0
         def of_share(batches):
             by_basis, term = (torch.zeros(V.shape, device=V.device) for _ in range(2))
             total, term, term_ranks = self._array(by_basis), self._array(term), self._by_rank(term)
@@ -1653,7 +1662,7 @@ class _Likelihood:
                 sums = self._empty(len(margins), len(batch.X), self.d)  # (G, n, d)
                 for part in self._parts(batch):
                     self.xp.matmul(residuals[part].swapaxes(0, 1), batch.X, out=sums[part].swapaxes(0, 1))
-                for i, members in enumerate(self.members):
+                for i, members in enumerate(self.run_members):
                     if of_weights:  # V^T s_i
                         self.xp.matmul(V_ranks[i], sums[members].swapaxes(1, 2),
                                        out=by_weight_ranks[i][..., batch.blocks])
@@ -1664,7 +1673,8 @@ class _Likelihood:
             return by_basis
 
         by_basis = sum(self.map(of_share, self.shares))
-        return (torch.zeros_like(w).index_add_(0, self.user, by_weight.T / TEMPERATURE) if of_weights else None,
+        of_blocks = by_weight.T.contiguous() / TEMPERATURE
+        return (embedding_bag(self.by_user, of_blocks, self.first_of_user, mode="sum") if of_weights else None,
                 by_basis if of_basis else None)
 
     def gradient_of_logits(self, w, by_weight):
@@ -1674,7 +1684,7 @@ class _Likelihood:
     def _margins(self, batch, w_ranks, V_ranks):
         """x V w_i / 100 of a batch's pairs: (G, n, m). w_ranks are of w / 100."""
         v = self._empty(len(self.sizes), len(batch.X), self.d)  # (G, n, d), the reward vectors
-        for members, w_k, V_k in zip(self.members, w_ranks, V_ranks):
+        for members, w_k, V_k in zip(self.run_members, w_ranks, V_ranks):
             self.xp.matmul(w_k[..., batch.blocks].swapaxes(1, 2), V_k, out=v[members])
         margins = self._empty(len(v), *batch.X.shape[:2])
         for part in self._parts(batch):
@@ -1689,8 +1699,8 @@ class _Likelihood:
 
     def _by_rank(self, columns):
         """All members' columns as rows `[C, x]` -> an array (members, K, x) for each run of members of one rank."""
-        parts = columns.contiguous().split([K * count for K, count in self.ranks])
-        return [self._array(part.view(count, K, -1)) for part, (K, count) in zip(parts, self.ranks)]
+        parts = columns.contiguous().split([K * count for K, count in self.runs])
+        return [self._array(part.view(count, K, -1)) for part, (K, count) in zip(parts, self.runs)]
 
     def _array(self, tensor):
         return tensor.numpy() if self.xp is np else tensor
@@ -1804,6 +1814,7 @@ def _descend(likelihood, W, V, num_iterations, learning_rate, penalty=None, froz
             bar.update()
 
 
+@torch.no_grad()
 def fit_basis(features, members, V_sft, num_iterations, learning_rate, regularized=False, device=None,
               checkpoint=None):
     """Learn basis and user weights of every member of a sweep together -> list of (w `[N, K]`, V `[d, K]`).
@@ -1875,6 +1886,7 @@ def _scores(features, V):
         yield X.of_table(scores)
 
 
+@torch.no_grad()
 def _fit_weights(scores, members, num_iterations, learning_rate):
     """User weights under frozen bases of one rank -> w `[N, K]` of each of the members in turn.
 
@@ -2014,6 +2026,7 @@ def learn_single_reward(features, num_iterations=1000, learning_rate=0.01, seed=
     return solve(features, 1, num_iterations, learning_rate, seed)[1]
 
 
+@torch.no_grad()
 def learn_multiple(features, num_iterations=1000, learning_rate=0.01, seed=0):
     """A Bradley-Terry model of each user's own -> (N weights `[1]`, all 1, and N bases `[d, 1]`). A baseline."""
     check_features(features, "features")

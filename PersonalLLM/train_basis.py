@@ -22,7 +22,7 @@ from utils import *
 K_list = [0, 1, 2, 3, 4, 5]
 alpha_list = [0]  # penalties on the squared distance of the basis to the reward head
 num_iterations = 1000  # of the training
-seeds = [0]  # of the training; with several, the accuracies are averaged, at little more than the time of one
+seeds = [0]  # of the training; with several, the accuracies are averaged, five in under three times the time
 population_seed = 0  # of the users and of the prompts that each compares
 N, N_unseen = 1000, 500  # simulated users
 concentration = 0.1  # of the Dirichlet distribution over the ten scorers: most users follow one or two of them

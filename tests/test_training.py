@@ -1,9 +1,14 @@
 """The three models, step by step against float64 loops over the users, and on users planted from a known basis."""
 
+import contextlib
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
 from helpers import input_error, planted_basis, planted_pairs, planted_weights, random_users
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch.nn.functional import logsigmoid
 
 import utils
@@ -12,6 +17,10 @@ from utils import LoRe, LoRe_regularized, Member, Pairs, PersonalizeBatch, fit_b
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 COUNTS, d = (1, 40, 3, 7, 1, 12), 9  # ragged users
+
+
+class Killed(Exception):
+    pass
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,7 +244,7 @@ def test_a_user_is_fitted_alone_or_in_company_to_the_same_weights():
 def small_batches(monkeypatch):
     """Blocks of at most 8 pairs and batches of 40, so that a few users make several of each."""
     monkeypatch.setattr(utils, "BLOCK_NUMBERS", 8 * d)
-    monkeypatch.setattr(utils, "BATCH_NUMBERS", {"cpu": 40 * d})
+    monkeypatch.setattr(utils, "CPU_BATCH_NUMBERS", 40 * d)
 
 
 @pytest.fixture(params=["torch", "numpy"])
@@ -277,21 +286,79 @@ def test_loss_and_gradients_are_those_of_autograd_in_float64(features, small_bat
         assert all(part is None or torch.equal(part, whole) for part, whole in zip(parts, (by_weight, by_basis)))
 
 
-def test_threads_share_the_batches_of_many_pairs(monkeypatch):
-    wide, sizes = 512, [1, 3]
-    features = random_users([60] * 40, wide)  # over 2^20 numbers, so that threads share them
-    W, V = torch.randn(40, 4), torch.randn(wide, 4)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+@pytest.fixture
+def three_threads():
+    """Three threads of PyTorch and of numpy's BLAS, whatever the machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    with threadpool_limits(3, "blas"):
+        yield
+    torch.set_num_threads(before)
+
+
+def many_pairs():
+    """Over 2^20 numbers in three batches, which threads share out: features, W, V `[d, C]` and the members' ranks."""
+    generator = torch.Generator().manual_seed(4)
+    return (random_users([60] * 100, 512), torch.randn(100, 4, generator=generator),
+            torch.randn(512, 4, generator=generator), [1, 3])
+
+
+def test_threads_share_the_batches_of_many_pairs(three_threads, library):
+    features, W, V, sizes = many_pairs()
     likelihood = utils._Likelihood(features, sizes)
-    assert len(likelihood.shares) == 2 == len(likelihood.batches)  # no more of them than batches
+    assert len(likelihood.shares) == 3
     w = likelihood.weights(W)
     with likelihood.workers():
-        shared = likelihood.gradients(w, V.T)
+        shared = [likelihood.gradients(w, V.T) for _ in range(5)]
+    torch.set_num_threads(1)
     by_weight, by_basis = likelihood.gradients(w, V.T)  # the same shares in turn
-    assert torch.equal(shared[0], by_weight) and torch.equal(shared[1], by_basis)
+    assert all(torch.equal(one, by_weight) and torch.equal(other, by_basis) for one, other in shared)
     _, by_W, by_V = plain_loss_and_gradients(features, W, V, sizes, "users")
     torch.testing.assert_close(likelihood.gradient_of_logits(w, by_weight).double(), by_W, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(by_basis.T.double(), by_V, rtol=1e-4, atol=1e-6)
+
+
+def blas_threads():
+    return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+
+
+@pytest.mark.parametrize("ends", ["well", "with an error"])
+def test_each_share_has_one_thread_and_the_libraries_get_theirs_back(three_threads, monkeypatch, ends):
+    features, W, V, sizes = many_pairs()
+    likelihood, seen, margins = utils._Likelihood(features, sizes), [], utils._Likelihood._margins
+
+    def watched(*arguments):
+        seen.append((threading.current_thread().name, torch.get_num_threads(), blas_threads()))
+        if ends == "with an error":
+            raise Killed
+        time.sleep(0.05)  # or one thread might do the work of all
+        return margins(*arguments)
+
+    monkeypatch.setattr(utils._Likelihood, "_margins", watched)
+    with pytest.raises(Killed) if ends == "with an error" else contextlib.nullcontext(), likelihood.workers():
+        likelihood.gradients(likelihood.weights(W), V.T)
+    names, torch_threads, of_blas = zip(*seen)
+    assert threading.main_thread().name not in names and set(torch_threads) == {1}
+    assert all(threads <= {1} for threads in of_blas) and (ends == "with an error" or len(set(names)) == 3)
+    assert torch.get_num_threads() == 3 and blas_threads() <= {3}
+
+
+@pytest.mark.parametrize("threads", [1, 30])
+def test_there_are_no_more_threads_than_batches_nor_than_most_threads(monkeypatch, threads):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert len(utils._Likelihood(random_users([60] * 100, 512), [1, 3]).shares) == min(threads, 3)
+    monkeypatch.setattr(utils, "MOST_THREADS", 2)
+    assert len(utils._Likelihood(random_users([60] * 100, 512), [1, 3]).shares) == min(threads, 2)
+
+
+def test_parameters_that_require_a_gradient_train_like_others(features, V_sft):
+    def trained(wrap):
+        users, basis = [wrap(X) for X in features], wrap(planted_basis(d, 2))
+        return (*LoRe(wrap(V_sft), 0.1, len(COUNTS), d, 2, 5).train(users),
+                *utils.learn_multiple_few_shot(users, basis, 5), *utils.learn_multiple(users, 5)[1])
+
+    for one, other in zip(trained(torch.nn.Parameter), trained(torch.clone), strict=True):
+        assert torch.equal(one, other) and not one.requires_grad
 
 
 @pytest.mark.filterwarnings("error")
@@ -531,10 +598,6 @@ def test_personalize_refuses_a_basis_of_another_shape(features):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("regularized", [False, True])
 def test_an_interrupted_training_goes_on_where_it_was_and_ends_the_same(regularized, tmp_path, monkeypatch, capsys):
     features, path, calls = random_users(COUNTS, d), tmp_path / "state.pt", []
@@ -566,13 +629,15 @@ def test_an_interrupted_training_goes_on_where_it_was_and_ends_the_same(regulari
     assert "after 30 of 30" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("other", ["pairs", "learning rate", "damaged"])
+@pytest.mark.parametrize("other", ["pairs", "users", "learning rate", "damaged"])
 def test_the_state_of_another_training_is_not_used(other, tmp_path):
     features, path = random_users(COUNTS, d), tmp_path / "state.pt"
     fit_basis(features, [Member(2)], None, 5, 0.5, checkpoint=path)
     learning_rate = 0.4 if other == "learning rate" else 0.5
     if other == "pairs":
         features = random_users(COUNTS, d, seed=1)
+    if other == "users":  # the same blocks of pairs, of others
+        features = [features[i] for i in (4, 1, 2, 3, 0, 5)]
     if other == "damaged":
         path.write_bytes(path.read_bytes()[:-100])
     (w, V), = fit_basis(features, [Member(2)], None, 5, learning_rate, checkpoint=path)
