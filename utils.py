@@ -531,7 +531,7 @@ class _Row:
         return len(self.prefix) + sum(map(len, self.suffixes))
 
     def only(self, wanted):
-        kept = [(m, s) for m, s in zip(self.run_members, self.suffixes) if m in wanted]
+        kept = [(m, s) for m, s in zip(self.members, self.suffixes) if m in wanted]
         return dataclasses.replace(self, members=[m for m, _ in kept], suffixes=[s for _, s in kept])
 
 
