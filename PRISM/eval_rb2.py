@@ -11,13 +11,17 @@ Prints accuracy by subset, a line per column; with --user_weights also the mean 
 the average over users of each one's personalised reward. --save_csv writes the same table.
 """
 
-import csv
 import sys
 from pathlib import Path
+from typing import List, Literal
+
+from pydantic import BaseModel, Field, StrictStr
+from typing_extensions import Annotated
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 from utils import *
+import prism
 
 # ---------------------------------------------------------------------------------------------------------------------
 MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"
@@ -26,6 +30,15 @@ SUBSETS = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
 ATTENTION = "sdpa"  # computes a prompt once for all answers; flash_attention_2 cannot. None: flash where installed
 TOKEN_BUDGET = 8192  # tokens in a batch
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class Row(BaseModel):
+    """A row of the benchmark, of whose columns these are needed."""
+    id: StrictStr
+    prompt: StrictStr
+    chosen: Annotated[List[StrictStr], Field(min_length=1)]
+    rejected: Annotated[List[StrictStr], Field(min_length=1)]
+    subset: Literal[SUBSETS]
 
 
 def arguments():
@@ -53,16 +66,11 @@ def arguments():
     parser.add_argument("--verbose_failures", action="store_true", help="list the rows that column 0 gets wrong")
     args = parser.parse_args()
     for name in ("limit", "batch_size", "max_length", "top_k"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)}: give a whole number from 1")
-    if not is_number(args.head_bias, -1e6, 1e6):
-        raise InputError(f"--head_bias {args.head_bias}: give a number from -1e6 to 1e6")
-    try:
-        usable = torch.empty(0, device=args.device).device.type in ("cpu", "cuda")
-    except (RuntimeError, AssertionError):
-        usable = False
-    if not usable:
-        raise InputError(f"--device {args.device}: not on this machine; give cpu, or a GPU such as cuda:0")
+        if getattr(args, name) is not None:
+            check_whole(f"--{name}", getattr(args, name))
+    check_number("--head_bias", args.head_bias, -1e6, 1e6)
+    if args.device is not None:
+        check_device(args.device)
     if args.save_csv is not None:
         if args.save_csv.is_dir():
             raise InputError(f"--save_csv {args.save_csv}: a folder; give the name of a file")
@@ -95,37 +103,23 @@ def read_matrix(path, keys, what):
             raise InputError(f"{path}: holds {', '.join(map(str, content))}, and none of {', '.join(keys)}; "
                              f"{'name one with --head_key' if what == 'head' else f'give a file with the {what}'}")
         content = content[found[0]]
-    if not isinstance(content, torch.Tensor) or content.is_complex() or content.ndim not in (1, 2) or (
-            content.numel() == 0) or not torch.isfinite(content).all():
-        raise InputError(f"{path}: the {what} is not a finite vector or matrix of numbers")
-    return content.float()
+    if isinstance(content, torch.Tensor) and content.ndim == 1:
+        content = content.reshape(-1, 1)
+    return check_matrix(content, f"{path}, {what}")
 
 
-def read_rows(args):
-    """The benchmark's rows: dicts with id, prompt, chosen, rejected, subset. Raises InputError that names the row."""
-    splits = hub_splits(DATASET) if args.data is None else {args.split: read_split(args.data, args.split)}
-    if args.split not in splits:
-        raise InputError(f"--split {args.split}: {DATASET} has {', '.join(splits)}")
-    found = []
-    for where, row in splits[args.split]:
-        try:
-            kept = {key: row[key] for key in ("id", "prompt", "chosen", "rejected", "subset")}
-        except KeyError as error:
-            raise InputError(f"{where}: no column {error}; expected is the schema of {DATASET}") from None
-        if not isinstance(kept["prompt"], str) or not isinstance(kept["id"], str):
-            raise InputError(f"{where}: id {kept['id']!r} and prompt {repr(kept['prompt'])[:20]}; both should be text")
-        if kept["subset"] not in SUBSETS:
-            raise InputError(f"{where}: unknown subset {kept['subset']!r}; one of {', '.join(SUBSETS)}")
-        for side in ("chosen", "rejected"):
-            if not isinstance(kept[side], (list, tuple)) or not kept[side] or not all(
-                    isinstance(text, str) for text in kept[side]):
-                raise InputError(f"{where}: no list of {side} answers; every row needs one or more")
-        if args.subset in (None, kept["subset"]):
-            found.append(kept)
-        if len(found) == args.limit:
-            break
+def read_benchmark(args):
+    """The rows of the split, of the subset asked for. Raises InputError that names row and field, or no row."""
+    if args.data is None:
+        splits = hub_rows(DATASET)
+        if args.split not in splits:
+            raise InputError(f"--split {args.split}: {DATASET} has {', '.join(splits)}")
+        rows = splits[args.split]
+    else:
+        rows = (row for path in split_files(args.data, **{args.split: [args.split]})[args.split] for row in read_rows(path))
+    found = [row for _, row in parse_rows(rows, Row, DATASET) if args.subset in (None, row.subset)][:args.limit]
     if not found:
-        raise InputError(f"no rows of subset {args.subset or 'any'} in split {args.split}")
+        raise InputError(f"no rows of subset {args.subset or 'any'} in split {args.split}; choose another")
     return found
 
 
@@ -165,104 +159,101 @@ def ties_score(prompts):
 
 
 def evaluate(rows, scores):
-    """Score by subset of one reward, and the ids of the rows it gets wrong.
+    """Score by subset of one reward, their average, and the ids of the rows it gets wrong.
 
-    scores: for each row (scores of the chosen, scores of the rejected answers). A row outside Ties is right when its
-    first chosen answer beats every rejected one.
+    scores: float64 `[answers]`, of each row's chosen and then its rejected answers. A row outside Ties counts 1 where
+    its chosen answer beats every rejected one, and 1 / n where it shares the top score with n - 1 others.
     """
-    by_subset, failures = {}, []
-    for row, (chosen, rejected) in zip(rows, scores):
-        if row["subset"] == "Ties":
-            by_subset.setdefault("Ties", []).append((row["id"], chosen, rejected))
-            right = min(chosen) > max(rejected)
+    by_subset, failures, ends = {}, [], np.cumsum([len(row.chosen) + len(row.rejected) for row in rows])
+    for row, of_row in zip(rows, np.split(scores, ends[:-1])):
+        chosen, rejected = of_row[:len(row.chosen)], of_row[len(row.chosen):]
+        if row.subset == "Ties":
+            by_subset.setdefault("Ties", []).append((row.id, chosen.tolist(), rejected.tolist()))
+            right = chosen.min() > rejected.max()
         else:
-            right = chosen[0] > max(rejected)
-            by_subset.setdefault(row["subset"], []).append(right)
-        if not right:
-            failures.append(row["id"])
-    table = {subset: ties_score(found) if subset == "Ties" else sum(found) / len(found)
-             for subset, found in by_subset.items()}
-    return table, failures
+            right = float(chosen[0] == of_row.max()) / (of_row == of_row.max()).sum()
+            by_subset.setdefault(row.subset, []).append(right)
+        if right < 1:
+            failures.append(row.id)
+    table = {subset: ties_score(by_subset[subset]) if subset == "Ties" else np.mean(by_subset[subset])
+             for subset in SUBSETS if subset in by_subset}
+    return {**table, "Average": np.mean(list(table.values()))}, failures
+
+
+def tables_of(rows, scores, weights):
+    """A line per column of the basis, then of the mean user and the average over users -> (DataFrame, failures of the
+    first). scores: float64 `[answers, K]`; weights: `[users, K]` or None."""
+    columns = [evaluate(rows, column) for column in scores.T]
+    tables = {f"column {k}" if len(columns) > 1 else "reward head": table for k, (table, _) in enumerate(columns)}
+    if weights is not None:
+        tables["mean user"] = evaluate(rows, scores @ weights.mean(0))[0]
+        users = pd.DataFrame([evaluate(rows, scores @ w)[0] for w in weights])
+        tables["average over users"] = users.mean().to_dict()
+    return pd.DataFrame.from_dict(tables, orient="index"), columns[0][1]
+
+
+def read_heads(args, d_of_model):
+    """The heads `[d, K]` and the user weights `[users, K]`, or None. Raises InputError: other shapes, another model."""
+    if args.rm_head is None:
+        heads = load_reward_head(args.model)
+    else:
+        heads = read_matrix(args.rm_head, [args.head_key] if args.head_key else ["V", "reward_head", "score.weight"], "head")
+        check_same_model(args.rm_head, args.model)
+    if heads.shape == (1, d_of_model):
+        heads = heads.T
+    if heads.shape[0] != d_of_model:
+        raise InputError(f"{args.rm_head}: a matrix of shape {tuple(heads.shape)}, and {args.model} has d = {d_of_model}; "
+                         "it should be [d, K]")
+    weights = read_matrix(args.user_weights, ["W", "W_unseen"], "user weights") if args.user_weights else None
+    if weights is not None and weights.shape[1] != heads.shape[1]:
+        raise InputError(f"{args.user_weights}: weights of shape {tuple(weights.shape)} for {heads.shape[1]} columns; "
+                         "they should be [users, K]")
+    return heads, weights
+
+
+def check_same_model(path, model_name):
+    """Raise InputError where a basis says that it was learnt from another model's embeddings."""
+    identity = load_tensors(path)[1].get("identity") if path.suffix == ".safetensors" else None
+    if identity and identity["reward_head"] != digest_of(load_reward_head(model_name).tolist()):
+        raise InputError(f"{path}: learnt from embeddings of {identity['model']}, whose reward head is not that of "
+                         f"{model_name}; give --model the one it was learnt from")
 
 
 def is_demo(folder):
     """Whether prepare.py --demo wrote the split in this folder."""
-    split = folder / "data" / "prism" / "split.json"
+    split = folder / prism.SPLIT_FOLDER / "split.json"
     return split.exists() and load_json(split, "demo")["demo"]
-
-
-def mean_tables(tables):
-    return {subset: float(np.mean([table[subset] for table in tables])) for subset in tables[0]}
 
 
 def main():
     args = arguments()
-    standin = args.dir / ".standin"
     if is_demo(args.dir) and args.model is None and args.data is None:
         print("demo: a stand-in model with random weights and a synthetic benchmark; the scores say nothing")
-        args.model, args.data = str(standin / "model"), standin / "benchmark"
-    asks_for_gpu = args.model is None and args.device is None
-    args.model = args.model or MODEL_NAME
-    rows = read_rows(args)
-    if args.mode == "seqclf" or (args.mode == "auto" and args.rm_head is None):
-        heads = load_reward_head(args.model)
-    else:
-        keys = [args.head_key] if args.head_key else ["V", "reward_head", "score.weight"]
-        heads = read_matrix(args.rm_head, keys, "head")
-    weights = read_matrix(args.user_weights, ["W", "W_unseen"], "user weights") if args.user_weights else None
-    if asks_for_gpu:
+        args.model, args.data = str(args.dir / ".standin"), HERE / "demo"
+    if args.model is None and args.device is None:
         check_gpu(MODEL_NAME)
+    args.model = args.model or MODEL_NAME
+    rows = read_benchmark(args)
     model, tokenizer = load_reward_model(args.model, args.device, attention=ATTENTION, tokenizer_name=args.tokenizer,
                                          dtype=getattr(torch, args.dtype) if args.dtype else None,
                                          trust_remote_code=args.trust_remote_code)
-    d = model.config.hidden_size
-    if heads.ndim == 1 or (heads.shape[0] != d and heads.shape == (1, d)):
-        heads = heads.reshape(-1, 1)
-    if heads.shape[0] != d:
-        raise InputError(f"{args.rm_head}: a matrix of shape {tuple(heads.shape)}, and {args.model} has d = {d}; "
-                         "it should be [d, K]")
-    if weights is not None and (weights.ndim != 2 or weights.shape[1] != heads.shape[1]):
-        raise InputError(f"{args.user_weights}: weights of shape {tuple(weights.shape)} for {heads.shape[1]} columns; "
-                         "they should be [users, K]")
-
-    conversations = [[{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": answer}]
-                     for row in rows for answer in (*row["chosen"], *row["rejected"])]
+    heads, weights = read_heads(args, model.config.hidden_size)
+    conversations = [[{"role": "user", "content": row.prompt}, {"role": "assistant", "content": answer}]
+                     for row in rows for answer in (*row.chosen, *row.rejected)]
     embeddings = embed_conversations(conversations, model, tokenizer, args.dir / ".embedding_cache", TOKEN_BUDGET,
                                      max_length=args.max_length, truncation_side=args.truncation_side,
                                      batch_size=args.batch_size)
-    scores = (embeddings.float() @ heads).double() + args.head_bias  # (answers, K)
-    ends = np.cumsum([len(row["chosen"]) + len(row["rejected"]) for row in rows])
-
-    def table_of(column):
-        parts = [part.tolist() for part in np.split(column.numpy(), ends[:-1])]
-        return evaluate(rows, [(part[:len(row["chosen"])], part[len(row["chosen"]):])
-                               for row, part in zip(rows, parts)])
-
-    tables, failures = {}, None
-    for k in range(heads.shape[1]):
-        tables[f"column {k}" if heads.shape[1] > 1 else "reward head"], wrong = table_of(scores[:, k])
-        failures = wrong if failures is None else failures
-    if weights is not None:
-        tables["mean user"] = table_of(scores @ weights.double().mean(0))[0]
-        tables["average over users"] = mean_tables([table_of(scores @ w)[0] for w in weights.double()])
-
-    subsets = [subset for subset in SUBSETS if any(row["subset"] == subset for row in rows)]
-    for table in tables.values():
-        table["Average"] = float(np.mean([table[subset] for subset in subsets]))
-    names = sorted(tables, key=lambda name: -tables[name]["Average"])[:args.top_k] if args.top_k else list(tables)
-    print(f"{args.model}, {len(rows):,} rows")
-    print(f"{'':20}" + "".join(f"{subset:>12}" for subset in (*subsets, "Average")))
-    for name in names:
-        print(f"{name:20}" + "".join(f"{tables[name][subset]:>12.4f}" for subset in (*subsets, "Average")))
+    scores = (embeddings.float() @ heads).double().numpy() + args.head_bias  # (answers, K)
+    table, failures = tables_of(rows, scores, None if weights is None else weights.double().numpy())
+    if args.top_k:
+        table = table.nlargest(args.top_k, "Average")
+    print(f"{args.model}, {len(rows):,} rows\n" + table.to_string(float_format="{:.4f}".format))
     if args.verbose_failures:
-        print(f"rows that {next(iter(tables))} gets wrong: {', '.join(map(str, failures)) or 'none'}")
+        print(f"rows that {'column 0' if heads.shape[1] > 1 else 'reward head'} gets wrong: "
+              f"{', '.join(failures) or 'none'}")
     if args.save_csv:
-        text = io.StringIO()
-        writer = csv.writer(text)
-        writer.writerow(["reward", *subsets, "Average"])
-        writer.writerows([name, *(tables[name][subset] for subset in (*subsets, "Average"))] for name in names)
         with atomic_write(args.save_csv) as file:
-            file.write(text.getvalue().encode())
+            table.to_csv(file, index_label="reward")
 
 
 if __name__ == "__main__":

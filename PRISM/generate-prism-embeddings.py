@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 from utils import *
+import prism
 
 # ---------------------------------------------------------------------------------------------------------------------
 MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"
@@ -24,27 +25,20 @@ SHARD_SIZE = 1024  # conversations per file of the cache, the most that an inter
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def conversations_of(row):
-    """The conversations of a turn: the chosen response's, then one for each rejected response."""
-    info = row["extra_info"]
-    return [[*row["prompt"], {"role": "assistant", "content": response}]
-            for response in (info["chosen_utterance"], *info["rejected_utterance"])]
-
-
 def embed(rows, args):
     """Add the embeddings to every row, bfloat16, and the format of its pairs."""
     numbers = {}
     for row in rows:
-        for conversation in conversations_of(row):
+        for conversation in prism.conversations_of(row):
             numbers.setdefault(json.dumps(conversation), len(numbers))
     print(f"{len(numbers):,} distinct conversations to embed")
     model, tokenizer = load_reward_model(args.model, attention=ATTENTION)
     embeddings = embed_conversations([json.loads(text) for text in numbers], model, tokenizer,
                                      args.dir / ".embedding_cache", TOKEN_BUDGET, SHARD_SIZE).bfloat16()
     for row in rows:
-        chosen, *rejected = (numbers[json.dumps(conversation)] for conversation in conversations_of(row))
+        chosen, *rejected = (numbers[json.dumps(conversation)] for conversation in prism.conversations_of(row))
         row["extra_info"].update(chosen_conv_embedding=embeddings[chosen].clone(),
-                                 rejected_conv_embedding=embeddings[rejected], pair_format=PAIR_FORMAT)
+                                 rejected_conv_embedding=embeddings[rejected], pair_format=prism.PAIR_FORMAT)
 
 
 def main():
@@ -52,17 +46,12 @@ def main():
     parser.add_argument("--model", metavar="ID_OR_PATH", help="the reward model (default: the one prepare.py names)")
     parser.add_argument("--overwrite", action="store_true", help="replace finished embeddings of another model or data")
     args = parser.parse_args()
-    folder = args.dir / "data" / "prism"
-    split = load_json(folder / "split.json", "rows", "model", "demo", "data")
-    args.model = args.model or (str(args.dir / ".standin" / "model") if split["demo"] else split["model"])
+    rows, split = prism.load_split(args.dir / prism.SPLIT_FOLDER)
+    args.model = args.model or (str(args.dir / ".standin") if split["demo"] else split["model"])
     if args.model == MODEL_NAME:
         check_gpu(MODEL_NAME)
-    rows = {name: load_parquet(folder / f"{name}.parquet") for name in ("train", "test")}
-    if digest_of(rows) != split["rows"]:
-        raise InputError(f"{folder}: train.parquet, test.parquet and split.json are of different runs; run prepare.py "
-                         "--overwrite")
     head = load_reward_head(args.model)
-    outputs = [args.dir / name for name in PRISM_FILES]
+    outputs = [args.dir / name for name in prism.FILES]
     identity = {"model": "stand-in" if split["demo"] else args.model, "reward_head": digest_of(head.tolist()),
                 "data": split["rows"]}
     if embeddings_are_finished(outputs, identity, args.overwrite):
@@ -75,8 +64,7 @@ def main():
     with new_embeddings(args.dir, head, identity, model=identity["model"], data=split["data"],
                         demo=split["demo"]) as folder:
         for path, name in zip(outputs, rows):
-            with atomic_write(folder / path.name) as file:
-                torch.save(rows[name], file)
+            save_torch(folder / path.name, rows[name])
     for path, name in zip(outputs, rows):
         print(f"{path.name}: {len(rows[name]):,} turns, d = {len(head)}, {path.stat().st_size / 1e6:,.1f} MB")
     print("next: python train_basis.py")

@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 from utils import *
+import prism
 
 # ---------------------------------------------------------------------------------------------------------------------
 K_list = [0, 1, 5, 10, 15, 20, 25, 50]
@@ -30,27 +31,42 @@ released_reference = False  # True: in place of the reward head the vector of th
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def sweep(demo):
+    """Ranks, penalties and iterations: the demo's where the embeddings are the demo's."""
+    ranks, alphas, iterations = (demo_K_list, demo_alpha_list, demo_num_iterations) if demo else (
+        K_list, alpha_list, num_iterations)
+    return dict(K_list=ranks, alpha_list=alphas, num_iterations=iterations, seeds=seeds, threshold=threshold)
+
+
+def save_checkpoints(folder, fits):
+    """Write V and W of the first seed under the released names, PRISM_{V,W}_lore_K_{K}_alpha_{alpha}.pt."""
+    with together(folder) as new:
+        for fit in fits:
+            if fit.seed == fits[0].seed:
+                for name, tensor in (("V", fit.V), ("W", fit.W)):
+                    save_torch(new / f"PRISM_{name}_lore_K_{fit.K}_alpha_{fit.alpha}.pt", tensor.cpu().clone())
+
+
 def main():
     args = script_parser(__doc__, HERE).parse_args()
-    check_ranks(K_list, alpha_list)
-    check_seeds(seeds, "seeds")
-    data, V_final, about = load_prism(args.dir, MODEL_NAME)
+    for demo in (True, False):
+        check_settings(**sweep(demo))
+    data, V_final, about = prism.load_embeddings(args.dir, MODEL_NAME)
     if released_reference:
         V_final = load_released_reference(MODEL_NAME)
     for folder in ("results", "checkpoints"):
         check_writable(args.dir / folder)
-    ranks, alphas, iterations = K_list, alpha_list, num_iterations
-    if about.get("demo"):
-        ranks, alphas, iterations = demo_K_list, demo_alpha_list, demo_num_iterations
+    config = sweep(about.get("demo"))
     N, N_unseen = len(data["seen"]), len(data["unseen"])
     print(f"{about['title']}: {N} seen and {N_unseen} unseen users, {sum(map(len, data['train'])):,} train pairs, "
           f"d = {len(V_final)}")
     if about.get("demo"):
-        print(f"demo settings: K_list = {ranks}, alpha_list = {alphas}, {iterations} iterations")
+        print("demo settings: K_list = {K_list}, alpha_list = {alpha_list}, {num_iterations} iterations".format(**config))
 
     fits, start = [], time.perf_counter()
-    run_regularized(ranks, alphas, V_final, data["train"], data["test"], data["train_unseen"], data["test_unseen"], N,
-                    N_unseen, default_device(), seed=seeds, num_iterations=iterations, threshold=threshold, fits=fits,
+    run_regularized(config["K_list"], config["alpha_list"], V_final, data["train"], data["test"], data["train_unseen"],
+                    data["test_unseen"], N, N_unseen, default_device(), seed=seeds,
+                    num_iterations=config["num_iterations"], threshold=threshold, fits=fits,
                     checkpoint=args.dir / "results" / CHECKPOINT_FILE)
     seconds = time.perf_counter() - start
 
@@ -60,16 +76,9 @@ def main():
                   f"{threshold:g} or more")
     print_table(fits)
     if process_rank() == 0:
-        with together(args.dir / "checkpoints") as folder:
-            for fit in fits:
-                if fit.seed == fits[0].seed:
-                    for name, tensor in (("V", fit.V), ("W", fit.W)):
-                        with atomic_write(folder / f"PRISM_{name}_lore_K_{fit.K}_alpha_{fit.alpha}.pt") as file:
-                            torch.save(tensor.cpu().clone(), file)
-        config = {"data": about["title"], "model": about.get("model"), "K_list": ranks, "alpha_list": alphas,
-                  "num_iterations": iterations, "threshold": threshold, "released_reference": released_reference,
-                  "seeds": seeds}
-        save_results(args.dir / "results", fits, data, config, seconds)
+        save_checkpoints(args.dir / "checkpoints", fits)
+        save_results(args.dir / "results", fits, data, about, {**config, "released_reference": released_reference},
+                     seconds)
     print(f"\n{seconds:.1f} s; results and a plot are in {args.dir / 'results'}, V and W in {args.dir / 'checkpoints'}")
 
 

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 from utils import *
+import prism
 
 # ---------------------------------------------------------------------------------------------------------------------
 K_list = [5]
@@ -26,18 +27,17 @@ MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"  # whose head is read wh
 
 def main():
     args = script_parser(__doc__, HERE).parse_args()
-    check_ranks(K_list, alpha_list)
-    data, V_final, about = load_prism(args.dir, MODEL_NAME)
+    config = dict(K_list=K_list, alpha_list=alpha_list, num_iterations=num_iterations, trials=trials,
+                  num_shots=num_shots, seed=seed)
+    check_settings(**config)
+    data, V_final, about = prism.load_embeddings(args.dir, MODEL_NAME)
     check_writable(args.dir / "results")
     curves = run_few_shot_vary_shots(
         trials, alpha_list, K_list, num_shots, data["train"], data["train_unseen"], data["test_unseen"], V_final,
         len(data["seen"]), len(data["unseen"]), default_device(), seed=seed, num_iterations=num_iterations,
         groups=data["dialogs_unseen"], checkpoint=args.dir / "results" / FEW_SHOT_CHECKPOINT_FILE)
     if process_rank() == 0:
-        config = {"data": about["title"], "model": about.get("model"), "K_list": K_list, "alpha_list": alpha_list,
-                  "trials": trials, "num_shots": num_shots, "seed": seed, "num_iterations": num_iterations,
-                  "shots_are": "conversations"}
-        save_few_shot_curves(args.dir / "results", curves, data, config)
+        save_few_shot_curves(args.dir / "results", curves, data, about, config, data["dialogs_unseen"])
     print(f"\nthe curves and a plot are in {args.dir / 'results'}")
 
 

@@ -3,7 +3,7 @@
     python prepare.py                                  on a CUDA GPU with 18 GB or more; downloads data and model
     torchrun --nproc-per-node 8 prepare.py             the same on eight GPUs
     python prepare.py --demo                           on any machine: tiny stand-in model, synthetic prompts
-    python prepare.py --data DIR --model ID_OR_PATH    your own data in the hub's schema, another reward model
+    python prepare.py --data DIR --model ID_OR_PATH    your own data in the schema of demo/, another reward model
 
 Writes beside itself train.safetensors and test.safetensors (`embeddings`, `[8 * prompts, d]`, and `scores`, `[prompts,
 8, 10]`) and reward_head.safetensors. An interrupted run resumes from .embedding_cache/.
@@ -14,36 +14,34 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 from utils import *
+import personalllm
 
 # ---------------------------------------------------------------------------------------------------------------------
 MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"
 ATTENTION = "sdpa"  # computes a prompt once for all responses; flash_attention_2 cannot. None: flash where installed
 TOKEN_BUDGET = 8192  # tokens in a batch
 SHARD_SIZE = 1024  # responses per file of the cache, the most that an interruption loses
-FULL = {"train": 9402, "test": 1000}  # prompts of the full data set
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def build_demo(data, model):
-    """The demo's synthetic prompts, responses and scores, and its stand-in reward model."""
-    sys.path.insert(0, str(HERE.parent / "tests"))
-    import standin
-    print(standin.STANDIN_NOTE)
-    standin.write_personalllm_corpus(data)
-    standin.build_reward_model(model)
-
-
-def conversations_of(prompts, responses):
-    """One conversation per response, response j of prompt i at place 8 i + j."""
-    return [[{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-            for prompt, of_prompt in zip(prompts, responses) for response in of_prompt]
+def read(args):
+    """Prompts, responses and scores of each split; says what was read."""
+    splits = {}
+    for split, rows in personalllm.read_prompts(args.data).items():
+        prompts, responses, scores = splits[split] = personalllm.parse(rows, split, args.limit)
+        print(f"{split}: {len(prompts):,} prompts, {len(prompts) * personalllm.RESPONSES:,} responses with "
+              f"{len(personalllm.SCORERS)} scores each")
+        warn_of_equal_sides(split, sum(len(texts) - len(set(texts)) for texts in responses), 8 * len(prompts))
+        if args.data is None and args.limit is None and len(prompts) != personalllm.FULL[split]:
+            print(f"warning: the full {split} split has {personalllm.FULL[split]:,} prompts; the hub's data has changed")
+    return splits
 
 
 def embed(splits, args):
     """The embeddings of each split, bfloat16 `[8 * prompts, d]`: split -> slice of one matrix."""
-    conversations = {split: conversations_of(prompts, responses) for split, (prompts, responses, _) in splits.items()}
+    conversations = {split: personalllm.conversations_of(*texts) for split, (*texts, _) in splits.items()}
     print(f"{sum(map(len, conversations.values())):,} responses to embed")
     model, tokenizer = load_reward_model(args.model, attention=ATTENTION)
     embeddings = embed_conversations(sum(conversations.values(), []), model, tokenizer, args.dir / ".embedding_cache",
@@ -52,16 +50,10 @@ def embed(splits, args):
 
 
 def main():
-    args = prepare_arguments(__doc__, HERE, MODEL_NAME, build_demo)
-    splits = {}
-    for split, rows in personalllm_rows(args.data).items():
-        splits[split] = parse_personalllm(rows, split, args.limit)
-        prompts = len(splits[split][0])
-        print(f"{split}: {prompts:,} prompts, {RESPONSES * prompts:,} responses with {SCORERS} scores each")
-        if args.data is None and args.limit is None and prompts != FULL[split]:
-            print(f"warning: the full {split} split has {FULL[split]:,} prompts; the hub's data has changed")
+    args = prepare_arguments(__doc__, HERE, MODEL_NAME)
+    splits = read(args)
     head = load_reward_head(args.model)
-    outputs = [args.dir / name for name in PERSONALLLM_FILES]
+    outputs = [args.dir / name for name in personalllm.FILES]
     identity = {"model": "stand-in" if args.demo else args.model, "reward_head": digest_of(head.tolist()),
                 "data": digest_of([(*texts, scores.tolist()) for *texts, scores in splits.values()])}
     if embeddings_are_finished(outputs, identity, args.overwrite):
@@ -71,10 +63,11 @@ def main():
     embeddings = embed(splits, args)
     if process_rank() > 0:
         return
-    with new_embeddings(args.dir, head, identity, model=identity["model"], data=args.label or PERSONALLLM,
+    with new_embeddings(args.dir, head, identity, model=identity["model"], data=args.label or personalllm.DATASET,
                         demo=args.demo) as folder:
         for path, (split, (_, _, scores)) in zip(outputs, splits.items()):
-            save_tensors(folder / path.name, {"embeddings": embeddings[split], "scores": scores}, scorers=SCORER_NAMES)
+            save_tensors(folder / path.name, {"embeddings": embeddings[split], "scores": scores},
+                         scorers=personalllm.SCORERS)
     for path, split in zip(outputs, splits):
         print(f"{path.name}: {len(embeddings[split]):,} embeddings, d = {len(head)}, "
               f"{path.stat().st_size / 1e6:,.1f} MB")

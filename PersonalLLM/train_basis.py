@@ -15,8 +15,9 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 from utils import *
+import personalllm
 
 # ---------------------------------------------------------------------------------------------------------------------
 K_list = [0, 1, 2, 3, 4, 5]
@@ -26,52 +27,48 @@ seeds = [0]  # of the training; with several, the accuracies are averaged, five 
 population_seed = 0  # of the users and of the prompts that each compares
 N, N_unseen = 1000, 500  # simulated users
 concentration = 0.1  # of the Dirichlet distribution over the ten scorers: most users follow one or two of them
-train_fraction = 0.005  # of the train prompts, per seen user: 47 pairs
-few_shot_fraction = 0.001  # of the train prompts, per unseen user: 9 pairs
-test_fraction = 1.0  # of the test prompts, per user
-demo_N, demo_N_unseen, demo_train_fraction, demo_few_shot_fraction = 60, 30, 0.1, 0.05  # of 240 train prompts
+fractions = (0.005, 0.001, 1.0)  # of the train prompts, per seen user (47 pairs) and unseen user (9); of the test prompts
+demo_N, demo_N_unseen, demo_fractions = 60, 30, (0.1, 0.05, 1.0)  # of 240 train prompts
 MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"  # whose head is read where none stands beside the embeddings
 released_reference = False  # True: in place of the reward head the vector of the released scripts, to compare with
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def population(demo):
-    """What `create_dataset_personalllm` needs: users, their concentration, fractions of prompts."""
-    if demo:
-        return demo_N, demo_N_unseen, concentration, (demo_train_fraction, demo_few_shot_fraction, test_fraction)
-    return N, N_unseen, concentration, (train_fraction, few_shot_fraction, test_fraction)
+    """How many users are simulated, and what each compares; the demo's where the embeddings are the demo's."""
+    users, users_unseen, shares = (demo_N, demo_N_unseen, demo_fractions) if demo else (N, N_unseen, fractions)
+    return dict(N=users, N_unseen=users_unseen, concentration=concentration, fractions=shares,
+                population_seed=population_seed)
 
 
 def main():
-    args = personalllm_parser(__doc__, HERE).parse_args()
-    check_ranks(K_list, alpha_list)
-    check_seeds(seeds, "seeds")
-    tables, V_final, about = load_personalllm(args.dir, MODEL_NAME, args.data)
+    args = personalllm.scripts_parser(__doc__, HERE).parse_args()
+    config = dict(K_list=K_list, alpha_list=alpha_list, num_iterations=num_iterations, seeds=seeds)
+    for demo in (True, False):
+        check_settings(**config, **population(demo))
+    tables, V_final, about = personalllm.load_embeddings(args.dir, MODEL_NAME, args.data)
     if released_reference:
         V_final = load_released_reference(MODEL_NAME)
-    users, users_unseen, *of_population = population(about.get("demo"))
-    data = create_dataset_personalllm(tables, users, users_unseen, *of_population, population_seed)
+    config.update(population(about.get("demo")))
+    data = personalllm.create_dataset(tables, *population(about.get("demo")).values())
     check_writable(args.dir / "results")
-    print(f"{about['title']}: {users} seen and {users_unseen} unseen simulated users, "
+    print(f"{about['title']}: {len(data['seen'])} seen and {len(data['unseen'])} unseen simulated users, "
           f"{sum(map(len, data['train'])):,} train pairs, d = {len(V_final)}; {data['dropped']:,} pairs dropped, all "
           "responses tied")
 
     fits, start = [], time.perf_counter()
     run(K_list, alpha_list, V_final, data["train"], data["test"], data["train_unseen"], data["test_unseen"],
-        users, users_unseen, default_device(), seed=seeds, num_iterations=num_iterations, fits=fits,
+        len(data["seen"]), len(data["unseen"]), default_device(), seed=seeds, num_iterations=num_iterations, fits=fits,
         checkpoint=args.dir / "results" / CHECKPOINT_FILE)
     seconds = time.perf_counter() - start
 
     print_table(fits)
     if process_rank() == 0:
-        config = {"data": about["title"], "model": about.get("model"), "K_list": K_list, "alpha_list": alpha_list,
-                  "num_iterations": num_iterations, "released_reference": released_reference, "seeds": seeds,
-                  "population_seed": population_seed, "N": users, "N_unseen": users_unseen,
-                  **dict(zip(("concentration", "fractions"), of_population)), "pairs_dropped": data["dropped"]}
-        save_results(args.dir / "results", fits, data, config, seconds)
+        config.update(released_reference=released_reference, pairs_dropped=data["dropped"])
+        save_results(args.dir / "results", fits, data, about, config, seconds)
         save_tensors(args.dir / "results" / "population.safetensors", {"seen": data["population"], "unseen":
-                     data["population_unseen"]}, scorers=SCORER_NAMES, users=data["seen"], unseen_users=data["unseen"],
-                     population_seed=population_seed)
+                     data["population_unseen"]}, scorers=personalllm.SCORERS, users=data["seen"],
+                     unseen_users=data["unseen"], population_seed=population_seed)
     print(f"\n{seconds:.1f} s; results, the basis of each rank and a plot are in {args.dir / 'results'}")
 
 

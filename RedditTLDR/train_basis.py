@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 from utils import *
+import tldr
 
 # ---------------------------------------------------------------------------------------------------------------------
 K_list = [0, 1, 2, 3, 4, 5, 6]
@@ -30,13 +31,14 @@ released_reference = False  # True: in place of the reward head the vector of th
 
 def main():
     args = script_parser(__doc__, HERE).parse_args()
-    check_ranks(K_list, alpha_list)
-    check_seeds(seeds, "seeds")
-    train, validation, V_final, about = load_tldr(args.dir, MODEL_NAME)
+    config = dict(K_list=K_list, alpha_list=alpha_list, num_iterations=num_iterations, seeds=seeds,
+                  split_seed=split_seed, train_pairs=train_pairs, unseen_pairs=unseen_pairs)
+    check_settings(**config)
+    train, validation, V_final, about = tldr.load_embeddings(args.dir, MODEL_NAME)
     if released_reference:
         V_final = load_released_reference(MODEL_NAME)
     everyone = len(train.keys() | validation.keys())
-    data = create_dataset_tldr(train, validation, train_pairs, unseen_pairs, split_seed)
+    data = tldr.create_dataset(train, validation, train_pairs, unseen_pairs, split_seed)
     del train, validation
     check_writable(args.dir / "results")
     N, N_unseen = len(data["seen"]), len(data["unseen"])
@@ -51,10 +53,8 @@ def main():
 
     print_table(fits)
     if process_rank() == 0:
-        config = {"data": about["title"], "model": about.get("model"), "K_list": K_list, "alpha_list": alpha_list,
-                  "num_iterations": num_iterations, "released_reference": released_reference, "seeds": seeds,
-                  "split_seed": split_seed, "train_pairs": train_pairs, "unseen_pairs": unseen_pairs}
-        save_results(args.dir / "results", fits, data, config, seconds)
+        save_results(args.dir / "results", fits, data, about, {**config, "released_reference": released_reference},
+                     seconds)
     print(f"\n{seconds:.1f} s; results, the basis of each rank and a plot are in {args.dir / 'results'}")
 
 

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 from utils import *
+import tldr
 
 # ---------------------------------------------------------------------------------------------------------------------
 K_list = [5]
@@ -29,9 +30,12 @@ MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"  # whose head is read wh
 
 def main():
     args = script_parser(__doc__, HERE).parse_args()
-    check_ranks(K_list, alpha_list)
-    train, validation, V_final, about = load_tldr(args.dir, MODEL_NAME)
-    data = create_dataset_tldr(train, validation, train_pairs, unseen_pairs, split_seed)
+    config = dict(K_list=K_list, alpha_list=alpha_list, num_iterations=num_iterations, trials=trials,
+                  num_shots=num_shots, seed=seed, split_seed=split_seed, train_pairs=train_pairs,
+                  unseen_pairs=unseen_pairs)
+    check_settings(**config)
+    train, validation, V_final, about = tldr.load_embeddings(args.dir, MODEL_NAME)
+    data = tldr.create_dataset(train, validation, train_pairs, unseen_pairs, split_seed)
     del train, validation
     check_writable(args.dir / "results")
     curves = run_few_shot_vary_shots(
@@ -39,10 +43,7 @@ def main():
         len(data["seen"]), len(data["unseen"]), default_device(), seed=seed, num_iterations=num_iterations,
         checkpoint=args.dir / "results" / FEW_SHOT_CHECKPOINT_FILE)
     if process_rank() == 0:
-        config = {"data": about["title"], "model": about.get("model"), "K_list": K_list, "alpha_list": alpha_list,
-                  "trials": trials, "num_shots": num_shots, "seed": seed, "num_iterations": num_iterations,
-                  "split_seed": split_seed, "train_pairs": train_pairs, "unseen_pairs": unseen_pairs}
-        save_few_shot_curves(args.dir / "results", curves, data, config)
+        save_few_shot_curves(args.dir / "results", curves, data, about, config)
     print(f"\nthe curves and a plot are in {args.dir / 'results'}")
 
 

@@ -1,18 +1,20 @@
-"""The stand-in reward model and the written corpora behind `prepare.py --demo`, shared by the demo and the tests.
+"""What composes the demos' synthetic corpora, committed as RedditTLDR/demo, PRISM/demo and PersonalLLM/demo.
 
-    build_reward_model(folder)    a tiny Llama reward model of random weights, with a tokenizer of its own
-    write_tldr_corpus(folder)     Reddit-like comparisons in the schema of openai/summarize_from_feedback
-    write_prism_corpus(folder)    conversations in the schema of HannahRoseKirk/prism-alignment
+    python tests/corpora.py           writes them anew, the same to the letter
+
+    write_tldr_corpus(folder)         Reddit-like comparisons in the schema of openai/summarize_from_feedback
+    write_prism_corpus(folder)        conversations in the schema of HannahRoseKirk/prism-alignment
     write_rewardbench_corpus(folder)  questions in the schema of allenai/reward-bench-2
     write_personalllm_corpus(folder)  prompts with scored responses in the schema of namkoong-lab/PersonalLLM
 
 The corpora are composed of the hand-written material below. A response has a style, a side of each attribute in
 STYLES, and a worker a taste, a mixture of PLANTED_RANK directions over these attributes. The directions pull against
 each other, so one reward for all workers fails many of them and LoRe at K = PLANTED_RANK can serve each. A style is
-words and nothing else: the random model tells styles apart because its last state is near a mean over the words.
-The material, the tastes and the scales of the weights were chosen so that a demo of seconds shows the effect.
+words and nothing else: the stand-in model tells styles apart because its last state is near a mean over the words.
+The material and the tastes were chosen so that a demo of seconds shows the effect.
 """
 
+import gzip
 import itertools
 import json
 import random
@@ -20,10 +22,6 @@ import string
 from pathlib import Path
 
 import numpy as np
-import torch
-
-STANDIN_NOTE = ("demo: the reward model is a tiny stand-in with random weights and the data are synthetic, "
-                "written for this demo; the accuracies say nothing about real models or people")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Material: what happened
@@ -224,70 +222,6 @@ def draw_comparison(chance, mixture):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reward model
-# ---------------------------------------------------------------------------------------------------------------------
-
-# The padding is a token of its own: sequence classification scores the last token before it, and the template's
-# end-of-turn tokens stand in the middle of a conversation too.
-SPECIAL_TOKENS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|pad|>"]
-CHAT_TEMPLATE = """\
-{{- bos_token }}
-{%- for message in messages %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
-{%- endif %}
-"""
-# Standard deviations of the random weights, times sqrt(inputs). Flat attention and a weak MLP keep the last state near
-# a mean over the words read; what attention writes is strong, so that the last token's own embedding does not drown it.
-GAINS = {"embed_tokens": 1.0, "q_proj": 0.3, "k_proj": 0.3, "v_proj": 1.0, "o_proj": 2.0, "gate_proj": 0.3,
-         "up_proj": 0.3, "down_proj": 0.3, "score": 1.0}
-
-
-def build_tokenizer():
-    """A byte-level BPE tokenizer, trained on the written material: it encodes any text, and its own in few tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
-                                                 pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    bpe.decoder = decoders.ByteLevel()
-    posts = compose_posts(random.Random(0))
-    trainer = trainers.BpeTrainer(vocab_size=2048, special_tokens=SPECIAL_TOKENS, show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-    bpe.train_from_iterator([text for post in posts for text in (post["post"], *post["responses"].values())], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>",
-                                        pad_token="<|pad|>")
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
-
-
-def build_reward_model(folder, seed=0, hidden_size=64, layers=2, heads=4, key_value_heads=2, context=8192):
-    """Write a tiny Llama reward model of random weights to `folder`: config, safetensors, tokenizer, chat template.
-
-    hidden_size: d, a multiple of 2 * heads. Equal arguments give equal weights, in any process.
-    """
-    from transformers import LlamaConfig, LlamaForSequenceClassification, logging
-    logging.disable_progress_bar()
-    tokenizer = build_tokenizer()
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=2 * hidden_size,
-                         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=key_value_heads,
-                         max_position_embeddings=context, num_labels=1, bos_token_id=tokenizer.bos_token_id,
-                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    with torch.random.fork_rng(devices=[]):  # the class fills the weights from torch's global state first
-        model = LlamaForSequenceClassification(config)
-    generator = torch.Generator().manual_seed(seed)
-    for name, weight in sorted(model.named_parameters()):
-        if weight.ndim == 2:  # the norms stay at 1
-            layer = name.split(".")[-2]
-            inputs = 1 if layer == "embed_tokens" else weight.shape[1]
-            torch.nn.init.normal_(weight, std=GAINS[layer] / inputs ** 0.5, generator=generator)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Reddit TL;DR
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -306,9 +240,9 @@ def _tldr_row(texts, choice, worker, split, confidence=None, **info):
 
 
 def write_tldr_corpus(folder, seed=0):
-    """Write `train.jsonl` and `validation.jsonl` to `folder`: about 800 comparisons by 32 workers, in the hub's schema.
+    """Write `train.jsonl.gz` and `validation.jsonl.gz` to `folder`: about 800 comparisons by 32 workers.
 
-    Both files have the same workers, each of whom sees a post at most once, and different situations. Validation also
+    They are in the hub's schema. Both files have the same workers, each of whom sees a post at most once, and different situations. Validation also
     has four rows about news articles, without a post. Returns the planted tastes: worker -> mixture, float64 `[3]`.
     """
     chance = random.Random(seed)
@@ -333,8 +267,7 @@ def write_tldr_corpus(folder, seed=0):
                                article=article)
                      for number, (article, *summaries) in enumerate(ARTICLES) for name in chance.sample(names, 2)]
         chance.shuffle(rows)
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        _write_jsonl(Path(folder) / f"{split}.jsonl.gz", rows)
     return mixtures
 
 
@@ -486,25 +419,14 @@ def _prism_conversation(chance, number, user, question, mixture):
             "timing_duration_s": chance.randint(200, 900), "included_in_balanced_subset": True}
 
 
-def _prism_utterances(conversation, first):
-    """The rows of utterances.jsonl for a conversation: one per response."""
-    asked = {m["turn"]: m["content"] for m in conversation["conversation_history"] if m["role"] == "user"}
-    replies = [m for m in conversation["conversation_history"] if m["role"] == "model"]
-    return [{"utterance_id": f"ut{first + i}", "interaction_id": f"int_{conversation['conversation_id']}_{m['turn']}",
-             **{name: conversation[name] for name in ("conversation_id", "user_id", "conversation_type")},
-             **{name: m[name] for name in ("turn", "within_turn_id", "model_name", "model_provider", "score",
-                                           "if_chosen")},
-             "user_prompt": asked[m["turn"]], "model_response": m["content"], "included_in_balanced_subset": True}
-            for i, m in enumerate(replies)]
-
-
 def _write_jsonl(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with open(path, "wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:  # no name, no date: the
+        packed.write("".join(json.dumps(row) + "\n" for row in rows).encode())  # same bytes for the same rows
 
 
 def write_prism_corpus(folder, seed=0):
-    """Write `survey.jsonl`, `conversations.jsonl` and `utterances.jsonl` to `folder`: 42 users, in the hub's schema.
+    """Write `survey.jsonl.gz` and `conversations.jsonl.gz` to `folder`: 42 users, in the hub's schema.
 
     Most users have six conversations, two of each type, of two or three turns, with one to three rejected responses.
     Returns the planted tastes: user -> mixture, float64 `[3]`.
@@ -512,7 +434,7 @@ def write_prism_corpus(folder, seed=0):
     chance = random.Random(seed)
     names = [f"user{i}" for i in range(PRISM_USERS)]
     mixtures = plant_tastes(chance, names)
-    survey, conversations, utterances = [], [], []
+    survey, conversations = [], []
     kinds = sorted({kind for kind, *_ in QUESTIONS})
     for name in names:
         questions = [question for kind in kinds for question in
@@ -530,9 +452,8 @@ def write_prism_corpus(folder, seed=0):
         for question in questions:
             conversation = _prism_conversation(chance, len(conversations), name, question, mixtures[name])
             conversations.append(conversation)
-            utterances += _prism_utterances(conversation, len(utterances))
-    for name, rows in (("survey", survey), ("conversations", conversations), ("utterances", utterances)):
-        _write_jsonl(Path(folder) / f"{name}.jsonl", rows)
+    for name, rows in (("survey", survey), ("conversations", conversations)):
+        _write_jsonl(Path(folder) / f"{name}.jsonl.gz", rows)
     return mixtures
 
 
@@ -554,7 +475,7 @@ TIES = [  # a question with one right answer, one with several to the same purpo
 
 
 def write_rewardbench_corpus(folder, seed=0):
-    """Write `test.jsonl` to `folder`: questions of all six subsets in the schema of allenai/reward-bench-2.
+    """Write `rewardbench_test.jsonl.gz` to `folder`: questions of all six subsets in the schema of allenai/reward-bench-2.
 
     Outside Ties a row has one chosen and three rejected answers; a Ties prompt is a pair of rows, ref:P and tied:P.
     """
@@ -575,7 +496,7 @@ def write_rewardbench_corpus(folder, seed=0):
                          "num_correct": len(chosen), "num_incorrect": len(incorrect),
                          "total_completions": len(chosen) + len(incorrect),
                          "models": ["written"] * (len(chosen) + len(incorrect)), "subset": "Ties"})
-    _write_jsonl(Path(folder) / "test.jsonl", rows)
+    _write_jsonl(Path(folder) / "rewardbench_test.jsonl.gz", rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -590,7 +511,7 @@ SCORER_NOISE = 0.3  # standard deviation of a score about the scorer's taste
 
 
 def write_personalllm_corpus(folder, seed=0):
-    """Write `train.jsonl` and `test.jsonl` to `folder`: 240 and 60 prompts with eight replies, in the hub's schema.
+    """Write `train.jsonl.gz` and `test.jsonl.gz` to `folder`: 240 and 60 prompts with eight replies, in the hub's schema.
 
     The replies to a prompt have the eight styles, in an order of chance. Scorer m follows row m % PLANTED_RANK of
     TASTES, so a mixture over the scorers is a mixture over PLANTED_RANK directions.
@@ -620,6 +541,18 @@ def write_personalllm_corpus(folder, seed=0):
                     row[f"response_{j}_{scorer}"] = round(score, 4)
             rows.append(row)
             styles_of[split].append(styles)
-        _write_jsonl(Path(folder) / f"{split}.jsonl", rows)
+        _write_jsonl(Path(folder) / f"{split}.jsonl.gz", rows)
         styles_of[split] = np.array(styles_of[split])
     return styles_of
+
+
+def main():
+    root = Path(__file__).parents[1]
+    write_tldr_corpus(root / "RedditTLDR" / "demo")
+    write_prism_corpus(root / "PRISM" / "demo")
+    write_rewardbench_corpus(root / "PRISM" / "demo")
+    write_personalllm_corpus(root / "PersonalLLM" / "demo")
+
+
+if __name__ == "__main__":
+    main()
