@@ -18,10 +18,12 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import glob
 import gzip
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -34,6 +36,7 @@ import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Iterable
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -73,21 +76,30 @@ def check_number(name, value, least, most):
         raise InputError(f"{name}: {value!r}; give a number from {least:g} to {most:g}")
 
 
-def check_list(name, values, check, *bounds):
-    """Raise InputError unless a setting is a list of one or more distinct values, each of which passes `check`."""
-    if not isinstance(values, (list, tuple, range, np.ndarray)) or len(values) == 0:
-        raise InputError(f"{name}: {values!r}; give a list of one value or more")
-    for value in values:
-        check(name, value, *bounds)
-    if len(set(values)) < len(values) and name != "fractions":
-        raise InputError(f"{name}: {list(values)}; give each value once")
+SETTINGS_RULES = {  # what may stand at the top of a script, or be given to a model; of lists, each value
+    **dict.fromkeys(("seeds", "K_list", "seed", "split_seed", "population_seed", "num_iterations"), (check_whole, 0)),
+    **dict.fromkeys(("num_shots", "trials", "num_basis_vectors", "train_pairs", "unseen_pairs", "N", "N_unseen"),
+                    (check_whole, 1)),
+    "alpha_list": (check_number, 0, 1e15), "learning_rate": (check_number, 1e-9, 1e9), "threshold": (check_number, 0, 1),
+    "seen_share": (check_number, 0.01, 0.99), "concentration": (check_number, 1e-6, 1e6),
+    "fractions": (check_number, 1e-9, 1)}
+LISTS = ("K_list", "alpha_list", "seeds", "num_shots", "fractions")
+
+
+def check_settings(**settings):
+    """Check settings by their names, before any data are loaded. Raises InputError that names the setting."""
+    for name, value in settings.items():
+        if name in LISTS and (not isinstance(value, (list, tuple, range, np.ndarray)) or len(value) == 0):
+            raise InputError(f"{name}: {value!r}; give a list of one value or more")
+        for one in value if name in LISTS else [value]:
+            SETTINGS_RULES[name][0](name, one, *SETTINGS_RULES[name][1:])
+        if name in LISTS[:-1] and len(set(value)) < len(value):
+            raise InputError(f"{name}: {list(value)}; give each value once")
 
 
 def run_script(main):
-    """Call a script's main(). What the reader can mend ends in one line on stderr and exit status 2, Ctrl-C in 130.
-
-    Under torchrun only the first process prints.
-    """
+    """Call a script's main(). What the reader can mend ends in one line on stderr and exit status 2, Ctrl-C in 130;
+    under torchrun only the first process prints."""
     if process_rank() > 0:
         sys.stdout = open(os.devnull, "w")
     status = 2
@@ -100,10 +112,6 @@ def run_script(main):
     except KeyboardInterrupt:
         status = 130
         message = "interrupted: finished files and embeddings are kept, run the same command again to resume"
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) and "allocate memory" not in str(error):
-            raise
-        message = f"the memory is full ({error}); free it, or lower the sizes at the top of the script"
     except OSError as error:
         if error.filename is None:  # standard output: a closed pipe, a full disk
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -151,18 +159,17 @@ def atomic_write(path):
 @contextlib.contextmanager
 def together(folder, replaces=()):
     """A folder to write files in, which move to `folder` once all are there: never do those of two runs stand mixed.
-
-    replaces: patterns of names whose files in `folder` go when the new ones come.
-    """
+    replaces: patterns of names whose files in `folder` go when the new ones come."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as new:
         yield Path(new)
-        paths = sorted(Path(new).iterdir())
-        for path in [folder / path.name for path in paths] + [p for pattern in replaces for p in folder.glob(pattern)]:
-            path.unlink(missing_ok=True)
-        for path in paths:
-            os.replace(path, folder / path.name)
+        names = [path.name for path in sorted(Path(new).iterdir())]
+        for pattern in (*map(glob.escape, names), *replaces):
+            for path in folder.glob(pattern):
+                path.unlink()
+        for name in names:
+            os.replace(Path(new) / name, folder / name)
 
 
 def check_writable(folder):
@@ -185,18 +192,23 @@ def save_json(path, content):
 
 def load_json(path, *keys):
     """Read a JSON object. Raises InputError where the file is missing or damaged, or lacks one of `keys`."""
-    try:
+    with _readable(path, "JSON object"):
         content = json.loads(Path(path).read_text())
         return {**content, **{key: content[key] for key in keys}}
+
+
+@contextlib.contextmanager
+def _readable(path, kind, written_by="prepare.py"):
+    """Within it, a file that is missing or damaged raises an InputError with the remedy."""
+    try:
+        yield
+    except InputError:
+        raise
     except FileNotFoundError:
-        raise _no_such_file(path) from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path}: damaged, or without {' or '.join(keys)} ({error}); write it again") from None
-
-
-def _no_such_file(path, written_by="prepare.py"):
-    """The InputError of a file that an earlier step should have written."""
-    return InputError(f"{path}: no such file; run {written_by} first")
+        raise InputError(f"{path}: no such file; run {written_by} first") from None
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise InputError(f"{path}: no whole {kind} ({reason}); write it again") from None
 
 
 def save_tensors(path, tensors, **about):
@@ -209,14 +221,9 @@ def save_tensors(path, tensors, **about):
 
 def load_tensors(path):
     """Read what `save_tensors` wrote -> (dict of tensors, dict). Raises InputError where the file is damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get("about", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, about
-    except FileNotFoundError:
-        raise _no_such_file(path) from None
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not a complete safetensors file ({error}); write it again") from None
+    with _readable(path, "safetensors file"), safe_open(path, "pt") as file:
+        about = json.loads((file.metadata() or {}).get("about", "{}"))
+        return {name: file.get_tensor(name) for name in file.keys()}, about
 
 
 # Before torch 2.6 an archive could pass weights_only: there none is read, and none written.
@@ -253,27 +260,23 @@ def load_pickle(path, written_by="prepare.py"):
     written_by: the script named where the file is missing.
     Raises InputError: file missing, truncated, of another kind, or naming a global that could run code (it says which).
     """
-    remedy = "do not trust this file, or save it as plain tensors, lists and dicts"
-    try:
-        with open(path, "rb") as file:
+    remedy = "do not trust this file, or, where it is yours, write it again as plain tensors, lists and dicts"
+    with _readable(path, "file", written_by), open(path, "rb") as file:
+        try:
             begin = file.read(len(_LEGACY_MAGIC))
             file.seek(0)
-            if begin.startswith(b"PK"):
-                if not ARCHIVES:
-                    remedy = "load it with torch 2.6 or newer, or write it again here"
-                    raise pickle.UnpicklingError(f"refused: an archive, which torch {torch.__version__} cannot read "
-                                                 "without the risk of running code")
+            if begin[:2] == b"PK" and not ARCHIVES:
+                remedy = "load it with torch 2.6 or newer, or write it again here"
+                raise pickle.UnpicklingError(f"refused: an archive, through which torch {torch.__version__} may run code")
+            if begin[:2] == b"PK":
                 return torch.load(file, map_location="cpu", weights_only=True)
             return _load_legacy(file.read()) if begin == _LEGACY_MAGIC else _PlainUnpickler(file).load()
-    except FileNotFoundError:
-        raise _no_such_file(path, written_by) from None
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}; give a file that can be read") from None
-    except Exception as error:  # a damaged pickle raises nearly anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if not any(word in reason for word in ("refused", "weights_only", "Unsupported", "TorchScript")):
-            remedy = "it is truncated or no pickle; delete it and write it again"
-        raise InputError(f"{path}: {reason[:300]}; {remedy}") from None
+        except Exception as error:  # a damaged pickle raises nearly anything
+            found = re.search(r"[^\n.]*(refused|GLOBAL|class|TorchScript)[^\n]*?(?=\.\s|\n|$)", str(error))
+            if not found and "weights_only" not in str(error):
+                remedy = "it is truncated or no pickle; delete it and write it again"
+            reason = found[0] if found else (str(error) or type(error).__name__).split(". ")[0]
+            raise InputError(f"{path}: {' '.join(reason.split())[:200]}; {remedy}") from None
 
 
 def save_torch(path, content):
@@ -736,84 +739,6 @@ def check_gpu(model_name):
                          "reward model that fits this machine")
 
 
-def prepare_arguments(description, folder, model_name, embeds=True):
-    """Read and check the command line of a prepare.py; with --demo build the stand-in model, for the data in demo/.
-
-    embeds: whether the script itself runs the model, which asks for a GPU unless a model was named.
-    Returns a namespace: dir, data (a folder, or None for the download), model, limit, overwrite, demo, label (of the
-    data). Raises InputError: --limit below 1, --demo with other sources, no CUDA GPU for the default model.
-    """
-    parser = script_parser(description, folder)
-    parser.add_argument("--data", type=Path, metavar="DIR", help="read the splits from here instead of downloading "
-                        "them: parquet, jsonl, csv, the last two also .gz; demo/ beside this script is an example")
-    parser.add_argument("--model", metavar="ID_OR_PATH", help=f"the reward model (default: {model_name})")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each split; PRISM: users")
-    parser.add_argument("--demo", action="store_true", help="the synthetic data in demo/ and a tiny stand-in model")
-    parser.add_argument("--overwrite", action="store_true", help="replace finished embeddings of another model or data")
-    args = parser.parse_args()
-    if args.limit is not None:
-        check_whole("--limit", args.limit)
-    if args.demo and (args.data or args.model):
-        raise InputError("--demo brings its own data and model; leave out --data and --model, or --demo")
-    if embeds and not args.demo and not args.model:
-        check_gpu(model_name)
-    check_writable(args.dir)
-    args.label = "synthetic demo" if args.demo else args.data.name if args.data else None
-    if args.demo:
-        print("demo: the reward model is a tiny stand-in with random weights and the data are synthetic, written for "
-              "this demo; the accuracies say nothing about real models or people")
-        args.data, args.model = Path(folder) / "demo", args.dir / ".standin"
-        if process_rank() == 0:
-            texts = [json.dumps(row) for path in sorted(args.data.glob("*.jsonl.gz")) for _, row in read_rows(path)]
-            build_standin_model(args.model, texts)
-        if process_count() > 1:
-            dist.barrier()
-    args.model = os.path.normpath(args.model) if os.path.isdir(args.model or "") else args.model or model_name
-    return args
-
-
-def build_standin_model(folder, texts, seed=0, hidden_size=64, layers=2, heads=4, key_value_heads=2, context=8192):
-    """Write a tiny Llama reward model of random weights to `folder`: config, safetensors, tokenizer, chat template.
-
-    texts: what the byte-level BPE tokenizer is trained on. hidden_size: d, a multiple of 2 * heads. Equal arguments
-    give equal weights, in any process.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast, logging
-    logging.disable_progress_bar()
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
-                                                 pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=2048, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False,
-        special_tokens=["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|pad|>"]))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>",
-                                        pad_token="<|pad|>")  # of its own, as the end of a turn stands in the middle too
-    tokenizer.chat_template = (
-        "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>"
-        "\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=2 * hidden_size,
-                         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=key_value_heads,
-                         max_position_embeddings=context, num_labels=1, bos_token_id=tokenizer.bos_token_id,
-                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    with torch.random.fork_rng(devices=[]):  # the class fills the weights from torch's global state first
-        model = LlamaForSequenceClassification(config)
-    # Flat attention and a weak MLP keep the last state near a mean over the words read, which tells styles apart.
-    gains = {"v_proj": 1.0, "o_proj": 2.0, "score": 1.0}
-    generator = torch.Generator().manual_seed(seed)
-    for name, weight in sorted(model.named_parameters()):
-        layer, inputs = name.split(".")[-2], weight.shape[-1]
-        if layer == "embed_tokens":
-            torch.nn.init.normal_(weight, generator=generator)
-        elif weight.ndim == 2:  # the norms stay at 1
-            torch.nn.init.normal_(weight, std=gains.get(layer, 0.3) / inputs ** 0.5, generator=generator)
-    with _named_disk_errors(folder):
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-
 def embeddings_are_finished(outputs, identity, overwrite):
     """Whether the files `outputs` already hold the embeddings of this model and data.
 
@@ -882,9 +807,9 @@ def find_reward_head(folder, model_name, title, width, outputs):
 def split_files(folder, **words):
     """The files of each split in a folder: split -> list of paths.
 
-    words: for each split the words that its files' names hold one of, as a whole word: train=["train"]. A split is one
-    file, or the shards of one as the hub lays them out, train-00000-of-00002.parquet; .parquet, .jsonl or .csv, the
-    last two also with .gz behind. Raises InputError: no such folder, no file or several for a split, one for two.
+    words: for each split, the words of which its files' names hold one, whole. A split is one .parquet, .jsonl(.gz) or
+    .csv(.gz), or the shards of one, train-00000-of-00002.parquet.
+    Raises InputError: no such folder, no file or several for a split, one for two.
     """
     folder, found = Path(folder), {}
     if not folder.is_dir():
@@ -924,8 +849,6 @@ def read_rows(path):
             yield f"{path}, row {i}", row
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; give the folder that holds it with --data") from None
-    except InputError:
-        raise
     except (ValueError, OSError, EOFError, RecursionError, zlib.error) as error:  # pyarrow's errors are ValueErrors
         raise InputError(f"{path}, row {i + 1}: cannot be read ({error}), so the file is cut short, or an error page; "
                          "download or write it again") from None
@@ -939,7 +862,7 @@ def hub_rows(dataset, **options):
     except Exception as error:  # no network, no such revision, no access: a class of its own for each
         raise InputError(f"data set {dataset}: the hub did not serve it ({type(error).__name__}: {error}); check the "
                          "network, or give a downloaded copy with --data") from None
-    return {split: ((f"{dataset}, {split}, row {i}", row) for i, row in enumerate(rows, 1))
+    return {split: zip(map(f"{dataset}, {split}, row {{}}".format, itertools.count(1)), rows)
             for split, rows in splits.items()}
 
 
@@ -963,15 +886,14 @@ class Pairs:
     """
 
     def __init__(self, embeddings, chosen, rejected):
-        chosen, rejected = torch.as_tensor(chosen), torch.as_tensor(rejected)
-        for rows in (chosen, rejected):
-            if rows.shape != chosen.shape or rows.ndim != 1 or rows.dtype == torch.bool or (rows != rows.long()).any():
-                raise InputError(f"Pairs: chosen {tuple(chosen.shape)} and rejected {tuple(rejected.shape)}; give two "
-                                 "lists of row numbers of equal length")
-            if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(embeddings):
-                raise InputError(f"Pairs: row numbers {int(rows.min())} to {int(rows.max())} do not fit a table of "
-                                 f"{len(embeddings)} rows; give the embeddings that the pairs were made for")
-        self.embeddings, self.chosen, self.rejected = embeddings, chosen.long(), rejected.long()
+        self.embeddings, self.chosen, self.rejected = embeddings, torch.as_tensor(chosen), torch.as_tensor(rejected)
+        for rows in (self.chosen, self.rejected):
+            if rows.shape != self.chosen.shape or rows.ndim != 1 or rows.dtype == torch.bool or len(rows) and (
+                    rows.min() < 0 or rows.max() >= len(embeddings) or (rows != rows.long()).any()):
+                raise InputError(f"Pairs: chosen {tuple(self.chosen.shape)}, rejected {tuple(self.rejected.shape)}: rows "
+                                 f"{rows.tolist()[:5]}; give two equally long lists of row numbers of the "
+                                 f"{len(embeddings)} rows")
+        self.chosen, self.rejected = self.chosen.long(), self.rejected.long()
 
     def __len__(self):
         return len(self.chosen)
@@ -999,6 +921,23 @@ class Pairs:
         return self.embeddings[self.chosen].float() - self.embeddings[self.rejected].float()
 
 
+def _scores(features, V):
+    """X_i V of each user in turn, `[m_i, C]`; the rows of a table that users share are multiplied once."""
+    table = scores = None
+    for X in features:
+        if not isinstance(X, Pairs):
+            yield X.to(V.device) @ V
+            continue
+        if X.embeddings is not table:
+            table, scores = X.embeddings, X.table_scores(V)
+        yield X.of_table(scores)
+
+
+def is_finite(table):
+    """Whether a tensor with numbers in it has no NaN and nothing infinite, without a copy of it."""
+    return all(math.isfinite(extreme) for extreme in table.aminmax())
+
+
 def check_matrix(X, what, rows=None, columns=None, finite_tables=None):
     """X as a finite float32 tensor `[rows, columns]` (None: any number from 1); Pairs stay Pairs.
 
@@ -1016,7 +955,7 @@ def check_matrix(X, what, rows=None, columns=None, finite_tables=None):
         raise InputError(f"{what}: shape {tuple(X.shape)} where [{rows or 'rows >= 1'}, {columns or 'd'}] should be; "
                          "leave out users without pairs, and take embeddings and reward head of one model")
     if finite_tables is None or id(table) not in finite_tables:
-        if not all(torch.isfinite(part).all() for part in table.split(8192)):
+        if not is_finite(table):
             raise InputError(f"{what}: NaN or infinite values; make these embeddings again")
         if finite_tables is not None and isinstance(X, Pairs):
             finite_tables.add(id(table))
@@ -1024,15 +963,12 @@ def check_matrix(X, what, rows=None, columns=None, finite_tables=None):
 
 
 def check_features(features, what, users=None, d=None):
-    """A list with one finite float32 `[m_i, d]` tensor (or Pairs) per user, of what a caller gave as such.
+    """A list with one finite float32 `[m_i, d]` tensor (or Pairs) per user, of any iterable of tensors, arrays or Pairs.
 
-    Takes any iterable of tensors, numpy arrays or Pairs. Raises InputError that names the user: no users or not
-    `users` of them, a user without pairs, another width than `d` or than the first user's, NaN or infinite values.
+    Raises InputError that names the user: no users or not `users` of them, a user without pairs, another width than `d`
+    or than the first user's, NaN or infinite values.
     """
-    try:
-        features = list(features)
-    except TypeError:
-        raise InputError(f"{what}: {type(features).__name__} where a list with a tensor per user should be") from None
+    features = list(features) if isinstance(features, Iterable) else []
     if not features or users not in (None, len(features)):
         raise InputError(f"{what}: {len(features)} users where {users or 'at least 1'} should be; "
                          "give one tensor per user")
@@ -1043,17 +979,14 @@ def check_features(features, what, users=None, d=None):
     return checked
 
 
-def warn_of_equal_sides(what, equal, pairs):
-    """Say how many pairs have two equal texts: their margin is 0, so they count as wrong for ever, as released."""
-    if equal:
-        print(f"{what}: {equal:,} of {pairs:,} pairs have two equal texts and count as wrong under every reward"
-              + (f"; warning: that is {equal / pairs:.1%}, leave them out" if equal > 0.01 * pairs else ""))
-
-
-def identical_pairs(features):
-    """How many pairs have equal sides, so margin 0 under every reward: they count as wrong, as released."""
-    probe = torch.randn(features[0].shape[1], 1, generator=torch.Generator().manual_seed(0))
-    return sum(int((S == 0).sum()) for S in _scores(features, probe))
+def check_head(V, what, d=None):
+    """A reward head as float32 `[d, 1]`; raises InputError where it is no such vector, not finite or all zero."""
+    if isinstance(V, (torch.Tensor, np.ndarray)) and math.prod(V.shape) == max(V.shape, default=0):
+        V = V.reshape(-1, 1)
+    V = check_matrix(V, what, d, 1)
+    if not V.any():
+        raise InputError(f"{what}: all zero; read the reward head again")
+    return V
 
 
 def sample_shots(train_features_unseen, shots, generator=None, groups=None):
@@ -1117,11 +1050,7 @@ def simulate_user(reward_tensor, features, w):
     reward_tensor: `[prompts, responses, scorers]`; features: `[prompts, responses, d]`, a tensor or nested lists of
     vectors; w: `[scorers]`. Returns float32 `[prompts, d]`.
     """
-    if not isinstance(features, torch.Tensor):
-        features = torch.stack([torch.stack(list(map(torch.as_tensor, responses))) for responses in features])
-    best, worst = best_and_worst(reward_tensor, w)
-    prompts = torch.arange(len(features))
-    return features[prompts, best].float() - features[prompts, worst].float()
+    return simulate_population(reward_tensor, features, [w])[0]
 
 
 def simulate_population(reward_tensor, features, W):
@@ -1131,7 +1060,9 @@ def simulate_population(reward_tensor, features, W):
     """
     if not isinstance(features, torch.Tensor):
         features = torch.stack([torch.stack(list(map(torch.as_tensor, responses))) for responses in features])
-    return torch.stack([simulate_user(reward_tensor, features, w) for w in W])
+    prompts = torch.arange(len(features))
+    choices = (best_and_worst(reward_tensor, w) for w in W)
+    return torch.stack([features[prompts, best].float() - features[prompts, worst].float() for best, worst in choices])
 
 
 def create_sparse_tensor(dense_tensor, sample_percentage, generator=None):
@@ -1154,8 +1085,7 @@ def share_of(prompts, fraction, what="sample_percentage"):
 def turn_pairs(row):
     """The pairs of one turn of a dialogue, chosen minus each rejected response: float32 `[rejected, d]`.
 
-    row: `extra_info` holds `chosen_conv_embedding` `[d]` and `rejected_conv_embedding` `[rejected, d]`, or (released)
-    one vector for all rejected responses.
+    row: `extra_info` holds `chosen_conv_embedding` `[d]` and `rejected_conv_embedding` `[rejected, d]` (released: `[d]`).
     """
     chosen, rejected = (torch.as_tensor(row["extra_info"][side]).float() for side in
                         ("chosen_conv_embedding", "rejected_conv_embedding"))
@@ -1196,7 +1126,9 @@ def create_dataset_prism_shots(embeddings, shots, generator=None):
 
 TEMPERATURE = 100.0  # of the Bradley-Terry model, fixed
 FEW_SHOT_ITERATIONS = 500
-KERNEL_NUMBERS = 2**22  # in the pairs, from which on a CPU compiles the kernel: 6 s at its first use
+KERNEL_NUMBERS = 2**22  # in the pairs, from which on a CPU compiles the kernel: seconds, at its first use
+CHECKPOINT_SECONDS = 60  # of training that an interruption loses at most
+CHECKPOINT_FILE, FEW_SHOT_CHECKPOINT_FILE = ".training.pt", ".vary_fewshot.pt"  # beside results, until these are there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1212,83 +1144,47 @@ class Member:
         return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
-SETTINGS_RULES = {  # what may stand at the top of a script, or be given to a model
-    "K_list": (check_list, check_whole, 0), "alpha_list": (check_list, check_number, 0, 1e15),
-    "seeds": (check_list, check_whole, 0), "num_shots": (check_list, check_whole), "trials": (check_whole,),
-    "num_iterations": (check_whole, 0), "num_basis_vectors": (check_whole,), "seed": (check_whole, 0),
-    "learning_rate": (check_number, 1e-9, 1e9), "threshold": (check_number, 0, 1), "seen_share": (check_number, 0.01, 0.99),
-    "split_seed": (check_whole, 0), "population_seed": (check_whole, 0), "train_pairs": (check_whole,),
-    "unseen_pairs": (check_whole,), "N": (check_whole,), "N_unseen": (check_whole,),
-    "concentration": (check_number, 1e-6, 1e6), "fractions": (check_list, check_number, 1e-9, 1)}
-
-
-def check_settings(**settings):
-    """Check settings by their names, before any data are loaded. Raises InputError that names the setting."""
-    for name, value in settings.items():
-        check, *bounds = SETTINGS_RULES[name]
-        check(name, value, *bounds)
-
-
-def check_head(V, what, d=None):
-    """A reward head as float32 `[d, 1]`; raises InputError where it is no such vector, not finite or all zero."""
-    if isinstance(V, (torch.Tensor, np.ndarray)) and math.prod(V.shape) == max(V.shape, default=0):
-        V = V.reshape(-1, 1)
-    V = check_matrix(V, what, d, 1)
-    if not V.any():
-        raise InputError(f"{what}: all zero; read the reward head again")
-    return V
-
-
 class Likelihood:
     """The Bradley-Terry likelihood of the users' choices under every member of a sweep at once, and its derivatives.
 
-    N users with M pairs in all, G members with C columns in all. P = X V `[M, C]` are the scores of the pairs under
-    each column, w `[N, C]` the user weights, of which each member's sum to 1.
+    N users with M pairs in all, G members with C columns in all; P = X V `[M, C]`, w `[N, C]` the user weights.
+    counts: pairs of each user; sizes: K of each member; total: the loss is a mean over that many pairs, None: the sum
+    over users of each one's mean.
     """
 
     def __init__(self, counts, sizes, device, total=None):
-        """counts: pairs of each user; sizes: K of each member; total: the loss is a mean over that many pairs, None:
-        the sum over users of each one's mean."""
         self.counts, self.sizes = torch.tensor(counts, device=device), list(sizes)
         self.user = torch.arange(len(counts), device=device).repeat_interleave(self.counts)  # (M,)
-        self.weight = (1 / (self.counts if total is None else torch.full_like(self.counts, total)))  # (N,)
-        self.member = torch.arange(len(sizes), device=device).repeat_interleave(torch.tensor(self.sizes, device=device))
+        self.weight = 1 / (self.counts if total is None else torch.full_like(self.counts, total))  # (N,)
+        self.member = torch.tensor([g for g, K in enumerate(sizes) for _ in range(K)], device=device)  # (C,)
         self.of_member = torch.nn.functional.one_hot(self.member, len(sizes)).float()  # (C, G)
 
-    def weights(self, W):
-        """User weights, the softmax over each member's logits: (N, C)."""
+    def weights(self, W):  # the softmax over each member's logits: (N, C)
         return torch.cat([logits.softmax(1) for logits in W.split(self.sizes, 1)], 1)
 
-    def margins(self, P, w):
-        """x V w_i / 100 of each pair under each member: (M, G)."""
+    def margins(self, P, w):  # x V w_i / 100 of each pair under each member: (M, G)
         return (P * w[self.user]) @ self.of_member / TEMPERATURE
 
-    def loss(self, P, w):
-        """Negative log-likelihood of each member: (G,)."""
+    def loss(self, P, w):  # negative log-likelihood of each member: (G,)
         return -(self.weight[self.user, None] * logsigmoid(self.margins(P, w))).sum(0)
 
-    def residuals(self, P, w):
-        """The loss derived by P V's margin x V w_i, at each column of its member: (M, C)."""
-        r = -self.weight[self.user, None] * torch.sigmoid(-self.margins(P, w)) / TEMPERATURE  # (M, G)
-        return r[:, self.member]
+    def residuals(self, P, w):  # the loss derived by x V w_i, at each column of its member: (M, C)
+        return (-self.weight[self.user, None] * torch.sigmoid(-self.margins(P, w)) / TEMPERATURE)[:, self.member]
 
-    def by_weights(self, P, r):
-        """The loss derived by w: (N, C)."""
+    def by_weights(self, P, r):  # the loss derived by w: (N, C)
         return torch.segment_reduce(r * P, "sum", lengths=self.counts, axis=0)
 
-    def by_logits(self, w, by_weights):
-        """The loss derived by W, through the softmax: (N, C)."""
+    def by_logits(self, w, by_weights):  # the loss derived by W, through the softmax: (N, C)
         return w * (by_weights - ((w * by_weights) @ self.of_member)[:, self.member])
 
     def plain(self, X, w, V, of_weights=True, of_basis=True):
-        """Derivatives of the loss by w: (N, C), and by V: (C, d); X `[M, d]`, V `[C, d]`. On any device."""
+        """The loss derived by w: (N, C), and by V: (C, d), of X `[M, d]` and V `[C, d]` on any device."""
         P = X @ V.T  # (M, C)
         r = self.residuals(P, w)
-        return (self.by_weights(P, r) if of_weights else None,
-                (r * w[self.user]).T @ X if of_basis else None)
+        return self.by_weights(P, r) if of_weights else None, (r * w[self.user]).T @ X if of_basis else None
 
     def kernel(self, X, w, V, of_weights=True, of_basis=True):
-        """The same on a CPU, for many pairs: see `_gradients`."""
+        """The same for many pairs on a CPU: see `_gradients`."""
         threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
         numba.set_num_threads(threads)
         size, start = np.array(self.sizes), np.concatenate([[0], np.cumsum(self.counts.numpy())])
@@ -1296,6 +1192,9 @@ class Likelihood:
         _gradients(X.numpy(), start, self.weight.numpy(), w.numpy(), V.numpy(), np.cumsum(size) - size, size,
                    by_weights.numpy(), by_basis.numpy(), of_weights, of_basis)
         return by_weights, by_basis.sum(0)
+
+
+_zero, _one, _temperature = np.float32([0, 1, TEMPERATURE])
 
 
 def _njit(**options):
@@ -1308,61 +1207,50 @@ def _njit(**options):
     return compiled
 
 
-_zero, _one, _temperature = np.float32(0), np.float32(1), np.float32(TEMPERATURE)
-
-
-@_njit(parallel=True)
+@_njit(parallel=True, fastmath={"reassoc", "contract", "nsz", "arcp", "afn"})
 def _gradients(X, start, weight, w, V, first, size, by_weights, by_basis, of_weights, of_basis):
-    """The kernel: X `[M, d]` from memory once, users shared out among threads. Fills by_weights `[N, C]`, and by_basis
-    `[threads, C, d]`, whose sum is the derivative by V.
+    """The kernel: fills by_weights `[N, C]`, and by_basis `[threads, C, d]`, whose sum is the loss derived by V.
 
-    User i's pairs are the rows start[i] to start[i + 1], member g's columns first[g] to first[g] + size[g]. The margin
-    x V w_i is taken as x (V w_i): one reward vector of a member meets the pairs, not all its columns.
+    It reads X `[M, d]` once, users shared out among threads: user i's pairs are the rows start[i] to start[i + 1],
+    member g's columns first[g] to first[g] + size[g]. The margin x V w_i is taken as x (V w_i): one reward vector
+    v_g = V w_i / 100 of a member meets the pairs; s_g, their sum weighted by the residuals, gives both derivatives.
     """
-    threads = len(by_basis)
+    threads, G, d = len(by_basis), len(size), X.shape[1]
     for thread in numba.prange(threads):
-        v, s = np.empty((len(size), V.shape[1]), np.float32), np.empty((len(size), V.shape[1]), np.float32)
+        v, s = np.empty((G, d), np.float32), np.empty((G, d), np.float32)
         for i in range(thread, len(weight), threads):
-            _add_user(X[start[i]:start[i + 1]], weight[i], w[i], V, first, size, v, s, by_weights[i], by_basis[thread],
-                      of_weights, of_basis)
-
-
-@_njit(fastmath={"reassoc", "contract", "nsz", "arcp", "afn"})
-def _add_user(x, weight, w, V, first, size, v, s, by_weights, by_basis, of_weights, of_basis):
-    """One user's pairs x `[m, d]`: v_g = V w / 100 of each member, s_g = X^T r, then V^T s by w and s w^T by V."""
-    m, d = x.shape
-    for g in range(len(size)):
-        v[g], s[g] = _zero, _zero
-        for c in range(first[g], first[g] + size[g]):
-            share = w[c] / _temperature
-            for j in range(d):
-                v[g, j] += share * V[c, j]
-    for p in range(0, m, 4):  # four pairs stay in the cache for all members; the last stands in for missing ones
-        x0, x1, x2, x3 = x[p], x[min(p + 1, m - 1)], x[min(p + 2, m - 1)], x[min(p + 3, m - 1)]
-        for g in range(len(size)):
-            vg, sg, m0, m1, m2, m3 = v[g], s[g], _zero, _zero, _zero, _zero
-            for j in range(d):
-                m0 += x0[j] * vg[j]
-                m1 += x1[j] * vg[j]
-                m2 += x2[j] * vg[j]
-                m3 += x3[j] * vg[j]
-            r0 = _residual(m0, weight)
-            r1 = _residual(m1, weight if p + 1 < m else _zero)
-            r2 = _residual(m2, weight if p + 2 < m else _zero)
-            r3 = _residual(m3, weight if p + 3 < m else _zero)
-            for j in range(d):
-                sg[j] += r0 * x0[j] + r1 * x1[j] + r2 * x2[j] + r3 * x3[j]
-    for g in range(len(size)):
-        sg = s[g]
-        for c in range(first[g], first[g] + size[g]):
-            Vc, by_Vc, share, total = V[c], by_basis[c], w[c], _zero
-            if of_basis:
-                for j in range(d):
-                    by_Vc[j] += share * sg[j]
-            if of_weights:
-                for j in range(d):
-                    total += Vc[j] * sg[j]
-                by_weights[c] = total
+            last = start[i + 1] - 1
+            for g in range(G):
+                v[g], s[g] = _zero, _zero
+                for c in range(first[g], first[g] + size[g]):
+                    share = w[i, c] / _temperature
+                    for j in range(d):
+                        v[g, j] += share * V[c, j]
+            for p in range(start[i], last + 1, 4):  # four pairs stay in the cache for all members
+                x0, x1, x2, x3 = X[p], X[min(p + 1, last)], X[min(p + 2, last)], X[min(p + 3, last)]
+                for g in range(G):
+                    vg, sg, m0, m1, m2, m3 = v[g], s[g], _zero, _zero, _zero, _zero
+                    for j in range(d):
+                        m0 += x0[j] * vg[j]
+                        m1 += x1[j] * vg[j]
+                        m2 += x2[j] * vg[j]
+                        m3 += x3[j] * vg[j]
+                    r0 = _residual(m0, weight[i])  # where there are fewer than four, the last stands in, weighted 0
+                    r1 = _residual(m1, weight[i] if p + 1 <= last else _zero)
+                    r2 = _residual(m2, weight[i] if p + 2 <= last else _zero)
+                    r3 = _residual(m3, weight[i] if p + 3 <= last else _zero)
+                    for j in range(d):
+                        sg[j] += r0 * x0[j] + r1 * x1[j] + r2 * x2[j] + r3 * x3[j]
+            for g in range(G):
+                for c in range(first[g], first[g] + size[g]):
+                    total = _zero
+                    if of_basis:
+                        for j in range(d):
+                            by_basis[thread, c, j] += w[i, c] * s[g, j]
+                    if of_weights:
+                        for j in range(d):
+                            total += V[c, j] * s[g, j]
+                        by_weights[i, c] = total
 
 
 @_njit()
@@ -1370,20 +1258,16 @@ def _residual(margin, weight):
     return -weight / (_one + math.exp(margin)) / _temperature
 
 
-CHECKPOINT_FILE, FEW_SHOT_CHECKPOINT_FILE = ".training.pt", ".vary_fewshot.pt"  # beside results, until these are there
-CHECKPOINT_SECONDS = 60  # of training that an interruption loses at most
-
-
 def _descend(likelihood, W, V, derivatives, num_iterations, learning_rate, penalty=None, alternating=False,
              checkpoint=None):
     """Adam on the logits W `[N, C]` and, unless it is None, on the basis V `[C, d]`; both are changed in place.
 
-    derivatives(w, of_weights, of_basis) gives those of the loss, penalty(V, t) the penalty `[C]`, which may be None.
-    Alternating: in each iteration one step on W, then one on V that sees the new W. checkpoint: (path, identity).
+    derivatives(w, of_weights, of_basis) are the loss's, penalty(V, t) is `[C]`. Alternating: the step on V sees the new
+    W. checkpoint: (path, identity) of the state to leave and to go on from.
     """
     variables = [W] if V is None else [W, V]
     adams = [torch.optim.Adam([variable], lr=learning_rate) for variable in variables]
-    first, saved = _resume(checkpoint, variables, adams), time.monotonic()
+    first, saved = _resume(checkpoint, variables, adams) if checkpoint else 0, time.monotonic()
     bar = progress_bar("few-shot" if V is None else "training", num_iterations, initial=first, unit="it", leave=False)
     for t in range(first, num_iterations):
         w = likelihood.weights(W)
@@ -1395,11 +1279,7 @@ def _descend(likelihood, W, V, derivatives, num_iterations, learning_rate, penal
                 _, by_basis = derivatives(likelihood.weights(W), False, True)
             if process_count() > 1:
                 dist.all_reduce(by_basis)
-            if penalty is not None:
-                with torch.enable_grad():
-                    by_basis += torch.autograd.grad(penalty(V.requires_grad_(), t).sum(), V)[0]
-                V.requires_grad_(False)
-            V.grad = by_basis
+            V.grad = by_basis if penalty is None else by_basis + torch.func.grad(lambda V: penalty(V, t).sum())(V)
             adams[1].step()
         if checkpoint and (t + 1 == num_iterations or time.monotonic() - saved > CHECKPOINT_SECONDS):
             save_torch(checkpoint[0], {"identity": checkpoint[1], "iterations": t + 1, "variables": variables,
@@ -1411,22 +1291,15 @@ def _descend(likelihood, W, V, derivatives, num_iterations, learning_rate, penal
 
 def _resume(checkpoint, variables, adams):
     """Take up the state that an interrupted training of this identity saved -> its iterations, 0 where there is none."""
-    state = {}
-    if checkpoint and Path(checkpoint[0]).exists():
-        with contextlib.suppress(InputError):  # damaged
-            state = load_pickle(checkpoint[0])
-    if not isinstance(state, dict) or not checkpoint or state.get("identity") != checkpoint[1]:
-        return 0
-    for variable, adam, saved, saved_adam in zip(variables, adams, state["variables"], state["adams"]):
-        variable.copy_(saved)
-        adam.load_state_dict(saved_adam)
-    print(f"resuming the training after {state['iterations']:,} iterations")
-    return state["iterations"]
-
-
-def ramp(t, num_iterations):
-    """The share of alpha in iteration t: 0 for the first 20 %, then linear, all of it from 80 % on."""
-    return min(max((t / num_iterations - 0.2) / 0.6, 0.0), 1.0)
+    with contextlib.suppress(InputError):  # missing or damaged
+        state = load_pickle(checkpoint[0])
+        if isinstance(state, dict) and state.get("identity") == checkpoint[1]:
+            for variable, adam, saved, saved_adam in zip(variables, adams, state["variables"], state["adams"]):
+                variable.copy_(saved)
+                adam.load_state_dict(saved_adam)
+            print(f"resuming the training after {state['iterations']:,} iterations")
+            return state["iterations"]
+    return 0
 
 
 @torch.no_grad()
@@ -1434,12 +1307,10 @@ def fit_basis(features, members, V_sft, num_iterations, learning_rate, regulariz
               checkpoint=None):
     """Learn basis and user weights of every member of a sweep together -> list of (w `[N, K]`, V `[d, K]`, loss).
 
-    features: list of float32 `[m_i, d]` (or Pairs), one per user. members: list of `Member`. V_sft: `[d, 1]`, needed
-    where an alpha is not 0. The members share nothing but the reading of X: Adam is elementwise, their columns are
-    independent (up to rounding). regularized: the loss, start and alternating steps of `LoRe_regularized`.
-    device: where to train, default that of the features. checkpoint: a file that the training saves its state in every
-    CHECKPOINT_SECONDS and at its end, to go on from there when it is started again after an interruption; the caller
-    removes it when what follows is done. loss: the training's, without the penalty, a float.
+    features: list of float32 `[m_i, d]` (or Pairs), one per user. members: they share nothing but the reading of X, as
+    Adam is elementwise. V_sft: `[d, 1]`, needed where an alpha is not 0. regularized: loss, start and alternating steps
+    of `LoRe_regularized`. device: default that of the features. checkpoint: a file for the training's state, to go on
+    from when it is started again, which the caller removes. loss: the training's, without the penalty, a float.
     Under torchrun each process holds a part of the users, all return the whole, and nothing is saved on the way.
     """
     mine, N, d = slice(process_rank(), None, process_count()), len(features), features[0].shape[1]
@@ -1447,8 +1318,9 @@ def fit_basis(features, members, V_sft, num_iterations, learning_rate, regulariz
         raise InputError(f"{N} users for {process_count()} processes; start at most one process per user")
     if any(member.alpha for member in members) and (V_sft is None or not V_sft.any()):
         raise InputError("V_sft: missing or all 0, and alpha is not 0; give the reward head [d, 1]")
-    device = torch.device(device or getattr(features[0], "device", "cpu"))
-    X = torch.cat([X.dense() if isinstance(X, Pairs) else X for X in features[mine]]).to(device)  # (M, d)
+    X = torch.cat([X.dense() if isinstance(X, Pairs) else X for X in features[mine]])  # (M, d)
+    X = X.to(device or X.device)
+    device = X.device
     sizes, total = [member.K for member in members], sum(map(len, features)) if regularized else None
     likelihood = Likelihood(list(map(len, features[mine])), sizes, device, total)
     starts = [member.generator(0) for member in members]
@@ -1461,7 +1333,8 @@ def fit_basis(features, members, V_sft, num_iterations, learning_rate, regulariz
 
     def penalty(V, t):
         if regularized:
-            return ramp(t, num_iterations) * alpha / columns * (1 - cosine_similarity(V, reference, dim=1))
+            share = min(max((t / num_iterations - 0.2) / 0.6, 0.0), 1.0)  # 0 for 20 % of the iterations, 1 from 80 % on
+            return share * alpha / columns * (1 - cosine_similarity(V, reference, dim=1))
         return alpha * ((V - reference) ** 2).sum(1)
 
     on_kernel = device.type == "cpu" and X.numel() >= KERNEL_NUMBERS
@@ -1488,19 +1361,11 @@ def fit_basis(features, members, V_sft, num_iterations, learning_rate, regulariz
 
 
 @torch.no_grad()
-def fit_users(features, members, bases, num_iterations, learning_rate):
+def fit_users(scores, members, sizes, num_iterations, learning_rate):
     """Few-shot fit of new users: their weights over each of several frozen bases -> list of w `[N, K]`.
 
-    features: list of `[m_i, d]` or Pairs, one per user; members and bases: one Member and one V `[d, K]` each.
-    With V frozen X V is a constant: it is computed once, and an iteration works on K numbers a pair.
+    scores: P_i = X_i V `[m_i, C]` of each user under all bases, a constant; members, sizes: Member and K of each basis.
     """
-    return fit_weights(list(_scores(features, torch.cat(bases, 1))), members, [V.shape[1] for V in bases],
-                       num_iterations, learning_rate)
-
-
-@torch.no_grad()
-def fit_weights(scores, members, sizes, num_iterations, learning_rate):
-    """`fit_users` of the users' scores under all bases side by side: a list of P_i = X_i V `[m_i, C]`."""
     P, N = torch.cat(scores), len(scores)
     likelihood = Likelihood(list(map(len, scores)), sizes, P.device)
     W = torch.cat([torch.randn(N, K, generator=dataclasses.replace(member, K=K).generator(1))
@@ -1508,18 +1373,6 @@ def fit_weights(scores, members, sizes, num_iterations, learning_rate):
     _descend(likelihood, W, None, lambda w, *of: (likelihood.by_weights(P, likelihood.residuals(P, w)), None),
              num_iterations, learning_rate)
     return list(likelihood.weights(W).split(sizes, 1))
-
-
-def _scores(features, V):
-    """X_i V of each user in turn, `[m_i, C]`; the rows of a table that users share are multiplied once."""
-    table = scores = None
-    for X in features:
-        if not isinstance(X, Pairs):
-            yield X.to(V.device) @ V
-            continue
-        if X.embeddings is not table:
-            table, scores = X.embeddings, X.table_scores(V)
-        yield X.of_table(scores)
 
 
 class LoRe:
@@ -1540,10 +1393,8 @@ class LoRe:
         self.member = Member(num_basis_vectors, float(alpha), seed)
 
     def train(self, X):
-        """X: list of float32 `[m_i, d]`, one per user. Returns (softmax(W) `[N, K]`, V `[d, K]`).
-
-        Raises InputError: features of other users or widths than announced, empty or not finite.
-        """
+        """X: list of float32 `[m_i, d]`, one per user -> (softmax(W) `[N, K]`, V `[d, K]`). Raises InputError: features
+        of other users or widths than announced, empty or not finite."""
         X = check_features(X, "features", self.num_classes, self.num_features)
         return fit_basis(X, [self.member], self.V_sft, self.num_iterations, self.learning_rate, self.regularized)[0][:2]
 
@@ -1551,16 +1402,15 @@ class LoRe:
 class LoRe_regularized(LoRe):
     """LoRe with alternating steps and a cosine anchor: in each iteration one Adam step on W, then one on V.
 
-    Loss: the mean negative log-likelihood of all pairs, plus alpha_t * mean_j (1 - cos(V_j, V_sft)), where alpha_t is
-    0 for the first 20 % of the iterations, rises linearly and is alpha from 80 % on. The penalty on one column is so
-    alpha / K. `train` leaves out columns whose largest user weight is below `threshold` (0 keeps all).
+    Loss: the mean negative log-likelihood of all pairs, plus alpha_t * mean_j (1 - cos(V_j, V_sft)), so one column feels
+    alpha_t / K; alpha_t is 0 for the first 20 % of the iterations, rises linearly and is alpha from 80 % on.
+    `train` leaves out columns whose largest user weight is below `threshold` (0 keeps all).
     """
     regularized = True
 
     def __init__(self, V_sft, alpha, num_classes, num_features, num_basis_vectors, num_iterations=20000,
                  learning_rate=0.5, seed=0, threshold=1e-2):
-        super().__init__(V_sft, alpha, num_classes, num_features, num_basis_vectors, num_iterations, learning_rate,
-                         seed)
+        super().__init__(V_sft, alpha, num_classes, num_features, num_basis_vectors, num_iterations, learning_rate, seed)
         self.threshold = threshold
 
     def train(self, X):
@@ -1578,64 +1428,19 @@ def prune(w, V, threshold):
 class PersonalizeBatch:
     """Few-shot fit of new users' weights with the basis V frozen, from logits drawn from N(0, 1).
 
-    Loss: the sum over users of the user's mean negative log-likelihood.
+    Loss: the sum over users of the user's mean negative log-likelihood. Arguments as of `LoRe`.
     """
 
     def __init__(self, num_classes, num_features, num_basis_vectors, num_iterations=FEW_SHOT_ITERATIONS,
                  learning_rate=0.1, seed=0):
-        check_settings(num_basis_vectors=num_basis_vectors, num_iterations=num_iterations, learning_rate=learning_rate,
-                       seed=seed)
-        self.num_classes, self.num_features = num_classes, num_features
-        self.num_iterations, self.learning_rate = num_iterations, learning_rate
-        self.member = Member(num_basis_vectors, 0.0, seed)
+        self.model = LoRe(None, 0.0, num_classes, num_features, num_basis_vectors, num_iterations, learning_rate, seed)
 
     def train(self, X, V):
         """X: list of `[m_i, d]`, one per user; V: `[d, K]`. Returns a list of N simplex vectors `[K]`."""
-        X = check_features(X, "features", self.num_classes, self.num_features)
-        V = check_matrix(V, "V", self.num_features, self.member.K)
-        return list(fit_users(X, [self.member], [V], self.num_iterations, self.learning_rate)[0])
-
-
-def solve(train_features, num_basis_vectors, num_iterations=1000, learning_rate=0.01, seed=0):
-    """Train `LoRe` without a penalty -> (softmax(W) `[N, K]`, V `[d, K]`)."""
-    return solve_regularized(None, 0.0, train_features, num_basis_vectors, num_iterations, learning_rate, seed)
-
-
-def solve_regularized(V_sft, alpha, train_features, num_basis_vectors, num_iterations=1000, learning_rate=0.01, seed=0,
-                      model=LoRe):
-    """Train `LoRe` -> (softmax(W) `[N, K]`, V `[d, K]`)."""
-    X = check_features(train_features, "train_features")
-    return model(V_sft, alpha, len(X), X[0].shape[1], num_basis_vectors, num_iterations, learning_rate, seed).train(X)
-
-
-def solve_regularized_simplex(V_sft, alpha, train_features, num_basis_vectors, num_iterations=1000, learning_rate=0.01,
-                              seed=0):
-    """Train `LoRe_regularized` -> (softmax(W) `[N, kept]`, V `[d, kept]`), kept <= K columns."""
-    return solve_regularized(V_sft, alpha, train_features, num_basis_vectors, num_iterations, learning_rate, seed,
-                             LoRe_regularized)
-
-
-def learn_multiple_few_shot(train_features, V, num_iterations=FEW_SHOT_ITERATIONS, learning_rate=0.1, seed=0):
-    """Train `PersonalizeBatch` -> list of N simplex vectors `[K]`."""
-    X, V = check_features(train_features, "train_features"), check_matrix(V, "V")
-    return PersonalizeBatch(len(X), *V.shape, num_iterations, learning_rate, seed).train(X, V)
-
-
-def learn_single_reward(train_features, num_iterations=1000, learning_rate=0.01, seed=0):
-    """One Bradley-Terry model for all users, LoRe at K = 1 -> V `[d, 1]`. A baseline."""
-    return solve(train_features, 1, num_iterations, learning_rate, seed)[1]
-
-
-def learn_single_reward_regularized(V_ref, alpha, train_features, num_iterations=1000, learning_rate=0.01, seed=0):
-    """`learn_single_reward` with the penalty alpha * |V - V_ref|^2 -> V `[d, 1]`. A baseline."""
-    return solve_regularized(V_ref, alpha, train_features, 1, num_iterations, learning_rate, seed)[1]
-
-
-def learn_multiple(train_features, num_iterations=1000, learning_rate=0.01, seed=0):
-    """A Bradley-Terry model of each user's own -> (N weights `[1]`, all 1, and N bases `[d, 1]`). A baseline."""
-    X = check_features(train_features, "train_features")
-    V = [learn_single_reward([X_i], num_iterations, learning_rate, seed) for X_i in X]
-    return [torch.ones(1) for _ in V], V
+        model, K = self.model, self.model.member.K
+        scores = _scores(check_features(X, "features", model.num_classes, model.num_features),
+                         check_matrix(V, "V", model.num_features, K))
+        return list(fit_users(list(scores), [model.member], [K], model.num_iterations, model.learning_rate)[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1733,8 +1538,9 @@ def _sweep(K_list, alpha_list, V_final, features, users, device, seed, num_itera
             for m, (w, V, loss) in found.items() for w, V in [prune(w, V, threshold)]]
     personal = [fit for fit in fits if fit.V.shape[1] > 1]
     if personal:
-        weights = fit_users(features[2], [Member(fit.K, fit.alpha, fit.seed) for fit in personal],
-                            [fit.V for fit in personal], FEW_SHOT_ITERATIONS, few_shot_learning_rate)
+        scores = list(_scores(features[2], torch.cat([fit.V for fit in personal], 1)))
+        weights = fit_users(scores, [Member(fit.K, fit.alpha, fit.seed) for fit in personal],
+                            [fit.V.shape[1] for fit in personal], FEW_SHOT_ITERATIONS, few_shot_learning_rate)
         for fit, w in zip(personal, weights):
             fit.W_unseen = w
     for setting, part, of in zip(SETTINGS, features, ("W", "W", "W_unseen", "W_unseen")):
@@ -1854,16 +1660,148 @@ def _trials(member, S_train, S_test, shots, trials, groups):
     drawn = [S for _ in range(trials) for S in sample_shots(S_train, shots, generator, groups)]
     w = torch.ones(len(drawn), 1, device=drawn[0].device)
     if member.K > 1:
-        w, = fit_weights(drawn, [member], [member.K], FEW_SHOT_ITERATIONS, 0.1)
+        w, = fit_users(drawn, [member], [member.K], FEW_SHOT_ITERATIONS, 0.1)
     train = [(S @ w[i] > 0).double().mean().item() for i, S in enumerate(drawn)]
     w = w.reshape(trials, len(S_test), -1)
     test = torch.stack([(S @ w[:, i].T > 0).double().mean(0) for i, S in enumerate(S_test)])  # (users, trials)
     return np.reshape(train, (trials, -1)).mean(1), test.mean(0).cpu().numpy()
 
 
+def solve(train_features, num_basis_vectors, num_iterations=1000, learning_rate=0.01, seed=0):
+    """Train `LoRe` without a penalty -> (softmax(W) `[N, K]`, V `[d, K]`)."""
+    return solve_regularized(None, 0.0, train_features, num_basis_vectors, num_iterations, learning_rate, seed)
+
+
+def solve_regularized(V_sft, alpha, train_features, num_basis_vectors, num_iterations=1000, learning_rate=0.01, seed=0,
+                      model=LoRe):
+    """Train `LoRe` -> (softmax(W) `[N, K]`, V `[d, K]`)."""
+    X = check_features(train_features, "train_features")
+    return model(V_sft, alpha, len(X), X[0].shape[1], num_basis_vectors, num_iterations, learning_rate, seed).train(X)
+
+
+def solve_regularized_simplex(V_sft, alpha, train_features, num_basis_vectors, num_iterations=1000, learning_rate=0.01,
+                              seed=0):
+    """Train `LoRe_regularized` -> (softmax(W) `[N, kept]`, V `[d, kept]`), kept <= K columns."""
+    return solve_regularized(V_sft, alpha, train_features, num_basis_vectors, num_iterations, learning_rate, seed,
+                             LoRe_regularized)
+
+
+def learn_multiple_few_shot(train_features, V, num_iterations=FEW_SHOT_ITERATIONS, learning_rate=0.1, seed=0):
+    """Train `PersonalizeBatch` -> list of N simplex vectors `[K]`."""
+    X, V = check_features(train_features, "train_features"), check_matrix(V, "V")
+    return PersonalizeBatch(len(X), *V.shape, num_iterations, learning_rate, seed).train(X, V)
+
+
+def learn_single_reward(train_features, num_iterations=1000, learning_rate=0.01, seed=0):
+    """One Bradley-Terry model for all users, LoRe at K = 1 -> V `[d, 1]`. A baseline."""
+    return solve(train_features, 1, num_iterations, learning_rate, seed)[1]
+
+
+def learn_single_reward_regularized(V_ref, alpha, train_features, num_iterations=1000, learning_rate=0.01, seed=0):
+    """`learn_single_reward` with the penalty alpha * |V - V_ref|^2 -> V `[d, 1]`. A baseline."""
+    return solve_regularized(V_ref, alpha, train_features, 1, num_iterations, learning_rate, seed)[1]
+
+
+def learn_multiple(train_features, num_iterations=1000, learning_rate=0.01, seed=0):
+    """A Bradley-Terry model of each user's own -> (N weights `[1]`, all 1, and N bases `[d, 1]`). A baseline."""
+    V = [learn_single_reward([X], num_iterations, learning_rate, seed) for X in train_features]
+    return [torch.ones(1) for _ in V], V
+
+
+def prepare_arguments(description, folder, model_name, embeds=True):
+    """Read and check the command line of a prepare.py; with --demo build the stand-in model, for the data in demo/.
+
+    embeds: whether the script itself runs the model, which asks for a GPU unless a model was named.
+    Returns a namespace: dir, data (a folder, or None for the download), model, limit, overwrite, demo, label (of the
+    data). Raises InputError: --limit below 1, --demo with other sources, no CUDA GPU for the default model.
+    """
+    parser = script_parser(description, folder)
+    parser.add_argument("--data", type=Path, metavar="DIR", help="read the splits from here instead of downloading "
+                        "them: parquet, jsonl, csv, the last two also .gz; demo/ beside this script is an example")
+    parser.add_argument("--model", metavar="ID_OR_PATH", help=f"the reward model (default: {model_name})")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each split; PRISM: users")
+    parser.add_argument("--demo", action="store_true", help="the synthetic data in demo/ and a tiny stand-in model")
+    parser.add_argument("--overwrite", action="store_true", help="replace finished embeddings of another model or data")
+    args = parser.parse_args()
+    if args.limit is not None:
+        check_whole("--limit", args.limit)
+    if args.demo and (args.data or args.model):
+        raise InputError("--demo brings its own data and model; leave out --data and --model, or --demo")
+    if embeds and not args.demo and not args.model:
+        check_gpu(model_name)
+    check_writable(args.dir)
+    args.label = "synthetic demo" if args.demo else args.data.name if args.data else None
+    if args.demo:
+        print("demo: the reward model is a tiny stand-in with random weights and the data are synthetic, written for "
+              "this demo; the accuracies say nothing about real models or people")
+        args.data, args.model = Path(folder) / "demo", args.dir / ".standin"
+        if process_rank() == 0:
+            texts = [json.dumps(row) for path in sorted(args.data.glob("*.jsonl.gz")) for _, row in read_rows(path)]
+            build_standin_model(args.model, texts)
+        if process_count() > 1:
+            dist.barrier()
+    args.model = os.path.normpath(args.model) if os.path.isdir(args.model or "") else args.model or model_name
+    return args
+
+
+def warn_of_equal_sides(what, equal, pairs):
+    """Say how many pairs have two equal texts: their margin is 0, so they count as wrong for ever, as released."""
+    if equal:
+        print(f"{what}: {equal:,} of {pairs:,} pairs have two equal texts and count as wrong under every reward"
+              + (f"; warning: that is {equal / pairs:.1%}, leave them out" if equal > 0.01 * pairs else ""))
+
+
+def build_standin_model(folder, texts, seed=0, hidden_size=64, layers=2, heads=4, key_value_heads=2, context=8192):
+    """Write a tiny Llama reward model of random weights to `folder`: config, safetensors, tokenizer, chat template.
+
+    texts: what the byte-level BPE tokenizer is trained on. hidden_size: d, a multiple of 2 * heads. Equal arguments
+    give equal weights, in any process.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast, logging
+    logging.disable_progress_bar()
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=2048, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False,
+        special_tokens=["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|pad|>"]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>",
+                                        pad_token="<|pad|>")  # of its own, as the end of a turn stands in the middle too
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>"
+        "\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=2 * hidden_size,
+                         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=key_value_heads,
+                         max_position_embeddings=context, num_labels=1, bos_token_id=tokenizer.bos_token_id,
+                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    with torch.random.fork_rng(devices=[]):  # the class fills the weights from torch's global state first
+        model = LlamaForSequenceClassification(config)
+    # Flat attention and a weak MLP keep the last state near a mean over the words read, which tells styles apart.
+    gains = {"v_proj": 1.0, "o_proj": 2.0, "score": 1.0}
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in sorted(model.named_parameters()):
+        layer, inputs = name.split(".")[-2], weight.shape[-1]
+        if layer == "embed_tokens":
+            torch.nn.init.normal_(weight, generator=generator)
+        elif weight.ndim == 2:  # the norms stay at 1
+            torch.nn.init.normal_(weight, std=gains.get(layer, 0.3) / inputs ** 0.5, generator=generator)
+    with _named_disk_errors(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 7. Results and plots
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def identical_pairs(features):
+    """How many pairs have equal sides, so margin 0 under every reward: they count as wrong, as released."""
+    probe = torch.randn(features[0].shape[1], 1, generator=torch.Generator().manual_seed(0))
+    return sum(int((S == 0).sum()) for S in _scores(features, probe))
 
 
 def _about_run(data, about, config):

@@ -27,17 +27,19 @@ fewest_conversations = 6  # users with fewer are left out
 
 def read(args):
     """The complete turns of each conversation, and each user's conversations; says what was left out."""
-    turns, dialogs_of, left_out, conversations = {}, {}, 0, 0
+    turns, dialogs_of, left_out, empty, conversations = {}, {}, 0, 0, 0
     for user, of_user in prism.read_conversations(args.data, args.limit).items():
         for conversation in of_user:
-            found, incomplete = prism.turns_of(conversation)
+            found, incomplete, without_text = prism.turns_of(conversation)
             left_out += incomplete
+            empty += without_text
             conversations += 1
             if found:
                 turns[conversation.conversation_id] = found
                 dialogs_of.setdefault(user, []).append(conversation.conversation_id)
     print(f"{len(dialogs_of):,} users, {conversations:,} conversations, {sum(map(len, turns.values())):,} complete "
-          f"turns; {left_out:,} turns without exactly one message, one chosen and a rejected response left out")
+          f"turns; {left_out:,} turns without exactly one message, one chosen and a rejected response left out"
+          + f"; {empty:,} responses without a text left out" * (empty > 0))
     return turns, dialogs_of
 
 

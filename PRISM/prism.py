@@ -67,8 +67,8 @@ def turns_of(conversation):
     """The complete turns of a conversation, each with what was said before on the chosen path, and how many are not.
 
     A complete turn has a user message, one chosen response (twice the same text counts once) and a rejected one;
-    responses without a text are left out. Returns ([{prompt, turn_nb, chosen_utterance, rejected_utterance}], number of
-    turns left out).
+    responses without a text are left out. Returns ([{prompt, turn_nb, chosen_utterance, rejected_utterance}], how many
+    turns and how many responses were left out).
     """
     by_turn, found, history = {}, [], []
     for message in conversation.conversation_history:
@@ -86,7 +86,8 @@ def turns_of(conversation):
             found.append({"prompt": history, "turn_nb": number, "chosen_utterance": answer,
                           "rejected_utterance": rejected})
         history = history + [{"role": "assistant", "content": answer}]
-    return found, len({message.turn for message in conversation.conversation_history}) - len(found)
+    messages = conversation.conversation_history
+    return found, len({m.turn for m in messages}) - len(found), sum(m.content is None for m in messages)
 
 
 def split_users(dialogs_of, seed, seen_share, fewest_conversations):
@@ -166,7 +167,7 @@ def _embedded_rows(path):
     for i, row in enumerate(rows):
         try:
             pairs = turn_pairs(row)
-            usable = len(pairs) > 0 and bool(torch.isfinite(pairs).all())
+            usable = len(pairs) > 0 and is_finite(pairs)
             usable &= {"seen", "user_id", "dialog_id"} <= row["extra_info"].keys()
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError):
             usable = False

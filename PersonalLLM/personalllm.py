@@ -1,6 +1,5 @@
 """PersonalLLM: where the scored responses are from, what the embeddings files hold, how users are simulated."""
 
-import itertools
 from typing import Annotated
 
 from pydantic import AllowInfNan, Field, StrictStr, create_model
@@ -75,7 +74,7 @@ def load_embeddings(folder, model_name, data=None):
             raise InputError(f"{path}: embeddings of shape {tuple(embeddings.shape)} and scores of shape "
                              f"{tuple(scores.shape)}, where each prompt has {RESPONSES} responses with {len(SCORERS)} "
                              "scores each; run prepare.py --overwrite")
-        if not all(torch.isfinite(part).all() for table in (embeddings, scores) for part in table.split(8192)):
+        if not is_finite(embeddings) or not is_finite(scores):
             raise InputError(f"{path}: NaN or infinite values; run prepare.py --overwrite")
         width.setdefault(embeddings.shape[1], path)
         tables[split] = embeddings, scores.float()

@@ -88,7 +88,7 @@ def load_embeddings(folder, model_name):
         for worker, pairs in content.items():
             try:
                 vectors = torch.stack([pair["embeddings"][side][0] for pair in pairs for side in SIDES])
-                usable = vectors.ndim == 2 and bool(torch.isfinite(vectors).all())
+                usable = vectors.ndim == 2 and is_finite(vectors)
             except (KeyError, IndexError, TypeError, RuntimeError):
                 usable = False
             if not usable:
