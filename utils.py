@@ -14,6 +14,13 @@ In formulas: x = phi(chosen) - phi(rejected) is a preference pair of user i, V (
 w_i = softmax(W_i) that user's weights, m = x V w_i / 100 the margin, and P(chosen beats rejected) = sigmoid(m).
 """
 
+import os
+import signal
+import threading
+
+if loading := threading.current_thread() is threading.main_thread():  # seconds, in which Ctrl-C is one line too
+    handler = signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"error: interrupted\n"), os._exit(130)))
+
 import argparse
 import contextlib
 import dataclasses
@@ -26,12 +33,10 @@ import io
 import itertools
 import json
 import math
-import os
 import pickle
 import platform
 import random
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -40,20 +45,19 @@ from collections.abc import Iterable
 from numbers import Integral, Real
 from pathlib import Path
 
-try:  # the libraries that take seconds to load, so that Ctrl-C meanwhile is one line too
-    import numba
-    import numpy as np
-    import pandas as pd
-    import pydantic
-    import torch
-    import torch.distributed as dist
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save_file
-    from torch.nn.functional import cosine_similarity, logsigmoid
-    from tqdm import tqdm
-except KeyboardInterrupt:
-    print("error: interrupted", file=sys.stderr)
-    sys.exit(130)
+import numba
+import numpy as np
+import pandas as pd
+import pydantic
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.nn.functional import cosine_similarity, logsigmoid
+from tqdm import tqdm
+
+if loading:
+    signal.signal(signal.SIGINT, handler)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Errors and files
@@ -62,6 +66,9 @@ except KeyboardInterrupt:
 
 class InputError(ValueError):
     """Input that cannot be used; its message is one line that says what, where and the remedy."""
+
+    def __init__(self, message):
+        super().__init__(" ".join(message.split()))
 
 
 def check_whole(name, value, least=1, most=2**32 - 1):
@@ -116,7 +123,7 @@ def run_script(main):
         if error.filename is None:  # standard output: a closed pipe, a full disk
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         message = f"{error.filename or 'standard output'}: {error.strerror or error}; free or choose another place"
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    print("error:", message, file=sys.stderr)
     sys.exit(status)
 
 
@@ -934,8 +941,8 @@ def _scores(features, V):
 
 
 def is_finite(table):
-    """Whether a tensor with numbers in it has no NaN and nothing infinite, without a copy of it."""
-    return all(math.isfinite(extreme) for extreme in table.aminmax())
+    """Whether a tensor's numbers are no NaN and within float32, without a copy of it."""
+    return all(abs(float(extreme)) <= torch.finfo(torch.float32).max for extreme in table.aminmax())
 
 
 def check_matrix(X, what, rows=None, columns=None, finite_tables=None):
@@ -1005,13 +1012,14 @@ def sample_shots(train_features_unseen, shots, generator=None, groups=None):
 
 def check_groups(groups, features):
     """Raise InputError unless each user has one int64 `[m_i]` that numbers groups of pairs from 0 without a gap."""
-    if len(groups) != len(features):
-        raise InputError(f"groups: of {len(groups)} users, and there are {len(features)}; give one list per user")
+    if not isinstance(groups, (list, tuple)) or len(groups) != len(features):
+        raise InputError(f"groups: {len(groups) if isinstance(groups, (list, tuple)) else groups!r}; give a list with a "
+                         f"tensor for each of {len(features)} users")
     for i, (group, X) in enumerate(zip(groups, features)):
-        if not isinstance(group, torch.Tensor) or len(group) != len(X) or (
+        if not isinstance(group, torch.Tensor) or tuple(group.shape) != (len(X),) or (
                 set(group.tolist()) != set(range(int(group.max()) + 1))):
-            raise InputError(f"groups, user {i}: {len(group)} numbers for {len(X)} pairs; give a tensor with the number "
-                             "of each pair's group, counted from 0 without a gap")
+            raise InputError(f"groups, user {i}: no numbers of {len(X)} pairs; give a tensor with the number of each "
+                             "pair's group, counted from 0 without a gap")
 
 
 def generate_population(alpha, N, seed=None):
@@ -1318,11 +1326,13 @@ def fit_basis(features, members, V_sft, num_iterations, learning_rate, regulariz
         raise InputError(f"{N} users for {process_count()} processes; start at most one process per user")
     if any(member.alpha for member in members) and (V_sft is None or not V_sft.any()):
         raise InputError("V_sft: missing or all 0, and alpha is not 0; give the reward head [d, 1]")
-    X = torch.cat([X.dense() if isinstance(X, Pairs) else X for X in features[mine]])  # (M, d)
-    X = X.to(device or X.device)
-    device = X.device
+    device = torch.device(device or getattr(features[0], "device", "cpu"))
+    counts = list(map(len, features[mine]))
+    X = torch.empty(sum(counts), d, device=device)  # (M, d)
+    for rows, of_user in zip(X.split(counts), features[mine]):
+        rows.copy_(of_user.dense() if isinstance(of_user, Pairs) else of_user)
     sizes, total = [member.K for member in members], sum(map(len, features)) if regularized else None
-    likelihood = Likelihood(list(map(len, features[mine])), sizes, device, total)
+    likelihood = Likelihood(counts, sizes, device, total)
     starts = [member.generator(0) for member in members]
     draw = torch.rand if regularized else torch.randn
     W, V = zip(*[(draw(N, K, generator=start), torch.randn(K, d, generator=start)) for K, start in zip(sizes, starts)])
@@ -1411,6 +1421,7 @@ class LoRe_regularized(LoRe):
     def __init__(self, V_sft, alpha, num_classes, num_features, num_basis_vectors, num_iterations=20000,
                  learning_rate=0.5, seed=0, threshold=1e-2):
         super().__init__(V_sft, alpha, num_classes, num_features, num_basis_vectors, num_iterations, learning_rate, seed)
+        check_settings(threshold=threshold)
         self.threshold = threshold
 
     def train(self, X):
@@ -1469,7 +1480,7 @@ def evaluate_model(X, V, w):
     X: `[m, d]` or Pairs; V: `[d, K]`; w: `[K]`, tensors or numpy arrays. Raises InputError: no pairs, other shapes, NaN.
     """
     V = check_matrix(V, "V")
-    w = check_matrix(torch.as_tensor(w).reshape(-1, 1), "w", V.shape[1]).to(V.device)
+    w = check_matrix(np.reshape(w, (-1, 1)), "w", V.shape[1], 1).to(V.device)
     return (next(_scores([check_matrix(X, "X", None, len(V))], V)) @ w > 0).float().mean().item()
 
 
@@ -1478,6 +1489,7 @@ def eval_multiple(W_list, V_list, test_features):
 
     W_list: one w `[K]` per user; V_list: one V `[d, K]` per user.
     """
+    W_list, V_list, test_features = map(list, (W_list, V_list, test_features))
     if not len(W_list) == len(V_list) == len(test_features) > 0:
         raise InputError(f"{len(W_list)} weights and {len(V_list)} bases for {len(test_features)} users; give one of "
                          "each per user")
@@ -1704,7 +1716,8 @@ def learn_single_reward_regularized(V_ref, alpha, train_features, num_iterations
 
 def learn_multiple(train_features, num_iterations=1000, learning_rate=0.01, seed=0):
     """A Bradley-Terry model of each user's own -> (N weights `[1]`, all 1, and N bases `[d, 1]`). A baseline."""
-    V = [learn_single_reward([X], num_iterations, learning_rate, seed) for X in train_features]
+    features = check_features(train_features, "train_features")
+    V = [learn_single_reward([X], num_iterations, learning_rate, seed) for X in features]
     return [torch.ones(1) for _ in V], V
 
 
@@ -1719,7 +1732,7 @@ def prepare_arguments(description, folder, model_name, embeds=True):
     parser.add_argument("--data", type=Path, metavar="DIR", help="read the splits from here instead of downloading "
                         "them: parquet, jsonl, csv, the last two also .gz; demo/ beside this script is an example")
     parser.add_argument("--model", metavar="ID_OR_PATH", help=f"the reward model (default: {model_name})")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each split; PRISM: users")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each split, or users")
     parser.add_argument("--demo", action="store_true", help="the synthetic data in demo/ and a tiny stand-in model")
     parser.add_argument("--overwrite", action="store_true", help="replace finished embeddings of another model or data")
     args = parser.parse_args()

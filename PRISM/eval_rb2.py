@@ -204,7 +204,10 @@ def read_heads(args, d_of_model):
     if heads.shape[0] != d_of_model:
         raise InputError(f"{args.rm_head}: a matrix of shape {tuple(heads.shape)}, and {args.model} has d = {d_of_model}; "
                          "it should be [d, K]")
-    weights = read_matrix(args.user_weights, ["W", "W_unseen"], "user weights") if args.user_weights else None
+    weights = None
+    if args.user_weights is not None:
+        weights = read_matrix(args.user_weights, ["W", "W_unseen"], "user weights")
+        check_same_model(args.user_weights, args.model)
     if weights is not None and weights.shape[1] != heads.shape[1]:
         raise InputError(f"{args.user_weights}: weights of shape {tuple(weights.shape)} for {heads.shape[1]} columns; "
                          "they should be [users, K]")

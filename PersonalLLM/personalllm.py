@@ -47,6 +47,14 @@ def conversations_of(prompts, responses):
             for prompt, of_prompt in zip(prompts, responses) for response in of_prompt]
 
 
+def check_population(population):
+    """Check what a script's `population` gives. Raises InputError that names the setting."""
+    check_settings(**population)
+    if len(population["fractions"]) != 3:
+        raise InputError(f"fractions: {population['fractions']!r}; give three, of a seen and of an unseen user's train "
+                         "prompts, and of the test prompts")
+
+
 def scripts_parser(description, folder):
     """The command line of the scripts that train: `--dir`, and `--data` for `load_embeddings`."""
     parser = script_parser(description, folder)

@@ -44,8 +44,9 @@ def population(demo):
 def main():
     args = personalllm.scripts_parser(__doc__, HERE).parse_args()
     config = dict(K_list=K_list, alpha_list=alpha_list, num_iterations=num_iterations, seeds=seeds)
+    check_settings(**config)
     for demo in (True, False):
-        check_settings(**config, **population(demo))
+        personalllm.check_population(population(demo))
     tables, V_final, about = personalllm.load_embeddings(args.dir, MODEL_NAME, args.data)
     if released_reference:
         V_final = load_released_reference(MODEL_NAME)

@@ -41,8 +41,9 @@ def main():
     args = personalllm.scripts_parser(__doc__, HERE).parse_args()
     config = dict(K_list=K_list, alpha_list=alpha_list, num_iterations=num_iterations, trials=trials,
                   num_shots=num_shots, seed=seed)
+    check_settings(**config)
     for demo in (True, False):
-        check_settings(**config, **population(demo))
+        personalllm.check_population(population(demo))
     tables, V_final, about = personalllm.load_embeddings(args.dir, MODEL_NAME, args.data)
     config.update(population(about.get("demo")))
     data = personalllm.create_dataset(tables, *population(about.get("demo")).values())

@@ -1,11 +1,13 @@
-"""Puts the repository root and this folder on sys.path, so that the tests import utils, the scripts and each other."""
+"""Puts the repository root, the rooms and this folder on sys.path, so that the tests import utils, the rooms and each
+other; fixtures that several files use."""
 
 import sys
 from pathlib import Path
 
 import pytest
 
-for folder in (Path(__file__).parents[1], Path(__file__).parent):
+ROOT = Path(__file__).parents[1]
+for folder in (ROOT / "RedditTLDR", ROOT / "PRISM", ROOT / "PersonalLLM", ROOT, ROOT / "tests"):
     sys.path.insert(0, str(folder))
 
 
@@ -17,3 +19,10 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def every_problem_on_the_kernel(monkeypatch):
+    """However small, on a CPU the pairs go through the compiled kernel."""
+    import utils
+    monkeypatch.setattr(utils, "KERNEL_NUMBERS", 0)

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,9 +53,9 @@ def planted_pairs(V, W, pairs, seed=0, sampled=False):
 
 @contextlib.contextmanager
 def input_error(*named):
-    """The block raises an InputError of one line that contains each of the strings."""
+    """The block raises an InputError of one line that contains each of the strings; what it yields gives the line."""
     with pytest.raises(utils.InputError) as caught:
-        yield
+        yield lambda: str(caught.value)
     message = str(caught.value)
     assert len(message.splitlines()) == 1
     for name in named:
@@ -83,8 +84,21 @@ def sign_again(folder):
         utils.save_tensors(head, tensors, **about)
 
 
+def copy_of_tree(target):
+    """A copy of what is committed of the product, without results of anybody's runs -> its root."""
+    for name in ("utils.py", "RedditTLDR", "PRISM", "PersonalLLM"):
+        if (ROOT / name).is_file():
+            shutil.copy(ROOT / name, target)
+        else:
+            shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns(
+                ".*", "__pycache__", "data", "results", "checkpoints", "*.pkl", "*.safetensors"))
+    return target
+
+
 def load_script(folder, name):
     """A fresh module of a script in a folder of the repository, so that a test can set its constants."""
+    if str(ROOT / folder) not in sys.path:  # where the script's own folder stands: it does `import tldr`
+        sys.path.insert(0, str(ROOT / folder))
     spec = importlib.util.spec_from_file_location(f"{folder}_{name}".replace("-", "_"), ROOT / folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

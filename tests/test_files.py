@@ -1,24 +1,34 @@
 """Files: whole or not at all, and no code of a stranger's pickle runs. Scripts: one line and status 2."""
 
+import argparse
 import builtins
 import collections
 import io
+import json
+import math
 import os
 import pickle
 import random
+import signal
+import struct
 import subprocess
+import sys
 import time
+import warnings
 import zipfile
+from pathlib import Path
+from typing import Tuple
 
 import numpy as np
 import pytest
 import torch
-from helpers import fresh_process, input_error, outcome
+from helpers import ROOT, fresh_process, input_error, outcome
 
 import utils
 from utils import load_pickle, load_tensors, save_tensors
 
 PROTOCOLS = [2, 3, 4, 5]
+needs_archives = pytest.mark.skipif(not utils.ARCHIVES, reason="this torch's archives are not read")
 
 
 def vector(seed):
@@ -64,7 +74,8 @@ def saved(content, **options):
 WRITERS = {**{f"pickle {protocol}": lambda content, protocol=protocol: pickle.dumps(content, protocol)
               for protocol in PROTOCOLS},
            "torch": saved, "torch legacy": lambda content: saved(content, _use_new_zipfile_serialization=False)}
-every_format = pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+every_format = pytest.mark.parametrize("write", [
+    pytest.param(write, id=name, marks=[needs_archives] if name == "torch" else []) for name, write in WRITERS.items()])
 
 
 @pytest.fixture
@@ -96,7 +107,8 @@ def test_tensors_of_every_kind_load(path, write):
 
 @every_format
 def test_plain_containers_of_every_kind_load(path, write):
-    content = [{1, "two"}, (b"two", b"three"), collections.OrderedDict(four=4), torch.Size([2, 3]), None, 5.5]
+    content = [("two", 3), collections.OrderedDict(four=4), torch.Size([2, 3]), None, 5.5]
+    content += [{1, "two"}, b"three"] * utils.ARCHIVES  # which an older torch does not take from a file of its own
     path.write_bytes(write(content))
     assert load_pickle(path) == content
 
@@ -146,8 +158,9 @@ def test_random_bytes_are_refused(path):
         path.write_bytes(chance.randbytes(length))
         with input_error(str(path)):
             load_pickle(path)
-    for text in (b"<!DOCTYPE html><html>429 Too Many Requests</html>", b"version https://git-lfs.github.com/spec/v1\n",
-                 b"\x1f\x8b\x08\x00gzip", b"PK\x03\x04 not a zip"):
+    texts = [b"<!DOCTYPE html><html>429 Too Many Requests</html>", b"version https://git-lfs.github.com/spec/v1\n",
+             b"\x1f\x8b\x08\x00gzip"] + [b"PK\x03\x04 not a zip"] * utils.ARCHIVES
+    for text in texts:
         path.write_bytes(text)
         with input_error(str(path), "write it again"):
             load_pickle(path)
@@ -179,7 +192,7 @@ PAYLOADS = {"posix.system": lambda marker: Calls(os.system, f"touch {marker}"),
 
 def fake_storage(blob):
     """A pickle in which a tensor's memory is the given bytes."""
-    return pickle.dumps(Calls(torch.storage._load_from_bytes, blob))
+    return pickle.dumps(Calls(torch.storage._load_from_bytes, blob), 2)
 
 
 def with_legacy_magic(blob):
@@ -203,21 +216,26 @@ HIDING_PLACES = {
        for protocol in range(6)},
     "torch": lambda payload: saved([payload]),
     "torch legacy": lambda payload: saved([payload], _use_new_zipfile_serialization=False),
-    "torch zip": lambda payload: in_torch_zip(pickle.dumps(payload)),
+    "torch zip": lambda payload: in_torch_zip(pickle.dumps(payload, 2)),
     "storage": lambda payload: fake_storage(pickle.dumps(payload)),
     "legacy storage": lambda payload: fake_storage(with_legacy_magic(pickle.dumps(payload, 2))),
     "storage in storage": lambda payload: fake_storage(with_legacy_magic(fake_storage(saved(
         [payload], _use_new_zipfile_serialization=False))))}
 
 
-@pytest.mark.parametrize("hide", HIDING_PLACES.values(), ids=HIDING_PLACES)
+@pytest.mark.parametrize("place", HIDING_PLACES)
 @pytest.mark.parametrize("name", PAYLOADS)
-def test_a_hostile_pickle_is_refused_by_name_and_runs_nothing(path, tmp_path, name, hide):
+def test_a_hostile_pickle_is_refused_by_name_and_runs_nothing(path, tmp_path, name, place):
     marker = tmp_path / "marker"
-    path.write_bytes(hide(PAYLOADS[name](marker)))
-    named = "refused" if hide is HIDING_PLACES["storage"] else name  # a storage that is no file of torch.save
-    with input_error(str(path), "refused", named, "do not trust"):
+    path.write_bytes(HIDING_PLACES[place](PAYLOADS[name](marker)))
+    named = [name, "do not trust"]
+    if place == "storage" or not utils.ARCHIVES and place in ("torch", "torch zip"):  # refused before it is read
+        named = ["refused"]
+    elif place == "storage in storage":
+        named = ["_load_from_bytes", "do not trust"]
+    with input_error(str(path), *named) as message:
         load_pickle(path)
+    assert "weights_only" not in message()  # torch's own text says how to run the code all the same
     assert not marker.exists()
 
 
@@ -237,14 +255,120 @@ def test_a_zip_in_a_storage_is_refused(path, tmp_path):
     assert not (tmp_path / "marker").exists()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_a_torchscript_program_is_refused(path):
-    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), str(path))
-    with input_error(str(path), "refused", "TorchScript"):
-        load_pickle(path)
-    path.write_bytes(fake_storage(path.read_bytes()))
-    with input_error(str(path), "refused", "memory"):
-        load_pickle(path)
+class Program(torch.nn.Module):
+    """A TorchScript program that writes a file when it is loaded."""
+    marker: str
+
+    def __init__(self, marker):
+        super().__init__()
+        self.marker = marker
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.marker, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: Tuple[str, bool]):
+        self.marker, self.training = state
+        torch.save(torch.ones(1), self.marker)
+
+
+def program(marker):
+    """The bytes of a TorchScript file that writes `marker` where torch.jit.load reads it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        file = io.BytesIO()
+        torch.jit.save(torch.jit.script(Program(str(marker))), file)
+    return file.getvalue()
+
+
+def directory(entries, moved, size=0):
+    """A zip's central directory of ZipInfos, their offsets moved, filled up to a size by the last one's comment."""
+    records = b""
+    for entry in entries:
+        name = entry.filename.encode()
+        fill = size - len(records) - 46 - len(name) if size and entry is entries[-1] else 0
+        records += struct.pack("<4s6H3L5H2L", b"PK\1\2", 20, 20, 0, 0, 0, 33, entry.CRC, entry.compress_size,
+                               entry.file_size, len(name), 0, fill, 0, 0, 0, entry.header_offset + moved) + name
+        records += b" " * fill
+    return records
+
+
+def two_faced(program, data, zip64):
+    """A zip that Python's zipfile reads as `data` and torch as `program`, both the bytes of a zip of torch's.
+
+    Either two central directories of one size, of which the end record names the first and zipfile takes the nearest;
+    or (zip64) two end records, of which the locator names the first and zipfile takes the nearest.
+    """
+    file, counts = io.BytesIO(), []
+    with zipfile.ZipFile(file, "w") as target:
+        for whole, folder in ((program, "program"), (data, "data")):
+            with zipfile.ZipFile(io.BytesIO(whole)) as source:
+                for name in source.namelist():
+                    target.writestr(folder + name[name.index("/"):], source.read(name))
+            counts.append(len(target.infolist()))
+        first, second = target.infolist()[:counts[0]], target.infolist()[counts[0]:]
+        start = target.start_dir
+    body = file.getvalue()[:start]
+    if zip64:
+        def end_record(directory, entries, at):
+            return struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, *[len(entries)] * 2, len(directory), at)
+
+        one, other = directory(first, 0), directory(second, 0)
+        body += one + end_record(one, first, start)
+        at = len(body)
+        body += other + end_record(other, second, at)
+        body += struct.pack("<4sLQL", b"PK\6\7", 0, start + len(one), 1)
+        return body + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, *[0xFFFF] * 2, *[0xFFFFFFFF] * 2, 0)
+    size = max(len(directory(entries, 0)) for entries in (first, second))
+    one, other = directory(first, 0, size), directory(second, -size, size)
+    return body + one + other + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, *[len(first)] * 2, size, start, 0)
+
+
+def code_in(path):
+    """Whether Python's zipfile finds a program in a zip; a newer Python may find the zip damaged: None."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            assert archive.testzip() is None
+            return any("/code/" in name for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return None
+
+
+ARCHIVES = {"a program": lambda marker: program(marker),
+            "two directories": lambda marker: two_faced(program(marker), saved([vector(0)]), zip64=False),
+            "two end records": lambda marker: two_faced(program(marker), saved([vector(0)]), zip64=True)}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_an_archive_with_a_torchscript_program_is_refused_and_runs_nothing(path, tmp_path, name):
+    marker = tmp_path / "marker"
+    path.write_bytes(ARCHIVES[name](marker))
+    marker.unlink(missing_ok=True)
+    assert code_in(path) in ([True] if name == "a program" else [False, None])
+    for content in (path.read_bytes(), fake_storage(path.read_bytes())):
+        path.write_bytes(content)
+        with input_error(str(path), "do not trust" if utils.ARCHIVES else "refused"):
+            load_pickle(path)
+        assert not marker.exists()
+    path.write_bytes(ARCHIVES[name](marker))
+    torch.jit.load(str(path))  # what is so refused would have run
+    assert marker.exists()
+
+
+def test_a_torch_whose_archives_can_be_passed_reads_none_and_writes_what_it_reads(path, monkeypatch):
+    monkeypatch.setattr(utils, "ARCHIVES", False)
+    for content in (saved(tldr_content()), saved([]), b"PK\3\4", b"PK"):
+        path.write_bytes(content)
+        with input_error(str(path), "refused", f"torch {torch.__version__}", "torch 2.6 or newer"):
+            load_pickle(path)
+    utils.save_torch(path, prism_content())
+    assert_equal_content(load_pickle(path), prism_content())
+    monkeypatch.undo()
+    assert_equal_content(load_pickle(path), prism_content())
+    utils.save_torch(path, prism_content())
+    assert_equal_content(load_pickle(path), prism_content())
 
 
 @pytest.mark.parametrize("array", [np.ones(2), np.float64(1), Calls(np.ndarray, (1,), np.dtype(object), b"A" * 8)])
@@ -327,13 +451,20 @@ def test_files_written_together_replace_the_old_ones_together_or_not_at_all(tmp_
             (new / "a").write_text("new")
             raise KeyboardInterrupt
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old", "b": "old"}
-    (tmp_path / ".new-left").mkdir()  # by a process that was killed two hours ago
-    os.utime(tmp_path / ".new-left", (time.time() - 7200,) * 2)
     with utils.together(tmp_path) as new:
         (new / "a").write_text("new")
         (new / "c").write_text("new")
         assert (tmp_path / "a").read_text() == "old"
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "new", "b": "old", "c": "new"}
+
+
+def test_files_that_the_new_ones_replace_go_when_these_come(tmp_path):
+    for name in ("K_1.txt", "K_2.txt", "other"):
+        (tmp_path / name).write_text("old")
+    with utils.together(tmp_path, ["K_*.txt", "nothing"]) as new:
+        (new / "K_2.txt").write_text("new")
+        assert (tmp_path / "K_1.txt").exists()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"K_2.txt": "new", "other": "old"}
 
 
 def test_a_folder_is_proved_writable_before_long_work_and_left_empty(tmp_path):
@@ -348,37 +479,62 @@ def test_a_folder_is_proved_writable_before_long_work_and_left_empty(tmp_path):
 # Scripts, in processes of their own
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAINS = {
+MAINS = {  # name -> (body of main, end of the line on stderr, exit status)
     "an input error": ("raise utils.InputError('K_list: 1.5 is no rank;\\n give whole numbers')",
-                       "error: K_list: 1.5 is no rank; give whole numbers\n"),
-    "an interruption": ("raise KeyboardInterrupt", "error: interrupted: finished files and embeddings are kept, "
-                                                   "run the same command again to resume\n"),
+                       "error: K_list: 1.5 is no rank; give whole numbers\n", 2),
+    "an interruption": ("raise KeyboardInterrupt", "error: interrupted: finished files and embeddings are kept, run "
+                                                   "the same command again to resume\n", 130),
     "a folder that is a file": ("open(sys.argv[1] + '/results', 'w')",
-                                "file.bin/results: Not a directory; free or choose another place and run again\n"),
+                                "file.bin/results: Not a directory; free or choose another place\n", 2),
     "a full disk": ("resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
                     "    utils.save_tensors(sys.argv[1], {'V': torch.zeros(100_000)})",
-                    "File too large; free or choose another place and run again\n")}
+                    "File too large; free or choose another place\n", 2),
+    "a full standard output": ("sys.stdout = open('/dev/full', 'w')\n    print('x' * 10**5)", "error: standard output: "
+                               "No space left on device; free or choose another place\n", 2)}
+FORKS = """
+import json, os, resource, sys, torch, utils
+ended = []
+for body, path in json.loads(sys.argv[1]):
+    if os.fork() == 0:
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(path + name, os.O_WRONLY | os.O_CREAT), number)
+        sys.argv[1] = path
+        exec("def main():\\n    print('started')\\n    " + body)
+        try:
+            utils.run_script(main)
+        finally:
+            sys.__stdout__.flush()
+            sys.stderr.flush()
+            os._exit(sys.exc_info()[1].code)
+    ended.append(os.waitstatus_to_exitcode(os.wait()[1]))
+print(json.dumps(ended))
+"""
 
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
     """name -> (folder with an old file.bin, exit status, stdout, stderr) of a script whose main() ends like this."""
-    processes = {}
-    for name, (body, _) in MAINS.items():
-        folder = tmp_path_factory.mktemp("script")
-        (folder / "file.bin").write_bytes(b"old")
-        code = ("import resource, sys, torch, utils\ndef main():\n    print('started')\n"
-                f"    {body}\nutils.run_script(main)")
-        processes[name] = folder, fresh_process(code, folder / "file.bin")
-    return {name: (folder, *outcome(process)) for name, (folder, process) in processes.items()}
+    paths = {name: tmp_path_factory.mktemp("script") / "file.bin" for name in MAINS}
+    for path in paths.values():
+        path.write_bytes(b"old")
+    bodies = [(MAINS[name][0], str(path)) for name, path in paths.items()]
+    status, out, err = outcome(fresh_process(FORKS, json.dumps(bodies)))
+    assert status == 0, err
+    found = {}
+    for (name, path), status in zip(paths.items(), json.loads(out), strict=True):
+        out, err = (path.with_name(path.name + end) for end in ("out", "err"))
+        found[name] = path.parent, status, out.read_text(), err.read_text()
+        out.unlink()
+        err.unlink()
+    return found
 
 
 @pytest.mark.parametrize("name", MAINS)
-def test_a_script_ends_with_one_line_and_status_2_after(ended, name):
+def test_a_script_ends_with_one_line_and_its_status_after(ended, name):
     _, status, out, err = ended[name]
-    assert status == 2
     assert out == "started\n"
     assert len(err.splitlines()) == 1 and err.startswith("error: ") and err.endswith(MAINS[name][1])
+    assert status == MAINS[name][2]
 
 
 def test_a_full_disk_names_the_file_and_leaves_the_old_one_and_nothing_else(ended):
@@ -392,16 +548,88 @@ def test_a_script_that_ends_well_and_an_error_of_ours_pass_through():
     ran = []
     utils.run_script(lambda: ran.append(1))
     assert ran == [1]
-    with pytest.raises(ZeroDivisionError):
-        utils.run_script(lambda: 1 / 0)
+    for wrong in (lambda: 1 / 0, lambda: torch.ones(2) @ torch.ones(3)):
+        with pytest.raises((ZeroDivisionError, RuntimeError)):
+            utils.run_script(wrong)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="no /proc")
+@pytest.mark.parametrize("library, seconds", [("_multiarray_umath", 0), ("_multiarray_umath", 0.4),
+                                              ("libtorch_python", 0)])
+def test_ctrl_c_while_the_libraries_load_is_one_line(library, seconds, tmp_path):
+    """Pressed some time after the process has mapped a library."""
+    script = ROOT / "RedditTLDR" / "train_basis.py"
+    process = subprocess.Popen([sys.executable, script, "--dir", tmp_path], text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    while process.poll() is None and library not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.005)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    status, out, err = outcome(process)
+    assert (status, out) == (130, "")
+    assert len(err.splitlines()) == 1 and err.startswith("error: interrupted")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings, devices
+# ---------------------------------------------------------------------------------------------------------------------
+
+WRONG = {
+    "num_iterations": [-1, 1.5, True, "5", None, math.nan, 2**32], "K_list": [[], [1, 1], 3, [1.5], [-1], None, "12"],
+    "alpha_list": [[math.nan], [-1.0], [math.inf], [1e16], [1, 1.0], ["1"], 5], "seeds": [[-1], [0, 0], []],
+    "learning_rate": [0, -0.1, math.nan, math.inf, "0.1", True], "threshold": [-0.1, 1.1, math.nan],
+    "trials": [0, 2.5], "num_shots": [[0], [1.5], []], "concentration": [0, math.nan], "fractions": [[0], [1.1], []]}
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in WRONG.items() for value in values], ids=str)
+def test_a_setting_without_a_meaning_is_refused_by_name(name, value):
+    with input_error(name):
+        utils.check_settings(**{name: value})
+
+
+def test_settings_that_mean_something_pass():
+    utils.check_settings(num_iterations=np.int64(5), K_list=range(3), alpha_list=np.array([0, 0.5]), seeds=(0, 1),
+                         learning_rate=np.float32(0.1), threshold=0, fractions=(0.1, 0.1, 1.0), num_shots=[5, 10])
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "no device", 1.5, [], "meta:x"], ids=str)
+def test_a_device_that_is_not_there_is_refused(device):
+    with input_error("device", str(device), "cpu"):
+        utils.check_device(device)
+    assert utils.check_device("cpu") == utils.check_device(torch.device("cpu")) == torch.device("cpu")
+
+
+def test_a_wrong_option_of_a_script_is_an_input_error_and_help_is_none(capsys, monkeypatch):
+    parser = utils.script_parser("what it does", "/folder")
+    assert isinstance(parser, argparse.ArgumentParser) and str(parser.parse_args([]).dir) == "/folder"
+    with input_error("--no-such", "--help"):
+        parser.parse_args(["--no-such"])
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(["--help"])
+    assert stop.value.code == 0 and "what it does" in capsys.readouterr().out
+
+
+def test_json_comes_back_with_arrays_as_lists_and_a_damaged_or_missing_one_is_refused(tmp_path):
+    path = tmp_path / "a.json"
+    utils.save_json(path, {"a": np.arange(2), "b": torch.ones(1), "c": range(2), "é": np.float32(0.5)})
+    assert utils.load_json(path, "a") == {"a": [0, 1], "b": [1.0], "c": [0, 1], "é": 0.5}
+    assert json.loads(path.read_text())["c"] == [0, 1]
+    with input_error(str(path), "nowhere"):
+        utils.load_json(path, "nowhere")
+    for damaged in (path.read_text()[:-5], "[1]", ""):
+        path.write_text(damaged)
+        with input_error(str(path), "write it again"):
+            utils.load_json(path, "a")
+    with input_error("no such file", "prepare.py"):
+        utils.load_json(tmp_path / "b.json")
 
 
 PUBLIC_NAMES = """
     np torch random run run_regularized run_few_shot_vary_shots LoRe LoRe_regularized PersonalizeBatch solve
     solve_regularized solve_regularized_simplex learn_multiple_few_shot learn_multiple learn_single_reward
-    evaluate_model eval_multiple sample_shots simulate_user simulate_population generate_population
-    generate_popupulation create_sparse_tensor create_dataset_prism create_dataset_prism_shots load_reward_model
-    load_reward_head embed_conversations Pairs load_pickle""".split()
+    learn_single_reward_regularized evaluate_model eval_multiple sample_shots simulate_user simulate_population
+    generate_population generate_popupulation create_sparse_tensor create_dataset_prism create_dataset_prism_shots
+    load_reward_model load_reward_head embed_conversations Pairs load_pickle""".split()
 
 
 def test_star_import_gives_every_public_name_and_prints_nothing():

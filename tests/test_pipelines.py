@@ -1,6 +1,8 @@
-"""run, run_regularized and run_few_shot_vary_shots: what they return, what they print, what they refuse."""
+"""run, run_regularized and run_few_shot_vary_shots: what they return, what they print, what they refuse; the calls of
+the released scripts."""
 
 import contextlib
+import inspect
 import io
 import math
 import re
@@ -46,7 +48,7 @@ def printed_by(pipeline, *arguments, **options):
 
 def sweep(K_list=(0, 1, 3), alpha_list=(0, 0.1), features=None, V_final=V_FINAL, users=(N, N_UNSEEN), pipeline=run,
           num_iterations=60, **options):
-    return printed_by(pipeline, list(K_list), list(alpha_list), V_final, *(features or planted_features()), *users,
+    return printed_by(pipeline, K_list, alpha_list, V_final, *(features or planted_features()), *users,
                       "cpu", num_iterations=num_iterations, **options)
 
 
@@ -197,25 +199,14 @@ def test_run_regularized_prints_alpha_and_rank(swept_regularized):
     assert "alpha : 0\n" in printed and "alpha : 10000.0\n" in printed  # as they stand in alpha_list
 
 
-def test_eval_multiple_prints_the_mean_and_deviation_of_what_it_returns(swept, capsys):
-    fit, train = swept[2][2], planted_features()[0]
-    accuracies = utils.eval_multiple(list(fit.W), [fit.V] * N, train)
-    assert accuracies == pytest.approx([accuracy_by_counting(X, fit.V, w) for X, w in zip(train, fit.W)])
-    assert capsys.readouterr().out == expected_print([], {"": accuracies})[1:]
-
-
-def test_a_pair_is_right_where_its_margin_is_positive_and_not_where_it_is_zero():
-    X, V = torch.tensor([[1.0], [-1.0], [0.0], [3.0], [1e-20]]), torch.tensor([[2.0, -1.0]])
-    assert evaluate_model(X, V, torch.tensor([1.0, 0.0])) == pytest.approx(3 / 5)
-    assert evaluate_model(X, V, torch.tensor([0.0, 1.0])) == pytest.approx(1 / 5)
-    assert isinstance(evaluate_model(X, V, torch.tensor([0.5, 0.5])), float)
+def test_pairs_of_two_equal_sides_count_as_wrong():
     zeros = [[0 * X for X in part] for part in planted_features()]
     assert np.all(np.array(sweep(features=zeros, num_iterations=2)[0]) == 0)
     assert not any(map(any, vary_shots(2, [0], [0, 2], [3], features=zeros, num_iterations=2)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Seeds, pairs
+# Seeds, pairs, features of every kind
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -252,6 +243,27 @@ def test_pairs_give_what_the_dense_features_give(swept, as_pairs):
     assert printed == swept[1]
     for one, other in zip(found, swept[0]):
         assert one.tolist() == pytest.approx(other.tolist())
+
+
+def as_generators(features):
+    return [(X for X in part) for part in features]
+
+
+@pytest.mark.parametrize("kind", [lambda f: [[X.numpy() for X in part] for part in f], as_generators,
+                                  lambda f: [[X.double() for X in part] for part in f],
+                                  lambda f: [[X.double().numpy() for X in part] for part in f]],
+                         ids=["numpy", "generators", "float64", "numpy float64"])
+def test_features_and_heads_of_every_kind_give_the_same_table(swept, kind):
+    head = V_FINAL if kind is as_generators else kind([[V_FINAL]])[0][0]
+    assert sweep(features=kind(planted_features()), V_final=head)[1] == swept[1]
+    options = dict(trials=1, alpha_list=[0], K_list=[2], num_shots=[3], num_iterations=2)
+    assert vary_shots(**options, features=kind(planted_features()), V_final=head) == vary_shots(**options)
+
+
+def test_the_kernel_gives_the_table_of_the_plain_way(swept, swept_regularized, every_problem_on_the_kernel):
+    for (found, *_), again in ((swept, sweep()), (swept_regularized, sweep(pipeline=utils.run_regularized,
+                                                  K_list=(0, 1, 8), alpha_list=(0, 1e4)))):
+        np.testing.assert_allclose(found, again[0], atol=0.01)  # a pair at the border may change sides
 
 
 @pytest.mark.parametrize("pipeline", [run, utils.run_regularized])
@@ -310,6 +322,18 @@ def test_every_pair_as_shot_is_the_few_shot_fit_of_run():
     assert [train_mean[0], unseen_mean[0]] == pytest.approx(expected, abs=0.03)
 
 
+def test_groups_make_a_shot_a_whole_group():
+    """Of groups in which all pairs are the same one, shots of groups are shots of pairs, without a rest."""
+    train, _, unseen, unseen_test = planted_features()
+    groups = [torch.arange(len(X)).repeat_interleave(3) for X in unseen]
+    thrice = [train, None, [X.repeat_interleave(3, 0) for X in unseen], unseen_test]
+    everything = vary_shots(2, [0], [3], [999], features=thrice, groups=groups)
+    expected = vary_shots(2, [0], [3], [999])
+    assert everything[0] == pytest.approx(expected[0]) and everything[2] == pytest.approx(expected[2], abs=0.02)
+    one = vary_shots(6, [0], [0], [1], features=thrice, groups=groups)[0][0] * N_UNSEEN * 6
+    assert one == pytest.approx(round(one))  # one group is all right or all wrong
+
+
 def test_vary_shots_is_fixed_by_its_seed():
     first, same, other = (vary_shots(2, [0], [2], [3], num_iterations=5, seed=seed) for seed in (1, 1, 2))
     assert list(first) == list(same) != list(other)
@@ -335,45 +359,77 @@ RANKS_AND_PENALTIES = [
     (dict(alpha_list=[-1]), "alpha_list", "-1"), (dict(alpha_list=[math.nan]), "alpha_list", "nan"),
     (dict(alpha_list=[math.inf]), "alpha_list", "inf"), (dict(alpha_list=[]), "alpha_list"),
     (dict(alpha_list=[1e16]), "alpha_list", "1e+16"), (dict(alpha_list=[10**400]), "alpha_list"),
-    (dict(alpha_list=[0, 1, 0.0]), "alpha_list", "[0, 1, 0.0]")]
+    (dict(alpha_list=[0, 1, 0.0]), "alpha_list", "[0, 1, 0.0]"), (dict(K_list=5), "K_list", "5"),
+    (dict(alpha_list=None), "alpha_list", "None")]
 NAMES = ("train_features", "test_features_sparse", "train_features_unseen", "test_features_sparse_unseen")
 
 
-@pytest.mark.parametrize("pipeline", [run, utils.run_regularized])
 @pytest.mark.parametrize("wrong", RANKS_AND_PENALTIES, ids=lambda wrong: str(wrong[0]))
-def test_ranks_and_penalties_that_mean_nothing_are_refused(pipeline, wrong, capsys):
+def test_ranks_and_penalties_that_mean_nothing_are_refused(wrong, capsys):
     options, *named = wrong
+    for pipeline in (run, utils.run_regularized):
+        with input_error(*named):
+            sweep(pipeline=pipeline, num_iterations=1, **options)
     with input_error(*named):
-        sweep(pipeline=pipeline, num_iterations=1, **options)
+        vary_shots(2, options.get("alpha_list", [0]), options.get("K_list", [2]), [2], num_iterations=1)
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("wrong", RANKS_AND_PENALTIES, ids=lambda wrong: str(wrong[0]))
-def test_vary_shots_refuses_the_same_ranks_and_penalties(wrong):
-    options, *named = wrong
-    with input_error(*named):
-        vary_shots(2, options.get("alpha_list", [0]), options.get("K_list", [2]), [2], num_iterations=1)
+@pytest.mark.parametrize("name, value", [("num_iterations", -1), ("num_iterations", 2.5), ("seed", -1), ("seed", "0"),
+                                         ("seed", [0, 0]), ("threshold", math.nan), ("threshold", -1)], ids=str)
+def test_other_settings_that_mean_nothing_are_refused(name, value):
+    for pipeline in (run, utils.run_regularized)[name == "threshold":]:
+        with input_error(name):
+            sweep(pipeline=pipeline, **{"num_iterations": 1, name: value})
+    if name != "threshold":
+        with input_error(name):
+            vary_shots(2, [0], [2], [2], **{"num_iterations": 1, name: value})
 
 
-@pytest.mark.parametrize("trials, num_shots, named",
-                         [(0, [2], "0"), (2.5, [2], "2.5"), (2, [0], "0"), (2, [1.5], "1.5"), (2, [-3], "-3")])
-def test_vary_shots_refuses_numbers_of_trials_or_shots_below_one(trials, num_shots, named):
-    with input_error(f"{'num_shots' if trials == 2 else 'trials'} = {named}"):
+@pytest.mark.parametrize("trials, num_shots", [(0, [2]), (2.5, [2]), (2, [0]), (2, [1.5]), (2, [-3]), (2, []), (2, 5),
+                                               (2, [5, 5])], ids=str)
+def test_vary_shots_refuses_numbers_of_trials_or_shots_below_one(trials, num_shots):
+    with input_error("num_shots" if trials == 2 else "trials"):
         vary_shots(trials, [0], [2], num_shots, num_iterations=1)
 
 
-@pytest.mark.parametrize("group", [[1] * 30, [0] * 29, [0, 2] * 15, [-1, 0] * 15])
-def test_groups_of_shots_that_are_not_numbered_from_0_are_refused(group):
-    features = [torch.randn(30, 4) for _ in range(2)]
-    with input_error("groups, user 1"):
-        utils.run_few_shot_vary_shots(1, [0], [2], [1], features, features, features, torch.ones(4, 1), 2, 2, "cpu",
-                                      num_iterations=1, groups=[torch.zeros(30).long(), torch.tensor(group)])
+@pytest.mark.parametrize("groups", [[[0] * 12] * N_UNSEEN, [torch.zeros(12).long()], 5, [None] * N_UNSEEN],
+                         ids=["lists", "too few", "a number", "none"])
+def test_groups_that_are_not_one_tensor_a_user_are_refused_before_the_training(groups, monkeypatch):
+    monkeypatch.setattr(utils, "fit_basis", None)
+    with input_error("groups"):
+        vary_shots(1, [0], [2], [1], groups=groups)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "no device", 1.5])
+def test_a_device_that_is_not_there_is_refused(device):
+    for pipeline in (run, utils.run_regularized):
+        with input_error("device", str(device)):
+            pipeline([2], [0], V_FINAL, *planted_features(), N, N_UNSEEN, device)
+    train, _, *unseen = planted_features()
+    with input_error("device", str(device)):
+        run_few_shot_vary_shots(1, [0], [2], [1], train, *unseen, V_FINAL, N, N_UNSEEN, device)
+
+
+def test_an_interruption_keeps_the_state_of_the_training_that_was_done(tmp_path, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    unbroken, path = sweep()[2], tmp_path / utils.CHECKPOINT_FILE
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(utils, "fit_users", killed)
+        sweep(checkpoint=path)
+    assert utils.load_pickle(path)["iterations"] == 60
+    _, printed, fits = sweep(checkpoint=path)
+    assert "resuming the training after 60 iterations" in printed
+    assert all(torch.equal(fit.V, same.V) and torch.equal(fit.W, same.W) for fit, same in zip(fits, unbroken))
 
 
 @pytest.mark.parametrize("part", range(4), ids=NAMES)
 @pytest.mark.parametrize("damage, named", [
     (lambda X: X * math.nan, "NaN"), (lambda X: X / 0, "infinite"), (lambda X: X[:0], "(0, 6)"),
-    (lambda X: X[:, :4], "4)"), (lambda X: X[0], "(6,)")], ids=["NaN", "infinite", "no pairs", "narrow", "one vector"])
+    (lambda X: X[:, :4], "4)"), (lambda X: X[0], "(6,)"),
+    (lambda X: None, "NoneType")], ids=["NaN", "infinite", "no pairs", "narrow", "one vector", "none"])
 def test_features_that_cannot_be_used_are_refused_by_name_and_user(part, damage, named):
     features = planted_features()
     features[part][3] = damage(features[part][3])
@@ -412,3 +468,119 @@ def test_a_reward_head_with_nan_is_refused():
 
 def test_a_reward_head_may_be_one_vector(swept):
     assert sweep(V_final=V_FINAL[:, 0])[1] == swept[1]
+
+
+def test_what_is_no_list_of_features_is_refused_by_name():
+    for part in range(4):
+        features = planted_features()
+        features[part] = None
+        with input_error(NAMES[part]):
+            sweep(features=features)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The calls of the released scripts
+# ---------------------------------------------------------------------------------------------------------------------
+
+FOUR = "train_features test_features_sparse train_features_unseen test_features_sparse_unseen"
+MODEL = "V_sft alpha num_classes num_features num_basis_vectors num_iterations learning_rate"
+ARGUMENTS = {  # of design.md, section 2: in this order, by these names; others may only follow, with a default
+    "run": f"K_list alpha_list V_final {FOUR} N N_unseen device",
+    "run_regularized": f"K_list alpha_list V_final {FOUR} N N_unseen device",
+    "run_few_shot_vary_shots": "trials alpha_list K_list num_shots train_features train_features_unseen "
+                               "test_features_sparse_unseen V_final N N_unseen device",
+    "LoRe": MODEL, "LoRe_regularized": MODEL, "LoRe.train": "self X", "LoRe_regularized.train": "self X",
+    "PersonalizeBatch": "num_classes num_features num_basis_vectors num_iterations learning_rate",
+    "PersonalizeBatch.train": "self X V", "solve": "train_features num_basis_vectors num_iterations learning_rate",
+    "solve_regularized": "V_sft alpha train_features num_basis_vectors",
+    "solve_regularized_simplex": "V_sft alpha train_features num_basis_vectors",
+    "learn_multiple_few_shot": "train_features V", "learn_multiple": "train_features",
+    "learn_single_reward": "train_features", "learn_single_reward_regularized": "V_ref alpha train_features",
+    "evaluate_model": "X V w", "eval_multiple": "W_list V_list test_features",
+    "sample_shots": "train_features_unseen shots", "simulate_user": "reward_tensor features w",
+    "simulate_population": "reward_tensor features W", "generate_population": "alpha N",
+    "generate_popupulation": "alpha N", "create_sparse_tensor": "dense_tensor sample_percentage",
+    "create_dataset_prism": "embeddings", "create_dataset_prism_shots": "embeddings shots",
+    "load_reward_model": "model_name device", "load_reward_head": "model_name",
+    "embed_conversations": "conversations model tokenizer", "Pairs": "embeddings chosen rejected",
+    "load_pickle": "path"}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_arguments_have_the_released_names_and_order(name):
+    function, names = utils, ARGUMENTS[name].split()
+    for part in name.split("."):
+        function = getattr(function, part)
+    parameters = list(inspect.signature(function).parameters.values())
+    assert [p.name for p in parameters[:len(names)]] == names
+    assert all(p.default is not p.empty or p.kind == p.VAR_KEYWORD for p in parameters[len(names):])
+
+
+def test_the_personalllm_script_of_the_release_can_be_run():
+    """Scores as a numpy array of objects, features as nested lists of bfloat16 tensors, W as numpy's."""
+    prompts, scorers = 40, 10
+    generator, chance = torch.Generator().manual_seed(0), np.random.default_rng(0)
+    features = [[torch.randn(d, generator=generator).bfloat16() for _ in range(8)] for _ in range(prompts)]
+    scores = chance.normal(size=(prompts, 8, scorers))
+    reward_tensor = scores.astype(object)
+    W = utils.generate_popupulation(alpha=0.1, N=5)
+    assert isinstance(W, np.ndarray) and W.shape == (5, scorers)
+    dense = utils.simulate_population(reward_tensor=reward_tensor, features=features, W=W)
+    assert dense.shape == (5, prompts, d) and dense.dtype == torch.float32
+    for w, of_user in zip(W, dense):
+        of_one = utils.simulate_user(reward_tensor=reward_tensor, features=features, w=w)
+        assert torch.equal(of_one, of_user)
+        for p, x in enumerate(of_user):
+            order = [sum(w[m] * scores[p, j, m] for m in range(scorers)) for j in range(8)]
+            best, worst = features[p][int(np.argmax(order))], features[p][int(np.argmin(order))]
+            assert torch.equal(x, best.float() - worst.float())
+    sparse = utils.create_sparse_tensor(dense_tensor=dense, sample_percentage=0.5)
+    assert [X.shape for X in sparse] == [(20, d)] * 5
+    parts = dict(zip(FOUR.split(), (sparse, list(dense), sparse, list(dense))))
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = run(K_list=[0, 2], alpha_list=[0], V_final=torch.ones(d, 1), **parts, N=5, N_unseen=5,
+                    device=torch.device("cpu"), num_iterations=5)
+    assert all(values.shape == (2,) for values in found)
+
+
+def by_keyword():
+    """Each numerical function of section 2 as others call it, by keyword alone: name -> what it gives."""
+    train, test, unseen, unseen_test = planted_features()
+    V = planted_basis(d, 2)
+    parts = dict(zip(FOUR.split(), (train, test, unseen, unseen_test)))
+    sizes = dict(num_classes=N, num_features=d, num_basis_vectors=2, num_iterations=3, learning_rate=0.5)
+    one, other = (dict(K_list=[1, 2], alpha_list=[0.5], V_final=V_FINAL, N=N, N_unseen=N_UNSEEN, device="cpu",
+                       num_iterations=3) for _ in range(2))
+    del parts["test_features_sparse"]
+    yield "run", run(**one, **parts, test_features_sparse=test)
+    yield "run_regularized", utils.run_regularized(**one, **parts, test_features_sparse=test)
+    yield "vary", run_few_shot_vary_shots(trials=2, num_shots=[2, 3], **other, **parts)
+    yield "LoRe", LoRe(V_sft=V_FINAL, alpha=0.1, **sizes).train(X=train)
+    yield "LoRe_regularized", LoRe_regularized(V_sft=V_FINAL, alpha=0.1, **sizes).train(X=train)
+    yield "PersonalizeBatch", PersonalizeBatch(**sizes).train(X=train, V=V)
+    yield "solve", utils.solve(train_features=train, num_basis_vectors=2, num_iterations=3, learning_rate=0.1)
+    for function in (utils.solve_regularized, utils.solve_regularized_simplex):
+        yield function.__name__, function(V_sft=V_FINAL, alpha=0.1, train_features=train, num_basis_vectors=2,
+                                          num_iterations=3, learning_rate=0.1)
+    yield "few_shot", utils.learn_multiple_few_shot(train_features=train, V=V, num_iterations=3, learning_rate=0.1)
+    yield "single", utils.learn_single_reward(train_features=train, num_iterations=3, learning_rate=0.1)
+    yield "single_regularized", utils.learn_single_reward_regularized(V_ref=V_FINAL, alpha=0.1, train_features=train,
+                                                                      num_iterations=3, learning_rate=0.1)
+    W_list, V_list = utils.learn_multiple(train_features=train, num_iterations=3, learning_rate=0.1)
+    yield "eval_multiple", utils.eval_multiple(W_list=W_list, V_list=V_list, test_features=test)
+    yield "evaluate_model", evaluate_model(X=train[0].numpy(), V=V.numpy(), w=np.array([0.5, 0.5]))
+    yield "sample_shots", utils.sample_shots(train_features_unseen=unseen, shots=3)
+
+
+def test_every_function_is_called_by_keyword(capsys):
+    found = dict(by_keyword())
+    assert len(found) == 15
+    assert len(found["run"]) == len(found["run_regularized"]) == 8 and len(found["vary"]) == 4
+    for name in ("LoRe", "solve", "solve_regularized"):
+        w, V = found[name]
+        assert w.shape == (N, 2) and V.shape == (d, 2)
+    for name in ("PersonalizeBatch", "few_shot"):
+        assert isinstance(found[name], list) and [w.shape for w in found[name]] == [(2,)] * N
+    assert found["single"].shape == found["single_regularized"].shape == (d, 1)
+    assert isinstance(found["eval_multiple"], list) and isinstance(found["evaluate_model"], float)
+    assert [len(X) for X in found["sample_shots"]] == [3] * N_UNSEEN
