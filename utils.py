@@ -1161,7 +1161,7 @@ class Likelihood:
     """
 
     def __init__(self, counts, sizes, device, total=None):
-        self.counts, self.sizes = torch.tensor(counts, device=device), list(sizes)
+        self.counts, self.sizes, self.threads = torch.tensor(counts, device=device), list(sizes), torch.get_num_threads()
         self.user = torch.arange(len(counts), device=device).repeat_interleave(self.counts)  # (M,)
         self.weight = 1 / (self.counts if total is None else torch.full_like(self.counts, total))  # (N,)
         self.member = torch.tensor([g for g, K in enumerate(sizes) for _ in range(K)], device=device)  # (C,)
@@ -1193,7 +1193,7 @@ class Likelihood:
 
     def kernel(self, X, w, V, of_weights=True, of_basis=True):
         """The same for many pairs on a CPU: see `_gradients`."""
-        threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+        threads = min(self.threads, numba.config.NUMBA_NUM_THREADS)
         numba.set_num_threads(threads)
         size, start = np.array(self.sizes), np.concatenate([[0], np.cumsum(self.counts.numpy())])
         by_weights, by_basis = torch.zeros(w.shape), torch.zeros(threads, *V.shape)
@@ -1264,6 +1264,18 @@ def _gradients(X, start, weight, w, V, first, size, by_weights, by_basis, of_wei
 @_njit()
 def _residual(margin, weight):
     return -weight / (_one + math.exp(margin)) / _temperature
+
+
+@contextlib.contextmanager
+def _one_thread_of_torch(device):
+    """On a CPU, torch's own threads would wait, busily, on the cores of the kernel's, and for small products longer than
+    these take."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if device.type == "cpu" else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _descend(likelihood, W, V, derivatives, num_iterations, learning_rate, penalty=None, alternating=False,
@@ -1354,8 +1366,9 @@ def fit_basis(features, members, V_sft, num_iterations, learning_rate, regulariz
         settings = (torch.__version__, str(device), list(map(len, features)), members, num_iterations, learning_rate,
                     regularized, None if reference is None else reference.tolist())
         identity = digest_of(repr(settings)) + hashlib.sha256(X.cpu().numpy()).hexdigest()
-    _descend(likelihood, W, V, lambda w, *of: derivatives(w, V, *of), num_iterations, learning_rate,
-             penalty if alpha.any() else None, regularized, identity and (checkpoint, identity))
+    with _one_thread_of_torch(device):
+        _descend(likelihood, W, V, lambda w, *of: derivatives(w, V, *of), num_iterations, learning_rate,
+                 penalty if alpha.any() else None, regularized, identity and (checkpoint, identity))
     if not V.isfinite().all():
         if checkpoint:
             Path(checkpoint).unlink(missing_ok=True)
@@ -1380,8 +1393,9 @@ def fit_users(scores, members, sizes, num_iterations, learning_rate):
     likelihood = Likelihood(list(map(len, scores)), sizes, P.device)
     W = torch.cat([torch.randn(N, K, generator=dataclasses.replace(member, K=K).generator(1))
                    for member, K in zip(members, sizes)], 1).to(P.device)
-    _descend(likelihood, W, None, lambda w, *of: (likelihood.by_weights(P, likelihood.residuals(P, w)), None),
-             num_iterations, learning_rate)
+    with _one_thread_of_torch(P.device):
+        _descend(likelihood, W, None, lambda w, *of: (likelihood.by_weights(P, likelihood.residuals(P, w)), None),
+                 num_iterations, learning_rate)
     return list(likelihood.weights(W).split(sizes, 1))
 
 
@@ -1480,7 +1494,8 @@ def evaluate_model(X, V, w):
     X: `[m, d]` or Pairs; V: `[d, K]`; w: `[K]`, tensors or numpy arrays. Raises InputError: no pairs, other shapes, NaN.
     """
     V = check_matrix(V, "V")
-    w = check_matrix(np.reshape(w, (-1, 1)), "w", V.shape[1], 1).to(V.device)
+    w = w.detach() if isinstance(w, torch.Tensor) else np.asarray(w)
+    w = check_matrix(w.reshape(-1, 1), "w", V.shape[1], 1).to(V.device)
     return (next(_scores([check_matrix(X, "X", None, len(V))], V)) @ w > 0).float().mean().item()
 
 

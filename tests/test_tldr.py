@@ -316,7 +316,8 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(ran, embeddings):
     before = content_of(embeddings)
     status, _, err = start(SCRIPTS, "prepare", "--data", ran.data, "--model", ran.model, "--dir", embeddings,
                            "--overwrite", largest_file=250_000).outcome()  # enough for a shard, not for a pickle
-    assert status == 2 and [line.startswith("error: ") for line in err.splitlines()] == [True] and TRAIN in err
+    lines = [line for line in err.splitlines() if "embedding:" not in line]  # the bar of a slow machine
+    assert status == 2 and [line.startswith("error: ") for line in lines] == [True] and TRAIN in err
     assert {path: content for path, content in content_of(embeddings).items() if "cache" not in path} == before
     assert [path.name for path in embeddings.iterdir() if path.is_dir()] == [".embedding_cache"]
 
