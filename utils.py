@@ -1506,6 +1506,7 @@ DRAWS = 2000  # of the bootstrap over users
 ONE_POINT = 0.01  # of accuracy: a personal part that is surely smaller counts as none
 FEWEST_USERS = 6  # with fewer no signed-rank test can reach p < 0.05, and an interval says nothing
 COLLAPSED = 0.99  # cosine with the reward head from which on a column is that head
+PERCENT = "{mean:.1%} (95 % interval {low:.1%} to {high:.1%})"
 
 
 @dataclasses.dataclass
@@ -1586,7 +1587,6 @@ def exchanged_accuracies(features, fits):
     """Accuracy of every unseen user's pairs under every one's weights: float64 `[G, N, N + 1]`.
 
     Entry [g, i, j] is of user i's pairs with the weights of user j in fit g; j = N are everybody's mean weights.
-    features: the unseen users' test pairs, `[m_i, d]` or Pairs each.
     """
     weights = [torch.cat([fit.W_unseen, fit.W_unseen.mean(0, keepdim=True)]) for fit in fits]  # (N + 1, K) each
     columns = [fit.V.shape[1] for fit in fits]
@@ -1601,9 +1601,8 @@ def controls_of(rows, data, tossed):
     The personal part is a user's accuracy with own weights less that with everybody's mean weights. NaN where a model
     has no user weights (K = 0, 1) and where a control was not made. Arguments as of `evidence`.
     """
-    names = ("mean_weights", "other_users", "tossed", "longer")
-    found = {key: np.full((len(data["unseen"]), len(rows)), np.nan)
-             for key in [("controls", name) for name in names] + [("personal_part",)]}
+    keys = *(("controls", name) for name in ("mean_weights", "other_users", "tossed", "longer")), ("personal_part",)
+    found = {key: np.full((len(data["unseen"]), len(rows)), np.nan) for key in keys}
     mixed = [fit for of_row in rows.values() for fit in of_row if fit.K > 1]
     exchanged = iter(exchanged_accuracies(data["test_unseen"], mixed) if mixed else ())
     for i, ((K, alpha), of_row) in enumerate(rows.items()):
@@ -1669,10 +1668,11 @@ def leaks_of(prompts):
     prompts: {part: a list with one list of prompts (texts, ids or digests) per user}, or None where unknown.
     """
     def share(train, test):
+        if not prompts or train not in prompts or test not in prompts:
+            return None
         known = set().union(*prompts[train])
         return float(np.mean([prompt in known for user in prompts[test] for prompt in user]))
-    return {SETTINGS[1]: share("train", "test") if prompts else None,
-            UNSEEN_TEST: share("train_unseen", "test_unseen") if prompts else None}
+    return {SETTINGS[1]: share("train", "test"), UNSEEN_TEST: share("train_unseen", "test_unseen")}
 
 
 def evidence(fits, data, V_final, tossed=()):
@@ -1741,8 +1741,8 @@ def judgement(entries, draws, n, pairs):
     i, above = mean.argmax(), low > 0
     best = entries[i]
     own, others = best["accuracy"][UNSEEN_TEST]["mean"], best["controls"]["mean_weights"]["mean"]
-    part = (f"at {_name(best)} unseen users' own weights predict {own:.1%} of their unseen pairs, everybody's mean weights "
-            f"{others:.1%}: a personal part of {_points(mean[i], low[i], high[i])}" +
+    part = (f"at {_name(best)} unseen users' own weights predict {own:.1%} of their unseen pairs, everybody's mean "
+            f"weights {others:.1%}: a personal part of {_points(mean[i], low[i], high[i])}" +
             f"; the interval holds for all {len(entries)} rows at once" * several)
     if n < FEWEST_USERS:
         return "undecided", best, [f"Undecided: {n} unseen users are too few; {part}."]
@@ -1765,7 +1765,7 @@ def explanations(entries, best, verdict, leaks, collapsed):
     of_rank = {entry["K"]: entry for entry in entries if entry["alpha"] == best["alpha"]}
     lines, share, longer = [], leaks[UNSEEN_TEST], entries[0]["controls"]["longer"]
     if 0 in of_rank and (reference := of_rank[0]["accuracy"][UNSEEN_TEST])["low"] <= 0.5:
-        lines.append(f"The reference is at chance, {_percent(reference)}: it is not the reward head of this model, or "
+        lines.append(f"The reference is at chance, {PERCENT.format(**reference)}: it is not the reward head of this model, or "
                      "knows nothing of these choices.")
     if 0 in of_rank and 1 in of_rank:
         gain, more = of_rank[1]["minus_reference"][UNSEEN_TEST], best["minus_pooled"][UNSEEN_TEST]
@@ -1776,7 +1776,7 @@ def explanations(entries, best, verdict, leaks, collapsed):
     tossed = next((entry["controls"]["tossed"] for entry in entries if entry["controls"]["tossed"]), None)
     controls = {name: found for name, found in (("all directions tossed, which must leave chance", tossed),
                                                 ("taking the longer answer", longer)) if found}
-    lines += [f"Control, {name}: {_percent(found)}." for name, found in controls.items()]
+    lines += [f"Control, {name}: {PERCENT.format(**found)}." for name, found in controls.items()]
     lines.append("Whether test prompts stand among the training prompts is not known." if share is None else
                  f"Of the unseen users' test pairs {share:.1%} have a prompt that stands among their training pairs.")
     signs = [name for name, found in controls.items() if found["low"] > 0.5] + ["shared prompts"] * bool(share)
@@ -1792,10 +1792,6 @@ def _name(*entries):
     alphas = dict.fromkeys(entry["alpha"] for entry in entries)
     return " and ".join(f"K = {', '.join(str(entry['K']) for entry in entries if entry['alpha'] == alpha)} "
                         f"(alpha {alpha:g})" for alpha in alphas)
-
-
-def _percent(found):
-    return f"{found['mean']:.1%} (95 % interval {found['low']:.1%} to {found['high']:.1%})"
 
 
 def _points(mean, low, high, p=None):
@@ -1818,7 +1814,6 @@ def _sweep(K_list, alpha_list, V_final, features, users, device, seed, num_itera
     """Train and evaluate every rank, alpha and seed -> list of Fit: alpha outer, rank, seed inner.
 
     features: four lists, of the train and test pairs of the seen, then of the unseen users; users: (N, N_unseen).
-    Others as of `run`.
     """
     seeds = seed if isinstance(seed, (list, tuple, range, np.ndarray)) else [seed]
     check_settings(K_list=K_list, alpha_list=alpha_list, seeds=seeds, num_iterations=num_iterations,
@@ -1853,9 +1848,10 @@ def _sweep(K_list, alpha_list, V_final, features, users, device, seed, num_itera
         of = "W_unseen" if setting in SETTINGS[2:] else "W"
         for fit, accuracies in zip(fits, _accuracies(part, [f.V for f in fits], [getattr(f, of) for f in fits])):
             fit.accuracies[setting] = accuracies
-    if tossed is not None and any(member.K > 1 for member in trained):
-        tossed.append(tossed_control(max(trained, key=lambda member: member.K), V_final, train, train_unseen, test_unseen,
-                                     num_iterations, few_shot_learning_rate, regularized, threshold, device))
+    if tossed is not None and max(K_list) > 1:
+        largest = max(trained, key=lambda member: member.K)
+        tossed.append(tossed_control(largest, V_final, train, train_unseen, test_unseen, num_iterations,
+                                     few_shot_learning_rate, regularized, threshold, device))
     return fits
 
 
@@ -1863,8 +1859,8 @@ def tossed_control(member, V_final, train, train_unseen, test_unseen, num_iterat
                    regularized=False, threshold=0.0, device=None):
     """What `member` reaches where no choice means anything -> (K, alpha, accuracies `[N_unseen]`).
 
-    All pairs' directions are tossed, in training and test: an untossed test would still see on which side of any
-    direction the mean of chosen less rejected lies, and under a penalty the reward head itself.
+    All pairs are tossed: an untossed test would still see on which side of any direction the mean of chosen less
+    rejected lies, and under a penalty the reward head itself.
     """
     w, V, _ = fit_basis(list(toss(train, 0)), [member], V_final, num_iterations, 0.5, regularized, device)[0]
     _, V = prune(w, V, threshold)
@@ -1873,8 +1869,10 @@ def tossed_control(member, V_final, train, train_unseen, test_unseen, num_iterat
     return member.K, member.alpha, _accuracies(toss(test_unseen, 2), [V], [w])[0]
 
 
-def _report(fits, lines):
+def _report(fits, lines, collected):
     """Print each model's accuracies and return the eight arrays of `run`; seeds are averaged user by user."""
+    if collected is not None:
+        collected.extend(fits)
     means, bands = ([[] for _ in SETTINGS] for _ in range(2))
     for group in by_model(fits).values():
         for label, field in lines:
@@ -1899,18 +1897,15 @@ def run(K_list, alpha_list, V_final, train_features, test_features_sparse, train
     seed: whole number, or several whose accuracies are averaged; all are trained together.
     fits: a list that is extended with a `Fit` per alpha, rank and seed. checkpoint: see `fit_basis`.
     validation_share: of each seen user's training prompts, held out; fits then have accuracies of "Validation", too.
-    prompts: for each seen user what the pairs' prompts are told by, a list; default every pair has its own.
+    prompts: a list per seen user of what tells the pairs' prompts apart; default every pair has its own.
     tossed: a list that is extended with the `tossed_control` of the largest rank.
-
     Returns 8 arrays of length len(alpha_list) * len(K_list), alpha outer: the mean accuracy over users of the four
     SETTINGS, then for each a quarter of the standard deviation over users. Raises InputError on unusable arguments.
     """
     found = _sweep(K_list, alpha_list, V_final, (train_features, test_features_sparse, train_features_unseen,
                    test_features_sparse_unseen), (N, N_unseen), device, seed, num_iterations, 0.1,
                    False, 0.0, checkpoint, validation_share, prompts, tossed)
-    if fits is not None:
-        fits.extend(found)
-    return _report(found, [("K", "K")])
+    return _report(found, [("K", "K")], fits)
 
 
 def run_regularized(K_list, alpha_list, V_final, train_features, test_features_sparse, train_features_unseen,
@@ -1923,9 +1918,7 @@ def run_regularized(K_list, alpha_list, V_final, train_features, test_features_s
     found = _sweep(K_list, alpha_list, V_final, (train_features, test_features_sparse, train_features_unseen,
                    test_features_sparse_unseen), (N, N_unseen), device, seed, num_iterations, 0.5, True, threshold,
                    checkpoint, validation_share, prompts, tossed)
-    if fits is not None:
-        fits.extend(found)
-    return _report(found, [("alpha", "alpha"), ("Rank", "K")])
+    return _report(found, [("alpha", "alpha"), ("Rank", "K")], fits)
 
 
 def run_few_shot_vary_shots(trials, alpha_list, K_list, num_shots, train_features, train_features_unseen,
@@ -1936,7 +1929,7 @@ def run_few_shot_vary_shots(trials, alpha_list, K_list, num_shots, train_feature
     trials: how often each number of shots is drawn anew; num_shots: list of whole numbers. Otherwise as `run`.
     groups: for each unseen user an int64 `[m_i]` that names the group of each pair, such as its conversation, numbered
     from 0; a shot is then a whole group. checkpoint: see `fit_basis`. of_users: a list that is extended with a dict per
-    alpha, rank and number of shots: K, alpha, shots, and float64 `[N_unseen]` under each of SETTINGS[2:], means over trials.
+    alpha, rank and number of shots: K, alpha, shots, and under each of SETTINGS[2:] means over trials `[N_unseen]`.
     Returns 4 lists over num_shots (for each alpha and rank in turn, where there are several): mean and standard
     deviation over trials of the few-shot train accuracy, then of the accuracy on unseen users' unseen prompts.
     """
@@ -2120,6 +2113,7 @@ def build_standin_model(folder, texts, seed=0, hidden_size=64, layers=2, heads=4
 RELEASED_BAND = False  # True: in the picture a quarter of the standard deviation over users, as released
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "grid.alpha": 0.25, "pdf.fonttype": 42}
+DIFFERENCE = "{mean:+.3f} [{low:+.3f}, {high:+.3f}], p {p:.2g}"
 
 
 def identical_pairs(features):
@@ -2161,10 +2155,6 @@ def _cell(values, form="{mean:.3f} [{low:.3f}, {high:.3f}]"):
     return form.format(**values) if values else "-"
 
 
-def _difference(values):
-    return _cell(values, "{mean:+.3f} [{low:+.3f}, {high:+.3f}], p {p:.2g}")
-
-
 def _table(entries, columns):
     """A DataFrame of texts, a row per entry of the evidence; columns: {heading: function of an entry}."""
     return pd.DataFrame([{"K": entry["K"] or "ref", "alpha": f"{entry['alpha']:g}" if entry["K"] else "-",
@@ -2174,7 +2164,7 @@ def _table(entries, columns):
 def accuracy_table(results):
     """The closing table, a column per setting: mean over users and seeds with its interval over users."""
     return _table(_shown(results), {setting: lambda entry, setting=setting: _cell(entry["accuracy"][setting])
-                                  for setting in results["evidence"][0]["accuracy"]})
+                                    for setting in results["evidence"][0]["accuracy"]})
 
 
 def _markdown(frame):
@@ -2184,6 +2174,11 @@ def _markdown(frame):
 
 def _fits(results, entry):
     return [fit for fit in results["fits"] if (fit["K"], fit["alpha"]) == (entry["K"], entry["alpha"])]
+
+
+def print_results(results):
+    """What a sweep ends with: the accuracies with their intervals, and the verdict."""
+    print(f"\n{accuracy_table(results).to_string(index=False)}\n\n{results['verdict']['text']}")
 
 
 def report(results):
@@ -2203,13 +2198,13 @@ def report(results):
         f"## Controls, on {UNSEEN_TEST}", "The personal part is the accuracy with a user's own weights less that with "
         "the mean of all unseen users' weights; another user's: the mean over all others.",
         _markdown(_table(trained, {
-            "minus reference": lambda entry: _difference(entry["minus_reference"][UNSEEN_TEST]),
-            "minus K = 1": lambda entry: _difference(entry["K"] > 1 and entry["minus_pooled"][UNSEEN_TEST]),
+            "minus reference": lambda entry: _cell(entry["minus_reference"][UNSEEN_TEST], DIFFERENCE),
+            "minus K = 1": lambda entry: _cell(entry["K"] > 1 and entry["minus_pooled"][UNSEEN_TEST], DIFFERENCE),
             **{name: lambda entry, key=key: _cell(entry["controls"][key]) for name, key in (
                 ("with mean weights", "mean_weights"), ("with another user's", "other_users"),
                 ("directions tossed", "tossed"), ("longer answer", "longer"))},
-            "personal part": lambda entry: _difference(entry["personal_part"])})),
-        "![personal part](personal_part.png)",
+            "personal part": lambda entry: _cell(entry["personal_part"], DIFFERENCE)})),
+        "![personal part](personal_part.png)" * any(entry["personal_part"] for entry in trained),
         "## Basis and seeds", "The kept seed has the lowest training loss, or the best accuracy on held-out pairs, and "
         "its basis is described. Entropy in nats; angles between the spans of two seeds, smallest first.",
         _markdown(_table(trained, {
@@ -2224,11 +2219,6 @@ def report(results):
         "## Leaks", *(f"{setting}: {'it is not known how many' if share is None else f'{share:.1%}'} of the test pairs "
                       "have a prompt that stands among the training pairs of the same side."
                       for setting, share in results["leaks"].items())]) + "\n"
-
-
-def print_results(results):
-    """What a sweep ends with: a table of the accuracies with their intervals, and the verdict."""
-    print(f"\n{accuracy_table(results).to_string(index=False)}\n\n{results['verdict']['text']}")
 
 
 def _picture(title, panels, xlabel, ticks=None):
@@ -2336,13 +2326,12 @@ def save_picture(folder, name, figure):
 
 
 def save_results(folder, fits, data, about, config, seconds, found):
-    """Write what a sweep found: results.json, results.csv, report.md, pictures (PNG and PDF), a safetensors file per Fit.
+    """Write results.json, results.csv, report.md, pictures, and a safetensors file per Fit -> what results.json holds.
 
     data: a dict of the users' ids, `seen` and `unseen`, in the order of the rows of W and W_unseen, and of the
     features, `train`, `test`, `train_unseen`, `test_unseen`. about: of `find_reward_head`. config: what the reader
     set, a dict of JSON values. seconds: of training and evaluation. found: of `evidence`. The file without a seed in
     its name is the kept seed's. Files of a sweep before go when these are there, and so does the training's checkpoint.
-    Returns the content of results.json.
     """
     entries, about = [], _about_run(data, about, config)
     kept, alphas = list(map(best_fit, by_model(fits).values())), len({fit.alpha for fit in fits})
@@ -2409,19 +2398,18 @@ def save_few_shot_curves(folder, curves, of_users, data, about, config, groups=N
         print(f"\n{note}: of {max(shots)} the mean user has {reached[-1]:.1f}")
         title += f"\n{note}"
     names = ("few_shot_train_mean", "few_shot_train_std", "unseen_mean", "unseen_std")
-    models = [(alpha, K) for alpha in config["alpha_list"] for K in config["K_list"]]
     found = [{"K": K, "alpha": alpha, **{name: curve[i * len(shots):(i + 1) * len(shots)]
                                          for name, curve in zip(names, curves)}}
-             for i, (alpha, K) in enumerate(models)]
+             for i, (alpha, K) in enumerate(itertools.product(config["alpha_list"], config["K_list"]))]
     frame = few_shot_table(of_users)
-    wide = frame[frame["setting"] == UNSEEN_TEST]
+    models = frame[frame["setting"] == UNSEEN_TEST].groupby(["alpha", "K"], sort=False)
     wide = pd.DataFrame({f"K = {K}, alpha {alpha:g}" if K else "ref": pd.Series(
-        map(_cell, rows.to_dict("records")), rows["shots"]) for (alpha, K), rows in wide.groupby(["alpha", "K"], sort=False)})
+        map(_cell, rows.to_dict("records")), rows["shots"]) for (alpha, K), rows in models})
     with together(folder, [FEW_SHOT_CHECKPOINT_FILE]) as new:
         save_json(new / "vary_fewshot.json", {**about, "shots_are": of_shot, "shots_of_the_mean_user": reached,
                                               "curves": found})
         save_text(new / "vary_fewshot.csv", frame.to_csv(index=False))
-        save_text(new / "vary_fewshot.tex", wide.to_latex(caption=f"{about['config']['data']}: {UNSEEN_TEST}, with 95 % "
-                                                          "intervals over users", escape=True))
+        save_text(new / "vary_fewshot.tex", wide.to_latex(escape=True, caption=(
+            f"{about['config']['data']}: {UNSEEN_TEST}, with 95 \\% intervals over users")))
         save_picture(new, "vary_fewshot", draw_few_shot(frame, title, f"{of_shot} per unseen user"))
     return wide

@@ -12,7 +12,7 @@ from demos import rows_in
 from helpers import ROOT
 
 ROOMS = {"RedditTLDR": "tldr", "PRISM": "prism", "PersonalLLM": "personalllm"}
-COMMITTED = {data_set: {path.name: path for path in sorted((ROOT / data_set / "demo").iterdir())} for data_set in ROOMS}
+COMMITTED = {data_set: {path.name: path for path in sorted((ROOT / data_set / "demo").glob("*.gz"))} for data_set in ROOMS}
 
 
 @pytest.fixture(scope="module")
