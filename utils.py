@@ -6,9 +6,9 @@ What the scripts of the three data sets share, in seven parts, each using only t
     2. Reward model and embedding      phi(prompt, response), one vector a conversation
     3. Preference pairs                differences of embeddings, shots, simulated users
     4. The models                      LoRe, LoRe_regularized, PersonalizeBatch over one training engine
-    5. Evaluation                      accuracies of personalised rewards
+    5. Evaluation and evidence         accuracies of personalised rewards; is it personal, by how much
     6. Pipelines                       run, run_regularized, run_few_shot_vary_shots
-    7. Results and plots               JSON, safetensors, figures
+    7. Results and plots               JSON, safetensors, CSV, report.md, pictures
 
 In formulas: x = phi(chosen) - phi(rejected) is a preference pair of user i, V (d x K) the shared reward basis,
 w_i = softmax(W_i) that user's weights, m = x V w_i / 100 the margin, and P(chosen beats rejected) = sigmoid(m).
@@ -53,6 +53,9 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from scipy.linalg import subspace_angles
+from scipy.optimize import isotonic_regression
+from scipy.stats import entropy, wilcoxon
 from torch.nn.functional import cosine_similarity, logsigmoid
 from tqdm import tqdm
 
@@ -89,7 +92,7 @@ SETTINGS_RULES = {  # what may stand at the top of a script, or be given to a mo
                     (check_whole, 1)),
     "alpha_list": (check_number, 0, 1e15), "learning_rate": (check_number, 1e-9, 1e9), "threshold": (check_number, 0, 1),
     "seen_share": (check_number, 0.01, 0.99), "concentration": (check_number, 1e-6, 1e6),
-    "fractions": (check_number, 1e-9, 1)}
+    "fractions": (check_number, 1e-9, 1), "validation_share": (check_number, 0, 0.9)}
 LISTS = ("K_list", "alpha_list", "seeds", "num_shots", "fractions")
 
 
@@ -1010,6 +1013,31 @@ def sample_shots(train_features_unseen, shots, generator=None, groups=None):
     return [X[torch.isin(group, kept)] for X, group, kept in zip(train_features_unseen, groups, drawn)]
 
 
+def toss(features, seed=0):
+    """The same pairs, each turned round or not by the toss of a seeded coin, user after user."""
+    coin = torch.Generator().manual_seed(seed)
+    for X in features:
+        heads = torch.rand(len(X), generator=coin) < 0.5
+        yield (Pairs(X.embeddings, X.chosen.where(heads, X.rejected), X.rejected.where(heads, X.chosen))
+               if isinstance(X, Pairs) else X.where(heads.to(X.device)[:, None], -X))
+
+
+def hold_out(prompts, share, seed=0):
+    """Which pairs of each user are held out: bool `[m_i]`, those of a seeded `share` of the user's prompts.
+
+    prompts: one list of prompts (texts, ids or digests) per user. Raises InputError where a user has one prompt only.
+    """
+    chance, held = np.random.default_rng(seed), []
+    for i, of_user in enumerate(prompts):
+        distinct = list(dict.fromkeys(of_user))
+        if len(distinct) < 2:
+            raise InputError(f"validation_share: user {i} has training pairs of one prompt only; leave this user out")
+        count = min(max(1, round(share * len(distinct))), len(distinct) - 1)
+        drawn = {distinct[j] for j in chance.permutation(len(distinct))[:count]}
+        held.append(torch.tensor([prompt in drawn for prompt in of_user]))
+    return held
+
+
 def check_groups(groups, features):
     """Raise InputError unless each user has one int64 `[m_i]` that numbers groups of pairs from 0 without a gap."""
     if not isinstance(groups, (list, tuple)) or len(groups) != len(features):
@@ -1469,10 +1497,16 @@ class PersonalizeBatch:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. Evaluation
+# 5. Evaluation and evidence
 # ---------------------------------------------------------------------------------------------------------------------
 
 SETTINGS = ("Train Performance", "Seen User Unseen Prompts", "Few Shot Train Performance", "Unseen User Unseen Prompts")
+UNSEEN_TEST, VALIDATION = SETTINGS[3], "Validation"  # the setting that counts; held-out training pairs
+DRAWS = 2000  # of the bootstrap over users
+ONE_POINT = 0.01  # of accuracy: a personal part that is surely smaller counts as none
+FEWEST_USERS = 6  # with fewer no signed-rank test can reach p < 0.05, and an interval says nothing
+COLLAPSED = 0.99  # cosine with the reward head from which on a column is that head
+PERCENT = "{mean:.1%} (95 % interval {low:.1%} to {high:.1%})"
 
 
 @dataclasses.dataclass
@@ -1530,6 +1564,240 @@ def _accuracies(features, bases, weights):
     return torch.stack(right, 1).cpu().numpy()
 
 
+def by_model(fits):
+    """The fits of each row of the tables, one a seed: {(K, alpha): [Fit]}, in the order of the sweep."""
+    rows = {}
+    for fit in fits:
+        rows.setdefault((fit.K, fit.alpha), []).append(fit)
+    return rows
+
+
+def accuracy_of_users(fits, setting):
+    """The accuracy of each user in a setting, averaged over the seeds of one row: float64 `[users]`."""
+    return np.mean([fit.accuracies[setting] for fit in fits], 0)
+
+
+def best_fit(fits):
+    """Of one row's seeds the model to keep: best on held-out pairs where there are any, else of the lowest loss."""
+    return max(fits, key=lambda fit: (fit.accuracies.get(VALIDATION, np.zeros(1)).mean(), -fit.loss))
+
+
+@torch.no_grad()
+def exchanged_accuracies(features, fits):
+    """Accuracy of every unseen user's pairs under every one's weights: float64 `[G, N, N + 1]`.
+
+    Entry [g, i, j] is of user i's pairs with the weights of user j in fit g; j = N are everybody's mean weights.
+    """
+    weights = [torch.cat([fit.W_unseen, fit.W_unseen.mean(0, keepdim=True)]) for fit in fits]  # (N + 1, K) each
+    columns = [fit.V.shape[1] for fit in fits]
+    right = [torch.stack([(w @ S_g.T).gt_(0).mean(1) for w, S_g in zip(weights, S.split(columns, 1))])
+             for S in _scores(features, torch.cat([fit.V for fit in fits], 1))]  # (G, N + 1) for each user
+    return torch.stack(right, 1).double().cpu().numpy()
+
+
+def controls_of(rows, data, tossed):
+    """What the rows' accuracies are held against, on the unseen users' unseen prompts: {key: float64 `[N, rows]`}.
+
+    The personal part is a user's accuracy with own weights less that with everybody's mean weights. NaN where a model
+    has no user weights (K = 0, 1) and where a control was not made. Arguments as of `evidence`.
+    """
+    keys = *(("controls", name) for name in ("mean_weights", "other_users", "tossed", "longer")), ("personal_part",)
+    found = {key: np.full((len(data["unseen"]), len(rows)), np.nan) for key in keys}
+    mixed = [fit for of_row in rows.values() for fit in of_row if fit.K > 1]
+    exchanged = iter(exchanged_accuracies(data["test_unseen"], mixed) if mixed else ())
+    for i, ((K, alpha), of_row) in enumerate(rows.items()):
+        if K > 1:
+            right = np.mean([next(exchanged) for _ in of_row], 0)  # (N, N + 1), seeds averaged within a user
+            own, mean = right.diagonal(), right[:, -1]
+            found["controls", "mean_weights"][:, i], found["personal_part",][:, i] = mean, own - mean
+            if len(own) > 1:
+                found["controls", "other_users"][:, i] = (right[:, :-1].sum(1) - own) / (len(own) - 1)
+        for accuracies in (right for *row, right in tossed if row == [K, alpha]):
+            found["controls", "tossed"][:, i] = accuracies
+    if data.get("longer"):
+        found["controls", "longer"][:] = [[(1 + np.mean(signs)) / 2] for signs in data["longer"]["test_unseen"]]
+    return found
+
+
+def summaries(quantities, seed=0):
+    """{key: float64 `[N, rows]`} of one group of users -> {key: (a dict or None per row, draws `[DRAWS, rows]`)}.
+
+    The draws are means over resampled users, the same users for all keys and rows, and all pairs of a user or none. A
+    dict holds the mean over users, low and high, its 95 % percentile interval, and for differences p of the Wilcoxon
+    signed-rank test that they are symmetric about 0; None stands for a row of NaN.
+    """
+    values = np.concatenate(list(quantities.values()), 1)
+    N, rows = len(values), values.shape[1] // len(quantities)
+    draws = np.random.default_rng(seed).multinomial(N, np.full(N, 1 / N), DRAWS) @ values / N
+    table = {"mean": values.mean(0), **dict(zip(("low", "high"), np.percentile(draws, (2.5, 97.5), 0))),
+             "p": np.ones(values.shape[1])}
+    if (varied := np.nan_to_num(values).any(0)).any():
+        table["p"][varied] = wilcoxon(values[:, varied], axis=0, method="approx").pvalue
+    found = {}
+    for i, key in enumerate(quantities):
+        kept = list(table)[:4 if key[0].startswith(("minus", "personal")) else 3]
+        found[key] = ([None if np.isnan(table["mean"][column]) else {name: float(table[name][column]) for name in kept}
+                       for column in range(i * rows, (i + 1) * rows)], draws[:, i * rows:(i + 1) * rows])
+    return found
+
+
+def basis_of(fits, V_final):
+    """What the basis of one row looks like: of the kept seed, and the angles between the spans of all seeds.
+
+    Cosines are absolute. The effective rank is the exponential of the entropy of the squared singular values of
+    V diag(mean w); the entropy of user weights is in nats; the principal angles in degrees, smallest first, are means
+    over pairs of seeds.
+    """
+    spans = [fit.V.double().cpu().numpy() for fit in fits]
+    kept = best_fit(fits)
+    V, w, head = (tensor.double().cpu().numpy() for tensor in (kept.V, kept.W, V_final.reshape(-1)))
+    unit = V / np.linalg.norm(V, axis=0)
+    between = np.abs(unit.T @ unit)[~np.eye(V.shape[1], dtype=bool)]
+    angles = [np.degrees(subspace_angles(*pair))[::-1] for pair in itertools.combinations(spans, 2) if kept.K]
+    return {"columns": V.shape[1],
+            "effective_rank": float(np.exp(entropy(np.linalg.svd(V * w.mean(0), compute_uv=False) ** 2))),
+            "largest_cosine_between_columns": float(between.max()) if between.size else None,
+            "largest_cosine_to_head": float(np.abs(unit.T @ head).max() / np.linalg.norm(head)),
+            "mean_weight_entropy": float(entropy(w, axis=1).mean()),
+            "angles_between_seeds": [float(np.mean(angle)) for angle in zip(*angles)] if angles else None}
+
+
+def leaks_of(prompts):
+    """Share of the test pairs whose prompt stands among the training pairs of the same side: {setting: share or None}.
+
+    prompts: {part: a list with one list of prompts (texts, ids or digests) per user}, or None where unknown.
+    """
+    def share(train, test):
+        if not prompts or train not in prompts or test not in prompts:
+            return None
+        known = set().union(*prompts[train])
+        return float(np.mean([prompt in known for user in prompts[test] for prompt in user]))
+    return {SETTINGS[1]: share("train", "test"), UNSEEN_TEST: share("train_unseen", "test_unseen")}
+
+
+def evidence(fits, data, V_final, tossed=()):
+    """Is it personal, by how much, and is any of it an artefact -> {evidence, chosen, leaks, verdict} of results.json.
+
+    fits: list of `Fit`, of all ranks, alphas and seeds; with accuracies under "Validation" these choose the row.
+    data: `unseen`, users' ids; `test_unseen`, `[m_i, d]` or Pairs per user; where known `prompts`, see `leaks_of`, and
+    `longer`, {part: one array per user, 1 where the chosen answer is the longer one, -1 where the shorter, else 0}.
+    tossed: (K, alpha, accuracies `[N_unseen]`) of models whose pairs' directions were tossed, in training and test.
+    """
+    rows = by_model(fits)
+    index = {row: i for i, row in enumerate(rows)}
+    accuracy = {setting: np.stack([np.mean([fit.accuracies[setting] for fit in of_row], 0)
+                                   for of_row in rows.values()], 1) for setting in fits[0].accuracies}  # (users, rows)
+    found = {}
+    for settings, controls in (([s for s in accuracy if s not in SETTINGS[2:]], {}),
+                               (SETTINGS[2:], controls_of(rows, data, tossed))):
+        quantities = {("accuracy", s): accuracy[s] for s in settings}
+        for name, K in (("minus_reference", 0), ("minus_pooled", 1)):
+            other = [index.get((K, alpha), -1) for _, alpha in rows]  # -1: a column of NaN, this rank is not there
+            quantities |= {(name, s): accuracy[s] - np.pad(accuracy[s], ((0, 0), (0, 1)), constant_values=np.nan)
+                           [:, other] for s in settings}
+        found |= summaries(quantities | controls)
+
+    entries = [{"K": K, "alpha": alpha, "seeds": [fit.seed for fit in of_row],
+                **{part: {key[1]: values[i] for key, (values, _) in found.items() if key[0] == part}
+                   for part in ("accuracy", "minus_reference", "minus_pooled", "controls")},
+                "personal_part": found["personal_part",][0][i], "basis": basis_of(of_row, V_final)}
+               for i, ((K, alpha), of_row) in enumerate(rows.items())]
+    chosen, judged = {"K": None, "alpha": None, "by": "none"}, entries
+    if VALIDATION in accuracy:  # of equals the smallest rank
+        judged = [max(entries, key=lambda entry: (entry["accuracy"][VALIDATION]["mean"], -entry["K"]))]
+        chosen = {"K": judged[0]["K"], "alpha": judged[0]["alpha"], "by": "validation"}
+    draws = found["personal_part",][1][:, [index[entry["K"], entry["alpha"]] for entry in judged]]
+    verdict, best, lines = judgement(judged, draws, len(data["unseen"]), sum(map(len, data["test_unseen"])))
+    leaks = leaks_of(data.get("prompts"))
+    collapsed = [entry for entry, of_row in zip(entries, rows.values()) if entry["K"] and all(
+        (cosine_similarity(fit.V.cpu(), V_final.cpu().reshape(-1, 1), 0).abs() >= COLLAPSED).all() for fit in of_row)]
+    lines += explanations(entries, best, verdict, leaks, collapsed)
+    return {"evidence": entries, "chosen": chosen, "leaks": leaks,
+            "verdict": {"personal": verdict, "text": "\n".join(lines)}}
+
+
+def joint_intervals(mean, draws):
+    """Intervals (low, high) of all columns that hold together: half-widths are the 95 % quantile of the largest
+    deviation of any column, in units of the columns' standard errors."""
+    error = draws.std(0)
+    deviation = np.abs(draws - mean) / np.where(error > 0, error, np.inf)
+    half = np.percentile(deviation.max(1), 95) * error
+    return mean - half, mean + half
+
+
+def judgement(entries, draws, n, pairs):
+    """The verdict on the judged rows -> ("yes" | "no" | "undecided", the row that it names, lines of text).
+
+    draws: resampled means of the rows' personal parts `[DRAWS, rows]`; n: unseen users; pairs: their test pairs.
+    One row is judged by its own interval, several by intervals that hold for all of them.
+    """
+    personal = [i for i, entry in enumerate(entries) if entry["personal_part"]]
+    if not personal:
+        return "no", entries[-1], [f"No: {_name(entries[-1])} is one reward for everybody, it has no user weights."]
+    entries = [entries[i] for i in personal]
+    mean, low, high = np.array([[e["personal_part"][name] for e in entries] for name in ("mean", "low", "high")])
+    if several := len(entries) > 1:
+        low, high = joint_intervals(mean, draws[:, personal])
+    i, above = mean.argmax(), low > 0
+    best = entries[i]
+    own, others = best["accuracy"][UNSEEN_TEST]["mean"], best["controls"]["mean_weights"]["mean"]
+    part = (f"at {_name(best)} unseen users' own weights predict {own:.1%} of their unseen pairs, everybody's mean "
+            f"weights {others:.1%}: a personal part of {_points(mean[i], low[i], high[i])}" +
+            f"; the interval holds for all {len(entries)} rows at once" * several)
+    if n < FEWEST_USERS:
+        return "undecided", best, [f"Undecided: {n} unseen users are too few; {part}."]
+    if above.any():
+        rows = _name(*(entry for entry, is_above in zip(entries, above) if is_above))
+        return "yes", best, [f"Yes, at {rows}; the most {part}." if several else f"Yes: {part}."]
+    if (high < ONE_POINT).all():
+        return "no", best, [f"No: the personal part's interval ends below one point at every rank; at most, {part}."]
+    half = (high - low) / 2
+    with np.errstate(divide="ignore"):  # half-widths shrink with the root of the number of users
+        to_yes = np.where(mean > 0, half / mean, np.inf).min() ** 2
+        to_no = np.where(mean < ONE_POINT, half / (ONE_POINT - mean), np.inf).max() ** 2
+    users = int(float(f"{max(n + 1, n * min(to_yes, to_no)):.2g}"))
+    return "undecided", best, [f"Undecided: {part}.", f"About {users:,} unseen users with as many pairs as these {n} "
+                               f"({users * pairs // n:,} test pairs in all) would decide it."]
+
+
+def explanations(entries, best, verdict, leaks, collapsed):
+    """Lines on what is the same for everybody, and on what may only look like a preference."""
+    of_rank = {entry["K"]: entry for entry in entries if entry["alpha"] == best["alpha"]}
+    lines, share, longer = [], leaks[UNSEEN_TEST], entries[0]["controls"]["longer"]
+    if 0 in of_rank and (reference := of_rank[0]["accuracy"][UNSEEN_TEST])["low"] <= 0.5:
+        lines.append(f"The reference is at chance, {PERCENT.format(**reference)}: it is not the reward head of this model, or "
+                     "knows nothing of these choices.")
+    if 0 in of_rank and 1 in of_rank:
+        gain, more = of_rank[1]["minus_reference"][UNSEEN_TEST], best["minus_pooled"][UNSEEN_TEST]
+        lines.append(f"One direction for everybody (K = 1), against the reference: {_points(**gain)}" + (
+            f"; {_name(best)} against K = 1: {_points(**more)}." if best["K"] > 1 else "."))
+        if gain["low"] > 0 and verdict != "yes":
+            lines.append("So one direction explains the gain over the reference: it is the same for everybody.")
+    tossed = next((entry["controls"]["tossed"] for entry in entries if entry["controls"]["tossed"]), None)
+    controls = {name: found for name, found in (("all directions tossed, which must leave chance", tossed),
+                                                ("taking the longer answer", longer)) if found}
+    lines += [f"Control, {name}: {PERCENT.format(**found)}." for name, found in controls.items()]
+    lines.append("Whether test prompts stand among the training prompts is not known." if share is None else
+                 f"Of the unseen users' test pairs {share:.1%} have a prompt that stands among their training pairs.")
+    signs = [name for name, found in controls.items() if found["low"] > 0.5] + ["shared prompts"] * bool(share)
+    lines.append(f"Signs of an artefact: {'; '.join(signs) or 'none in what was checked'}.")
+    if collapsed:
+        lines.append(f"Collapsed onto the reward head, all columns within a cosine of {COLLAPSED}: "
+                     f"{_name(*collapsed)}. Put smaller penalties into alpha_list and have validation_share choose.")
+    return lines
+
+
+def _name(*entries):
+    """`K = 2, 3 (alpha 0) and K = 2 (alpha 0.001)` of the entries."""
+    alphas = dict.fromkeys(entry["alpha"] for entry in entries)
+    return " and ".join(f"K = {', '.join(str(entry['K']) for entry in entries if entry['alpha'] == alpha)} "
+                        f"(alpha {alpha:g})" for alpha in alphas)
+
+
+def _points(mean, low, high, p=None):
+    return f"{100 * mean:+.1f} points (95 % interval {100 * low:+.1f} to {100 * high:+.1f})"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. Pipelines
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1542,55 +1810,69 @@ def _members(K_list, alpha_list, seeds):
 
 
 def _sweep(K_list, alpha_list, V_final, features, users, device, seed, num_iterations, few_shot_learning_rate,
-           regularized=False, threshold=0.0, checkpoint=None):
+           regularized=False, threshold=0.0, checkpoint=None, validation_share=0, prompts=None, tossed=None):
     """Train and evaluate every rank, alpha and seed -> list of Fit: alpha outer, rank, seed inner.
 
     features: four lists, of the train and test pairs of the seen, then of the unseen users; users: (N, N_unseen).
     """
     seeds = seed if isinstance(seed, (list, tuple, range, np.ndarray)) else [seed]
     check_settings(K_list=K_list, alpha_list=alpha_list, seeds=seeds, num_iterations=num_iterations,
-                   threshold=threshold)
+                   threshold=threshold, validation_share=validation_share)
     device = check_device(device)
     V_final = check_head(V_final, "V_final").to(device)
     names = "train_features", "test_features_sparse", "train_features_unseen", "test_features_sparse_unseen"
     features = [check_features(part, name, N, len(V_final))
                 for part, name, N in zip(features, names, (users[0], users[0], users[1], users[1]))]
+    parts = dict(zip(SETTINGS, features))
+    if validation_share:
+        held = hold_out(prompts or [range(len(X)) for X in features[0]], validation_share)
+        parts[VALIDATION] = [X[rows] for X, rows in zip(features[0], held)]
+        parts[SETTINGS[0]] = [X[~rows] for X, rows in zip(features[0], held)]
+    train, _, train_unseen, test_unseen = (parts[setting] for setting in SETTINGS)
     members = _members(K_list, alpha_list, seeds)
     trained = [m for m in members if m.K > 0]
     found = {m: (torch.ones(users[0], 1, device=device), V_final, math.nan) for m in members}
     if trained:
-        found.update(zip(trained, fit_basis(features[0], trained, V_final, num_iterations, 0.5, regularized, device,
+        found.update(zip(trained, fit_basis(train, trained, V_final, num_iterations, 0.5, regularized, device,
                                             checkpoint)))
     fits = [Fit(m.K, m.alpha, m.seed, V, w, torch.ones(users[1], 1, device=device), loss)
             for m, (w, V, loss) in found.items() for w, V in [prune(w, V, threshold)]]
     personal = [fit for fit in fits if fit.V.shape[1] > 1]
     if personal:
-        scores = list(_scores(features[2], torch.cat([fit.V for fit in personal], 1)))
+        scores = list(_scores(train_unseen, torch.cat([fit.V for fit in personal], 1)))
         weights = fit_users(scores, [Member(fit.K, fit.alpha, fit.seed) for fit in personal],
                             [fit.V.shape[1] for fit in personal], FEW_SHOT_ITERATIONS, few_shot_learning_rate)
         for fit, w in zip(personal, weights):
             fit.W_unseen = w
-    for setting, part, of in zip(SETTINGS, features, ("W", "W", "W_unseen", "W_unseen")):
+    for setting, part in parts.items():
+        of = "W_unseen" if setting in SETTINGS[2:] else "W"
         for fit, accuracies in zip(fits, _accuracies(part, [f.V for f in fits], [getattr(f, of) for f in fits])):
             fit.accuracies[setting] = accuracies
+    if tossed is not None and max(K_list) > 1:
+        largest = max(trained, key=lambda member: member.K)
+        tossed.append(tossed_control(largest, V_final, train, train_unseen, test_unseen, num_iterations,
+                                     few_shot_learning_rate, regularized, threshold, device))
     return fits
 
 
-def by_model(fits):
-    """The fits of each (alpha, K), those of its seeds: a dict of lists, in the order of the sweep."""
-    groups = {}
-    for fit in fits:
-        groups.setdefault((fit.alpha, fit.K), []).append(fit)
-    return groups
+def tossed_control(member, V_final, train, train_unseen, test_unseen, num_iterations, few_shot_learning_rate,
+                   regularized=False, threshold=0.0, device=None):
+    """What `member` reaches where no choice means anything -> (K, alpha, accuracies `[N_unseen]`).
+
+    All pairs are tossed: an untossed test would still see on which side of any direction the mean of chosen less
+    rejected lies, and under a penalty the reward head itself.
+    """
+    w, V, _ = fit_basis(list(toss(train, 0)), [member], V_final, num_iterations, 0.5, regularized, device)[0]
+    _, V = prune(w, V, threshold)
+    w, = fit_users(list(_scores(toss(train_unseen, 1), V)), [member], [V.shape[1]], FEW_SHOT_ITERATIONS,
+                   few_shot_learning_rate)
+    return member.K, member.alpha, _accuracies(toss(test_unseen, 2), [V], [w])[0]
 
 
-def accuracy_of_users(group, setting):
-    """The accuracy of each user in a setting, averaged over the seeds of one model: float64 `[users]`."""
-    return np.mean([fit.accuracies[setting] for fit in group], 0)
-
-
-def _report(fits, lines):
+def _report(fits, lines, collected):
     """Print each model's accuracies and return the eight arrays of `run`; seeds are averaged user by user."""
+    if collected is not None:
+        collected.extend(fits)
     means, bands = ([[] for _ in SETTINGS] for _ in range(2))
     for group in by_model(fits).values():
         for label, field in lines:
@@ -1605,7 +1887,8 @@ def _report(fits, lines):
 
 
 def run(K_list, alpha_list, V_final, train_features, test_features_sparse, train_features_unseen,
-        test_features_sparse_unseen, N, N_unseen, device, seed=0, num_iterations=1000, fits=None, checkpoint=None):
+        test_features_sparse_unseen, N, N_unseen, device, seed=0, num_iterations=1000, fits=None, checkpoint=None,
+        validation_share=0, prompts=None, tossed=None):
     """Sweep ranks and penalties: learn LoRe on the seen users, fit the unseen few-shot, evaluate and print.
 
     K_list: ranks; 0 is the reference model (V_final, every weight 1), 1 the pooled Bradley-Terry model.
@@ -1613,41 +1896,40 @@ def run(K_list, alpha_list, V_final, train_features, test_features_sparse, train
     The four features: one float32 `[m_i, d]` (or Pairs) per user; N and N_unseen: how many users.
     seed: whole number, or several whose accuracies are averaged; all are trained together.
     fits: a list that is extended with a `Fit` per alpha, rank and seed. checkpoint: see `fit_basis`.
-
+    validation_share: of each seen user's training prompts, held out; fits then have accuracies of "Validation", too.
+    prompts: a list per seen user of what tells the pairs' prompts apart; default every pair has its own.
+    tossed: a list that is extended with the `tossed_control` of the largest rank.
     Returns 8 arrays of length len(alpha_list) * len(K_list), alpha outer: the mean accuracy over users of the four
     SETTINGS, then for each a quarter of the standard deviation over users. Raises InputError on unusable arguments.
     """
     found = _sweep(K_list, alpha_list, V_final, (train_features, test_features_sparse, train_features_unseen,
                    test_features_sparse_unseen), (N, N_unseen), device, seed, num_iterations, 0.1,
-                   checkpoint=checkpoint)
-    if fits is not None:
-        fits.extend(found)
-    return _report(found, [("K", "K")])
+                   False, 0.0, checkpoint, validation_share, prompts, tossed)
+    return _report(found, [("K", "K")], fits)
 
 
 def run_regularized(K_list, alpha_list, V_final, train_features, test_features_sparse, train_features_unseen,
                     test_features_sparse_unseen, N, N_unseen, device, seed=0, num_iterations=20000, threshold=1e-2,
-                    fits=None, checkpoint=None):
+                    fits=None, checkpoint=None, validation_share=0, prompts=None, tossed=None):
     """`run` with `LoRe_regularized`: alternating steps, a cosine anchor to V_final, unused columns left out.
 
     threshold: leave out columns whose largest weight among the seen users is below it; 0 keeps all.
     """
     found = _sweep(K_list, alpha_list, V_final, (train_features, test_features_sparse, train_features_unseen,
                    test_features_sparse_unseen), (N, N_unseen), device, seed, num_iterations, 0.5, True, threshold,
-                   checkpoint)
-    if fits is not None:
-        fits.extend(found)
-    return _report(found, [("alpha", "alpha"), ("Rank", "K")])
+                   checkpoint, validation_share, prompts, tossed)
+    return _report(found, [("alpha", "alpha"), ("Rank", "K")], fits)
 
 
 def run_few_shot_vary_shots(trials, alpha_list, K_list, num_shots, train_features, train_features_unseen,
                             test_features_sparse_unseen, V_final, N, N_unseen, device, seed=0, num_iterations=500,
-                            groups=None, checkpoint=None):
+                            groups=None, checkpoint=None, of_users=None):
     """How the accuracy on unseen users grows with the number of pairs that they are fitted from.
 
     trials: how often each number of shots is drawn anew; num_shots: list of whole numbers. Otherwise as `run`.
     groups: for each unseen user an int64 `[m_i]` that names the group of each pair, such as its conversation, numbered
-    from 0; a shot is then a whole group. checkpoint: see `fit_basis`.
+    from 0; a shot is then a whole group. checkpoint: see `fit_basis`. of_users: a list that is extended with a dict per
+    alpha, rank and number of shots: K, alpha, shots, and under each of SETTINGS[2:] means over trials `[N_unseen]`.
     Returns 4 lists over num_shots (for each alpha and rank in turn, where there are several): mean and standard
     deviation over trials of the few-shot train accuracy, then of the accuracy on unseen users' unseen prompts.
     """
@@ -1671,18 +1953,21 @@ def run_few_shot_vary_shots(trials, alpha_list, K_list, num_shots, train_feature
         S_train, S_test = (list(_scores(part, V)) for part in (train_unseen, test_unseen))
         for shots in num_shots:
             print("Shots :", shots)
-            for i, (setting, values) in enumerate(zip(SETTINGS[2:], _trials(member, S_train, S_test, shots, trials,
-                                                                            groups))):
+            found = dict(zip(SETTINGS[2:], _trials(member, S_train, S_test, shots, trials, groups)))
+            for i, (setting, accuracies) in enumerate(found.items()):
                 print(setting)
-                _print_accuracy(values)
+                _print_accuracy(values := accuracies.mean(1))
                 results[2 * i].append(float(np.mean(values)))
                 results[2 * i + 1].append(float(np.std(values)))
+            if of_users is not None:
+                of_users.append({"K": member.K, "alpha": member.alpha, "shots": shots,
+                                 **{setting: accuracies.mean(0) for setting, accuracies in found.items()}})
     return results
 
 
 def _trials(member, S_train, S_test, shots, trials, groups):
-    """Fit every unseen user from `shots` pairs, drawn anew in each trial -> two float64 arrays `[trials]`, the mean
-    accuracy over users on these pairs and on the test pairs. S: the pairs' scores X V `[m_i, K]` of each user."""
+    """Fit every unseen user from `shots` pairs, drawn anew in each trial -> two float64 arrays `[trials, users]`,
+    the accuracy on these pairs and on the test pairs. S: the pairs' scores X V `[m_i, K]` of each user."""
     generator = member.generator(2 + shots)
     drawn = [S for _ in range(trials) for S in sample_shots(S_train, shots, generator, groups)]
     w = torch.ones(len(drawn), 1, device=drawn[0].device)
@@ -1691,7 +1976,7 @@ def _trials(member, S_train, S_test, shots, trials, groups):
     train = [(S @ w[i] > 0).double().mean().item() for i, S in enumerate(drawn)]
     w = w.reshape(trials, len(S_test), -1)
     test = torch.stack([(S @ w[:, i].T > 0).double().mean(0) for i, S in enumerate(S_test)])  # (users, trials)
-    return np.reshape(train, (trials, -1)).mean(1), test.mean(0).cpu().numpy()
+    return np.reshape(train, (trials, -1)), test.T.cpu().numpy()
 
 
 def solve(train_features, num_basis_vectors, num_iterations=1000, learning_rate=0.01, seed=0):
@@ -1825,6 +2110,11 @@ def build_standin_model(folder, texts, seed=0, hidden_size=64, layers=2, heads=4
 # 7. Results and plots
 # ---------------------------------------------------------------------------------------------------------------------
 
+RELEASED_BAND = False  # True: in the picture a quarter of the standard deviation over users, as released
+STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+         "grid.alpha": 0.25, "pdf.fonttype": 42}
+DIFFERENCE = "{mean:+.3f} [{low:+.3f}, {high:+.3f}], p {p:.2g}"
+
 
 def identical_pairs(features):
     """How many pairs have equal sides, so margin 0 under every reward: they count as wrong, as released."""
@@ -1845,104 +2135,281 @@ def _about_run(data, about, config):
                        "d": data["train"][0].shape[1]}}
 
 
-def save_results(folder, fits, data, about, config, seconds):
-    """Write what a sweep found: `results.json`, one safetensors file per Fit, `accuracy_by_rank.png`.
+def _shown(results):
+    """The rows that tables and pictures show: the reference once, not once an alpha."""
+    return [entry for entry in results["evidence"] if entry["K"] or entry["alpha"] == results["evidence"][0]["alpha"]]
+
+
+def evidence_table(results):
+    """`results.csv`, a row per interval: a DataFrame K, alpha, quantity, setting, mean, low, high, p."""
+    return pd.DataFrame([
+        {"K": entry["K"], "alpha": entry["alpha"], "quantity": quantity, "setting": setting, **values}
+        for entry in _shown(results) for quantity, of_setting in (
+            *((name, entry[name]) for name in ("accuracy", "minus_reference", "minus_pooled")),
+            *((name, {UNSEEN_TEST: values}) for name, values in entry["controls"].items()),
+            ("personal_part", {UNSEEN_TEST: entry["personal_part"]}))
+        for setting, values in of_setting.items() if values])
+
+
+def _cell(values, form="{mean:.3f} [{low:.3f}, {high:.3f}]"):
+    return form.format(**values) if values else "-"
+
+
+def _table(entries, columns):
+    """A DataFrame of texts, a row per entry of the evidence; columns: {heading: function of an entry}."""
+    return pd.DataFrame([{"K": entry["K"] or "ref", "alpha": f"{entry['alpha']:g}" if entry["K"] else "-",
+                          **{heading: of(entry) for heading, of in columns.items()}} for entry in entries])
+
+
+def accuracy_table(results):
+    """The closing table, a column per setting: mean over users and seeds with its interval over users."""
+    return _table(_shown(results), {setting: lambda entry, setting=setting: _cell(entry["accuracy"][setting])
+                                    for setting in results["evidence"][0]["accuracy"]})
+
+
+def _markdown(frame):
+    lines = [frame.columns, ["---"] * len(frame.columns), *frame.to_numpy()]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def _fits(results, entry):
+    return [fit for fit in results["fits"] if (fit["K"], fit["alpha"]) == (entry["K"], entry["alpha"])]
+
+
+def print_results(results):
+    """What a sweep ends with: the accuracies with their intervals, and the verdict."""
+    print(f"\n{accuracy_table(results).to_string(index=False)}\n\n{results['verdict']['text']}")
+
+
+def report(results):
+    """`report.md` of what `results.json` holds: the verdict, then the tables that it rests on."""
+    counts, chosen, (first, *more) = results["counts"], results["chosen"], results["verdict"]["text"].splitlines()
+    trained = [entry for entry in _shown(results) if entry["K"]]
+    judged = (f"the row that held-out pairs chose, K = {chosen['K']}, alpha = {chosen['alpha']:g}"
+              if chosen["by"] == "validation" else "all rows with K >= 2, none was chosen by held-out pairs")
+    return "\n\n".join([
+        f"# {results['config']['data']}: is the reward personal?", f"**{first}**", *more, "---",
+        f"The verdict is about {judged}. Data: {counts['seen users']} seen users with {counts['train pairs']:,} "
+        f"training pairs; {counts['unseen users']} unseen ones, fitted on {counts['train unseen pairs']:,} pairs and "
+        f"tested on {counts['test unseen pairs']:,}. Seeds {', '.join(map(str, results['seeds']))}, averaged within a "
+        "user. In brackets 95 % intervals over users; p of the Wilcoxon signed-rank test; a point is 0.01 of accuracy. "
+        "K = ref is the pretrained reward head, 1 one direction for everybody, from 2 on LoRe.",
+        "## Accuracy", _markdown(accuracy_table(results)), "![accuracy by rank](accuracy_by_rank.png)",
+        f"## Controls, on {UNSEEN_TEST}", "The personal part is the accuracy with a user's own weights less that with "
+        "the mean of all unseen users' weights; another user's: the mean over all others.",
+        _markdown(_table(trained, {
+            "minus reference": lambda entry: _cell(entry["minus_reference"][UNSEEN_TEST], DIFFERENCE),
+            "minus K = 1": lambda entry: _cell(entry["K"] > 1 and entry["minus_pooled"][UNSEEN_TEST], DIFFERENCE),
+            **{name: lambda entry, key=key: _cell(entry["controls"][key]) for name, key in (
+                ("with mean weights", "mean_weights"), ("with another user's", "other_users"),
+                ("directions tossed", "tossed"), ("longer answer", "longer"))},
+            "personal part": lambda entry: _cell(entry["personal_part"], DIFFERENCE)})),
+        "![personal part](personal_part.png)" * any(entry["personal_part"] for entry in trained),
+        "## Basis and seeds", "The kept seed has the lowest training loss, or the best accuracy on held-out pairs, and "
+        "its basis is described. Entropy in nats; angles between the spans of two seeds, smallest first.",
+        _markdown(_table(trained, {
+            **{name: lambda entry, key=key: _cell(entry["basis"][key] is not None and entry["basis"], f"{{{key}:.3g}}")
+               for name, key in (("columns", "columns"), ("effective rank", "effective_rank"),
+                                 ("largest cosine of two columns", "largest_cosine_between_columns"),
+                                 ("largest cosine to the head", "largest_cosine_to_head"),
+                                 ("entropy of weights", "mean_weight_entropy"))},
+            "angles": lambda entry: " ".join(f"{a:.0f}°" for a in entry["basis"]["angles_between_seeds"] or []) or "-",
+            "accuracy of each seed": lambda entry: ", ".join(f"{fit['mean_accuracy'][UNSEEN_TEST]:.3f}" + (
+                " (kept)" if fit["kept"] else "") for fit in _fits(results, entry))})),
+        "## Leaks", *(f"{setting}: {'it is not known how many' if share is None else f'{share:.1%}'} of the test pairs "
+                      "have a prompt that stands among the training pairs of the same side."
+                      for setting, share in results["leaks"].items())]) + "\n"
+
+
+def _picture(title, panels, xlabel, ticks=None):
+    """A Figure of small multiples, rows of panels: (heading, what y is, (level, its name), curves).
+
+    A curve: (name, color, x, list of {mean, low, high}), named at the right end of the last column. Intervals are
+    bands, or, of more than three curves, bars side by side. A circle marks a point's "kept", where it has one.
+    """
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, which is none here
+    import matplotlib
+    from matplotlib.figure import Figure
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((max(2.2 * len(panels[0]) + 1, 4.6), 2.4 * len(panels) + 0.5), layout="constrained")
+        figure.suptitle(title, fontsize=9)
+        figure.supxlabel(xlabel, fontsize=9)
+        grid = figure.subplots(len(panels), len(panels[0]), sharex=True, sharey="row", squeeze=False)
+        for axes, (heading, what, (level, _), curves) in zip(grid.flat, itertools.chain(*panels)):
+            axes.set_title(heading)
+            axes.set_ylabel(what if axes in grid[:, 0] else "")
+            axes.axhline(level, color="0.3", linewidth=0.9, linestyle="--")
+            for i, (_, color, x, points) in enumerate(curves):
+                mean, low, high, kept = ([point.get(name, np.nan) for point in points]
+                                         for name in ("mean", "low", "high", "kept"))
+                if bars := len(curves) > 3 or len(points) == 1:
+                    x = np.array(x) + (i - (len(curves) - 1) / 2) * 0.12 * (x[-1] - x[0]) / max(len(x) - 1, 1)
+                    axes.vlines(x, low, high, color=color, linewidth=1)
+                else:
+                    axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+                axes.plot(x, mean, color=color, marker="o", markersize=3, linewidth=0.7 if bars else 1.4)
+                axes.plot(x, kept, "o", color=color, markersize=6, fillstyle="none")
+            if ticks:
+                axes.set_xticks(range(len(ticks)), ticks)
+        for axes, (_, _, level, curves) in zip(grid[:, -1], (row[-1] for row in panels)):
+            ends = sorted([(points[-1]["mean"], name, color) for name, color, _, points in curves if name] +
+                          [(*level, "0.3")])
+            gaps = 0.085 * np.ptp(axes.get_ylim()) * np.arange(len(ends))  # that keep names from lying over each other
+            for y, (_, name, color) in zip(isotonic_regression([y for y, *_ in ends] - gaps).x + gaps, ends):
+                axes.annotate(name, (1, y), (3, 0), ("axes fraction", "data"), "offset points", va="center",
+                              color=color, fontsize=8, annotation_clip=False)
+    return figure
+
+
+def _colors(values):
+    """A colour per value along one scale, dark to light."""
+    from matplotlib import colormaps
+    values = list(dict.fromkeys(values))
+    return dict(zip(values, colormaps["viridis"](np.linspace(0.1, 0.8, len(values))).tolist()))
+
+
+def draw_accuracy_by_rank(results):
+    """A Figure: a panel per setting, a curve per alpha, the reference at its left, circles at the kept seed."""
+    trained = [entry for entry in _shown(results) if entry["K"]]
+    ranks, colors = list(dict.fromkeys(entry["K"] for entry in trained)), _colors(entry["alpha"] for entry in trained)
+
+    def point(entry, setting):
+        fits = _fits(results, entry)
+        kept = next(fit for fit in fits if fit["kept"])["mean_accuracy"][setting] if len(colors) == 1 else np.nan
+        of_user = np.mean([list(fit["accuracy_of_user"][setting].values()) for fit in fits], 0)
+        released = {"low": of_user.mean() - of_user.std() / 4, "high": of_user.mean() + of_user.std() / 4}
+        return entry["accuracy"][setting] | {"kept": kept} | (released if RELEASED_BAND else {})
+
+    panels = [(setting, "accuracy", (0.5, "chance"), [
+        ("", "0.4", [0], [point(entry, setting)]) for entry in _shown(results) if not entry["K"]] + [
+        (f"alpha {alpha:g}" * (len(colors) > 1), color, range(1, len(ranks) + 1),
+         [point(entry, setting) for entry in trained if entry["alpha"] == alpha]) for alpha, color in colors.items()])
+        for setting in SETTINGS]
+    xlabel = "rank K, circle: the kept seed" if len(colors) == 1 else "rank K"
+    return _picture(_title(results, results["seeds"], "a quarter of the standard deviation" if RELEASED_BAND else
+                           "95 % interval"), [panels[:2], panels[2:]], xlabel, ["ref", *ranks])
+
+
+def _title(results, seeds, interval="95 % interval"):
+    counts = results["counts"]
+    return (f"{results['config']['data']}: {counts['seen users']} seen, {counts['unseen users']} unseen users, "
+            f"{len(seeds)} seed{'s' * (len(seeds) > 1)}\nband or bar: {interval} over users")
+
+
+def draw_personal_part(results):
+    """A Figure: accuracy by whose weights are used, and the personal part below; a column per alpha."""
+    mixed = [entry for entry in results["evidence"] if entry["personal_part"]]
+    rows, ranks = ([], []), list(dict.fromkeys(entry["K"] for entry in mixed))
+    for alpha in dict.fromkeys(entry["alpha"] for entry in mixed):
+        points = [(entry["accuracy"][UNSEEN_TEST], entry["controls"]["mean_weights"], entry["controls"]["other_users"],
+                   entry["personal_part"]) for entry in mixed if entry["alpha"] == alpha]
+        own, mean, other, personal = (
+            (name, color, range(len(ranks)), of_rank) for name, color, of_rank in zip(
+                ("own weights", "everybody's mean", "another user's", "own less mean"), ("C0", "C1", "0.45", "C0"),
+                zip(*points)))
+        rows[0].append((f"alpha {alpha:g}", "accuracy", (0.5, "chance"), [own, mean, other]))
+        rows[1].append(("", "personal part", (0, "nothing personal"), [personal]))
+    return _picture(f"{_title(results, results['seeds'])}; {UNSEEN_TEST}", rows, "rank K", ranks)
+
+
+def save_text(path, text):
+    """Write a text file."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def save_picture(folder, name, figure):
+    """Write `name`.png and `name`.pdf."""
+    for form, metadata in (("png", None), ("pdf", {"CreationDate": None})):  # equal figures give equal files
+        with atomic_write(Path(folder) / f"{name}.{form}") as file:
+            figure.savefig(file, format=form, dpi=200, metadata=metadata)
+
+
+def save_results(folder, fits, data, about, config, seconds, found):
+    """Write results.json, results.csv, report.md, pictures, and a safetensors file per Fit -> what results.json holds.
 
     data: a dict of the users' ids, `seen` and `unseen`, in the order of the rows of W and W_unseen, and of the
     features, `train`, `test`, `train_unseen`, `test_unseen`. about: of `find_reward_head`. config: what the reader
-    set, a dict of JSON values. seconds: of training and evaluation. Files of a sweep before go when these are there,
-    and so does the training's checkpoint.
+    set, a dict of JSON values. seconds: of training and evaluation. found: of `evidence`. The file without a seed in
+    its name is the kept seed's. Files of a sweep before go when these are there, and so does the training's checkpoint.
     """
     entries, about = [], _about_run(data, about, config)
-    several = {field: len({getattr(fit, field) for fit in fits}) > 1 for field in ("alpha", "seed")}
-    with together(folder, ["K_*.safetensors", CHECKPOINT_FILE]) as new:
+    kept, alphas = list(map(best_fit, by_model(fits).values())), len({fit.alpha for fit in fits})
+    with together(folder, ["K_*.safetensors", "personal_part.*", CHECKPOINT_FILE]) as new:
         for fit in fits:
-            name = f"K_{fit.K}" + "".join(f"_{f}_{getattr(fit, f)}" for f in ("alpha", "seed") if several[f])
+            is_kept = any(fit is one for one in kept)
+            name = f"K_{fit.K}" + f"_alpha_{fit.alpha}" * (alphas > 1) + f"_seed_{fit.seed}" * (not is_kept)
             model = {"K": fit.K, "alpha": fit.alpha, "seed": fit.seed}
             save_tensors(new / f"{name}.safetensors", {"V": fit.V, "W": fit.W, "W_unseen": fit.W_unseen}, **model,
                          **{key: value for key, value in about.items() if key != "counts"})
             entries.append({
-                **model, "columns": fit.V.shape[1], "file": f"{name}.safetensors",
+                **model, "columns": fit.V.shape[1], "file": f"{name}.safetensors", "kept": is_kept,
                 "training_loss": None if math.isnan(fit.loss) else fit.loss,
                 "mean_accuracy": {s: float(a.mean()) for s, a in fit.accuracies.items()},
                 "std_over_users": {s: float(a.std()) for s, a in fit.accuracies.items()},
                 "accuracy_of_user": {s: dict(zip(data["unseen" if s in SETTINGS[2:] else "seen"], a.tolist()))
                                      for s, a in fit.accuracies.items()}})
-        save_json(new / "results.json", {**about, "seeds": sorted({fit.seed for fit in fits}), "seconds": seconds,
-                                         "fits": entries})
-        plot_accuracy_by_rank(new / "accuracy_by_rank.png", fits, about["config"]["data"])
+        results = {**about, "seeds": sorted({fit.seed for fit in fits}), "seconds": seconds, "fits": entries, **found}
+        save_json(new / "results.json", results)
+        save_text(new / "report.md", report(results))
+        save_text(new / "results.csv", evidence_table(results).to_csv(index=False))
+        save_picture(new, "accuracy_by_rank", draw_accuracy_by_rank(results))
+        if any(entry["personal_part"] for entry in results["evidence"]):
+            save_picture(new, "personal_part", draw_personal_part(results))
+    return results
 
 
-def print_table(fits):
-    """The closing table: a line per rank, a column per setting, means over users and seeds."""
-    rows = [{"K": K or "ref", "alpha": f"{alpha:g}", **{s.replace(" Performance", ""): accuracy_of_users(group, s).mean()
-                                                        for s in SETTINGS}} for (alpha, K), group in by_model(fits).items()]
-    print("\n" + pd.DataFrame(rows).to_string(index=False, float_format="{:.4f}".format))
+def few_shot_table(of_users):
+    """Intervals by users of `run_few_shot_vary_shots`: a DataFrame K, alpha, shots, setting, mean, low, high.
+
+    of_users: the list that it has extended. The reference stands there once, not once an alpha.
+    """
+    kept = [row for row in of_users if row["K"] or row["alpha"] == of_users[0]["alpha"]]
+    found = summaries({(setting,): np.stack([row[setting] for row in kept], 1) for setting in SETTINGS[2:]})
+    return pd.DataFrame([{"K": row["K"], "alpha": row["alpha"], "shots": row["shots"], "setting": setting, **values}
+                         for setting in SETTINGS[2:] for row, values in zip(kept, found[setting,][0])])
 
 
-def _save_figure(path, title, xlabel, draw):
-    os.environ.pop("MPLBACKEND", None)  # a notebook's, which is none here
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(title=title, xlabel=xlabel, ylabel="accuracy")
-    draw(axes)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=150)
+def draw_few_shot(frame, title, xlabel):
+    """A Figure of `few_shot_table`: a column per alpha, few-shot train above unseen prompts, a curve per rank."""
+    colors = _colors(sorted(frame["K"][frame["K"] > 0])) | {0: "0.4"}
+    alphas = frame["alpha"][frame["K"] > 0].unique() if len(colors) > 1 else [0]
+    panels = [[(f"alpha {alpha:g}" if i == 0 else "", setting.replace(" Performance", ""), (0.5, "chance"), [
+        (f"K = {K}" if K else "ref", colors[K], of_K["shots"].tolist(), of_K.to_dict("records")) for K, of_K in
+        of_setting[(of_setting["alpha"] == alpha) | (of_setting["K"] == 0)].groupby("K")]) for alpha in alphas]
+        for i, (setting, of_setting) in enumerate(frame.groupby("setting", sort=False))]
+    return _picture(title, panels, xlabel)
 
 
-def plot_accuracy_by_rank(path, fits, title):
-    """Accuracy against rank, a curve per setting (and alpha); band: a quarter of the standard deviation over users."""
-    models, alphas = by_model(fits), list(dict.fromkeys(fit.alpha for fit in fits))
-    ranks = sorted({fit.K for fit in fits})
+def save_few_shot_curves(folder, curves, of_users, data, about, config, groups=None):
+    """Write what `run_few_shot_vary_shots` found as vary_fewshot.json, .csv, .tex, .png and .pdf.
 
-    def draw(axes):
-        for alpha in alphas:
-            for color, setting in enumerate(SETTINGS):
-                of_user = np.array([accuracy_of_users(models[alpha, K], setting) for K in ranks])
-                mean, band = of_user.mean(1), of_user.std(1) / 4
-                label = setting.replace(" Performance", "") + (f", alpha {alpha:g}" if len(alphas) > 1 else "")
-                axes.plot(range(len(ranks)), mean, f"C{color}", marker="o", label=label,
-                          linestyle=("-", "--", ":", "-.")[alphas.index(alpha) % 4])
-                axes.fill_between(range(len(ranks)), mean - band, mean + band, color=f"C{color}", alpha=0.15)
-        axes.set_xticks(range(len(ranks)), ["ref" if K == 0 else str(K) for K in ranks])
-
-    _save_figure(path, title, "rank K", draw)
-
-
-def save_few_shot_curves(folder, curves, data, about, config, groups=None):
-    """Write what `run_few_shot_vary_shots` returned: `vary_fewshot.json` and `vary_fewshot.png`.
-
-    data, about: as for `save_results`. config: what the reader set, with K_list, alpha_list and num_shots. groups: as
-    given to the pipeline. The training's checkpoint in `folder`, no longer needed then, goes.
+    curves: what it returned; of_users: what it has extended. data, about: as for `save_results`. config: what the
+    reader set, with K_list, alpha_list and num_shots. groups: as given to the pipeline. The training's checkpoint in
+    `folder`, no longer needed then, goes. Returns the table: a row per number of shots, a column per model.
     """
     about, shots = _about_run(data, about, config), config["num_shots"]
     has = [int(group.max()) + 1 for group in groups] if groups else list(map(len, data["train_unseen"]))
     of_shot = "conversations" if groups else "pairs"
     reached = [float(np.minimum(has, n).mean()) for n in shots]
+    title = f"{_title(about, [config.get('seed', 0)])}, {config['trials']} draws"
     if max(shots) > min(has):
-        print(f"\nfrom {min(has) + 1} {of_shot} on not every unseen user has so many: of {max(shots)} the mean user "
-              f"has {reached[-1]:.1f}")
+        note = f"from {min(has) + 1} {of_shot} on not every unseen user has so many"
+        print(f"\n{note}: of {max(shots)} the mean user has {reached[-1]:.1f}")
+        title += f"\n{note}"
     names = ("few_shot_train_mean", "few_shot_train_std", "unseen_mean", "unseen_std")
-    models = [(alpha, K) for alpha in config["alpha_list"] for K in config["K_list"]]
     found = [{"K": K, "alpha": alpha, **{name: curve[i * len(shots):(i + 1) * len(shots)]
                                          for name, curve in zip(names, curves)}}
-             for i, (alpha, K) in enumerate(models)]
-
-    def draw(axes):
-        axes.set_xticks(shots)
-        for model in found:
-            of = f", K = {model['K']}" + (f", alpha {model['alpha']:g}" if len(config["alpha_list"]) > 1 else "")
-            for label, name in (("few-shot train", "few_shot_train"), ("unseen prompts", "unseen")):
-                axes.errorbar(shots, model[f"{name}_mean"], model[f"{name}_std"], marker="o", capsize=3,
-                              label=label + of)
-        if max(shots) > min(has):
-            axes.axvspan(min(has), max(shots), color="0.9", label=f"not every user has so many {of_shot}")
-
+             for i, (alpha, K) in enumerate(itertools.product(config["alpha_list"], config["K_list"]))]
+    frame = few_shot_table(of_users)
+    models = frame[frame["setting"] == UNSEEN_TEST].groupby(["alpha", "K"], sort=False)
+    wide = pd.DataFrame({f"K = {K}, alpha {alpha:g}" if K else "ref": pd.Series(
+        map(_cell, rows.to_dict("records")), rows["shots"]) for (alpha, K), rows in models})
     with together(folder, [FEW_SHOT_CHECKPOINT_FILE]) as new:
         save_json(new / "vary_fewshot.json", {**about, "shots_are": of_shot, "shots_of_the_mean_user": reached,
                                               "curves": found})
-        _save_figure(new / "vary_fewshot.png", about["config"]["data"], f"{of_shot} per unseen user", draw)
+        save_text(new / "vary_fewshot.csv", frame.to_csv(index=False))
+        save_text(new / "vary_fewshot.tex", wide.to_latex(escape=True, caption=(
+            f"{about['config']['data']}: {UNSEEN_TEST}, with 95 \\% intervals over users")))
+        save_picture(new, "vary_fewshot", draw_few_shot(frame, title, f"{of_shot} per unseen user"))
+    return wide

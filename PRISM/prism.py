@@ -182,8 +182,9 @@ def load_embeddings(folder, model_name):
     """Read the embeddings of generate-prism-embeddings.py (or of the released script) and the reward head.
 
     Returns (data, head `[d, 1]`, what is known of model and data). data is a dict: `seen` and `unseen`, user ids in
-    order; one float32 `[m_i, d]` per user under `train`, `test`, `train_unseen`, `test_unseen`; `dialogs_unseen`, the
-    conversation that each few-shot pair of an unseen user is from, int64 `[m_i]`.
+    order; one float32 `[m_i, d]` per user under `train`, `test`, `train_unseen`, `test_unseen`; `dialogs` and
+    `dialogs_unseen`, the conversation that each training pair of a user is from, int64 `[m_i]`; `prompts` and `longer`
+    of `evidence`, where the rows hold the texts and are not malformed.
     Raises InputError that names file and row: missing or damaged files, embeddings missing, not finite, of different
     widths or of other rows than data/prism/ beside them holds.
     """
@@ -199,6 +200,9 @@ def load_embeddings(folder, model_name):
     if malformed:
         print(f"{malformed:,} rows are in the released format, whose rejected side is malformed: all rejected "
               "responses of a turn as one printed list")
+    texts = not malformed and all("prompt" in row and "chosen_utterance" in row["extra_info"] and
+                                  "rejected_utterance" in row["extra_info"] for row in train + test)
+    data.update(prompts={}, longer=None)
     for split, rows in (("train", train), ("test", test)):
         for seen, suffix in ((True, ""), (False, "_unseen")):
             of_group = [row for row in rows if bool(row["extra_info"]["seen"]) == seen]
@@ -208,7 +212,23 @@ def load_embeddings(folder, model_name):
                 raise InputError(f"{folder}: {len(users)} {group} users in the {split} file, {len(data.get(group, []))} "
                                  "in the other; make both files in one run of generate-prism-embeddings.py")
             data[split + suffix] = create_dataset_prism(of_group)
-            if split + suffix == "train_unseen":
-                data["dialogs_unseen"] = [torch.tensor([n for n, rows in enumerate(dialogs.values()) for row in rows
-                                                        for _ in turn_pairs(row)]) for dialogs in users.values()]
+            if split == "train":
+                data[f"dialogs{suffix}"] = of_pairs(users, lambda n, row: [n] * len(turn_pairs(row)), torch.tensor)
+            if texts:
+                data["prompts"][split + suffix] = of_pairs(
+                    users, lambda _, row: [str(row["prompt"])] * len(turn_pairs(row)))
+    if texts:  # users: the last, the unseen ones in test
+        data["longer"] = {"test_unseen": of_pairs(users, longer_sides, np.array)}
     return data, head, about
+
+
+def of_pairs(users, found, kind=list):
+    """For each user what `found` gives for the pairs of a turn, (number of the conversation, row) -> a list."""
+    return [kind([one for n, rows in enumerate(dialogs.values()) for row in rows for one in found(n, row)])
+            for dialogs in users.values()]
+
+
+def longer_sides(_, row):
+    """1 for each pair of a turn whose chosen response is the longer one, -1 where it is the shorter, else 0."""
+    info = row["extra_info"]
+    return [np.sign(len(info["chosen_utterance"]) - len(rejected)) for rejected in info["rejected_utterance"]]

@@ -3,10 +3,11 @@
     python train_basis.py                              reads what generate-prism-embeddings.py wrote, ours or released
     torchrun --nproc-per-node 2 train_basis.py         the seen users shared among processes
 
-Prints the accuracies of each rank K (0: the reference model) and a closing table. Writes beside itself the basis and
-the weights of each rank, checkpoints/PRISM_{V,W}_lore_K_{K}_alpha_{alpha}.pt, and results/: results.json, a safetensors
-file per rank, accuracy_by_rank.png. On the demo's synthetic corpus the ranks, the penalty and the iterations are the
-demo's.
+Prints the accuracies of each rank K (0: the reference model), then a table with 95 % intervals and the verdict: is the
+reward personal, by how much, is any of it an artefact. Writes beside itself the basis and the weights of each rank,
+checkpoints/PRISM_{V,W}_lore_K_{K}_alpha_{alpha}.pt, and results/: report.md, results.json, results.csv, a safetensors
+file per rank, two pictures (PNG and PDF). On the demo's synthetic corpus the ranks, the penalty and the iterations are
+the demo's.
 """
 
 import sys
@@ -21,9 +22,13 @@ import prism
 # ---------------------------------------------------------------------------------------------------------------------
 K_list = [0, 1, 5, 10, 15, 20, 25, 50]
 alpha_list = [1e4]  # of the cosine anchor; a mean over columns, so the penalty on one column is alpha / K
+validation_share = 0  # of each seen user's training conversations, held out to choose K and alpha; 0: as released
+# The released alpha pulls all columns onto the reward head, and nothing personal is left. To choose another:
+# alpha_list, validation_share = [0, 1e-4, 1e-2, 1, 1e2, 1e4], 0.2
 num_iterations = 20000
 threshold = 1e-2  # columns whose largest user weight is below it are left out; 0 keeps all
-seeds = [0]  # of the training; with several, the accuracies are averaged
+seeds = [0]  # of the training; with several, accuracies are averaged within a user, the seed of the lowest loss is kept
+controls = True  # also trains the largest rank on tossed choices, which must end at chance: a third more time
 demo_K_list, demo_num_iterations = [0, 1, 2, 3, 5], 1000
 demo_alpha_list = [0.1]  # at d = 64 the anchor of 1e4 would leave nothing but the stand-in's random reward head
 MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"  # whose head is read where none stands beside the embeddings
@@ -35,16 +40,16 @@ def sweep(demo):
     """Ranks, penalties and iterations: the demo's where the embeddings are the demo's."""
     ranks, alphas, iterations = (demo_K_list, demo_alpha_list, demo_num_iterations) if demo else (
         K_list, alpha_list, num_iterations)
-    return dict(K_list=ranks, alpha_list=alphas, num_iterations=iterations, seeds=seeds, threshold=threshold)
+    return dict(K_list=ranks, alpha_list=alphas, num_iterations=iterations, seeds=seeds, threshold=threshold,
+                validation_share=validation_share)
 
 
 def save_checkpoints(folder, fits):
-    """Write V and W of the first seed under the released names, PRISM_{V,W}_lore_K_{K}_alpha_{alpha}.pt."""
+    """Write V and W of the kept seed under the released names, PRISM_{V,W}_lore_K_{K}_alpha_{alpha}.pt."""
     with together(folder) as new:
-        for fit in fits:
-            if fit.seed == fits[0].seed:
-                for name, tensor in (("V", fit.V), ("W", fit.W)):
-                    save_torch(new / f"PRISM_{name}_lore_K_{fit.K}_alpha_{fit.alpha}.pt", tensor.cpu().clone())
+        for fit in map(best_fit, by_model(fits).values()):
+            for name, tensor in (("V", fit.V), ("W", fit.W)):
+                save_torch(new / f"PRISM_{name}_lore_K_{fit.K}_alpha_{fit.alpha}.pt", tensor.cpu().clone())
 
 
 def main():
@@ -63,23 +68,25 @@ def main():
     if about.get("demo"):
         print("demo settings: K_list = {K_list}, alpha_list = {alpha_list}, {num_iterations} iterations".format(**config))
 
-    fits, start = [], time.perf_counter()
+    fits, tossed, start = [], [] if controls else None, time.perf_counter()
     run_regularized(config["K_list"], config["alpha_list"], V_final, data["train"], data["test"], data["train_unseen"],
                     data["test_unseen"], N, N_unseen, default_device(), seed=seeds,
                     num_iterations=config["num_iterations"], threshold=threshold, fits=fits,
-                    checkpoint=args.dir / "results" / CHECKPOINT_FILE)
+                    checkpoint=args.dir / "results" / CHECKPOINT_FILE, validation_share=validation_share,
+                    prompts=[dialogs.tolist() for dialogs in data["dialogs"]], tossed=tossed)
     seconds = time.perf_counter() - start
 
     for fit in fits:
         if fit.K > 0:
             print(f"rank {fit.K}, seed {fit.seed}: {fit.V.shape[1]} of {fit.K} columns have a user weight of "
                   f"{threshold:g} or more")
-    print_table(fits)
     if process_rank() == 0:
+        config.update(controls=controls, released_reference=released_reference)
         save_checkpoints(args.dir / "checkpoints", fits)
-        save_results(args.dir / "results", fits, data, about, {**config, "released_reference": released_reference},
-                     seconds)
-    print(f"\n{seconds:.1f} s; results and a plot are in {args.dir / 'results'}, V and W in {args.dir / 'checkpoints'}")
+        print_results(save_results(args.dir / "results", fits, data, about, config, seconds,
+                                   evidence(fits, data, V_final, tossed or ())))
+    print(f"\n{seconds:.1f} s; read {args.dir / 'results' / 'report.md'}; pictures and each rank's basis are beside it; "
+          f"V and W are in {args.dir / 'checkpoints'}")
 
 
 if __name__ == "__main__":

@@ -115,8 +115,10 @@ def create_dataset(tables, N, N_unseen, concentration, fractions, seed=0):
     tables: of `load_embeddings`. fractions: the shares of the train prompts that a seen and an unseen user compare, and
     the share of the test prompts of both.
     Returns a dict: `seen` and `unseen`, names of users; `population` `[N, 10]` and `population_unseen` `[N_unseen,
-    10]`, their mixtures, float32; a list of Pairs under each of `train`, `test`, `train_unseen`, `test_unseen`; and
-    `dropped`, how many pairs were left out because all responses are tied.
+    10]`, their mixtures, float32; a list of Pairs under each of `train`, `test`, `train_unseen`, `test_unseen`;
+    `prompts`, the numbers of the training pairs' prompts, by which some can be held out: the files hold no texts, so
+    that whether a test prompt stands among them, and which answer is longer, are not known; and `dropped`, how many
+    pairs were left out because all responses are tied.
     """
     data = {"seen": [f"seen_{i}" for i in range(N)], "unseen": [f"unseen_{i}" for i in range(N_unseen)], "dropped": 0}
     for of, users, stream in (("", N, 0), ("_unseen", N_unseen, 1)):
@@ -127,4 +129,5 @@ def create_dataset(tables, N, N_unseen, concentration, fractions, seed=0):
                                       ("test_unseen", "test", "_unseen", fractions[2])):
         data[part], dropped = simulate_pairs(*tables[split], data[f"population{of}"], fraction, chance, part)
         data["dropped"] += dropped
+    data["prompts"] = {"train": [(pairs.chosen // RESPONSES).tolist() for pairs in data["train"]]}
     return data

@@ -5,8 +5,9 @@
 
 A user is a mixture over ten reward models, and prefers the response that it scores highest to the one that it scores
 lowest. A pair is two row numbers of one table of embeddings, so 1.5 million test pairs fit in a laptop.
-Prints the accuracies of each rank K (0: the reference model, 1: one Bradley-Terry model for all, 2 and up: LoRe) and a
-closing table, and writes results/ beside itself: results.json, K_<rank>.safetensors, accuracy_by_rank.png, and
+Prints the accuracies of each rank K (0: the reference model, 1: one Bradley-Terry model for all, 2 and up: LoRe), then
+a table with 95 % intervals and the verdict: is the reward personal, by how much, is any of it an artefact. Writes
+results/ beside itself: report.md, results.json, results.csv, K_<rank>.safetensors, two pictures (PNG and PDF), and
 population.safetensors, the users' mixtures. On the demo's synthetic corpus the population is the demo's.
 """
 
@@ -23,7 +24,9 @@ import personalllm
 K_list = [0, 1, 2, 3, 4, 5]
 alpha_list = [0]  # penalties on the squared distance of the basis to the reward head
 num_iterations = 1000  # of the training
-seeds = [0]  # of the training; with several, the accuracies are averaged, five in under three times the time
+seeds = [0, 1, 2]  # of the training; accuracies are averaged within a user, the seed of the lowest loss is kept
+controls = True  # also trains the largest rank on tossed choices, which must end at chance: a third more time
+validation_share = 0  # of each seen user's training prompts, held out to choose K and alpha; 0: as released
 population_seed = 0  # of the users and of the prompts that each compares
 N, N_unseen = 1000, 500  # simulated users
 concentration = 0.1  # of the Dirichlet distribution over the ten scorers: most users follow one or two of them
@@ -43,7 +46,8 @@ def population(demo):
 
 def main():
     args = personalllm.scripts_parser(__doc__, HERE).parse_args()
-    config = dict(K_list=K_list, alpha_list=alpha_list, num_iterations=num_iterations, seeds=seeds)
+    config = dict(K_list=K_list, alpha_list=alpha_list, num_iterations=num_iterations, seeds=seeds,
+                  validation_share=validation_share)
     check_settings(**config)
     for demo in (True, False):
         personalllm.check_population(population(demo))
@@ -57,20 +61,21 @@ def main():
           f"{sum(map(len, data['train'])):,} train pairs, d = {len(V_final)}; {data['dropped']:,} pairs dropped, all "
           "responses tied")
 
-    fits, start = [], time.perf_counter()
+    fits, tossed, start = [], [] if controls else None, time.perf_counter()
     run(K_list, alpha_list, V_final, data["train"], data["test"], data["train_unseen"], data["test_unseen"],
         len(data["seen"]), len(data["unseen"]), default_device(), seed=seeds, num_iterations=num_iterations, fits=fits,
-        checkpoint=args.dir / "results" / CHECKPOINT_FILE)
+        checkpoint=args.dir / "results" / CHECKPOINT_FILE, validation_share=validation_share,
+        prompts=data["prompts"].get("train"), tossed=tossed)
     seconds = time.perf_counter() - start
 
-    print_table(fits)
     if process_rank() == 0:
-        config.update(released_reference=released_reference, pairs_dropped=data["dropped"])
-        save_results(args.dir / "results", fits, data, about, config, seconds)
+        config.update(controls=controls, released_reference=released_reference, pairs_dropped=data["dropped"])
+        print_results(save_results(args.dir / "results", fits, data, about, config, seconds,
+                                   evidence(fits, data, V_final, tossed or ())))
         save_tensors(args.dir / "results" / "population.safetensors", {"seen": data["population"], "unseen":
                      data["population_unseen"]}, scorers=personalllm.SCORERS, users=data["seen"],
                      unseen_users=data["unseen"], population_seed=population_seed)
-    print(f"\n{seconds:.1f} s; results, the basis of each rank and a plot are in {args.dir / 'results'}")
+    print(f"\n{seconds:.1f} s; read {args.dir / 'results' / 'report.md'}; pictures and each rank's basis are beside it")
 
 
 if __name__ == "__main__":

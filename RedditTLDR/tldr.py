@@ -123,17 +123,27 @@ def create_dataset(train, validation, train_pairs, unseen_pairs, seed=0):
     """Split the workers and form their pairs.
 
     train_pairs, unseen_pairs: how many training pairs a seen and an unseen worker keep at most, drawn by `seed`.
-    Returns a dict: `seen` and `unseen`, lists of workers, and for each of them one float32 `[m_i, d]` per worker,
-    `train`, `test`, `train_unseen`, `test_unseen`.
+    Returns a dict: `seen` and `unseen`, lists of workers; one float32 `[m_i, d]` per worker under each of `train`,
+    `test`, `train_unseen`, `test_unseen`; `prompts` and `longer` of `evidence`, where the file holds the texts.
     """
     seen, unseen, chance = split_workers(train, validation, seed)
 
-    def features(file, workers, most=None):
-        groups = [file[w] if most is None else chance.sample(file[w], min(most, len(file[w]))) for w in workers]
+    def sample(file, workers, most):
+        return [chance.sample(file[worker], min(most, len(file[worker]))) for worker in workers]
+
+    def features(groups):
         winning, losing = (torch.stack([pair["embeddings"][side][0] for pairs in groups for pair in pairs]).float()
                            for side in SIDES)  # (M, d)
         return list(winning.sub_(losing).split([len(pairs) for pairs in groups]))
 
-    return {"seen": seen, "unseen": unseen,
-            "train": features(train, seen, train_pairs), "test": features(validation, seen),
-            "train_unseen": features(train, unseen, unseen_pairs), "test_unseen": features(validation, unseen)}
+    drawn = {"train": sample(train, seen, train_pairs), "test": [validation[w] for w in seen],
+             "train_unseen": sample(train, unseen, unseen_pairs), "test_unseen": [validation[w] for w in unseen]}
+    data = {"seen": seen, "unseen": unseen, **{part: features(groups) for part, groups in drawn.items()},
+            "prompts": {}, "longer": None}
+    if all({"text", "winning_summary", "losing_summary"} <= pair.keys() for groups in drawn.values() for pairs in groups
+           for pair in pairs):
+        data["prompts"] = {part: [[pair["text"] for pair in pairs] for pairs in groups]
+                           for part, groups in drawn.items()}
+        data["longer"] = {"test_unseen": [np.sign([len(pair["winning_summary"]) - len(pair["losing_summary"])
+                                                   for pair in pairs]) for pairs in drawn["test_unseen"]]}
+    return data

@@ -3,7 +3,8 @@
     python vary_fewshot.py                             reads what prepare.py wrote
 
 Learns the basis on the seen workers, then fits every unseen worker from 5, 10, .. 50 pairs, drawn anew in each trial.
-Writes vary_fewshot.json and vary_fewshot.png to results/ beside itself.
+Writes vary_fewshot.json, .csv and .tex (means with
+95 % intervals over users), .png and .pdf to results/ beside itself.
 """
 
 import sys
@@ -38,13 +39,15 @@ def main():
     data = tldr.create_dataset(train, validation, train_pairs, unseen_pairs, split_seed)
     del train, validation
     check_writable(args.dir / "results")
+    of_users = []
     curves = run_few_shot_vary_shots(
         trials, alpha_list, K_list, num_shots, data["train"], data["train_unseen"], data["test_unseen"], V_final,
         len(data["seen"]), len(data["unseen"]), default_device(), seed=seed, num_iterations=num_iterations,
-        checkpoint=args.dir / "results" / FEW_SHOT_CHECKPOINT_FILE)
+        checkpoint=args.dir / "results" / FEW_SHOT_CHECKPOINT_FILE, of_users=of_users)
     if process_rank() == 0:
-        save_few_shot_curves(args.dir / "results", curves, data, about, config)
-    print(f"\nthe curves and a plot are in {args.dir / 'results'}")
+        table = save_few_shot_curves(args.dir / "results", curves, of_users, data, about, config)
+        print(f"\n{UNSEEN_TEST}, 95 % intervals over users:\n{table.to_string()}")
+    print(f"\nthe curves, tables and a picture are in {args.dir / 'results'}")
 
 
 if __name__ == "__main__":

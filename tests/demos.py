@@ -8,6 +8,8 @@ import functools
 import gzip
 import json
 import multiprocessing
+import os
+import re
 import shutil
 import socket
 import sys
@@ -224,6 +226,12 @@ def plain(content):
     if isinstance(content, dict):
         return {key: plain(value) for key, value in content.items()}
     return list(map(plain, content)) if isinstance(content, (list, tuple)) else content
+
+
+def closing_table(printed):
+    """The means in the table that train_basis.py ends with: "ref" or a rank -> one per setting."""
+    rows = (re.match(r" *(ref|\d+) +\S+ +(?=\d\.\d{3} \[)", line) for line in printed.splitlines())
+    return {row[1]: [float(mean) for mean in re.findall(r"(\d\.\d{3}) \[", row.string)] for row in rows if row}
 
 
 def results_in(folder):

@@ -1,0 +1,447 @@
+"""Evidence against float64 loops, closed forms and planted truths."""
+
+import contextlib
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import call, load_script, planted_basis, planted_pairs, planted_weights
+
+import utils
+from utils import (SETTINGS, VALIDATION, Fit, Pairs, best_fit, controls_of, evidence, exchanged_accuracies, hold_out,
+                   joint_intervals, leaks_of, summaries, toss, tossed_control)
+
+UNSEEN = SETTINGS[3]
+d, N = 16, 24
+PARTS = "train", "test", "train_unseen", "test_unseen"
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def population(W_seen, W_unseen, pairs=(40, 30, 30, 60), V=None, seed=0):
+    """Planted users: {part: features} of seen and unseen ones whose weights are the rows of W."""
+    V = planted_basis(d, W_seen.shape[1]) if V is None else V
+    parts = {part: planted_pairs(V, W, m, seed=10 * seed + i, sampled=True) for i, (part, W, m) in enumerate(
+        zip(PARTS, (W_seen, W_seen, W_unseen, W_unseen), pairs))}
+    return parts | {"seen": list(range(len(W_seen))), "unseen": list(range(len(W_unseen)))}
+
+
+def tastes(seed=0, N=N):
+    return population(planted_weights(N, 3, 0.1, seed), planted_weights(N, 3, 0.1, seed + 100), seed=seed)
+
+
+def no_tastes(seed=0, N=N):
+    return population(*(torch.full((N, 3), 1 / 3) for _ in range(2)), seed=seed)
+
+
+def swept(data, K_list=(0, 1, 3), seeds=(0,), V_final=None, num_iterations=150, alpha_list=(0,), **options):
+    """The fits of a short sweep."""
+    fits, V_final = [], torch.ones(d, 1) if V_final is None else V_final
+    with contextlib.redirect_stdout(io.StringIO()):
+        utils.run(list(K_list), list(alpha_list), V_final, *(data[part] for part in PARTS), len(data["seen"]),
+                  len(data["unseen"]), "cpu", seed=list(seeds), num_iterations=num_iterations, fits=fits, **options)
+    return fits
+
+
+def found_of(data, V_final=None, tossed=(), **options):
+    V_final = torch.ones(d, 1) if V_final is None else V_final
+    return evidence(swept(data, V_final=V_final, **options), data, V_final, tossed)
+
+
+def entry_of(found, K, alpha=0):
+    return next(entry for entry in found["evidence"] if (entry["K"], entry["alpha"]) == (K, alpha))
+
+
+@pytest.fixture(scope="module")
+def data():
+    return tastes()
+
+
+@pytest.fixture(scope="module")
+def fits(data):
+    return swept(data, seeds=(0, 1))
+
+
+def random_fit(K, seed, N=N, alpha=0, accuracies=None):
+    generator = torch.Generator().manual_seed(seed)
+    V, *W = (torch.randn(*shape, generator=generator) for shape in ((d, K), (N, K), (N, K)))
+    return Fit(K, alpha, seed, V, *(w.softmax(1) for w in W), 0.0, accuracies or {})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The bootstrap
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_draw_takes_whole_users_and_the_same_ones_for_every_column():
+    of_user = np.random.default_rng(1).random((7, 3))
+    counts = np.random.default_rng(0).multinomial(7, np.full(7, 1 / 7), utils.DRAWS)
+    draws = summaries({("accuracy", "x"): of_user})["accuracy", "x"][1]
+    for draw in (0, 500, 1999):  # a plain mean over the list of users that was drawn
+        users = [i for i, count in enumerate(counts[draw]) for _ in range(count)]
+        assert len(users) == 7
+        np.testing.assert_allclose(draws[draw], [np.mean([of_user[i, c] for i in users]) for c in range(3)])
+
+
+def test_intervals_cover_the_planted_mean_in_90_to_99_of_100():
+    covered, joint = 0, 0
+    for repeat in range(100):
+        accuracies = np.random.default_rng(repeat).binomial(50, 0.6, (40, 4)) / 50 - 0.6
+        (intervals, draws), = summaries({("accuracy", "x"): accuracies}).values()
+        covered += sum(found["low"] <= 0 <= found["high"] for found in intervals) / 4
+        low, high = joint_intervals(accuracies.mean(0), draws)
+        joint += ((low <= 0) & (0 <= high)).all()
+    assert 90 <= covered <= 99
+    assert 90 <= joint <= 99  # all four at once
+
+
+def test_differences_are_paired_within_a_user():
+    level = np.random.default_rng(0).random((30, 1))  # users differ widely, the two models by a constant
+    found = summaries({("minus_pooled", "x"): (level + 0.02) - level})["minus_pooled", "x"][0][0]
+    assert found["low"] == pytest.approx(0.02) and found["high"] == pytest.approx(0.02)
+    assert found["p"] < 1e-4
+
+
+def test_the_signed_rank_p_is_that_of_a_sum_of_ranks():
+    differences = np.random.default_rng(3).normal(0.3, 1, (40, 1))
+    ranks = np.abs(differences[:, 0]).argsort().argsort() + 1
+    statistic = min(ranks[differences[:, 0] > 0].sum(), ranks[differences[:, 0] < 0].sum())
+    z = (statistic - 40 * 41 / 4) / (40 * 41 * 81 / 24) ** 0.5
+    expected = torch.special.ndtr(torch.tensor(z, dtype=torch.float64)).item() * 2
+    assert summaries({("personal_part",): differences})["personal_part",][0][0]["p"] == pytest.approx(expected)
+
+
+def test_equal_models_differ_by_0_with_p_1_and_unknown_ones_are_none():
+    values = np.stack([np.zeros(9), np.full(9, np.nan)], 1)
+    assert summaries({("personal_part",): values})["personal_part",][0] == [
+        {"mean": 0, "low": 0, "high": 0, "p": 1}, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Controls
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def plain_exchange(X, fit, i, j):
+    """Accuracy of user i's pairs with the weights of user j (None: the mean), pair by pair in float64."""
+    V, W = fit.V.double(), fit.W_unseen.double()
+    w = sum(W) / len(W) if j is None else W[j]
+    return np.mean([float(sum(x.double() @ V[:, k] * w[k] for k in range(len(w)))) > 0 for x in X[i]])
+
+
+def test_other_users_weights_are_the_mean_over_all_others(data, fits):
+    entry, users = entry_of(evidence(fits, data, torch.ones(d, 1)), 3), range(N)
+    X = [x[:7] for x in data["test_unseen"]]
+    few = dict(data, test_unseen=X)
+    entry = entry_of(evidence(fits, few, torch.ones(d, 1)), 3)
+    of_seeds = [fit for fit in fits if fit.K == 3]
+    expected = np.mean([plain_exchange(X, fit, i, j) for fit in of_seeds for i in users for j in users if j != i])
+    assert entry["controls"]["other_users"]["mean"] == pytest.approx(expected, abs=1e-6)
+    mean = np.mean([plain_exchange(X, fit, i, None) for fit in of_seeds for i in users])
+    assert entry["controls"]["mean_weights"]["mean"] == pytest.approx(mean, abs=1e-6)
+    own = np.mean([plain_exchange(X, fit, i, i) for fit in of_seeds for i in users])
+    assert entry["personal_part"]["mean"] == pytest.approx(own - mean, abs=1e-6)
+
+
+def test_pairs_of_a_table_are_exchanged_as_their_matrices():
+    table = torch.randn(30, d, generator=torch.Generator().manual_seed(0))
+    pairs = [Pairs(table, torch.arange(i, i + 9), torch.arange(i + 12, i + 21)) for i in range(4)]
+    fits = [random_fit(K, 0, N=4) for K in (2, 5)]
+    np.testing.assert_allclose(exchanged_accuracies(pairs, fits),
+                               exchanged_accuracies([X.dense() for X in pairs], fits))
+
+
+def test_the_personal_part_is_planted_and_found(data):
+    found = found_of(data, seeds=(0, 1))
+    entry = entry_of(found, 3)
+    assert found["verdict"]["personal"] == "yes" and found["verdict"]["text"].startswith("Yes: at K = 3 (alpha 0)")
+    assert entry["personal_part"]["low"] > 0.02 and entry["personal_part"]["p"] < 1e-3
+    assert entry["controls"]["other_users"]["mean"] < entry["controls"]["mean_weights"]["mean"]
+    assert entry["seeds"] == [0, 1] and len(entry["basis"]["angles_between_seeds"]) == 3
+    assert max(entry["basis"]["angles_between_seeds"][:2]) < 45  # the planted span, from two starts
+
+
+def test_the_interval_of_the_personal_part_covers_the_planted_one_in_90_to_99_of_100():
+    V, covered = planted_basis(d, 3), 0
+
+    def personal_part(N, pairs, seed):
+        """Under the planted models themselves: own weights less the mean weights."""
+        W = planted_weights(N, 3, 0.1, seed)
+        fit = Fit(3, 0, 0, V, W, W, 0.0)
+        pairs_of_users = planted_pairs(V, W, pairs, seed, sampled=True)
+        return controls_of({(3, 0): [fit]}, {"unseen": range(N), "test_unseen": pairs_of_users}, ())
+
+    truth = np.mean([personal_part(40, 200, 1000 + i)["personal_part",].mean() for i in range(60)])
+    for seed in range(100):
+        (found,), _ = summaries(personal_part(40, 30, seed))["personal_part",]
+        covered += found["low"] <= truth <= found["high"]
+    assert truth > 0.1
+    assert 90 <= covered <= 99
+
+
+def test_user_ids_shuffled_between_training_and_test_leave_no_personal_part(data):
+    order = np.random.default_rng(0).permutation(N)
+    found = found_of(dict(data, test_unseen=[data["test_unseen"][i] for i in order]))
+    assert found["verdict"]["personal"] != "yes"
+    assert entry_of(found, 3)["personal_part"]["mean"] < 0.01
+
+
+def test_a_constant_on_every_rejected_vector_is_one_direction_and_not_personal():
+    constant = 3 * torch.nn.functional.normalize(torch.randn(d, generator=torch.Generator().manual_seed(5)), dim=0)
+    data = no_tastes()
+    for part in PARTS:
+        data[part] = [X - constant for X in data[part]]
+    found = found_of(data)
+    assert entry_of(found, 1)["minus_reference"][UNSEEN]["low"] > 0.1
+    assert entry_of(found, 3)["personal_part"]["high"] < 0.01
+    assert found["verdict"]["personal"] == "no"
+    assert "one direction explains the gain over the reference" in found["verdict"]["text"]
+
+
+def test_a_reference_that_is_not_the_head_is_at_chance(data):
+    V = planted_basis(d, 3)
+    beside = torch.linalg.qr(torch.cat([V, torch.randn(d, 1, generator=torch.Generator().manual_seed(1))], 1)).Q[:, 3:]
+    assert "The reference is at chance" in found_of(data, V_final=beside)["verdict"]["text"]
+    assert "The reference is at chance" not in found_of(data, V_final=V.sum(1, keepdim=True))["verdict"]["text"]
+
+
+def test_models_of_tossed_pairs_are_at_chance_even_where_all_differences_share_a_direction(data):
+    shared = {part: [X + 2 for X in data[part]] for part in PARTS}
+    for parts in (data, shared):
+        tossed = tossed_control(utils.Member(3), torch.ones(d, 1), parts["train"], parts["train_unseen"],
+                                parts["test_unseen"], 150, 0.1)
+        found = found_of(dict(data, **parts), tossed=[tossed])
+        interval = entry_of(found, 3)["controls"]["tossed"]
+        assert interval["low"] <= 0.5 <= interval["high"]
+        assert entry_of(found, 1)["controls"]["tossed"] is None
+        assert "Signs of an artefact: none in what was checked." in found["verdict"]["text"]
+
+
+def test_a_toss_turns_half_of_the_pairs_and_the_same_ones_for_tables_and_matrices():
+    table = torch.randn(400, d, generator=torch.Generator().manual_seed(0))
+    pairs = Pairs(table, torch.arange(200), torch.arange(200, 400))
+    (of_table,), (of_matrix,) = (list(toss([X], 3)) for X in (pairs, pairs.dense()))
+    assert torch.equal(of_table.dense(), of_matrix)
+    turned = (of_matrix == -pairs.dense()).all(1)
+    assert 70 < turned.sum() < 130 and torch.equal(of_matrix[~turned], pairs.dense()[~turned])
+
+
+def test_the_longer_answer_is_scored_where_lengths_are_known(data, fits):
+    longer = {"test_unseen": [np.array([1, 1, -1, 0])] * N}
+    found = evidence(fits, dict(data, longer=longer), torch.ones(d, 1))
+    assert entry_of(found, 3)["controls"]["longer"] == {"mean": 0.625, "low": 0.625, "high": 0.625}
+    assert entry_of(evidence(fits, data, torch.ones(d, 1)), 3)["controls"]["longer"] is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The basis
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_effective_rank_of_a_known_basis():
+    V = planted_basis(d, 4, length=1.0)
+    fit = random_fit(4, 0)
+    for w, expected in (((1, 1, 1, 1), 4), ((1, 1, 0, 0), 2), ((1, 0, 0, 0), 1)):
+        fit.V, fit.W = V, torch.tensor([w]) / sum(w)
+        basis = utils.basis_of([fit], V[:, :1])
+        assert basis["effective_rank"] == pytest.approx(expected, rel=1e-5)
+        assert basis["mean_weight_entropy"] == pytest.approx(np.log(expected), abs=1e-6)
+    assert basis["largest_cosine_to_head"] == pytest.approx(1) and basis["columns"] == 4
+    assert basis["largest_cosine_between_columns"] == pytest.approx(0, abs=1e-6)
+
+
+def test_cosines_and_angles_are_those_that_were_planted():
+    axes = torch.eye(d)
+    turned = [axes[:, :2], torch.stack([axes[:, 0], (axes[:, 1] + axes[:, 2]) / 2 ** 0.5], 1)]
+    fits = [random_fit(2, seed) for seed in range(2)]
+    for fit, V in zip(fits, turned):
+        fit.V = V
+    basis = utils.basis_of(fits, axes[:, :1] + axes[:, 1:2])
+    np.testing.assert_allclose(basis["angles_between_seeds"], [0, 45], atol=1e-4)
+    assert basis["largest_cosine_to_head"] == pytest.approx(0.5 ** 0.5)
+
+
+def test_a_basis_pulled_onto_the_head_is_said_to_have_collapsed_with_the_remedy(data):
+    head = planted_basis(d, 1, seed=8)
+    found = found_of(data, K_list=(0, 2), alpha_list=(0, 1e4), V_final=head, num_iterations=400)
+    assert "Collapsed onto the reward head" in found["verdict"]["text"]
+    assert "0.99: K = 2 (alpha 10000)." in found["verdict"]["text"] and "validation_share" in found["verdict"]["text"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Leaks, seeds, choice
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_leaks_are_the_share_of_test_pairs_whose_prompt_was_trained_on():
+    prompts = {"train": [["a", "b"], ["c"]], "test": [["c", "x"], ["y", "y"]],
+               "train_unseen": [["x"]], "test_unseen": [["a", "y"]]}
+    assert leaks_of(prompts) == {SETTINGS[1]: 0.25, UNSEEN: 0.0}
+    assert leaks_of(None) == {SETTINGS[1]: None, UNSEEN: None}
+
+
+def test_the_kept_seed_has_the_lowest_loss_or_the_best_validation():
+    fits = [random_fit(2, seed) for seed in range(3)]
+    for fit, loss in zip(fits, (0.5, 0.3, 0.4)):
+        fit.loss = loss
+    assert best_fit(fits).seed == 1
+    for fit, accuracy in zip(fits, (0.6, 0.6, 0.7)):
+        fit.accuracies = {VALIDATION: np.full(4, accuracy)}
+    assert best_fit(fits).seed == 2
+
+
+def test_validation_chooses_the_row_and_the_test_columns_do_not(data, fits):
+    best_on_test = max(fits, key=lambda fit: fit.accuracies[UNSEEN].mean())
+    assert best_on_test.K == 3
+    for fit in fits:
+        fit.accuracies[VALIDATION] = np.full(N, 0.9 if fit.K == 1 else 0.5)
+    found = evidence(fits, data, torch.ones(d, 1))
+    for fit in fits:
+        del fit.accuracies[VALIDATION]
+    assert found["chosen"] == {"K": 1, "alpha": 0, "by": "validation"}
+    assert found["verdict"]["personal"] == "no"
+    assert entry_of(found, 1)["accuracy"][VALIDATION]["mean"] == pytest.approx(0.9)
+    assert evidence(fits, data, torch.ones(d, 1))["chosen"] == {"K": None, "alpha": None, "by": "none"}
+
+
+def test_held_out_prompts_are_held_out_with_all_their_pairs():
+    prompts = [["a", "a", "b", "c", "d"], ["a", "b"]]
+    first, second = hold_out(prompts, 0.25)
+    assert first.sum() == (2 if first[0] else 1) and first[0] == first[1]
+    assert second.sum() == 1  # one goes, one stays
+    assert all(torch.equal(a, b) for a, b in zip(hold_out(prompts, 0.25), (first, second)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The verdict
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def verdict_on(personal_part, pairs=100):
+    """The verdict on users of given personal parts, in one row."""
+    n = len(personal_part)
+    fit = random_fit(2, 0, n)
+    entry = {"K": 2, "alpha": 0, "accuracy": {UNSEEN: {"mean": 0.6}}, "controls": {"mean_weights": {"mean": 0.6}}}
+    (intervals, draws), = summaries({("personal_part",): np.array(personal_part)[:, None]}).values()
+    return utils.judgement([entry | {"personal_part": intervals[0]}], draws, n, pairs * n)
+
+
+def test_undecided_says_about_how_many_users_would_decide():
+    noise = np.random.default_rng(0).normal(0, 0.1, 20)
+    noise -= noise.mean()
+    verdict, _, lines = verdict_on(0.02 + noise)
+    half = 1.96 * noise.std() / 20 ** 0.5
+    assert verdict == "undecided"
+    users = int(lines[1].split()[1].replace(",", ""))
+    assert users == pytest.approx(20 * (half / 0.02) ** 2, rel=0.2)
+    assert verdict_on(np.tile(0.02 + noise, users // 20 + 2))[0] == "yes"  # as many and some more of such users do
+
+
+def test_small_gains_are_a_no_and_few_users_are_undecided():
+    assert verdict_on(np.random.default_rng(0).normal(0, 0.005, 50))[0] == "no"
+    assert verdict_on(np.full(5, 0.2))[0] == "undecided"
+    assert verdict_on(np.full(6, 0.2))[0] == "yes"
+
+
+def test_every_field_is_there_and_plain_json(data, fits):
+    found = json.loads(json.dumps(evidence(fits, data, torch.ones(d, 1)), allow_nan=False))
+    assert set(found) == {"evidence", "chosen", "leaks", "verdict"}
+    assert [entry["K"] for entry in found["evidence"]] == [0, 1, 3]
+    for entry in found["evidence"]:
+        assert set(entry) == {"K", "alpha", "seeds", "accuracy", "minus_reference", "minus_pooled", "controls",
+                              "personal_part", "basis"}
+        assert set(entry["controls"]) == {"mean_weights", "other_users", "tossed", "longer"}
+        for name in ("accuracy", "minus_reference", "minus_pooled"):
+            assert set(entry[name]) == set(SETTINGS)
+
+
+def test_a_share_of_the_prompts_is_held_out_and_scored_but_not_trained_on(data):
+    prompts = [[f"{i} {j // 4}" for j in range(40)] for i in range(N)]
+    fit, = swept(data, K_list=[2], validation_share=0.2, prompts=prompts)
+    rows = hold_out(prompts, 0.2)
+    assert all(held.sum() == 8 for held in rows)
+    rest = dict(data, train=[X[~held] for X, held in zip(data["train"], rows)])
+    alone, = swept(rest, K_list=[2])
+    torch.testing.assert_close(fit.V, alone.V)
+    of_held = [utils.evaluate_model(X[held], fit.V, w) for X, held, w in zip(data["train"], rows, fit.W)]
+    np.testing.assert_allclose(fit.accuracies[VALIDATION], of_held, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is wrong on purpose shows, through the scripts
+# ---------------------------------------------------------------------------------------------------------------------
+
+D, WORKERS, PLANTED = 32, 40, planted_basis(32, 3)
+KEPT = WORKERS + 4  # two of each file are left out
+
+
+def write_pickles(folder, wrong=None):
+    """TL;DR's embeddings of planted workers, and the mean of their directions as the reward head."""
+    weights = planted_weights(KEPT, 3, 0.1)
+    if wrong == "rejected side":  # nobody has tastes, and brackets around every rejected answer
+        weights = torch.full_like(weights, 1 / 3)
+    bracket = torch.zeros(D) if wrong != "rejected side" else 3 * torch.nn.functional.normalize(
+        torch.randn(D, generator=torch.Generator().manual_seed(1)), dim=0)
+    files = {}
+    for seed, (name, pairs) in enumerate((("tldr_embeddings_train.pkl", 45), ("tldr_embeddings_val.pkl", 60))):
+        if wrong == "user ids" and seed == 1:
+            weights = weights[torch.randperm(KEPT, generator=torch.Generator().manual_seed(2))]
+        features = planted_pairs(PLANTED, weights, pairs, seed, sampled=True)
+        files[name] = {f"w{i:02}": [{"text": f"{seed} {i} {j}", "winning_summary": "a" * (1 + j % 3), "losing_summary": "aa",
+                                     "embeddings": {"winning": [x], "losing": [bracket]}} for j, x in enumerate(X)]
+                       for i, X in enumerate(features)}
+        utils.save_torch(folder / name, files[name])
+    head = PLANTED.sum(1, keepdim=True)
+    if wrong == "reference":
+        head = torch.linalg.qr(torch.cat([PLANTED, torch.ones(D, 1)], 1)).Q[:, 3:]
+    utils.save_tensors(folder / utils.HEAD_FILE, {"reward_head": head})
+
+
+def ran(monkeypatch, capsys, folder, wrong=None, **constants):
+    """What train_basis.py of TL;DR found in these pickles -> (results.json, report.md, what it printed)."""
+    write_pickles(folder, wrong)
+    script = load_script("RedditTLDR", "train_basis")
+    for name, value in {"K_list": [0, 1, 3], "num_iterations": 150, "seeds": [0], **constants}.items():
+        assert hasattr(script, name)
+        monkeypatch.setattr(script, name, value)
+    call(monkeypatch, script, "--dir", folder)
+    return (json.loads((folder / "results" / "results.json").read_text()), (folder / "results" / "report.md").read_text(),
+            capsys.readouterr().out)
+
+
+def test_the_script_finds_planted_tastes_and_prints_the_verdict(monkeypatch, capsys, tmp_path):
+    results, report, printed = ran(monkeypatch, capsys, tmp_path)
+    assert results["verdict"]["personal"] == "yes" and results["verdict"]["text"] in printed
+    entry = entry_of(results, 3)
+    assert entry["controls"]["tossed"]["low"] <= 0.5 <= entry["controls"]["tossed"]["high"]
+    assert entry["controls"]["longer"]["mean"] == pytest.approx(0.5)  # a third longer, equal and shorter
+    assert results["leaks"] == {SETTINGS[1]: 0.0, UNSEEN: 0.0}
+    assert f"**{results['verdict']['text'].splitlines()[0]}**" in report and "report.md" in printed
+
+
+def test_brackets_on_the_rejected_side_are_one_direction_and_not_personal(monkeypatch, capsys, tmp_path):
+    results, report, _ = ran(monkeypatch, capsys, tmp_path, "rejected side")
+    assert entry_of(results, 1)["minus_reference"][UNSEEN]["low"] > 0.1
+    assert abs(entry_of(results, 3)["personal_part"]["mean"]) < 0.02
+    assert results["verdict"]["personal"] != "yes"
+    assert "one direction explains the gain over the reference" in report
+
+
+def test_user_ids_shuffled_between_training_and_test_are_not_personal(monkeypatch, capsys, tmp_path):
+    results, _, printed = ran(monkeypatch, capsys, tmp_path, "user ids")
+    assert results["verdict"]["personal"] != "yes" and "Yes" not in printed
+
+
+def test_a_reference_that_is_not_the_head_is_said_to_be_at_chance(monkeypatch, capsys, tmp_path):
+    assert "The reference is at chance" in ran(monkeypatch, capsys, tmp_path, "reference")[1]
+    assert "The reference is at chance" not in ran(monkeypatch, capsys, tmp_path)[1]
+
+
+def test_held_out_posts_choose_the_row_that_is_judged(monkeypatch, capsys, tmp_path):
+    results, report, printed = ran(monkeypatch, capsys, tmp_path, validation_share=0.2, controls=False)
+    best = max(results["evidence"], key=lambda entry: entry["accuracy"][VALIDATION]["mean"])
+    assert results["chosen"] == {"K": best["K"], "alpha": 0, "by": "validation"}
+    assert best["K"] == 3 and "Validation" in printed and "that held-out pairs chose, K = 3" in report
+    assert all(entry["controls"]["tossed"] is None for entry in results["evidence"])
