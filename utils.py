@@ -2263,6 +2263,7 @@ def _picture(title, panels, xlabel, ticks=None):
 
 def _colors(values):
     """A colour per value along one scale, dark to light."""
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, which is none here
     from matplotlib import colormaps
     values = list(dict.fromkeys(values))
     return dict(zip(values, colormaps["viridis"](np.linspace(0.1, 0.8, len(values))).tolist()))
