@@ -21,7 +21,7 @@ import pytest
 import tldr
 import torch
 from corpora import PLANTED_RANK
-from demos import (EMBEDDINGS, FINAL, REAL_TEXT, closing_table, content_of, demo, interrupted, plain, printed, quick, results_in,
+from demos import (EMBEDDINGS, FINAL, REAL_TEXT, closing_table, content_of, interrupted, plain, printed, quick, results_in,
                    rows_in, serve_hub, start, start_code, state_alone, write_rows)
 from helpers import ROOT, call, input_error, load_script, refused, sign_again
 from safetensors import safe_open
@@ -33,18 +33,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SCRIPTS = ROOT / "RedditTLDR"
 TRAIN, VALIDATION = EMBEDDINGS["RedditTLDR"]
 script = functools.partial(load_script, "RedditTLDR")
-
-
-@pytest.fixture(scope="session")
-def ran(tmp_path_factory):
-    """The demo, run: a Demo."""
-    return demo("RedditTLDR", tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def embeddings(ran, tmp_path):
-    """A folder with the demo's pickles and head, to be spoilt."""
-    return ran.copy_to(tmp_path / "embeddings")
 
 
 @pytest.fixture
@@ -340,7 +328,7 @@ def test_a_tokenizer_that_finds_the_disk_full_is_one_line(monkeypatch, capsys, t
 
 
 def test_a_failed_save_leaves_the_results_of_the_run_before_and_the_training(monkeypatch, capsys, embeddings):
-    module = quick(monkeypatch, script("train_basis"), K_list=[0, 2], num_iterations=20)
+    module = quick(monkeypatch, script("train_basis"), K_list=[0, 2], num_iterations=20, seeds=[0])
     call(monkeypatch, module, "--dir", embeddings)
     before = content_of(embeddings / "results")
     quick(monkeypatch, module, seeds=[1])
