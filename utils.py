@@ -53,9 +53,6 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from scipy.linalg import subspace_angles
-from scipy.optimize import isotonic_regression
-from scipy.stats import entropy, wilcoxon
 from torch.nn.functional import cosine_similarity, logsigmoid
 from tqdm import tqdm
 
@@ -194,10 +191,15 @@ def _json(content, **options):
     return json.dumps(content, default=lambda v: v.tolist() if hasattr(v, "tolist") else list(v), **options)
 
 
+def save_text(path, text):
+    """Write a text file."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
 def save_json(path, content):
     """Write a dict as indented JSON."""
-    with atomic_write(path) as file:
-        file.write((_json(content, indent=1) + "\n").encode())
+    save_text(path, _json(content, indent=1) + "\n")
 
 
 def load_json(path, *keys):
@@ -1626,6 +1628,7 @@ def summaries(quantities, seed=0):
     dict holds the mean over users, low and high, its 95 % percentile interval, and for differences p of the Wilcoxon
     signed-rank test that they are symmetric about 0; None stands for a row of NaN.
     """
+    from scipy.stats import wilcoxon  # here: it takes a second to load
     values = np.concatenate(list(quantities.values()), 1)
     N, rows = len(values), values.shape[1] // len(quantities)
     draws = np.random.default_rng(seed).multinomial(N, np.full(N, 1 / N), DRAWS) @ values / N
@@ -1648,6 +1651,8 @@ def basis_of(fits, V_final):
     V diag(mean w); the entropy of user weights is in nats; the principal angles in degrees, smallest first, are means
     over pairs of seeds.
     """
+    from scipy.linalg import subspace_angles
+    from scipy.stats import entropy
     spans = [fit.V.double().cpu().numpy() for fit in fits]
     kept = best_fit(fits)
     V, w, head = (tensor.double().cpu().numpy() for tensor in (kept.V, kept.W, V_final.reshape(-1)))
@@ -1685,8 +1690,8 @@ def evidence(fits, data, V_final, tossed=()):
     """
     rows = by_model(fits)
     index = {row: i for i, row in enumerate(rows)}
-    accuracy = {setting: np.stack([np.mean([fit.accuracies[setting] for fit in of_row], 0)
-                                   for of_row in rows.values()], 1) for setting in fits[0].accuracies}  # (users, rows)
+    accuracy = {setting: np.stack([accuracy_of_users(of_row, setting) for of_row in rows.values()], 1)
+                for setting in fits[0].accuracies}  # (users, rows)
     found = {}
     for settings, controls in (([s for s in accuracy if s not in SETTINGS[2:]], {}),
                                (SETTINGS[2:], controls_of(rows, data, tossed))):
@@ -2221,17 +2226,23 @@ def report(results):
                       for setting, share in results["leaks"].items())]) + "\n"
 
 
+def _matplotlib():
+    """The library, which a notebook's backend, none here, would keep from loading."""
+    os.environ.pop("MPLBACKEND", None)
+    import matplotlib.figure
+    return matplotlib
+
+
 def _picture(title, panels, xlabel, ticks=None):
     """A Figure of small multiples, rows of panels: (heading, what y is, (level, its name), curves).
 
     A curve: (name, color, x, list of {mean, low, high}), named at the right end of the last column. Intervals are
     bands, or, of more than three curves, bars side by side. A circle marks a point's "kept", where it has one.
     """
-    os.environ.pop("MPLBACKEND", None)  # a notebook's, which is none here
-    import matplotlib
-    from matplotlib.figure import Figure
+    from scipy.optimize import isotonic_regression
+    matplotlib = _matplotlib()
     with matplotlib.rc_context(STYLE):
-        figure = Figure((max(2.2 * len(panels[0]) + 1, 4.6), 2.4 * len(panels) + 0.5), layout="constrained")
+        figure = matplotlib.figure.Figure((max(2.2 * len(panels[0]) + 1, 4.6), 2.4 * len(panels) + 0.5), layout="constrained")
         figure.suptitle(title, fontsize=9)
         figure.supxlabel(xlabel, fontsize=9)
         grid = figure.subplots(len(panels), len(panels[0]), sharex=True, sharey="row", squeeze=False)
@@ -2263,10 +2274,8 @@ def _picture(title, panels, xlabel, ticks=None):
 
 def _colors(values):
     """A colour per value along one scale, dark to light."""
-    os.environ.pop("MPLBACKEND", None)  # a notebook's, which is none here
-    from matplotlib import colormaps
     values = list(dict.fromkeys(values))
-    return dict(zip(values, colormaps["viridis"](np.linspace(0.1, 0.8, len(values))).tolist()))
+    return dict(zip(values, _matplotlib().colormaps["viridis"](np.linspace(0.1, 0.8, len(values))).tolist()))
 
 
 def draw_accuracy_by_rank(results):
@@ -2311,12 +2320,6 @@ def draw_personal_part(results):
         rows[0].append((f"alpha {alpha:g}", "accuracy", (0.5, "chance"), [own, mean, other]))
         rows[1].append(("", "personal part", (0, "nothing personal"), [personal]))
     return _picture(f"{_title(results, results['seeds'])}; {UNSEEN_TEST}", rows, "rank K", ranks)
-
-
-def save_text(path, text):
-    """Write a text file."""
-    with atomic_write(path) as file:
-        file.write(text.encode())
 
 
 def save_picture(folder, name, figure):

@@ -26,3 +26,16 @@ def every_problem_on_the_kernel(monkeypatch):
     """However small, on a CPU the pairs go through the compiled kernel."""
     import utils
     monkeypatch.setattr(utils, "KERNEL_NUMBERS", 0)
+
+
+@pytest.fixture(scope="module")
+def ran(request, tmp_path_factory):
+    """The demo of the data set whose folder a file names as SCRIPTS, run once a session: a Demo."""
+    from demos import demo
+    return demo(request.module.SCRIPTS.name, tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def embeddings(ran, tmp_path):
+    """A folder with the demo's embeddings, head and what else training reads, to be spoilt."""
+    return ran.copy_to(tmp_path / "embeddings")

@@ -8,7 +8,6 @@ import functools
 import gzip
 import json
 import multiprocessing
-import os
 import re
 import shutil
 import socket

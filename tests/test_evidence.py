@@ -322,7 +322,6 @@ def test_held_out_prompts_are_held_out_with_all_their_pairs():
 def verdict_on(personal_part, pairs=100):
     """The verdict on users of given personal parts, in one row."""
     n = len(personal_part)
-    fit = random_fit(2, 0, n)
     entry = {"K": 2, "alpha": 0, "accuracy": {UNSEEN: {"mean": 0.6}}, "controls": {"mean_weights": {"mean": 0.6}}}
     (intervals, draws), = summaries({("personal_part",): np.array(personal_part)[:, None]}).values()
     return utils.judgement([entry | {"personal_part": intervals[0]}], draws, n, pairs * n)

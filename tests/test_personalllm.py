@@ -12,7 +12,7 @@ import personalllm
 import pytest
 import torch
 from corpora import PLANTED_RANK, SCORERS
-from demos import (EMBEDDINGS, FINAL, closing_table, content_of, demo, interrupted, plain, quick, results_in, rows_in,
+from demos import (EMBEDDINGS, FINAL, closing_table, content_of, interrupted, plain, quick, results_in, rows_in,
                    serve_hub, start, state_alone, two_processes, without_forward, write_rows)
 from helpers import ROOT, call, load_script, refused, sign_again
 from safetensors import safe_open
@@ -27,18 +27,6 @@ D, TRAIN, TEST = 64, 240, 60  # width of the stand-in model, prompts of the demo
 N, N_UNSEEN = 60, 30  # users of the demo
 SEEN_TEST = "Seen User Unseen Prompts"
 script = functools.partial(load_script, "PersonalLLM")
-
-
-@pytest.fixture(scope="session")
-def ran(tmp_path_factory):
-    """The demo, run: a Demo."""
-    return demo("PersonalLLM", tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def embeddings(ran, tmp_path):
-    """A folder with the demo's embeddings, scores and head, to be spoilt."""
-    return ran.copy_to(tmp_path / "embeddings")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import prism
 import pytest
 import torch
 from corpora import PLANTED_RANK
-from demos import (EMBEDDINGS, FINAL, content_of, demo, interrupted, plain, printed, quick, results_in, rows_in, start,
+from demos import (EMBEDDINGS, FINAL, content_of, interrupted, plain, printed, quick, results_in, rows_in, start,
                    state_alone, two_processes, without_forward, write_rows)
 from helpers import ROOT, call, fresh_process, input_error, load_script, outcome, refused, sign_again
 from safetensors.torch import load_file, save_file
@@ -27,18 +27,6 @@ SCRIPTS = ROOT / "PRISM"
 TRAIN, TEST = EMBEDDINGS["PRISM"]
 GENERATE = "generate-prism-embeddings"
 script = functools.partial(load_script, "PRISM")
-
-
-@pytest.fixture(scope="session")
-def ran(tmp_path_factory):
-    """The demo, run: a Demo."""
-    return demo("PRISM", tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def embeddings(ran, tmp_path):
-    """A folder with the demo's rows, embeddings and head, to be spoilt."""
-    return ran.copy_to(tmp_path / "embeddings")
 
 
 @pytest.fixture
