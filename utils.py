@@ -24,6 +24,7 @@ if loading := threading.current_thread() is threading.main_thread():  # seconds,
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import functools
 import glob
 import gzip
@@ -40,6 +41,7 @@ import re
 import sys
 import tempfile
 import time
+import warnings
 import zlib
 from collections.abc import Iterable
 from numbers import Integral, Real
@@ -49,10 +51,9 @@ import numba
 import numpy as np
 import pandas as pd
 import pydantic
+import safetensors.torch
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.nn.functional import cosine_similarity, logsigmoid
 from tqdm import tqdm
 
@@ -71,36 +72,27 @@ class InputError(ValueError):
         super().__init__(" ".join(message.split()))
 
 
-def check_whole(name, value, least=1, most=2**32 - 1):
-    """Raise InputError unless a setting is a whole number from `least` to `most`."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or not least <= value <= most:
-        raise InputError(f"{name}: {value!r}; give a whole number from {least} to {most}")
-
-
-def check_number(name, value, least, most):
-    """Raise InputError unless a setting is a number from `least` to `most`."""
-    if not isinstance(value, Real) or isinstance(value, bool) or not least <= value <= most:
-        raise InputError(f"{name}: {value!r}; give a number from {least:g} to {most:g}")
-
-
-SETTINGS_RULES = {  # what may stand at the top of a script, or be given to a model; of lists, each value
-    **dict.fromkeys(("seeds", "K_list", "seed", "split_seed", "population_seed", "num_iterations"), (check_whole, 0)),
-    **dict.fromkeys(("num_shots", "trials", "num_basis_vectors", "train_pairs", "unseen_pairs", "N", "N_unseen"),
-                    (check_whole, 1)),
-    "alpha_list": (check_number, 0, 1e15), "learning_rate": (check_number, 1e-9, 1e9), "threshold": (check_number, 0, 1),
-    "seen_share": (check_number, 0.01, 0.99), "concentration": (check_number, 1e-6, 1e6),
-    "fractions": (check_number, 1e-9, 1), "validation_share": (check_number, 0, 0.9)}
-LISTS = ("K_list", "alpha_list", "seeds", "num_shots", "fractions")
+WHOLE, POSITIVE = (Integral, 0, 2**32 - 1), (Integral, 1, 2**32 - 1)
+RULES = {  # for what stands at the top of a script, or is given to a function; of lists, for each value
+    **dict.fromkeys(("seed", "split_seed", "population_seed", "seeds", "K_list", "num_iterations"), WHOLE),
+    **dict.fromkeys(("N", "N_unseen", "trials", "train_pairs", "unseen_pairs", "num_basis_vectors", "shots", "num_shots",
+                     "limit", "top_k", "token_budget", "shard_size", "max_length", "batch_size"), POSITIVE),
+    "alpha_list": (Real, 0, 1e15), "learning_rate": (Real, 1e-9, 1e9), "threshold": (Real, 0, 1),
+    "seen_share": (Real, 0.01, 0.99), "concentration": (Real, 1e-6, 1e6), "fractions": (Real, 1e-9, 1),
+    "validation_share": (Real, 0, 0.9), "fewest_conversations": (Integral, 2, 2**32 - 1), "head_bias": (Real, -1e6, 1e6)}
 
 
 def check_settings(**settings):
     """Check settings by their names, before any data are loaded. Raises InputError that names the setting."""
     for name, value in settings.items():
-        if name in LISTS and (not isinstance(value, (list, tuple, range, np.ndarray)) or len(value) == 0):
+        kind, least, most = RULES[name.lstrip("-")]
+        is_list = name in ("K_list", "alpha_list", "seeds", "num_shots", "fractions")
+        if is_list and (not isinstance(value, (list, tuple, range, np.ndarray)) or len(value) == 0):
             raise InputError(f"{name}: {value!r}; give a list of one value or more")
-        for one in value if name in LISTS else [value]:
-            SETTINGS_RULES[name][0](name, one, *SETTINGS_RULES[name][1:])
-        if name in LISTS[:-1] and len(set(value)) < len(value):
+        for one in value if is_list else [value]:
+            if not isinstance(one, kind) or isinstance(one, bool) or not least <= one <= most:
+                raise InputError(f"{name}: {one!r}; give a {'whole ' * (kind is Integral)}number from {least} to {most}")
+        if is_list and name != "fractions" and len(set(value)) < len(value):
             raise InputError(f"{name}: {list(value)}; give each value once")
 
 
@@ -128,38 +120,25 @@ def run_script(main):
 
 
 @contextlib.contextmanager
-def _named_disk_errors(path):
-    """An OSError inside names `path`, also one that a library in Rust reports by its number in a text alone."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-    except Exception as error:
-        if (code := re.search(r"(?:os error|code:) (\d+)", str(error))) is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
-
-
-@contextlib.contextmanager
 def atomic_write(path):
     """Open `path` for writing bytes. The file appears under its name complete or not at all.
 
-    Raises OSError (disk full, read-only); the file that stood there before is then untouched.
+    Raises OSError that names `path` (disk full, read-only); the file that stood there before is then untouched.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
-        with _named_disk_errors(path):
-            with open(part, "wb") as file:
-                yield file
-            with open(part, "r+b") as file:
-                os.fsync(file.fileno())
-            os.replace(part, path)
-    except BaseException:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException as error:
         with contextlib.suppress(OSError):
             part.unlink()
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)
         raise
 
 
@@ -218,7 +197,7 @@ def _readable(path, kind, written_by="prepare.py"):
         raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; run {written_by} first") from None
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise InputError(f"{path}: no whole {kind} ({reason}); write it again") from None
 
@@ -226,14 +205,13 @@ def _readable(path, kind, written_by="prepare.py"):
 def save_tensors(path, tensors, **about):
     """Write a dict of tensors to a safetensors file, with `about` (JSON values) as its metadata entry of that name."""
     with atomic_write(path) as file:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file.name,
-                  {"about": _json(about)})  # one entry: several come in an order that varies
-        os.chmod(file.name, os.fstat(file.fileno()).st_mode)  # the library puts a private file in its place
+        file.write(safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+                                          {"about": _json(about)}))  # one entry: several come in an order that varies
 
 
 def load_tensors(path):
     """Read what `save_tensors` wrote -> (dict of tensors, dict). Raises InputError where the file is damaged."""
-    with _readable(path, "safetensors file"), safe_open(path, "pt") as file:
+    with _readable(path, "safetensors file"), safetensors.safe_open(path, "pt") as file:
         about = json.loads((file.metadata() or {}).get("about", "{}"))
         return {name: file.get_tensor(name) for name in file.keys()}, about
 
@@ -243,6 +221,7 @@ ARCHIVES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
 _LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # how torch.save's files without an archive begin
 _PLAIN_GLOBALS = {("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"), ("torch", "Size"),
                   ("collections", "OrderedDict"), ("builtins", "set"), ("__builtin__", "set"), ("_codecs", "encode")}
+warnings.filterwarnings("ignore", "The given buffer is not writable")  # the memory is of bytes that no one else holds
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -250,18 +229,37 @@ class _PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         if (module, name) == ("torch.storage", "_load_from_bytes"):
-            return _load_legacy
+            return lambda data: _MemoryUnpickler(data).load()
         if (module, name) not in _PLAIN_GLOBALS:
             raise pickle.UnpicklingError(f"refused: it asks for {module}.{name}, and only tensors and plain "
                                          "containers are loaded")
         return super().find_class(module, name)
 
 
-def _load_legacy(data):
-    """The content of torch.save's format without an archive: whole files, and a tensor's memory in a plain pickle."""
-    if not data.startswith(_LEGACY_MAGIC):
-        raise pickle.UnpicklingError("refused: a tensor whose memory is not in torch.save's format")
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+class _MemoryUnpickler(pickle.Unpickler):
+    """Of the memory of a tensor in a plain pickle, which torch.save has written without an archive: used where it lies,
+    at the end of the data, as the unpickler keeps these until a file is read and a copy would be a second one."""
+
+    def __init__(self, data):
+        super().__init__(io.BytesIO(data))
+        self.data = data
+
+    def load(self):
+        parts = [super(_MemoryUnpickler, self).load() for _ in range(4 if self.data.startswith(_LEGACY_MAGIC) else 0)]
+        if not parts:
+            raise pickle.UnpicklingError("refused: a tensor whose memory is not in torch.save's format")
+        return parts[3]  # behind the magic number, the version and the system
+
+    def find_class(self, module, name):
+        if module != "torch" or not name.endswith("Storage"):
+            raise pickle.UnpicklingError(f"refused: a tensor's memory asks for {module}.{name}")
+        return getattr(torch, name)
+
+    def persistent_load(self, saved):
+        _, storage, _, _, count, *_ = saved
+        start, dtype = len(self.data) - count * storage._dtype.itemsize, storage._dtype
+        memory = torch.frombuffer(self.data, dtype=dtype, count=count, offset=start) if count else torch.empty(0, dtype=dtype)
+        return torch.storage.TypedStorage(wrap_storage=memory.untyped_storage(), dtype=memory.dtype, _internal=True)
 
 
 def load_pickle(path, written_by="prepare.py"):
@@ -280,9 +278,9 @@ def load_pickle(path, written_by="prepare.py"):
             if begin[:2] == b"PK" and not ARCHIVES:
                 remedy = "load it with torch 2.6 or newer, or write it again here"
                 raise pickle.UnpicklingError(f"refused: an archive, through which torch {torch.__version__} may run code")
-            if begin[:2] == b"PK":
+            if begin[:2] == b"PK" or begin == _LEGACY_MAGIC:
                 return torch.load(file, map_location="cpu", weights_only=True)
-            return _load_legacy(file.read()) if begin == _LEGACY_MAGIC else _PlainUnpickler(file).load()
+            return _PlainUnpickler(file).load()
         except Exception as error:  # a damaged pickle raises nearly anything
             found = re.search(r"[^\n.]*(refused|GLOBAL|class|TorchScript)[^\n]*?(?=\.\s|\n|$)", str(error))
             if not found and "weights_only" not in str(error):
@@ -294,7 +292,9 @@ def load_pickle(path, written_by="prepare.py"):
 def save_torch(path, content):
     """Write content as `torch.save` does."""
     with atomic_write(path) as file:
-        torch.save(content, file, _use_new_zipfile_serialization=ARCHIVES)
+        memory = io.BytesIO()
+        torch.save(content, memory, _use_new_zipfile_serialization=ARCHIVES)
+        file.write(memory.getbuffer())
 
 
 def digest_of(content):
@@ -314,7 +314,6 @@ def process_count():
     """How many processes torchrun has started, 1 without it. Connects them at the first call."""
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count > 1 and not dist.is_initialized():
-        import datetime
         if torch.cuda.is_available():
             torch.cuda.set_device(default_device())  # where NCCL's barrier runs
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
@@ -324,9 +323,7 @@ def process_count():
 
 def default_device():
     """This process's GPU, or the CPU where there is none. Raises InputError where processes outnumber the GPUs."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return check_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    return check_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 
 
 def check_device(device):
@@ -389,9 +386,9 @@ def _shard(model_name, filename):
     if path is None:
         raise InputError(f"model {model_name}: no {filename} in it; give a checkpoint in safetensors format")
     try:
-        with safe_open(path, "pt") as file:
+        with safetensors.safe_open(path, "pt") as file:
             yield file
-    except SafetensorError as error:
+    except safetensors.SafetensorError as error:
         raise InputError(f"{path}: not a complete safetensors file ({error}); download it again") from None
 
 
@@ -671,7 +668,7 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
     for name, value in (("token_budget", token_budget), ("shard_size", shard_size), ("max_length", max_length),
                         ("batch_size", batch_size)):
         if value is not None:
-            check_whole(name, value)
+            check_settings(**{name: value})
     if truncation_side not in ("left", "right"):
         raise InputError(f"truncation_side = {truncation_side!r}: give left or right")
     sequences = tokenize_conversations(conversations, tokenizer)
@@ -747,10 +744,9 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
 
 
 def split_files(folder, **words):
-    """The files of each split in a folder: split -> list of paths.
+    """The files of each split in a folder, one .parquet, .jsonl(.gz), .csv(.gz) or its shards: split -> list of paths.
 
-    words: for each split, the words of which its files' names hold one, whole. A split is one .parquet, .jsonl(.gz) or
-    .csv(.gz), or the shards of one, train-00000-of-00002.parquet.
+    words: for each split, the words of which its files' names hold one, whole (train-00000-of-00002.parquet).
     Raises InputError: no such folder, no file or several for a split, one for two.
     """
     folder, found = Path(folder), {}
@@ -848,15 +844,7 @@ class Pairs:
         return Pairs(self.embeddings, self.chosen[rows], self.rejected[rows])
 
     def __matmul__(self, V):
-        return self.of_table(self.table_scores(V))
-
-    def table_scores(self, V):
-        """`embeddings @ V` in float32, the part that all users of one table share: `[rows, K]`."""
-        return torch.cat([part.to(V.device, torch.float32) @ V for part in self.embeddings.split(8192)])
-
-    def of_table(self, scores):
-        """Differences of these pairs' rows of a `[rows, K]` table."""
-        return scores[self.chosen.to(scores.device)] - scores[self.rejected.to(scores.device)]
+        return next(_scores([self], V))
 
     def dense(self):
         """The float32 matrix `[m, d]` itself."""
@@ -867,12 +855,13 @@ def _scores(features, V):
     """X_i V of each user in turn, `[m_i, C]`; the rows of a table that users share are multiplied once."""
     table = scores = None
     for X in features:
-        if not isinstance(X, Pairs):
+        if isinstance(X, Pairs):
+            if X.embeddings is not table:
+                table = X.embeddings
+                scores = torch.cat([part.to(V.device, torch.float32) @ V for part in table.split(8192)])
+            yield scores[X.chosen.to(V.device)] - scores[X.rejected.to(V.device)]
+        else:
             yield X.to(V.device) @ V
-            continue
-        if X.embeddings is not table:
-            table, scores = X.embeddings, X.table_scores(V)
-        yield X.of_table(scores)
 
 
 def is_finite(table):
@@ -880,11 +869,10 @@ def is_finite(table):
     return all(abs(float(extreme)) <= torch.finfo(torch.float32).max for extreme in table.aminmax())
 
 
-def check_matrix(X, what, rows=None, columns=None, finite_tables=None):
-    """X as a finite float32 tensor `[rows, columns]` (None: any number from 1); Pairs stay Pairs.
+def check_matrix(X, what, rows=None, columns=None, finite=None):
+    """X, a tensor, array or Pairs, as a finite float32 tensor `[rows, columns]` (None: any number from 1) or as Pairs.
 
-    Takes tensors and numpy arrays of numbers. finite_tables: a set of tables, by id, known to be finite, extended here.
-    Raises InputError that begins with `what`.
+    finite: a table that is known to be. Raises InputError that begins with `what`.
     """
     try:
         table = X.embeddings if isinstance(X, Pairs) else torch.as_tensor(X).detach()
@@ -896,11 +884,8 @@ def check_matrix(X, what, rows=None, columns=None, finite_tables=None):
     if len(X.shape) != 2 or 0 in X.shape or rows not in (None, X.shape[0]) or columns not in (None, X.shape[1]):
         raise InputError(f"{what}: shape {tuple(X.shape)} where [{rows or 'rows >= 1'}, {columns or 'd'}] should be; "
                          "leave out users without pairs, and take embeddings and reward head of one model")
-    if finite_tables is None or id(table) not in finite_tables:
-        if not is_finite(table):
-            raise InputError(f"{what}: NaN or infinite values; make these embeddings again")
-        if finite_tables is not None and isinstance(X, Pairs):
-            finite_tables.add(id(table))
+    if table is not finite and not is_finite(table):
+        raise InputError(f"{what}: NaN or infinite values; make these embeddings again")
     return X
 
 
@@ -914,11 +899,11 @@ def check_features(features, what, users=None, d=None):
     if not features or users not in (None, len(features)):
         raise InputError(f"{what}: {len(features)} users where {users or 'at least 1'} should be; "
                          "give one tensor per user")
-    finite_tables, checked = set(), []
     for i, X in enumerate(features):
-        checked.append(check_matrix(X, f"{what}, user {i}", None, d, finite_tables))
-        d = checked[0].shape[1]
-    return checked
+        before = getattr(features[i - 1], "embeddings", None) if i else None
+        features[i] = check_matrix(X, f"{what}, user {i}", None, d, before)
+        d = features[i].shape[1]
+    return features
 
 
 def check_head(V, what, d=None):
@@ -937,12 +922,22 @@ def sample_shots(train_features_unseen, shots, generator=None, groups=None):
     train_features_unseen: list of `[m_i, d]`. Returns a list of `[min(shots, m_i), d]`.
     generator: a CPU torch.Generator; default torch's own. groups: see `run_few_shot_vary_shots`.
     """
-    check_whole("shots", shots)
+    check_settings(shots=shots)
     if groups is None:
         return [X[torch.randperm(len(X), generator=generator)[:shots]] for X in train_features_unseen]
     check_groups(groups, train_features_unseen)
-    drawn = [torch.randperm(int(group.max()) + 1, generator=generator)[:shots] for group in groups]
-    return [X[torch.isin(group, kept)] for X, group, kept in zip(train_features_unseen, groups, drawn)]
+    return [X[torch.isin(group, torch.randperm(int(group.max()) + 1, generator=generator)[:shots])]
+            for X, group in zip(train_features_unseen, groups)]
+
+
+def check_groups(groups, features):
+    """Raise InputError unless each user has one int64 `[m_i]` that numbers groups of pairs from 0 without a gap."""
+    groups = groups if isinstance(groups, (list, tuple)) else []
+    for i, (group, X) in enumerate(itertools.zip_longest(groups, features)):
+        if X is None or not isinstance(group, torch.Tensor) or tuple(group.shape) != (len(X),) or (
+                set(group.tolist()) != set(range(int(group.max()) + 1))):
+            raise InputError(f"groups, user {i}: not a number for each pair of this user; give a list with a tensor per "
+                             "user that has the number of each pair's group, counted from 0 without a gap")
 
 
 def toss(features, seed=0):
@@ -961,25 +956,12 @@ def hold_out(prompts, share, seed=0):
     """
     chance, held = np.random.default_rng(seed), []
     for i, of_user in enumerate(prompts):
-        distinct = list(dict.fromkeys(of_user))
+        numbers, distinct = pd.factorize(np.array(of_user, object))
         if len(distinct) < 2:
             raise InputError(f"validation_share: user {i} has training pairs of one prompt only; leave this user out")
         count = min(max(1, round(share * len(distinct))), len(distinct) - 1)
-        drawn = {distinct[j] for j in chance.permutation(len(distinct))[:count]}
-        held.append(torch.tensor([prompt in drawn for prompt in of_user]))
+        held.append(torch.from_numpy(np.isin(numbers, chance.permutation(len(distinct))[:count])))
     return held
-
-
-def check_groups(groups, features):
-    """Raise InputError unless each user has one int64 `[m_i]` that numbers groups of pairs from 0 without a gap."""
-    if not isinstance(groups, (list, tuple)) or len(groups) != len(features):
-        raise InputError(f"groups: {len(groups) if isinstance(groups, (list, tuple)) else groups!r}; give a list with a "
-                         f"tensor for each of {len(features)} users")
-    for i, (group, X) in enumerate(zip(groups, features)):
-        if not isinstance(group, torch.Tensor) or tuple(group.shape) != (len(X),) or (
-                set(group.tolist()) != set(range(int(group.max()) + 1))):
-            raise InputError(f"groups, user {i}: no numbers of {len(X)} pairs; give a tensor with the number of each "
-                             "pair's group, counted from 0 without a gap")
 
 
 def generate_population(alpha, N, seed=None):
@@ -989,8 +971,7 @@ def generate_population(alpha, N, seed=None):
     """
     concentration = np.full(10, alpha) if np.ndim(alpha) == 0 else np.asarray(alpha)
     for value in concentration.tolist():
-        check_number("concentration", value, 1e-6, 1e6)
-    check_whole("N", N)
+        check_settings(concentration=value, N=N)
     return np.random.default_rng(seed).dirichlet(concentration, N)
 
 
@@ -1004,8 +985,7 @@ def best_and_worst(reward_tensor, w):
     """
     if not isinstance(reward_tensor, torch.Tensor):
         reward_tensor = torch.from_numpy(np.asarray(reward_tensor, np.float64))
-    if not reward_tensor.is_floating_point():
-        reward_tensor = reward_tensor.float()
+    reward_tensor = reward_tensor if reward_tensor.is_floating_point() else reward_tensor.float()
     scores = reward_tensor @ torch.as_tensor(w, dtype=reward_tensor.dtype, device=reward_tensor.device)
     best, worst = scores.argmax(1), scores.argmin(1)
     tied = (reward_tensor == reward_tensor[:, :1]).all(2).all(1)  # here rounding would decide
@@ -1022,10 +1002,7 @@ def simulate_user(reward_tensor, features, w):
 
 
 def simulate_population(reward_tensor, features, W):
-    """`simulate_user` for every row of W `[N, scorers]` -> float32 `[N, prompts, d]`.
-
-    Dense: 4 N prompts d bytes. For many users keep `Pairs` of `best_and_worst` instead.
-    """
+    """`simulate_user` for every row of W `[N, scorers]` -> float32 `[N, prompts, d]`. For many users take `Pairs`."""
     if not isinstance(features, torch.Tensor):
         features = torch.stack([torch.stack(list(map(torch.as_tensor, responses))) for responses in features])
     prompts = torch.arange(len(features))
@@ -1034,10 +1011,9 @@ def simulate_population(reward_tensor, features, W):
 
 
 def create_sparse_tensor(dense_tensor, sample_percentage, generator=None):
-    """For each user a random share of the prompts, rounded down.
+    """For each user a random share of the prompts, rounded down, as a list of N tensors `[int(share * prompts), d]`.
 
-    dense_tensor: `[N, prompts, d]`; sample_percentage: a share from 0 to 1, as released. Returns a list of N tensors
-    `[int(share * prompts), d]`. Raises InputError where that leaves no pair.
+    dense_tensor: `[N, prompts, d]`; sample_percentage: a share from 0 to 1, as released. InputError: that leaves no pair.
     """
     return sample_shots(list(dense_tensor), share_of(dense_tensor.shape[1], sample_percentage), generator)
 
@@ -1065,13 +1041,11 @@ def group_by_dialog(embeddings):
 
     embeddings: a list of rows with `user_id` and `dialog_id` in `extra_info`, or a dict of such lists.
     """
-    rows = embeddings if isinstance(embeddings, list) else [row for rows in embeddings.values() for row in rows]
+    rows = embeddings if isinstance(embeddings, list) else itertools.chain(*embeddings.values())
     users = {}
-    for row in rows:
-        info = row["extra_info"]
-        users.setdefault(info["user_id"], {}).setdefault(info["dialog_id"], []).append(row)
-    return {user: {dialog: users[user][dialog] for dialog in sorted(users[user], key=str)}
-            for user in sorted(users, key=str)}
+    for row in sorted(rows, key=lambda row: [str(row["extra_info"][key]) for key in ("user_id", "dialog_id")]):
+        users.setdefault(row["extra_info"]["user_id"], {}).setdefault(row["extra_info"]["dialog_id"], []).append(row)
+    return users
 
 
 def create_dataset_prism(embeddings):
@@ -1082,9 +1056,9 @@ def create_dataset_prism(embeddings):
 def create_dataset_prism_shots(embeddings, shots, generator=None):
     """As `create_dataset_prism`, from `shots` conversations of each user (None: all), drawn anew at each call."""
     features = []
-    for dialogs in map(list, map(dict.values, group_by_dialog(embeddings).values())):
+    for dialogs in group_by_dialog(embeddings).values():
         drawn = range(len(dialogs)) if shots is None else torch.randperm(len(dialogs), generator=generator)[:shots]
-        features.append(torch.cat([turn_pairs(row) for i in drawn for row in dialogs[i]]))
+        features.append(torch.cat([turn_pairs(row) for i in drawn for row in list(dialogs.values())[i]]))
     return features
 
 
@@ -2042,7 +2016,7 @@ def prepare_arguments(description, folder, model_name, embeds=True):
     parser.add_argument("--overwrite", action="store_true", help="replace finished embeddings of another model or data")
     args = parser.parse_args()
     if args.limit is not None:
-        check_whole("--limit", args.limit)
+        check_settings(**{"--limit": args.limit})
     if args.demo and (args.data or args.model):
         raise InputError("--demo brings its own data and model; leave out --data and --model, or --demo")
     if embeds and not args.demo and not args.model:

@@ -67,8 +67,8 @@ def arguments():
     args = parser.parse_args()
     for name in ("limit", "batch_size", "max_length", "top_k"):
         if getattr(args, name) is not None:
-            check_whole(f"--{name}", getattr(args, name))
-    check_number("--head_bias", args.head_bias, -1e6, 1e6)
+            check_settings(**{f"--{name}": getattr(args, name)})
+    check_settings(**{"--head_bias": args.head_bias})
     if args.device is not None:
         check_device(args.device)
     if args.save_csv is not None:

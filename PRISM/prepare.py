@@ -55,8 +55,7 @@ def report(counts, rows, full):
 
 def main():
     args = prepare_arguments(__doc__, HERE, MODEL_NAME, embeds=False)
-    check_settings(split_seed=split_seed, seen_share=seen_share)
-    check_whole("fewest_conversations", fewest_conversations, 2)
+    check_settings(split_seed=split_seed, seen_share=seen_share, fewest_conversations=fewest_conversations)
     turns, dialogs_of = read(args)
     split = prism.split_users(dialogs_of, split_seed, seen_share, fewest_conversations)
     rows = prism.rows_of(split, turns)

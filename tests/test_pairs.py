@@ -339,7 +339,7 @@ FIVE, ONE_GROUP = [torch.ones(5, 2)] * 2, torch.zeros(5).long()
 
 
 @pytest.mark.parametrize("groups, named", [
-    ([ONE_GROUP], "1"), ([ONE_GROUP] * 3, "3"), ([ONE_GROUP, [0] * 5], "user 1"),
+    ([ONE_GROUP], "user 1"), ([ONE_GROUP] * 3, "user 2"), ([ONE_GROUP, [0] * 5], "user 1"),
     ([ONE_GROUP, ONE_GROUP[1:]], "user 1"), ([ONE_GROUP, ONE_GROUP + 1], "user 1"),
     ([ONE_GROUP, torch.tensor([0, 2, 0, 2, 0])], "user 1"),
     ([torch.tensor([0, -1, 0, 0, 0])] * 2, "user 0"), ([torch.tensor([0, 0.5, 1, 1, 1])] * 2, "user 0"),
