@@ -1082,8 +1082,14 @@ class Member:
 
     def generator(self, step):
         """A generator of the member's own, so that its start does not depend on its neighbours in the sweep."""
-        state = np.random.SeedSequence([self.seed, self.K, step]).generate_state(1, np.uint64)[0]
-        return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+        state, = np.random.SeedSequence([self.seed, self.K, step]).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(state) >> 1)
+
+    def start(self, N, d, regularized):
+        """The logits and the basis that a training begins with, `[N, K]` and `[K, d]`."""
+        generator = self.generator(0)
+        return (torch.rand if regularized else torch.randn)(N, self.K, generator=generator), torch.randn(
+            self.K, d, generator=generator)
 
 
 class Likelihood:
@@ -1137,19 +1143,18 @@ class Likelihood:
 
 
 _zero, _one, _temperature = np.float32([0, 1, TEMPERATURE])
+try:  # machine code is kept on disk, or only in this process where no folder for it can be written
+    KEPT = bool(numba.njit(cache=True)(process_rank))
+except RuntimeError:
+    KEPT = False
 
 
-def _njit(**options):
-    """numba.njit whose machine code is kept on disk, or only in this process where no folder for it can be written."""
-    def compiled(function):
-        try:
-            return numba.njit(cache=True, **options)(function)
-        except RuntimeError:
-            return numba.njit(**options)(function)
-    return compiled
+@numba.njit(cache=KEPT)
+def _residual(margin, weight):
+    return -weight / (_one + math.exp(margin)) / _temperature
 
 
-@_njit(parallel=True, fastmath={"reassoc", "contract", "nsz", "arcp", "afn"})
+@numba.njit(cache=KEPT, parallel=True, fastmath={"reassoc", "contract", "nsz", "arcp", "afn"})
 def _gradients(X, start, weight, w, V, first, size, by_weights, by_basis, of_weights, of_basis):
     """The kernel: fills by_weights `[N, C]`, and by_basis `[threads, C, d]`, whose sum is the loss derived by V.
 
@@ -1195,23 +1200,18 @@ def _gradients(X, start, weight, w, V, first, size, by_weights, by_basis, of_wei
                         by_weights[i, c] = total
 
 
-@_njit()
-def _residual(margin, weight):
-    return -weight / (_one + math.exp(margin)) / _temperature
-
-
 @contextlib.contextmanager
-def _one_thread_of_torch(device):
-    """On a CPU, torch's own threads would wait, busily, on the cores of the kernel's, and for small products longer than
-    these take."""
+def _one_thread_of_torch():
+    """Torch's own threads would wait, busily, on the kernel's cores, and for small products longer than these take."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1 if device.type == "cpu" else threads)
+    torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
 
 
+@_one_thread_of_torch()
 def _descend(likelihood, W, V, derivatives, num_iterations, learning_rate, penalty=None, alternating=False,
              checkpoint=None):
     """Adam on the logits W `[N, C]` and, unless it is None, on the basis V `[C, d]`; both are changed in place.
@@ -1221,7 +1221,15 @@ def _descend(likelihood, W, V, derivatives, num_iterations, learning_rate, penal
     """
     variables = [W] if V is None else [W, V]
     adams = [torch.optim.Adam([variable], lr=learning_rate) for variable in variables]
-    first, saved = _resume(checkpoint, variables, adams) if checkpoint else 0, time.monotonic()
+    first, saved = 0, time.monotonic()
+    with contextlib.suppress(InputError):  # there is none yet, or a damaged one
+        state = load_pickle(checkpoint[0]) if checkpoint else None
+        if isinstance(state, dict) and state.get("identity") == checkpoint[1]:
+            for variable, adam, variable_saved, adam_saved in zip(variables, adams, state["variables"], state["adams"]):
+                variable.copy_(variable_saved)
+                adam.load_state_dict(adam_saved)
+            first = state["iterations"]
+            print(f"resuming the training after {first:,} iterations")
     bar = progress_bar("few-shot" if V is None else "training", num_iterations, initial=first, unit="it", leave=False)
     for t in range(first, num_iterations):
         w = likelihood.weights(W)
@@ -1243,75 +1251,56 @@ def _descend(likelihood, W, V, derivatives, num_iterations, learning_rate, penal
     bar.close()
 
 
-def _resume(checkpoint, variables, adams):
-    """Take up the state that an interrupted training of this identity saved -> its iterations, 0 where there is none."""
-    with contextlib.suppress(InputError):  # missing or damaged
-        state = load_pickle(checkpoint[0])
-        if isinstance(state, dict) and state.get("identity") == checkpoint[1]:
-            for variable, adam, saved, saved_adam in zip(variables, adams, state["variables"], state["adams"]):
-                variable.copy_(saved)
-                adam.load_state_dict(saved_adam)
-            print(f"resuming the training after {state['iterations']:,} iterations")
-            return state["iterations"]
-    return 0
-
-
 @torch.no_grad()
 def fit_basis(features, members, V_sft, num_iterations, learning_rate, regularized=False, device=None,
               checkpoint=None):
     """Learn basis and user weights of every member of a sweep together -> list of (w `[N, K]`, V `[d, K]`, loss).
 
-    features: list of float32 `[m_i, d]` (or Pairs), one per user. members: they share nothing but the reading of X, as
-    Adam is elementwise. V_sft: `[d, 1]`, needed where an alpha is not 0. regularized: loss, start and alternating steps
-    of `LoRe_regularized`. device: default that of the features. checkpoint: a file for the training's state, to go on
-    from when it is started again, which the caller removes. loss: the training's, without the penalty, a float.
+    features: list of float32 `[m_i, d]` (or Pairs), one per user. Members share nothing but the reading of X, as Adam is
+    elementwise. V_sft: `[d, 1]`, needed where an alpha is not 0. regularized: as `LoRe_regularized`. checkpoint: a file
+    for the training's state, to go on from when it is started again, which the caller removes. loss: without penalty.
     Under torchrun each process holds a part of the users, all return the whole, and nothing is saved on the way.
     """
-    mine, N, d = slice(process_rank(), None, process_count()), len(features), features[0].shape[1]
-    if N < process_count():
-        raise InputError(f"{N} users for {process_count()} processes; start at most one process per user")
+    ranks, N, d = process_count(), len(features), features[0].shape[1]
+    mine = slice(process_rank(), None, ranks)
+    if N < ranks:
+        raise InputError(f"{N} users for {ranks} processes; start at most one process per user")
     if any(member.alpha for member in members) and (V_sft is None or not V_sft.any()):
         raise InputError("V_sft: missing or all 0, and alpha is not 0; give the reward head [d, 1]")
     device = torch.device(device or getattr(features[0], "device", "cpu"))
-    counts = list(map(len, features[mine]))
+    counts, sizes = list(map(len, features[mine])), [member.K for member in members]
     X = torch.empty(sum(counts), d, device=device)  # (M, d)
     for rows, of_user in zip(X.split(counts), features[mine]):
         rows.copy_(of_user.dense() if isinstance(of_user, Pairs) else of_user)
-    sizes, total = [member.K for member in members], sum(map(len, features)) if regularized else None
-    likelihood = Likelihood(counts, sizes, device, total)
-    starts = [member.generator(0) for member in members]
-    draw = torch.rand if regularized else torch.randn
-    W, V = zip(*[(draw(N, K, generator=start), torch.randn(K, d, generator=start)) for K, start in zip(sizes, starts)])
+    likelihood = Likelihood(counts, sizes, device, sum(map(len, features)) if regularized else None)
+    W, V = zip(*(member.start(N, d, regularized) for member in members))
     W, V = torch.cat(W, 1)[mine].to(device), torch.cat(V).to(device)  # (N, C), (C, d)
-    reference = None if V_sft is None else V_sft.to(device, torch.float32).reshape(1, -1)
-    alpha = torch.tensor([float(m.alpha) for m in members], device=device)[likelihood.member]  # (C,)
-    columns = torch.tensor(sizes, device=device)[likelihood.member]  # (C,), K of each column's member
+    alpha = torch.tensor([m.alpha / (m.K if regularized else 1) for m in members], device=device)[likelihood.member]
 
-    def penalty(V, t):
-        if regularized:
-            share = min(max((t / num_iterations - 0.2) / 0.6, 0.0), 1.0)  # 0 for 20 % of the iterations, 1 from 80 % on
-            return share * alpha / columns * (1 - cosine_similarity(V, reference, dim=1))
-        return alpha * ((V - reference) ** 2).sum(1)
+    def penalty(V, t):  # (C,)
+        reference = V_sft.to(V).reshape(1, -1)
+        if not regularized:
+            return alpha * ((V - reference) ** 2).sum(1)
+        share = min(max((t / num_iterations - 0.2) / 0.6, 0.0), 1.0)  # 0 for 20 % of the iterations, 1 from 80 % on
+        return share * alpha * (1 - cosine_similarity(V, reference, dim=1))
 
     on_kernel = device.type == "cpu" and X.numel() >= KERNEL_NUMBERS
     derivatives = functools.partial(likelihood.kernel if on_kernel else likelihood.plain, X)
-    identity = None
-    if checkpoint and process_count() == 1:
+    if checkpoint := None if ranks > 1 else checkpoint:
         settings = (torch.__version__, str(device), list(map(len, features)), members, num_iterations, learning_rate,
-                    regularized, None if reference is None else reference.tolist())
-        identity = digest_of(repr(settings)) + hashlib.sha256(X.cpu().numpy()).hexdigest()
-    with _one_thread_of_torch(device):
-        _descend(likelihood, W, V, lambda w, *of: derivatives(w, V, *of), num_iterations, learning_rate,
-                 penalty if alpha.any() else None, regularized, identity and (checkpoint, identity))
+                    regularized, None if V_sft is None else V_sft.tolist())
+        checkpoint = checkpoint, digest_of(repr(settings)) + hashlib.sha256(X.cpu().numpy()).hexdigest()
+    _descend(likelihood, W, V, lambda w, *of: derivatives(w, V, *of), num_iterations, learning_rate,
+             penalty if alpha.any() else None, regularized, checkpoint)
     if not V.isfinite().all():
         if checkpoint:
-            Path(checkpoint).unlink(missing_ok=True)
+            Path(checkpoint[0]).unlink(missing_ok=True)
         raise InputError("the training has diverged, its basis is NaN or infinite; give a smaller alpha, or pairs of "
                          "smaller numbers")
     w = torch.zeros(N, sum(sizes), device=device)
     w[mine] = likelihood.weights(W)
     loss = likelihood.loss(X @ V.T, w[mine])
-    if process_count() > 1:
+    if ranks > 1:
         dist.all_reduce(w)
         dist.all_reduce(loss)
     return list(zip(w.split(sizes, 1), (V_k.T for V_k in V.split(sizes)), loss.tolist()))
@@ -1327,9 +1316,8 @@ def fit_users(scores, members, sizes, num_iterations, learning_rate):
     likelihood = Likelihood(list(map(len, scores)), sizes, P.device)
     W = torch.cat([torch.randn(N, K, generator=dataclasses.replace(member, K=K).generator(1))
                    for member, K in zip(members, sizes)], 1).to(P.device)
-    with _one_thread_of_torch(P.device):
-        _descend(likelihood, W, None, lambda w, *of: (likelihood.by_weights(P, likelihood.residuals(P, w)), None),
-                 num_iterations, learning_rate)
+    _descend(likelihood, W, None, lambda w, *of: (likelihood.by_weights(P, likelihood.residuals(P, w)), None),
+             num_iterations, learning_rate)
     return list(likelihood.weights(W).split(sizes, 1))
 
 
@@ -1342,19 +1330,19 @@ class LoRe:
     regularized = False
 
     def __init__(self, V_sft, alpha, num_classes, num_features, num_basis_vectors, num_iterations=1000,
-                 learning_rate=0.5, seed=0):
+                 learning_rate=0.5, seed=0, threshold=0.0):
         check_settings(num_basis_vectors=num_basis_vectors, alpha_list=[alpha], num_iterations=num_iterations,
-                       learning_rate=learning_rate, seed=seed)
+                       learning_rate=learning_rate, seed=seed, threshold=threshold)
         self.V_sft = None if V_sft is None else check_head(V_sft, "V_sft", num_features)
-        self.num_classes, self.num_features = num_classes, num_features
-        self.num_iterations, self.learning_rate = num_iterations, learning_rate
+        self.shape, self.steps, self.threshold = (num_classes, num_features), (num_iterations, learning_rate), threshold
         self.member = Member(num_basis_vectors, float(alpha), seed)
 
     def train(self, X):
         """X: list of float32 `[m_i, d]`, one per user -> (softmax(W) `[N, K]`, V `[d, K]`). Raises InputError: features
         of other users or widths than announced, empty or not finite."""
-        X = check_features(X, "features", self.num_classes, self.num_features)
-        return fit_basis(X, [self.member], self.V_sft, self.num_iterations, self.learning_rate, self.regularized)[0][:2]
+        X = check_features(X, "features", *self.shape)
+        w, V, _ = fit_basis(X, [self.member], self.V_sft, *self.steps, self.regularized)[0]
+        return prune(w, V, self.threshold)
 
 
 class LoRe_regularized(LoRe):
@@ -1368,13 +1356,8 @@ class LoRe_regularized(LoRe):
 
     def __init__(self, V_sft, alpha, num_classes, num_features, num_basis_vectors, num_iterations=20000,
                  learning_rate=0.5, seed=0, threshold=1e-2):
-        super().__init__(V_sft, alpha, num_classes, num_features, num_basis_vectors, num_iterations, learning_rate, seed)
-        check_settings(threshold=threshold)
-        self.threshold = threshold
-
-    def train(self, X):
-        """As `LoRe.train`, without the columns that no user gives a weight of `threshold` or more."""
-        return prune(*super().train(X), self.threshold)
+        super().__init__(V_sft, alpha, num_classes, num_features, num_basis_vectors, num_iterations, learning_rate, seed,
+                         threshold)
 
 
 def prune(w, V, threshold):
@@ -1384,7 +1367,7 @@ def prune(w, V, threshold):
     return w[:, keep], V[:, keep]
 
 
-class PersonalizeBatch:
+class PersonalizeBatch(LoRe):
     """Few-shot fit of new users' weights with the basis V frozen, from logits drawn from N(0, 1).
 
     Loss: the sum over users of the user's mean negative log-likelihood. Arguments as of `LoRe`.
@@ -1392,14 +1375,12 @@ class PersonalizeBatch:
 
     def __init__(self, num_classes, num_features, num_basis_vectors, num_iterations=FEW_SHOT_ITERATIONS,
                  learning_rate=0.1, seed=0):
-        self.model = LoRe(None, 0.0, num_classes, num_features, num_basis_vectors, num_iterations, learning_rate, seed)
+        super().__init__(None, 0.0, num_classes, num_features, num_basis_vectors, num_iterations, learning_rate, seed)
 
     def train(self, X, V):
         """X: list of `[m_i, d]`, one per user; V: `[d, K]`. Returns a list of N simplex vectors `[K]`."""
-        model, K = self.model, self.model.member.K
-        scores = _scores(check_features(X, "features", model.num_classes, model.num_features),
-                         check_matrix(V, "V", model.num_features, K))
-        return list(fit_users(list(scores), [model.member], [K], model.num_iterations, model.learning_rate)[0])
+        scores = _scores(check_features(X, "features", *self.shape), check_matrix(V, "V", self.shape[1], self.member.K))
+        return list(fit_users(list(scores), [self.member], [self.member.K], *self.steps)[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1718,73 +1699,76 @@ def _members(K_list, alpha_list, seeds):
     return [Member(int(K), alpha, int(seed)) for alpha in alphas for K in K_list for seed in seeds]
 
 
-def _sweep(K_list, alpha_list, V_final, features, users, device, seed, num_iterations, few_shot_learning_rate,
-           regularized=False, threshold=0.0, checkpoint=None, validation_share=0, prompts=None, tossed=None):
-    """Train and evaluate every rank, alpha and seed -> list of Fit: alpha outer, rank, seed inner.
+def _fit(members, parts, V_final, num_iterations, regularized, threshold, device, checkpoint=None):
+    """Train the members, fit the unseen users few-shot, evaluate -> a Fit each. parts: features under each setting."""
+    trained = [member for member in members if member.K]
+    N, N_unseen = (len(parts[setting]) for setting in (SETTINGS[0], SETTINGS[2]))
+    bases, fits = iter(fit_basis(parts[SETTINGS[0]], trained, V_final, num_iterations, 0.5, regularized, device,
+                                 checkpoint) if trained else ()), []
+    for member in members:
+        w, V, loss = next(bases) if member.K else (torch.ones(N, 1, device=device), V_final, math.nan)
+        w, V = prune(w, V, threshold)
+        fits.append(Fit(member.K, member.alpha, member.seed, V, w, torch.ones(N_unseen, 1, device=device), loss))
+    personal = [fit for fit in fits if fit.V.shape[1] > 1]
+    if personal:
+        scores = list(_scores(parts[SETTINGS[2]], torch.cat([fit.V for fit in personal], 1)))
+        weights = fit_users(scores, [Member(fit.K, fit.alpha, fit.seed) for fit in personal],
+                            [fit.V.shape[1] for fit in personal], FEW_SHOT_ITERATIONS, 0.5 if regularized else 0.1)
+        for fit, w in zip(personal, weights):
+            fit.W_unseen = w
+    for setting, features in parts.items():
+        weights = [fit.W_unseen if setting in SETTINGS[2:] else fit.W for fit in fits]
+        for fit, accuracies in zip(fits, _accuracies(features, [fit.V for fit in fits], weights)):
+            fit.accuracies[setting] = accuracies
+    return fits
 
-    features: four lists, of the train and test pairs of the seen, then of the unseen users; users: (N, N_unseen).
+
+def run(K_list, alpha_list, V_final, train_features, test_features_sparse, train_features_unseen,
+        test_features_sparse_unseen, N, N_unseen, device, seed=0, num_iterations=1000, fits=None, checkpoint=None,
+        validation_share=0, prompts=None, tossed=None, regularized=False, threshold=0.0):
+    """Sweep ranks and penalties: learn LoRe on the seen users, fit the unseen few-shot, evaluate and print.
+
+    K_list: ranks; 0 is the reference model (V_final, every weight 1), 1 the pooled Bradley-Terry model.
+    alpha_list: penalties of `LoRe`. V_final: the reward head, float32 `[d, 1]`.
+    The four features: one float32 `[m_i, d]` (or Pairs) per user; N and N_unseen: how many users.
+    seed: whole number, or several whose accuracies are averaged; all are trained together.
+    fits: a list that is extended with a `Fit` per alpha, rank and seed. checkpoint: see `fit_basis`.
+    validation_share: of each seen user's training prompts, held out; fits then have accuracies of "Validation", too.
+    prompts: a list per seen user of what tells the pairs' prompts apart; default every pair has its own.
+    tossed: a list that is extended with (K, alpha, accuracies `[N_unseen]`) of the largest rank where no choice means
+    anything. All pairs are tossed: an untossed test would still see on which side of any direction their mean lies.
+    Returns 8 arrays of length len(alpha_list) * len(K_list), alpha outer: the mean accuracy over users of the four
+    SETTINGS, then for each a quarter of the standard deviation over users. Raises InputError on unusable arguments.
     """
     seeds = seed if isinstance(seed, (list, tuple, range, np.ndarray)) else [seed]
     check_settings(K_list=K_list, alpha_list=alpha_list, seeds=seeds, num_iterations=num_iterations,
                    threshold=threshold, validation_share=validation_share)
-    device = check_device(device)
-    V_final = check_head(V_final, "V_final").to(device)
-    names = "train_features", "test_features_sparse", "train_features_unseen", "test_features_sparse_unseen"
-    features = [check_features(part, name, N, len(V_final))
-                for part, name, N in zip(features, names, (users[0], users[0], users[1], users[1]))]
-    parts = dict(zip(SETTINGS, features))
+    device, V_final = check_device(device), check_head(V_final, "V_final")
+    parts = {setting: check_features(features, name, users, len(V_final)) for setting, features, name, users in zip(
+        SETTINGS, (train_features, test_features_sparse, train_features_unseen, test_features_sparse_unseen),
+        ("train_features", "test_features_sparse", "train_features_unseen", "test_features_sparse_unseen"),
+        (N, N, N_unseen, N_unseen))}
     if validation_share:
-        held = hold_out(prompts or [range(len(X)) for X in features[0]], validation_share)
-        parts[VALIDATION] = [X[rows] for X, rows in zip(features[0], held)]
-        parts[SETTINGS[0]] = [X[~rows] for X, rows in zip(features[0], held)]
-    train, _, train_unseen, test_unseen = (parts[setting] for setting in SETTINGS)
-    members = _members(K_list, alpha_list, seeds)
-    trained = [m for m in members if m.K > 0]
-    found = {m: (torch.ones(users[0], 1, device=device), V_final, math.nan) for m in members}
-    if trained:
-        found.update(zip(trained, fit_basis(train, trained, V_final, num_iterations, 0.5, regularized, device,
-                                            checkpoint)))
-    fits = [Fit(m.K, m.alpha, m.seed, V, w, torch.ones(users[1], 1, device=device), loss)
-            for m, (w, V, loss) in found.items() for w, V in [prune(w, V, threshold)]]
-    personal = [fit for fit in fits if fit.V.shape[1] > 1]
-    if personal:
-        scores = list(_scores(train_unseen, torch.cat([fit.V for fit in personal], 1)))
-        weights = fit_users(scores, [Member(fit.K, fit.alpha, fit.seed) for fit in personal],
-                            [fit.V.shape[1] for fit in personal], FEW_SHOT_ITERATIONS, few_shot_learning_rate)
-        for fit, w in zip(personal, weights):
-            fit.W_unseen = w
-    for setting, part in parts.items():
-        of = "W_unseen" if setting in SETTINGS[2:] else "W"
-        for fit, accuracies in zip(fits, _accuracies(part, [f.V for f in fits], [getattr(f, of) for f in fits])):
-            fit.accuracies[setting] = accuracies
-    if tossed is not None and max(K_list) > 1:
-        largest = max(trained, key=lambda member: member.K)
-        tossed.append(tossed_control(largest, V_final, train, train_unseen, test_unseen, num_iterations,
-                                     few_shot_learning_rate, regularized, threshold, device))
-    return fits
+        train = parts[SETTINGS[0]]
+        held = hold_out(prompts or [range(len(X)) for X in train], validation_share)
+        parts[VALIDATION], parts[SETTINGS[0]] = ([X[rows] for X, rows in zip(train, of)] for of in (held, [~h for h in held]))
+    members, how = _members(K_list, alpha_list, seeds), (V_final.to(device), num_iterations, regularized, threshold, device)
+    found = _fit(members, parts, *how, checkpoint)
+    largest = max(members, key=lambda member: member.K)
+    if tossed is not None and largest.K > 1:
+        coins = {setting: toss(parts[setting], i) for i, setting in enumerate((SETTINGS[0], *SETTINGS[2:]))}
+        fit, = _fit([largest], {s: coin if s == UNSEEN_TEST else list(coin) for s, coin in coins.items()}, *how)
+        tossed.append((fit.K, fit.alpha, fit.accuracies[UNSEEN_TEST]))
+    if fits is not None:
+        fits.extend(found)
+    return _report(found, {"alpha": "alpha", "Rank": "K"} if regularized else {"K": "K"})
 
 
-def tossed_control(member, V_final, train, train_unseen, test_unseen, num_iterations, few_shot_learning_rate,
-                   regularized=False, threshold=0.0, device=None):
-    """What `member` reaches where no choice means anything -> (K, alpha, accuracies `[N_unseen]`).
-
-    All pairs are tossed: an untossed test would still see on which side of any direction the mean of chosen less
-    rejected lies, and under a penalty the reward head itself.
-    """
-    w, V, _ = fit_basis(list(toss(train, 0)), [member], V_final, num_iterations, 0.5, regularized, device)[0]
-    _, V = prune(w, V, threshold)
-    w, = fit_users(list(_scores(toss(train_unseen, 1), V)), [member], [V.shape[1]], FEW_SHOT_ITERATIONS,
-                   few_shot_learning_rate)
-    return member.K, member.alpha, _accuracies(toss(test_unseen, 2), [V], [w])[0]
-
-
-def _report(fits, lines, collected):
+def _report(fits, lines):
     """Print each model's accuracies and return the eight arrays of `run`; seeds are averaged user by user."""
-    if collected is not None:
-        collected.extend(fits)
     means, bands = ([[] for _ in SETTINGS] for _ in range(2))
     for group in by_model(fits).values():
-        for label, field in lines:
+        for label, field in lines.items():
             print(label, ":", getattr(group[0], field))
         for i, setting in enumerate(SETTINGS):
             print(setting)
@@ -1795,39 +1779,16 @@ def _report(fits, lines, collected):
     return tuple(np.array(values) for values in means + bands)
 
 
-def run(K_list, alpha_list, V_final, train_features, test_features_sparse, train_features_unseen,
-        test_features_sparse_unseen, N, N_unseen, device, seed=0, num_iterations=1000, fits=None, checkpoint=None,
-        validation_share=0, prompts=None, tossed=None):
-    """Sweep ranks and penalties: learn LoRe on the seen users, fit the unseen few-shot, evaluate and print.
-
-    K_list: ranks; 0 is the reference model (V_final, every weight 1), 1 the pooled Bradley-Terry model.
-    alpha_list: penalties of `LoRe`. V_final: the reward head, float32 `[d, 1]`.
-    The four features: one float32 `[m_i, d]` (or Pairs) per user; N and N_unseen: how many users.
-    seed: whole number, or several whose accuracies are averaged; all are trained together.
-    fits: a list that is extended with a `Fit` per alpha, rank and seed. checkpoint: see `fit_basis`.
-    validation_share: of each seen user's training prompts, held out; fits then have accuracies of "Validation", too.
-    prompts: a list per seen user of what tells the pairs' prompts apart; default every pair has its own.
-    tossed: a list that is extended with the `tossed_control` of the largest rank.
-    Returns 8 arrays of length len(alpha_list) * len(K_list), alpha outer: the mean accuracy over users of the four
-    SETTINGS, then for each a quarter of the standard deviation over users. Raises InputError on unusable arguments.
-    """
-    found = _sweep(K_list, alpha_list, V_final, (train_features, test_features_sparse, train_features_unseen,
-                   test_features_sparse_unseen), (N, N_unseen), device, seed, num_iterations, 0.1,
-                   False, 0.0, checkpoint, validation_share, prompts, tossed)
-    return _report(found, [("K", "K")], fits)
-
-
 def run_regularized(K_list, alpha_list, V_final, train_features, test_features_sparse, train_features_unseen,
                     test_features_sparse_unseen, N, N_unseen, device, seed=0, num_iterations=20000, threshold=1e-2,
-                    fits=None, checkpoint=None, validation_share=0, prompts=None, tossed=None):
+                    **options):
     """`run` with `LoRe_regularized`: alternating steps, a cosine anchor to V_final, unused columns left out.
 
     threshold: leave out columns whose largest weight among the seen users is below it; 0 keeps all.
     """
-    found = _sweep(K_list, alpha_list, V_final, (train_features, test_features_sparse, train_features_unseen,
-                   test_features_sparse_unseen), (N, N_unseen), device, seed, num_iterations, 0.5, True, threshold,
-                   checkpoint, validation_share, prompts, tossed)
-    return _report(found, [("alpha", "alpha"), ("Rank", "K")], fits)
+    return run(K_list, alpha_list, V_final, train_features, test_features_sparse, train_features_unseen,
+               test_features_sparse_unseen, N, N_unseen, device, seed, num_iterations, regularized=True,
+               threshold=threshold, **options)
 
 
 def run_few_shot_vary_shots(trials, alpha_list, K_list, num_shots, train_features, train_features_unseen,
@@ -1837,27 +1798,26 @@ def run_few_shot_vary_shots(trials, alpha_list, K_list, num_shots, train_feature
 
     trials: how often each number of shots is drawn anew; num_shots: list of whole numbers. Otherwise as `run`.
     groups: for each unseen user an int64 `[m_i]` that names the group of each pair, such as its conversation, numbered
-    from 0; a shot is then a whole group. checkpoint: see `fit_basis`. of_users: a list that is extended with a dict per
-    alpha, rank and number of shots: K, alpha, shots, and under each of SETTINGS[2:] means over trials `[N_unseen]`.
+    from 0; a shot is then a whole group. of_users: a list that is extended with a dict per alpha, rank and number of
+    shots: K, alpha, shots, and under each of SETTINGS[2:] means over trials `[N_unseen]`.
     Returns 4 lists over num_shots (for each alpha and rank in turn, where there are several): mean and standard
     deviation over trials of the few-shot train accuracy, then of the accuracy on unseen users' unseen prompts.
     """
     check_settings(K_list=K_list, alpha_list=alpha_list, num_shots=num_shots, trials=trials, seed=seed,
                    num_iterations=num_iterations)
-    device = check_device(device)
-    V_final = check_head(V_final, "V_final").to(device)
+    device, V_final = check_device(device), check_head(V_final, "V_final")
     train, train_unseen, test_unseen = (check_features(part, name, users, len(V_final)) for part, name, users in (
         (train_features, "train_features", N), (train_features_unseen, "train_features_unseen", N_unseen),
         (test_features_sparse_unseen, "test_features_sparse_unseen", N_unseen)))
     if groups is not None:
         check_groups(groups, train_unseen)
     members = _members(K_list, alpha_list, [seed])
-    trained = [m for m in members if m.K > 0]
-    bases = dict(zip(trained, fit_basis(train, trained, V_final, num_iterations, 0.5, device=device,
-                                        checkpoint=checkpoint) if trained else []))
+    trained = [member for member in members if member.K]
+    bases = iter(fit_basis(train, trained, V_final, num_iterations, 0.5, device=device, checkpoint=checkpoint)
+                 if trained else ())
     results = ([], [], [], [])
     for member in members:
-        V = bases[member][1] if member.K else V_final
+        V = next(bases)[1] if member.K else V_final.to(device)
         print("K :", member.K)
         S_train, S_test = (list(_scores(part, V)) for part in (train_unseen, test_unseen))
         for shots in num_shots:
@@ -2050,8 +2010,7 @@ def build_standin_model(folder, texts, seed=0, hidden_size=64, layers=2, heads=4
     give equal weights, in any process.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast, logging
-    logging.disable_progress_bar()
+    from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -2069,20 +2028,23 @@ def build_standin_model(folder, texts, seed=0, hidden_size=64, layers=2, heads=4
                          num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=key_value_heads,
                          max_position_embeddings=context, num_labels=1, bos_token_id=tokenizer.bos_token_id,
                          eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    with torch.random.fork_rng(devices=[]):  # the class fills the weights from torch's global state first
-        model = LlamaForSequenceClassification(config)
+    config.architectures = ["LlamaForSequenceClassification"]
+    with torch.device("meta"):
+        weights = dict(LlamaForSequenceClassification(config).named_parameters())
     # Flat attention and a weak MLP keep the last state near a mean over the words read, which tells styles apart.
-    gains = {"v_proj": 1.0, "o_proj": 2.0, "score": 1.0}
-    generator = torch.Generator().manual_seed(seed)
-    for name, weight in sorted(model.named_parameters()):
-        layer, inputs = name.split(".")[-2], weight.shape[-1]
-        if layer == "embed_tokens":
-            torch.nn.init.normal_(weight, generator=generator)
-        elif weight.ndim == 2:  # the norms stay at 1
-            torch.nn.init.normal_(weight, std=gains.get(layer, 0.3) / inputs ** 0.5, generator=generator)
-    with _named_disk_errors(folder):
-        model.save_pretrained(folder)
+    gains, generator = {"v_proj": 1.0, "o_proj": 2.0, "score": 1.0}, torch.Generator().manual_seed(seed)
+    for name, weight in sorted(weights.items()):
+        layer, weights[name] = name.split(".")[-2], torch.ones(weight.shape)  # as the norms stay
+        if weight.ndim == 2:
+            std = 1.0 if layer == "embed_tokens" else gains.get(layer, 0.3) / weight.shape[1] ** 0.5
+            torch.nn.init.normal_(weights[name], std=std, generator=generator)
+    with atomic_write(Path(folder) / "model.safetensors") as file:
+        file.write(safetensors.torch.save(weights, {"format": "pt"}))
+    try:
+        config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    except Exception as error:  # a full disk: the tokenizers' library in Rust has a class of its own for it
+        raise OSError(0, str(error), str(folder)) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

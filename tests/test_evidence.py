@@ -11,7 +11,7 @@ from helpers import call, load_script, planted_basis, planted_pairs, planted_wei
 
 import utils
 from utils import (SETTINGS, VALIDATION, Fit, Pairs, best_fit, controls_of, evidence, exchanged_accuracies, hold_out,
-                   joint_intervals, leaks_of, summaries, toss, tossed_control)
+                   joint_intervals, leaks_of, summaries, toss)
 
 UNSEEN = SETTINGS[3]
 d, N = 16, 24
@@ -210,9 +210,10 @@ def test_a_reference_that_is_not_the_head_is_at_chance(data):
 def test_models_of_tossed_pairs_are_at_chance_even_where_all_differences_share_a_direction(data):
     shared = {part: [X + 2 for X in data[part]] for part in PARTS}
     for parts in (data, shared):
-        tossed = tossed_control(utils.Member(3), torch.ones(d, 1), parts["train"], parts["train_unseen"],
-                                parts["test_unseen"], 150, 0.1)
-        found = found_of(dict(data, **parts), tossed=[tossed])
+        tossed = []
+        utils.run([3], [0], torch.ones(d, 1), *(parts[part] for part in PARTS), N, N, "cpu", num_iterations=150,
+                  tossed=tossed)
+        found = found_of(dict(data, **parts), tossed=tossed)
         interval = entry_of(found, 3)["controls"]["tossed"]
         assert interval["low"] <= 0.5 <= interval["high"]
         assert entry_of(found, 1)["controls"]["tossed"] is None

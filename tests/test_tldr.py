@@ -647,10 +647,10 @@ print(1024 * (kilobytes("VmHWM") - before))
 """
 
 
-def test_reading_takes_less_memory_than_twice_the_files(tmp_path):
-    """The unpickler's memo keeps the bytes of a file's vectors until the file is read."""
+def test_reading_takes_at_most_a_third_more_memory_than_the_files(tmp_path):
+    """The unpickler keeps the bytes of a file's vectors until the file is read, so the vectors must lie in these."""
     size = 0
-    for kind, workers in (("small", 1), ("large", 8)):
+    for kind, workers in (("small", 2), ("large", 24)):
         for name in (TRAIN, VALIDATION):
             vectors = iter(torch.randn(workers * 200, 8192, generator=torch.Generator().manual_seed(0)).bfloat16())
             content = {f"worker {w}": [{"embeddings": {side: [next(vectors).clone()] for side in tldr.SIDES}}
@@ -659,7 +659,7 @@ def test_reading_takes_less_memory_than_twice_the_files(tmp_path):
             size += (tmp_path / kind / name).write_bytes(pickle.dumps(content, 4)) * (kind == "large")
         utils.save_tensors(tmp_path / kind / utils.HEAD_FILE, {"reward_head": torch.ones(8192, 1)})
     peak = printed(start_code(PEAK, ROOT, SCRIPTS, tmp_path / "small", tmp_path / "large"))
-    assert 0.7 * size < int(peak) < 1.8 * size
+    assert 0.7 * size < int(peak) < 1.3 * size
 
 
 LEAVES = """
