@@ -10,6 +10,7 @@ DATASET = "HannahRoseKirk/prism-alignment"
 FILES = ("train_embeddings.pkl", "test_embeddings.pkl")
 PAIR_FORMAT = "one embedding per rejected response"
 SPLIT_FOLDER = Path("data") / "prism"  # of what prepare.py writes
+INFO = ("split", "seen", "user_id", "dialog_id", "turn_nb", "total_turn_nb", "chosen_utterance", "rejected_utterance")
 EXPECTED = {"seen users": 1030, "train turns": 12999, "train pairs": 19638, "test pairs": 19727}  # of the full data set
 
 
@@ -116,10 +117,9 @@ def rows_of(split, turns):
     rows = {"train": [], "test": []}
     for user, (seen, *parts) in split.items():
         for name, ids in zip(rows, parts):
-            rows[name] += [{"prompt": turn["prompt"], "extra_info": {
-                "split": name, "seen": seen, "user_id": user, "dialog_id": dialog, "turn_nb": turn["turn_nb"],
-                "total_turn_nb": len(turns[dialog]), "chosen_utterance": turn["chosen_utterance"],
-                "rejected_utterance": turn["rejected_utterance"]}} for dialog in ids for turn in turns[dialog]]
+            rows[name] += [{"prompt": turn["prompt"], "extra_info": dict(zip(INFO, (
+                name, seen, user, dialog, turn["turn_nb"], len(turns[dialog]), turn["chosen_utterance"],
+                turn["rejected_utterance"])))} for dialog in ids for turn in turns[dialog]]
     return rows
 
 
@@ -145,7 +145,9 @@ def save_split(folder, rows, about):
 def load_split(folder):
     """Read what `save_split` wrote -> (rows, split.json). Raises InputError: files missing, or of different runs."""
     about = load_json(folder / "split.json", "rows", "model", "demo", "data")
-    rows = {name: [row for _, row in read_rows(folder / f"{name}.parquet")] for name in ("train", "test")}
+    rows = {name: [{"prompt": [{key: message.get(key) for key in ("role", "content")} for message in row["prompt"]],
+                    "extra_info": {key: row["extra_info"].get(key) for key in INFO}}  # some versions of pyarrow sort them
+                   for _, row in read_rows(folder / f"{name}.parquet")] for name in ("train", "test")}
     if digest_of(rows) != about["rows"]:
         raise InputError(f"{folder}: train.parquet, test.parquet and split.json are of different runs; run prepare.py "
                          "--overwrite")
