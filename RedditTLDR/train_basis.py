@@ -42,7 +42,7 @@ def main():
     if released_reference:
         V_final = load_released_reference(MODEL_NAME)
     everyone = len(train.keys() | validation.keys())
-    data = tldr.create_dataset(train, validation, train_pairs, unseen_pairs, split_seed)
+    data = tldr.create_dataset(train, validation, train_pairs, unseen_pairs, split_seed, about["leave_out"])
     del train, validation
     check_writable(args.dir / "results")
     N, N_unseen = len(data["seen"]), len(data["unseen"])

@@ -39,7 +39,7 @@ def main():
     check_settings(**config)
     config.update(num_questions=num_questions, question_seeds=question_seeds)
     train, validation, V_final, about = tldr.load_embeddings(args.dir, MODEL_NAME)
-    data = tldr.create_dataset(train, validation, train_pairs, unseen_pairs, split_seed)
+    data = tldr.create_dataset(train, validation, train_pairs, unseen_pairs, split_seed, about["leave_out"])
     del train, validation
     check_writable(args.dir / "results")
     of_users = []
