@@ -355,8 +355,9 @@ def test_an_interrupted_vary_fewshot_goes_on_from_its_training(monkeypatch, caps
         interrupted(monkeypatch, capsys, module, "--dir", embeddings)
     call(monkeypatch, module, "--dir", embeddings)
     assert "after 30 iterations" in capsys.readouterr().out
-    assert set(content_of(embeddings / "results")) == {f"vary_fewshot.{end}" for end in ("json", "csv", "tex", "png",
-                                                                                         "pdf")}
+    assert set(content_of(embeddings / "results")) == {
+        *(f"vary_fewshot.{end}" for end in ("json", "csv", "tex", "png", "pdf")),
+        *(f"vary_questions.{end}" for end in ("json", "csv", "png", "pdf"))}
 
 
 # ---- What prepare.py reads ------------------------------------------------------------------------------------------
