@@ -2424,49 +2424,45 @@ def save_few_shot_curves(folder, curves, of_users, data, about, config, groups=N
 # 8. Use
 # ---------------------------------------------------------------------------------------------------------------------
 
-PROBES = [[{"role": role, "content": text} for role, text in zip(itertools.cycle(("user", "assistant")), texts)]
-          for texts in (("Is tea better than coffee?", "Tea."), ("Name two cities on rivers.", "Rome and Cairo."),
-                        ("How far is the moon?", "384,000 km.", "And the sun?", "150 million km, 8 minutes for light."))]
+PROBES = [[{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, texts)] for texts in (
+    ("Is tea better than coffee?", "Tea."), ("How far is the moon?", "384,000 km.", "And the sun?", "150 million km."))]
 
 
-def export_reward_model(folder, model_name, V, w=None, about=None, device=None, conversations=PROBES):
+def export_reward_model(folder, model_name, V, w=None, about=None, conversations=PROBES):
     """Write a reward model that anyone loads as `AutoModelForSequenceClassification`, and prove it.
 
     folder: a new one. model_name: the reward model of the basis V `[d, K]`. w: one user's weights `[K]`, for one label;
     default the whole basis, K labels. about: for the model card, what `load_tensors` and `load_json` read in results/.
-    The backbone's files are linked, the head is float32. Written only if the logits of these conversations, one by one
-    and padded, are phi @ V @ w within 1e-4 in float32, 5e-2 in bfloat16 (the default on a GPU). Raises InputError: they
-    are not, the model needs code of its own or has no token to pad with, the folder is not empty.
+    The backbone's files are linked, the head is float32. Raises InputError, and leaves nothing: where logits of these
+    conversations, one by one or padded, are not phi @ V @ w within 1e-4, in float32 on the CPU; where the model needs
+    code of its own or has no token to pad with.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as classes
     V, folder = check_matrix(V, "V", len(load_reward_head(model_name))).cpu(), Path(folder)
     head = V if w is None else V @ check_matrix(torch.as_tensor(w).reshape(-1, 1), "w", V.shape[1], 1).cpu()
     config = load_json(_checkpoint_file(model_name, "config.json") or Path(model_name, "config.json"), "model_type")
     if "auto_map" in config or config["model_type"] not in classes:
-        raise InputError(f"model {model_name}: needs code of its own (trust_remote_code), which servers and trainers do "
-                         "not run; take one that transformers has as a sequence classifier")
+        raise InputError(f"model {model_name}: needs code of its own (trust_remote_code), which servers and trainers "
+                         "do not run; take one that transformers has as a sequence classifier")
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{folder}: not empty; give a new folder")
-    model, tokenizer = load_reward_model(model_name, device)
+    model, tokenizer = load_reward_model(model_name, "cpu")
     expected = embed_conversations(conversations, model, tokenizer, batch_size=1).float() @ head  # (n, labels)
     pad, pad_name = _pad_token(model_name, tokenizer, conversations, model.get_input_embeddings().num_embeddings)
-    labels = ["reward"] if head.shape[1] == 1 else [f"direction {k}" for k in range(head.shape[1])]
-    config |= {"architectures": [classes[config["model_type"]]], "num_labels": len(labels), "pad_token_id": pad,
-               "id2label": dict(enumerate(labels)), "label2id": {label: k for k, label in enumerate(labels)},
-               "problem_type": "regression"}  # a server would put another through a sigmoid or softmax
-    device, dtype = model.device, model.dtype
     del model  # memory need hold one of the two
+    labels = [f"LABEL_{k}" for k in range(head.shape[1])]
+    config |= {"architectures": [classes[config["model_type"]]], "num_labels": len(labels), "pad_token_id": pad,
+               "id2label": dict(enumerate(labels)), "label2id": dict(zip(labels, itertools.count())),
+               "problem_type": "regression"}  # a server would put another through a sigmoid or softmax
     try:
         with together(folder) as new, _named_disk_errors(folder):
             save_json(new / "config.json", config)
-            _write_tokenizer(new, model_name, tokenizer, pad_name)
-            _write_weights(new, model_name, head)
-            save_text(new / "README.md", _model_card(model_name, V, labels, about or {}))
-            _prove_export(new, conversations, expected, device, dtype)
-    except BaseException:
-        with contextlib.suppress(OSError):
+            _write_checkpoint(new, model_name, tokenizer, pad_name, head)
+            save_text(new / "README.md", _model_card(model_name, V.shape[1], about or {}))
+            _prove_export(new, conversations, expected)
+    finally:
+        if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-        raise
 
 
 def _pad_token(model_name, tokenizer, conversations, embeddings):
@@ -2481,79 +2477,67 @@ def _pad_token(model_name, tokenizer, conversations, embeddings):
         word not in item[1].lower() for word in ("pad", "reserved", "unused")), -item[0]))
 
 
-def _write_tokenizer(folder, model_name, tokenizer, pad_name):
-    """The checkpoint's own files, which older versions of transformers can read too, with `pad_name` to pad."""
-    for name in {*tokenizer.vocab_files_names.values(), "tokenizer.json", "tokenizer_config.json", "added_tokens.json",
-                 "special_tokens_map.json", "chat_template.jinja", "chat_template.json"}:
-        if path := _checkpoint_file(model_name, name):
-            (folder / name).write_bytes(Path(path).read_bytes())
-    for path in (folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")):
-        if path.exists():
-            save_json(path, load_json(path) | {"pad_token": pad_name})
-
-
-def _write_weights(folder, model_name, head):
-    """The backbone's shards, linked, or written anew where one held the old head; the new head in one of its own."""
+def _write_checkpoint(folder, model_name, tokenizer, pad_name, head):
+    """The checkpoint's own tokenizer files, which older versions of transformers can read too, with `pad_name` to pad;
+    its shards, linked, or written anew where one held the old head; the new head in one of its own."""
     from shutil import copyfile
+    settings = "tokenizer_config.json", "special_tokens_map.json"
+    for name in {*tokenizer.vocab_files_names.values(), *settings, "tokenizer.json", "added_tokens.json",
+                 "chat_template.jinja", "chat_template.json"}:
+        if path := _checkpoint_file(model_name, name):
+            copyfile(path, folder / name)
+            if name in settings:
+                save_json(folder / name, load_json(path) | {"pad_token": pad_name})
     shards = _shard_of_tensor(model_name)
     old, = (name for name in shards if name.endswith("score.weight"))
-    files = sorted({file for name, file in shards.items() if name != old})
-    *paths, last = (folder / f"model-{i + 1:05}-of-{len(files) + 1:05}.safetensors" for i in range(len(files) + 1))
-
-    def save(tensors, path):
-        save_file(tensors, path, {"format": "pt"})
-        os.chmod(path, (folder / "config.json").stat().st_mode)  # the library makes private files
-
-    save({old: head.T.contiguous()}, last)
+    files = [*sorted({file for name, file in shards.items() if name != old}), None]  # None: the new head's
+    paths = [folder / f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
     for file, path in zip(files, paths):
-        if file == shards[old]:
-            with _shard(model_name, file) as content:
-                save({name: content.get_tensor(name) for name in content.keys() if name != old}, path)
+        source = file and os.path.realpath(_checkpoint_file(model_name, file))  # the hub's cache holds links
+        if file in (shards[old], None):
+            tensors = {name: tensor for name, tensor in load_tensors(source)[0].items() if name != old} if file else {
+                old: head.T.contiguous()}
+            save_file(tensors, path, {"format": "pt"})
+            os.chmod(path, (folder / "config.json").stat().st_mode)  # the library makes private files
             continue
-        source = os.path.realpath(_checkpoint_file(model_name, file))  # the hub's cache holds links
         try:
             os.link(source, path)
         except OSError:  # another disk
             copyfile(source, path)
-    new_name = {file: path.name for file, path in zip(files, paths)}
+    file_of = dict(zip(files, (path.name for path in paths)))
     save_json(folder / "model.safetensors.index.json", {
-        "metadata": {"total_size": sum(path.stat().st_size for path in (*paths, last))},
-        "weight_map": {name: last.name if name == old else new_name[file] for name, file in shards.items()}})
+        "metadata": {"total_size": sum(path.stat().st_size for path in paths)},
+        "weight_map": {name: file_of[None if name == old else file] for name, file in shards.items()}})
 
 
-def _prove_export(folder, conversations, expected, device, dtype):
+def _prove_export(folder, conversations, expected):
     """Raise InputError unless the model in `folder` gives the expected logits, one by one and in a padded batch."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
-        model = AutoModelForSequenceClassification.from_pretrained(folder, torch_dtype=dtype).eval().to(device)
-    except Exception as error:
-        raise InputError(f"{folder.parent}: the export cannot be loaded, so nothing was written ({error})") from None
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
+    model = AutoModelForSequenceClassification.from_pretrained(folder, torch_dtype=torch.float32).eval()
     texts, found = [tokenizer.apply_chat_template(c, tokenize=False) for c in conversations], []
     for batch in (*([text] for text in texts), texts):
-        tokens = tokenizer(batch, add_special_tokens=False, padding=True, return_tensors="pt").to(device)
+        tokens = tokenizer(batch, add_special_tokens=False, padding=True, return_tensors="pt")
         with torch.inference_mode():
-            found.append(model(tokens["input_ids"], tokens["attention_mask"]).logits.float().cpu())
-    error = (torch.cat(found) - expected.repeat(2, 1)).norm() / expected.repeat(2, 1).norm()
-    if not error <= (1e-4 if dtype == torch.float32 else 5e-2):
+            found.append(model(tokens["input_ids"], tokens["attention_mask"]).logits)
+    error = (torch.cat(found) - expected.repeat(2, 1)).norm() / torch.cat(found).norm()
+    if not error <= 1e-4:
         raise InputError(f"{folder.parent}: the export's logits differ from phi @ V by {error:.1e} of their size, so "
                          "nothing was written; transformers computes this model otherwise than embed_conversations")
 
 
-def _model_card(model_name, V, labels, about):
+def _model_card(model_name, K, about):
     """The text of the export's README.md."""
-    config, row = about.get("config", {}), (about.get("K"), about.get("alpha"))
-    facts = {"reward model": config.get("model") or model_name, "data": config.get("data"), "rank": V.shape[1],
-             "alpha": row[1], "seed": about.get("seed"), "seen users": len(about.get("users", ())) or None,
-             **{name: _cell(entry["accuracy"][UNSEEN_TEST]) for entry in about.get("evidence", ())
-                if (entry["K"], entry["alpha"]) == row for name in (UNSEEN_TEST,)}}
-    return "\n\n".join(filter(None, (
-        "---\nlibrary_name: transformers\npipeline_tag: text-classification\n---",
-        "# A low-rank reward model, " + ("one user's reward" if len(labels) == 1 else f"a basis of {len(labels)} directions"),
-        "The logits of a chat-formatted conversation are rewards, to be taken without a sigmoid or softmax. The head is "
-        "stored in float32, the backbone as it was.",
+    row = {"rank": about.get("K", K), "alpha": about.get("alpha")}
+    facts = {"reward model": model_name, "data": about.get("config", {}).get("data"), **row, "seed": about.get("seed")}
+    facts |= {UNSEEN_TEST: _cell(entry["accuracy"][UNSEEN_TEST]) for entry in about.get("evidence", ())
+              if [entry["K"], entry["alpha"]] == list(row.values())}
+    return "\n\n".join([
+        "---\nlibrary_name: transformers\npipeline_tag: text-classification\n---", "# A low-rank reward model",
+        "Logits of a chat-formatted conversation are rewards, without a sigmoid or softmax: one user's, or one for each "
+        "direction of a basis. The head is in float32; in bfloat16 rewards lose digits that close answers may need.",
         _markdown(pd.DataFrame([fact for fact in facts.items() if fact[1] is not None], columns=["of", "value"])),
-        about.get("verdict", {}).get("text")))) + "\n"
+        about.get("verdict", {}).get("text", "")]) + "\n"
 
 
 def as_messages(role, content):
@@ -2570,17 +2554,17 @@ def personal_reward(model_name, V, weights, device=None, **options):
     from unittest.mock import patch
     model, tokenizer = load_reward_model(model_name, device)
     V = check_matrix(V, "V", model.config.hidden_size).cpu()
-    W = check_matrix(torch.stack([torch.as_tensor(w) for w in weights.values()]), "weights", None, V.shape[1]).cpu()
-    row_of = {user: row for row, user in enumerate(weights)}
+    W = {user: check_matrix(torch.as_tensor(w)[None], f"weights of {user}", 1, V.shape[1]).cpu()
+         for user, w in weights.items()}
 
     def personal_reward(prompts, completions, user, **columns):
-        for unknown in set(user) - row_of.keys():
+        for unknown in set(user) - W.keys():
             raise InputError(f"user {unknown!r}: no weights; fit them from this user's choices with fit_new_user, and "
                              "give them to personal_reward")
-        with patch.dict(os.environ, WORLD_SIZE="1", RANK="0"):  # each process of a trainer has completions of its own
-            phi = embed_conversations([as_messages("user", prompt) + as_messages("assistant", completion)
-                                       for prompt, completion in zip(prompts, completions)], model, tokenizer, **options)
-        return (phi.float() @ V * W[[row_of[u] for u in user]]).sum(1).tolist()
+        conversations = [as_messages("user", p) + as_messages("assistant", c) for p, c in zip(prompts, completions)]
+        with patch.dict(os.environ, WORLD_SIZE="1", RANK="0"):  # each process of a trainer has conversations of its own
+            phi = embed_conversations(conversations, model, tokenizer, **options).float()
+        return (phi @ V * torch.cat([W[one] for one in user])).sum(1).tolist()
     return personal_reward
 
 

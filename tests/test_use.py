@@ -124,12 +124,12 @@ def test_where_links_fail_the_shards_are_copied(monkeypatch, sharded, basis, tmp
 def test_the_card_names_data_rank_seed_and_evidence(single, basis, tmp_path):
     interval = {"mean": 0.75, "low": 0.7, "high": 0.8}
     export_reward_model(tmp_path / "export", single, *basis[:1], about={
-        "config": {"data": "the data", "model": "the/model"}, "K": K, "alpha": 0.5, "seed": 17, "users": list("abcde"),
+        "config": {"data": "the data"}, "K": K, "alpha": 0.5, "seed": 17, "users": list("abcde"),
         "verdict": {"text": "Undecided: so far."},
         "evidence": [{"K": K, "alpha": alpha, "accuracy": {utils.UNSEEN_TEST: {**interval, "mean": mean}}}
                      for alpha, mean in ((0, 0.71), (0.5, 0.75))]})
     card = (tmp_path / "export" / "README.md").read_text()
-    for text in ("the data", "the/model", "| rank | 3 |", "| seed | 17 |", "| alpha | 0.5 |", "0.750 [0.700, 0.800]",
+    for text in ("the data", str(single), "| rank | 3 |", "| seed | 17 |", "| alpha | 0.5 |", "0.750 [0.700, 0.800]",
                  "Undecided: so far."):
         assert text in card
     assert "0.710" not in card
@@ -167,18 +167,18 @@ def test_an_interrupted_export_leaves_nothing(monkeypatch, single, basis, tmp_pa
 
 
 @pytest.mark.parametrize("damage", ["head", "pad", "backbone"])
-def test_an_export_whose_logits_are_not_the_rewards_is_refused_and_leaves_nothing(monkeypatch, single, sharded, basis,
-                                                                                  tmp_path, damage):
-    write, pad = utils._write_weights, utils._pad_token
-    if damage == "head":
-        monkeypatch.setattr(utils, "_write_weights", lambda folder, model, head: write(folder, model, 1.001 * head))
-    elif damage == "pad":
-        monkeypatch.setattr(utils, "_pad_token", lambda *arguments: (3, "<|eot_id|>"))
-    else:  # the model itself is another on the way
-        def without_a_layer(folder, *arguments):
-            write(folder, *arguments)
+def test_an_export_whose_logits_are_not_the_rewards_is_refused_and_leaves_nothing(monkeypatch, single, basis, tmp_path,
+                                                                                  damage):
+    write = utils._write_checkpoint
+
+    def spoil(folder, model, tokenizer, pad_name, head):
+        write(folder, model, tokenizer, pad_name, head * (1.001 if damage == "head" else 1))
+        if damage == "pad":  # the end of a turn, which stands in the middle of a conversation too
+            changed(folder / "config.json", pad_token_id=3)
+        if damage == "backbone":
             changed(folder / "config.json", num_hidden_layers=1)
-        monkeypatch.setattr(utils, "_write_weights", without_a_layer)
+
+    monkeypatch.setattr(utils, "_write_checkpoint", spoil)
     with input_error("nothing was written"):
         export_reward_model(tmp_path / "export", single, basis[0])
     assert not list(tmp_path.iterdir())
