@@ -4,7 +4,8 @@
 
 Learns the basis on the seen users, then fits every unseen user from the pairs of 1, 2, 3 of the user's conversations,
 drawn anew in each trial. Writes vary_fewshot.json, .csv and .tex (means with 95 % intervals over users), .png and .pdf
-to results/ beside itself.
+to results/ beside itself. Then asks them one question (a pair) at a time, random ones or those that tell the most, with
+the seen users as the prior: vary_questions.json, .csv, .png and .pdf.
 """
 
 import sys

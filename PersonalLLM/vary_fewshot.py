@@ -4,7 +4,8 @@
 
 Learns the basis on the seen users, then fits every unseen user from 5, 10, .. 50 pairs, drawn anew in each trial.
 Writes vary_fewshot.json, .csv and .tex (means with
-95 % intervals over users), .png and .pdf to results/ beside itself.
+95 % intervals over users), .png and .pdf to results/ beside itself. Then asks them one question at a time, random ones
+or those that tell the most, with the seen users as the prior: vary_questions.json, .csv, .png and .pdf.
 """
 
 import sys
