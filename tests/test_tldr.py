@@ -239,6 +239,10 @@ def test_few_shot_curves_say_where_users_have_fewer_pairs(monkeypatch, capsys, r
     assert "Shots : 12" in out and f"{reached[2]:.1f}" in out and f"from {min(has) + 1} pairs" in out
     assert all("not every unseen user" in figure.get_suptitle() for figure in figures[:2])  # then the questions'
     assert (embeddings / "results" / "vary_fewshot.png").read_bytes().startswith(b"\x89PNG")
+    questions = pd.read_csv(embeddings / "results" / "vary_questions.csv").pivot(
+        index="questions", columns="fit", values="mean")
+    assert questions["posterior, chosen"][4] > questions["posterior, random"][8] - 0.02  # half the questions
+    assert f"{questions['posterior, chosen'][4]:.3f} [" in out
 
 
 # ---- Interruptions and full disks -----------------------------------------------------------------------------------
