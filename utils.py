@@ -1,6 +1,6 @@
 """LoRe: low-rank reward modelling for personalised language models (arXiv 2504.14439).
 
-What the scripts of the three data sets share, in seven parts, each using only those above it:
+What the scripts of the three data sets share, in eight parts, each using only those above it:
 
     1. Errors and files                one line for what a user can mend; whole files; rows of others' files
     2. Reward model and embedding      phi(prompt, response), one vector a conversation
@@ -9,6 +9,7 @@ What the scripts of the three data sets share, in seven parts, each using only t
     5. Evaluation and evidence         accuracies of personalised rewards; is it personal, by how much
     6. Pipelines                       run, run_regularized, run_few_shot_vary_shots
     7. Results and plots               JSON, safetensors, CSV, report.md, pictures
+    8. Use                             export, rewards for trainers, a new user and what to ask
 
 In formulas: x = phi(chosen) - phi(rejected) is a preference pair of user i, V (d x K) the shared reward basis,
 w_i = softmax(W_i) that user's weights, m = x V w_i / 100 the margin, and P(chosen beats rejected) = sigmoid(m).
@@ -2353,3 +2354,261 @@ def save_few_shot_curves(folder, curves, of_users, data, about, config, groups=N
             f"{about['config']['data']}: {UNSEEN_TEST}, with 95 \\% intervals over users")))
         save_picture(new, "vary_fewshot", draw_few_shot(frame, title, f"{of_shot} per unseen user"))
     return wide
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. Use
+# ---------------------------------------------------------------------------------------------------------------------
+
+PROBES = [[{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, texts)] for texts in (
+    ("Is tea better than coffee?", "Tea."), ("How far is the moon?", "384,000 km.", "And the sun?", "150 million km."))]
+
+
+def export_reward_model(folder, model_name, V, w=None, about=None, conversations=PROBES):
+    """Write a reward model that anyone loads as `AutoModelForSequenceClassification`, and prove it.
+
+    folder: a new one. model_name: the reward model of the basis V `[d, K]`. w: one user's weights `[K]`, for one label;
+    default the whole basis, K labels. about: for the model card, what `load_tensors` and `load_json` read in results/.
+    The backbone's files are linked, the head is float32. Raises InputError, and leaves nothing: where logits of these
+    conversations, one by one or padded, are not phi @ V @ w within 1e-4, in float32 on the CPU; where the model needs
+    code of its own or has no token to pad with.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as classes
+    V, folder = check_matrix(V, "V", len(load_reward_head(model_name))).cpu(), Path(folder)
+    head = V if w is None else V @ check_matrix(torch.as_tensor(w).reshape(-1, 1), "w", V.shape[1], 1).cpu()
+    config = load_json(_checkpoint_file(model_name, "config.json") or Path(model_name, "config.json"), "model_type")
+    if "auto_map" in config or config["model_type"] not in classes:
+        raise InputError(f"model {model_name}: needs code of its own (trust_remote_code), which servers and trainers "
+                         "do not run; take one that transformers has as a sequence classifier")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"{folder}: not empty; give a new folder")
+    model, tokenizer = load_reward_model(model_name, "cpu")
+    expected = embed_conversations(conversations, model, tokenizer, batch_size=1).float() @ head  # (n, labels)
+    pad, pad_name = _pad_token(model_name, tokenizer, conversations, model.get_input_embeddings().num_embeddings)
+    del model  # memory need hold one of the two
+    labels = [f"LABEL_{k}" for k in range(head.shape[1])]
+    config |= {"architectures": [classes[config["model_type"]]], "num_labels": len(labels), "pad_token_id": pad,
+               "id2label": dict(enumerate(labels)), "label2id": dict(zip(labels, itertools.count())),
+               "problem_type": "regression"}  # a server would put another through a sigmoid or softmax
+    try:
+        with together(folder) as new, _named_disk_errors(folder):
+            save_json(new / "config.json", config)
+            _write_checkpoint(new, model_name, tokenizer, pad_name, head)
+            save_text(new / "README.md", _model_card(model_name, V.shape[1], about or {}))
+            _prove_export(new, conversations, expected)
+    finally:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _pad_token(model_name, tokenizer, conversations, embeddings):
+    """(id, name) of a special token with an embedding that no conversation holds: the pad token, else a spare one."""
+    used = set(itertools.chain(*tokenize_conversations(conversations, tokenizer)))
+    free = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()
+            if token.special and i < embeddings and i not in used}
+    if not free:
+        raise InputError(f"model {model_name}: padding with the end of a turn would change scores, and none of its "
+                         f"special tokens within {embeddings} embeddings is free; add one to its tokenizer")
+    return min(free.items(), key=lambda item: (item[0] != tokenizer.pad_token_id, *(
+        word not in item[1].lower() for word in ("pad", "reserved", "unused")), -item[0]))
+
+
+def _write_checkpoint(folder, model_name, tokenizer, pad_name, head):
+    """The checkpoint's own tokenizer files, which older versions of transformers can read too, with `pad_name` to pad;
+    its shards, linked, or written anew where one held the old head; the new head in one of its own."""
+    from shutil import copyfile
+    settings = "tokenizer_config.json", "special_tokens_map.json"
+    for name in {*tokenizer.vocab_files_names.values(), *settings, "tokenizer.json", "added_tokens.json",
+                 "chat_template.jinja", "chat_template.json"}:
+        if path := _checkpoint_file(model_name, name):
+            copyfile(path, folder / name)
+            if name in settings:
+                save_json(folder / name, load_json(path) | {"pad_token": pad_name})
+    shards = _shard_of_tensor(model_name)
+    old, = (name for name in shards if name.endswith("score.weight"))
+    files = [*sorted({file for name, file in shards.items() if name != old}), None]  # None: the new head's
+    paths = [folder / f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
+    for file, path in zip(files, paths):
+        source = file and os.path.realpath(_checkpoint_file(model_name, file))  # the hub's cache holds links
+        if file in (shards[old], None):
+            tensors = {name: tensor for name, tensor in load_tensors(source)[0].items() if name != old} if file else {
+                old: head.T.contiguous()}
+            save_file(tensors, path, {"format": "pt"})
+            os.chmod(path, (folder / "config.json").stat().st_mode)  # the library makes private files
+            continue
+        try:
+            os.link(source, path)
+        except OSError:  # another disk
+            copyfile(source, path)
+    file_of = dict(zip(files, (path.name for path in paths)))
+    save_json(folder / "model.safetensors.index.json", {
+        "metadata": {"total_size": sum(path.stat().st_size for path in paths)},
+        "weight_map": {name: file_of[None if name == old else file] for name, file in shards.items()}})
+
+
+def _prove_export(folder, conversations, expected):
+    """Raise InputError unless the model in `folder` gives the expected logits, one by one and in a padded batch."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
+    model = AutoModelForSequenceClassification.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    texts, found = [tokenizer.apply_chat_template(c, tokenize=False) for c in conversations], []
+    for batch in (*([text] for text in texts), texts):
+        tokens = tokenizer(batch, add_special_tokens=False, padding=True, return_tensors="pt")
+        with torch.inference_mode():
+            found.append(model(tokens["input_ids"], tokens["attention_mask"]).logits)
+    error = (torch.cat(found) - expected.repeat(2, 1)).norm() / torch.cat(found).norm()
+    if not error <= 1e-4:
+        raise InputError(f"{folder.parent}: the export's logits differ from phi @ V by {error:.1e} of their size, so "
+                         "nothing was written; transformers computes this model otherwise than embed_conversations")
+
+
+def _model_card(model_name, K, about):
+    """The text of the export's README.md."""
+    row = {"rank": about.get("K", K), "alpha": about.get("alpha")}
+    facts = {"reward model": model_name, "data": about.get("config", {}).get("data"), **row, "seed": about.get("seed")}
+    facts |= {UNSEEN_TEST: _cell(entry["accuracy"][UNSEEN_TEST]) for entry in about.get("evidence", ())
+              if [entry["K"], entry["alpha"]] == list(row.values())}
+    return "\n\n".join([
+        "---\nlibrary_name: transformers\npipeline_tag: text-classification\n---", "# A low-rank reward model",
+        "Logits of a chat-formatted conversation are rewards, without a sigmoid or softmax: one user's, or one for each "
+        "direction of a basis. The head is in float32; in bfloat16 rewards lose digits that close answers may need.",
+        _markdown(pd.DataFrame([fact for fact in facts.items() if fact[1] is not None], columns=["of", "value"])),
+        about.get("verdict", {}).get("text", "")]) + "\n"
+
+
+def as_messages(role, content):
+    """A text as one message of this role; a list of messages as it is."""
+    return [{"role": role, "content": content}] if isinstance(content, str) else list(content)
+
+
+def personal_reward(model_name, V, weights, device=None, **options):
+    """A reward as TRL's trainers call it: reward(prompts, completions, user=[..], **columns) -> list of float.
+
+    V: `[d, K]`; weights: a dict, user -> w `[K]`; options: of `embed_conversations`. Prompts and completions are texts
+    or lists of messages. Raises InputError, also when called: a user without weights.
+    """
+    from unittest.mock import patch
+    model, tokenizer = load_reward_model(model_name, device)
+    V = check_matrix(V, "V", model.config.hidden_size).cpu()
+    W = {user: check_matrix(torch.as_tensor(w)[None], f"weights of {user}", 1, V.shape[1]).cpu()
+         for user, w in weights.items()}
+
+    def personal_reward(prompts, completions, user, **columns):
+        for unknown in set(user) - W.keys():
+            raise InputError(f"user {unknown!r}: no weights; fit them from this user's choices with fit_new_user, and "
+                             "give them to personal_reward")
+        conversations = [as_messages("user", p) + as_messages("assistant", c) for p, c in zip(prompts, completions)]
+        with patch.dict(os.environ, WORLD_SIZE="1", RANK="0"):  # each process of a trainer has conversations of its own
+            phi = embed_conversations(conversations, model, tokenizer, **options).float()
+        return (phi @ V * torch.cat([W[one] for one in user])).sum(1).tolist()
+    return personal_reward
+
+
+def best_of_n(reward, prompt, completions, user):
+    """Score the completions of one prompt for one user -> (scores, their numbers in order, best first)."""
+    scores = reward([prompt] * len(completions), completions, user=[user] * len(completions))
+    return scores, sorted(range(len(scores)), key=lambda i: -scores[i])
+
+
+def _log_likelihoods(features, V, W):
+    """log P of each choice under the reward V w_j of each seen user j: float64 `[m, N]`, m from 0."""
+    V, W = check_matrix(V, "V").cpu(), check_matrix(W, "W", None, V.shape[1]).cpu()
+    if len(features) == 0:
+        return torch.zeros(0, len(W), dtype=torch.float64)
+    scores, = _scores([check_matrix(features, "features", None, len(V))], V)
+    return logsigmoid(scores.double() @ W.double().T / TEMPERATURE)
+
+
+def fit_new_user(features, V, W):
+    """A new user's weights, with the seen users as the prior -> (w `[K]`, posterior `[N]`).
+
+    features: `[m, d]` (or Pairs), chosen minus rejected, m from 0; V: `[d, K]`; W: `[N, K]`, the seen users' weights.
+    posterior: how probable each seen user's weights are after these choices; w is their mean.
+    """
+    posterior = _log_likelihoods(features, V, W).sum(0).softmax(0)
+    return (posterior @ torch.as_tensor(W).cpu().double()).float(), posterior.float()
+
+
+def question_values(candidates, V, W, posterior):
+    """What the answer to each candidate pair would tell of a new user, in nats `[n]`: ask the largest next.
+
+    candidates: `[n, d]` (or Pairs), either answer minus the other; posterior: `[N]`, of `fit_new_user`. The value is
+    the mutual information of answer and user, the entropy of the mean answer less the mean entropy.
+    """
+    P, posterior = _log_likelihoods(candidates, V, W).exp(), torch.as_tensor(posterior).cpu().double()  # (n, N), (N,)
+
+    def entropy(p):
+        return torch.special.entr(p) + torch.special.entr(1 - p)
+    return (entropy(P @ posterior) - entropy(P) @ posterior).clamp(min=0).float()
+
+
+def _asked(S, W, orders, questions):
+    """A user's posterior weights after 1, 2, .. of the questions in each order: `[orders, questions, K]`.
+
+    S: the scores X V of the user's pairs `[m, K]`; orders: pair numbers `[orders, n]`, the last one is repeated.
+    """
+    w = _log_likelihoods(S, torch.eye(S.shape[1]), W)[orders].cumsum(1).softmax(2) @ W.double()
+    return w[:, np.minimum(range(questions), orders.shape[1] - 1)].float()
+
+
+def _chosen_order(S, W, questions):
+    """The pairs that `question_values` asks, each after the answers to those before: `[1, n]`."""
+    order, V = [], torch.eye(S.shape[1])
+    for _ in range(min(questions, len(S))):
+        values = question_values(S, V, W, fit_new_user(S[order], V, W)[1])
+        values[order] = -1
+        order.append(int(values.argmax()))
+    return torch.tensor([order])
+
+
+def question_curves(questions, trials, alpha_list, K_list, data, V_final, device, seeds=(0, 1, 2), num_iterations=500):
+    """Accuracy on unseen users' unseen prompts after 1, 2, .. answered questions, which are pairs of `train_unseen`.
+
+    data: as for `save_results`; trials: how often random questions are drawn; ranks from 2 up. Returns a DataFrame K,
+    alpha, fit, questions, mean, low, high: means over seeds, then over users, with their 95 % intervals.
+    """
+    check_whole("questions", questions)
+    check_settings(K_list=K_list, alpha_list=alpha_list, seeds=seeds, trials=trials, num_iterations=num_iterations)
+    members, found = [member for member in _members(K_list, alpha_list, seeds) if member.K > 1], {}
+    fits = fit_basis(data["train"], members, V_final, num_iterations, 0.5, device=device) if members else []
+    for member, (W, V, _) in zip(members, fits):
+        S_train, S_test = ([S.cpu() for S in _scores(data[part], V)] for part in ("train_unseen", "test_unseen"))
+        W, generator = W.cpu(), member.generator(2)
+        random_orders = [torch.stack([torch.randperm(len(S), generator=generator)[:questions] for _ in range(trials)])
+                         for S in S_train]
+        by_fit = {"released fit, random": np.stack([_trials(member, S_train, S_test, shots, trials, None)[1].mean(0)
+                                                    for shots in range(1, questions + 1)], 1)}  # (users, questions)
+        for name, orders in (("posterior, random", random_orders),
+                             ("posterior, chosen", [_chosen_order(S, W, questions) for S in S_train])):
+            by_fit[name] = np.stack([(test @ _asked(S, W, order, questions).mT > 0).double().mean((0, 1)).numpy()
+                                     for S, test, order in zip(S_train, S_test, orders)])
+        for name, accuracies in by_fit.items():
+            found.setdefault((name, member.K, member.alpha), []).append(accuracies)
+    found = summaries({key: np.mean(of_seeds, 0) for key, of_seeds in found.items()}) if found else {}
+    return pd.DataFrame([{"K": K, "alpha": alpha, "fit": name, "questions": i, **values}
+                         for (name, K, alpha), (rows, _) in found.items() for i, values in enumerate(rows, 1)])
+
+
+def vary_questions(folder, data, V_final, about, config, device):
+    """Print `question_curves`, a table, and write vary_questions.json, .csv, .png and .pdf; needs a rank from 2 up.
+
+    data, about: as for `save_results`; config: what the reader set, with what `question_curves` takes.
+    """
+    frame = question_curves(config["num_questions"], config["trials"], config["alpha_list"], config["K_list"], data,
+                            V_final, device, config["question_seeds"], config["num_iterations"])
+    if process_rank() > 0 or frame.empty:
+        return
+    about, colors = _about_run(data, about, config), _colors(frame["fit"])
+    columns, panels = {}, [[]]
+    for (alpha, K), model in frame.groupby(["alpha", "K"], sort=False):
+        curves = {name: rows.to_dict("records") for name, rows in model.groupby("fit", sort=False)}
+        columns |= {(f"K = {K}, alpha {alpha:g}", name): list(map(_cell, rows)) for name, rows in curves.items()}
+        panels[0].append((f"K = {K}, alpha {alpha:g}", "accuracy", (0.5, "chance"), [
+            (name, colors[name], [row["questions"] for row in rows], rows) for name, rows in curves.items()]))
+    title = f"{_title(about, config['question_seeds'])}; {UNSEEN_TEST}"
+    with together(folder) as new:
+        save_json(new / "vary_questions.json", {**about, "curves": frame.to_dict("records")})
+        save_text(new / "vary_questions.csv", frame.to_csv(index=False))
+        save_picture(new, "vary_questions", _picture(title, panels, "questions per unseen user"))
+    table = pd.DataFrame(columns, index=pd.RangeIndex(1, config["num_questions"] + 1, name="questions"))
+    print(f"\n{UNSEEN_TEST}, mean over seeds {config['question_seeds']}, by questions asked:\n{table.to_string()}")

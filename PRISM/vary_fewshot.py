@@ -4,7 +4,8 @@
 
 Learns the basis on the seen users, then fits every unseen user from the pairs of 1, 2, 3 of the user's conversations,
 drawn anew in each trial. Writes vary_fewshot.json, .csv and .tex (means with 95 % intervals over users), .png and .pdf
-to results/ beside itself.
+to results/ beside itself. Then asks them one question (a pair) at a time, random ones or those that tell the most, with
+the seen users as the prior: vary_questions.json, .csv, .png and .pdf.
 """
 
 import sys
@@ -22,6 +23,8 @@ num_iterations = 500  # of the training, of `LoRe` as for the other data sets, w
 trials = 20
 num_shots = [1, 2, 3]  # conversations; most users have six, of which half are for training
 seed = 0  # of the training and of the drawn shots
+num_questions = 8  # asked of an unseen user one by one: random pairs, or those that tell the most
+question_seeds = [0, 1, 2]  # of the trainings behind the questions; accuracies are averaged within a user
 MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"  # whose head is read where none stands beside the embeddings
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -31,6 +34,7 @@ def main():
     config = dict(K_list=K_list, alpha_list=alpha_list, num_iterations=num_iterations, trials=trials,
                   num_shots=num_shots, seed=seed)
     check_settings(**config)
+    config.update(num_questions=num_questions, question_seeds=question_seeds)
     data, V_final, about = prism.load_embeddings(args.dir, MODEL_NAME)
     check_writable(args.dir / "results")
     of_users = []
@@ -42,6 +46,7 @@ def main():
         table = save_few_shot_curves(args.dir / "results", curves, of_users, data, about, config,
                                      data["dialogs_unseen"])
         print(f"\n{UNSEEN_TEST}, 95 % intervals over users:\n{table.to_string()}")
+    vary_questions(args.dir / "results", data, V_final, about, config, default_device())
     print(f"\nthe curves, tables and a picture are in {args.dir / 'results'}")
 
 

@@ -4,7 +4,8 @@
 
 Learns the basis on the seen users, then fits every unseen user from 5, 10, .. 50 pairs, drawn anew in each trial.
 Writes vary_fewshot.json, .csv and .tex (means with
-95 % intervals over users), .png and .pdf to results/ beside itself.
+95 % intervals over users), .png and .pdf to results/ beside itself. Then asks them one question at a time, random ones
+or those that tell the most, with the seen users as the prior: vary_questions.json, .csv, .png and .pdf.
 """
 
 import sys
@@ -22,6 +23,8 @@ num_iterations = 500  # of the training, half of what train_basis.py takes
 trials = 20
 num_shots = list(range(5, 51, 5))
 seed = 0  # of the training and of the drawn shots
+num_questions = 8  # asked of an unseen user one by one: random pairs, or those that tell the most
+question_seeds = [0, 1, 2]  # of the trainings behind the questions; accuracies are averaged within a user
 population_seed = 0  # of the users and of the prompts that each compares
 N, N_unseen = 1000, 500  # simulated users
 concentration = 0.1  # of the Dirichlet distribution over the ten scorers
@@ -43,6 +46,7 @@ def main():
     config = dict(K_list=K_list, alpha_list=alpha_list, num_iterations=num_iterations, trials=trials,
                   num_shots=num_shots, seed=seed)
     check_settings(**config)
+    config.update(num_questions=num_questions, question_seeds=question_seeds)
     for demo in (True, False):
         personalllm.check_population(population(demo))
     tables, V_final, about = personalllm.load_embeddings(args.dir, MODEL_NAME, args.data)
@@ -59,6 +63,7 @@ def main():
         table = save_few_shot_curves(args.dir / "results", curves, of_users, data, about,
                                      {**config, "pairs_dropped": data["dropped"]})
         print(f"\n{UNSEEN_TEST}, 95 % intervals over users:\n{table.to_string()}")
+    vary_questions(args.dir / "results", data, V_final, about, config, default_device())
     print(f"\nthe curves, tables and a picture are in {args.dir / 'results'}")
 
 

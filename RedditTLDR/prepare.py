@@ -3,7 +3,10 @@
     python prepare.py                                  on a CUDA GPU with 18 GB or more; downloads data and model
     torchrun --nproc-per-node 8 prepare.py             the same on eight GPUs
     python prepare.py --demo                           on any machine: tiny stand-in model, synthetic comparisons
-    python prepare.py --data DIR --model ID_OR_PATH    your own data in the schema of demo/, another reward model
+    python prepare.py --data DIR --model ID_OR_PATH    a copy of the data in the schema of demo/, another reward model
+    python prepare.py --data mine.jsonl                your own comparisons, rows as in demo/own_data/: user, prompt,
+                                                       chosen, rejected, texts or lists of messages, and where you
+                                                       want it split (train, validation); also a folder, a file a split
 
 Writes beside itself tldr_embeddings_train.pkl and tldr_embeddings_val.pkl (worker -> list of comparisons with the
 embeddings of both summaries) and reward_head.safetensors. An interrupted run resumes from .embedding_cache/.
@@ -24,42 +27,50 @@ MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"
 ATTENTION = "sdpa"  # computes a post once for all its summaries; flash_attention_2 cannot. None: flash where installed
 TOKEN_BUDGET = 8192  # tokens in a batch
 SHARD_SIZE = 1024  # summaries per file of the cache, the most that an interruption loses
+test_share = 0.2  # of the prompts of own data in one file without a split, for validation
+test_seed = 0  # of the draw of these prompts
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def read(args):
-    """The comparisons of both splits, by worker; says what was read, and refuses what could not be trained on."""
-    splits = []
-    for split, rows in tldr.read_comparisons(args.data).items():
-        by_worker, dropped = tldr.comparisons_by_worker(rows, args.limit)
+    """Whether the data are somebody's own, and the comparisons of both splits, by worker; says what was read, and
+    refuses what could not be trained on."""
+    splits, (schema, rows_of) = [], tldr.read_comparisons(args.data, test_share, test_seed)
+    own = schema is tldr.OwnComparison
+    for split, rows in rows_of.items():
+        by_worker, dropped = tldr.comparisons_by_worker(rows, schema, args.limit)
         pairs = [pair for pairs in by_worker.values() for pair in pairs]
         print(f"{split}: {len(pairs):,} comparisons by {len(by_worker)} workers, {dropped:,} rows without a post or a "
               "summary dropped")
         warn_of_equal_sides(split, sum(p["winning_summary"] == p["losing_summary"] for p in pairs), len(pairs))
         splits.append(by_worker)
-    tldr.split_workers(*splits)
-    return splits
+    tldr.split_workers(*splits, leave_out=0 if own else tldr.LEAVE_OUT)
+    return own, splits
 
 
 def embed(splits, args):
     """Add to every comparison of both splits its embeddings, one bfloat16 tensor per distinct (post, summary)."""
-    numbers = {}
+    conversations = {}  # as JSON -> number
     pairs = [pair for by_worker in splits for comparisons in by_worker.values() for pair in comparisons]
+
+    def key(pair, side):
+        return json.dumps(tldr.conversation(pair["text"], pair[f"{side}_summary"]))
+
     for pair in pairs:
         for side in tldr.SIDES:
-            numbers.setdefault((pair["text"], pair[f"{side}_summary"]), len(numbers))
-    print(f"{2 * len(pairs):,} summaries to embed, {len(numbers):,} distinct ones")
+            conversations.setdefault(key(pair, side), len(conversations))
+    print(f"{2 * len(pairs):,} summaries to embed, {len(conversations):,} distinct ones")
     model, tokenizer = load_reward_model(args.model, attention=ATTENTION)
-    embeddings = embed_conversations([tldr.conversation(*texts) for texts in numbers], model, tokenizer,
+    embeddings = embed_conversations(list(map(json.loads, conversations)), model, tokenizer,
                                      args.dir / ".embedding_cache", TOKEN_BUDGET, SHARD_SIZE)
     vectors = [vector.clone() for vector in embeddings.bfloat16()]  # each with memory of its own, as pickled
     for pair in pairs:
-        pair["embeddings"] = {side: [vectors[numbers[pair["text"], pair[f"{side}_summary"]]]] for side in tldr.SIDES}
+        pair["embeddings"] = {side: [vectors[conversations[key(pair, side)]]] for side in tldr.SIDES}
 
 
 def main():
     args = prepare_arguments(__doc__, HERE, MODEL_NAME)
-    splits = read(args)
+    own, splits = read(args)
     head = load_reward_head(args.model)
     outputs = [args.dir / name for name in tldr.FILES]
     identity = {"model": "stand-in" if args.demo else args.model, "reward_head": digest_of(head.tolist()),
@@ -72,7 +83,7 @@ def main():
     if process_rank() > 0:
         return
     with new_embeddings(args.dir, head, identity, model=identity["model"], data=args.label or tldr.DATASET,
-                        demo=args.demo) as folder:
+                        demo=args.demo, own=own) as folder:
         for path, by_worker in zip(outputs, splits):
             with atomic_write(folder / path.name) as file:
                 pickle.dump(by_worker, file, protocol=4)

@@ -1,15 +1,18 @@
-"""Reddit TL;DR: where the comparisons are from, how a row becomes conversations, what the embeddings files hold."""
+"""Reddit TL;DR, and comparisons of anybody's own: where they are from, how a row becomes conversations, what the
+embeddings files hold."""
 
-from typing import List, Optional
+from typing import List, Literal, Optional, Union
 
 from pydantic import BaseModel, BeforeValidator, Field, StrictStr
-from typing_extensions import Annotated
+from typing_extensions import Annotated, TypedDict
 
 from utils import *
 
 DATASET = "openai/summarize_from_feedback"
+SCHEMAS = f"{DATASET}, or {{user, prompt, chosen, rejected}} for data of your own"
 FILES = ("tldr_embeddings_train.pkl", "tldr_embeddings_val.pkl")
 SIDES = ("winning", "losing")
+LEAVE_OUT = 2  # workers of the fewest pairs, in each file; of own data none
 
 
 def name_of(worker):
@@ -37,31 +40,97 @@ class Comparison(BaseModel):
     choice: Annotated[int, Field(ge=0, le=1)]
     worker: Worker
 
-
-def read_comparisons(folder):
-    """The rows of both splits, (where, row) pairs: from a folder, or from the hub where it is None."""
-    if folder is not None:
-        files = split_files(folder, train=["train"], validation=["validation", "test"])
-        return {split: (row for path in paths for row in read_rows(path)) for split, paths in files.items()}
-    return hub_rows(DATASET, revision="refs/convert/parquet", data_files={
-        split: f"comparisons/{split}/*.parquet" for split in ("train", "validation")})
+    def parts(self):
+        """(worker, prompt, chosen, rejected)"""
+        first, second = (summary.text for summary in self.summaries)
+        return self.worker, self.info.post, *((second, first) if self.choice else (first, second))
 
 
-def comparisons_by_worker(rows, limit=None):
+class Message(TypedDict):
+    role: StrictStr
+    content: StrictStr
+
+
+Turns = Optional[Union[StrictStr, Annotated[List[Message], Field(min_length=1)]]]
+
+
+class OwnComparison(BaseModel):
+    """A row of data of one's own: each part a text or a list of messages; the answers may repeat the prompt's."""
+    user: Worker
+    prompt: Turns
+    chosen: Turns
+    rejected: Turns
+    split: Optional[Literal["train", "validation", "test"]] = None
+
+    def parts(self):
+        """(user, prompt, chosen, rejected)"""
+        opening = as_messages("user", self.prompt or "")
+        return self.user, self.prompt, *(turns[len(opening):] if turns and turns[:len(opening)] == opening else turns
+                                         for turns in (self.chosen, self.rejected))
+
+
+def schema_of(path):
+    """Of which of the two schemas the rows of a file are, by its first row."""
+    row = None
+    with contextlib.suppress(InputError):  # which reading it again will raise
+        _, row = next(read_rows(path), (None, None))
+    return OwnComparison if isinstance(row, dict) and {"chosen", "rejected"} & row.keys() else Comparison
+
+
+def read_comparisons(data, test_share, test_seed):
+    """(schema, the rows of both splits as (where, row) pairs) of a folder, a file, or of the hub where it is None.
+
+    Own data may be one file, see `split_own`.
+    """
+    if data is None:
+        return Comparison, hub_rows(DATASET, revision="refs/convert/parquet", data_files={
+            split: f"comparisons/{split}/*.parquet" for split in ("train", "validation")})
+    files = [data] if data.is_file() else list(data.glob("[!.]*.*"))
+    if data.is_file() or len(files) == 1 and schema_of(files[0]) is OwnComparison:
+        return OwnComparison, split_own(read_rows(files[0]), test_share, test_seed)
+    files = split_files(data, train=["train"], validation=["validation", "test"])
+    return schema_of(files["train"][0]), {split: (row for path in paths for row in read_rows(path))
+                                          for split, paths in files.items()}
+
+
+def split_own(rows, test_share, test_seed):
+    """Split the rows of own data in one file by their `split`, or else, seeded, by prompt: a prompt is on one side.
+
+    test_share: of the prompts, for validation. Raises InputError: some rows without a split, or all on one side.
+    """
+    check_number("test_share", test_share, 0.01, 0.99)
+    rows = list(rows)
+    parsed = list(parse_rows(rows, OwnComparison, SCHEMAS))
+    prompts = [prompt_of(row.prompt) for _, row in parsed]
+    if any(row.split for _, row in parsed):
+        for where in (where for where, row in parsed if not row.split):
+            raise InputError(f"{where}: no split, and other rows have one; give each row train, validation or test")
+        held = [row.split != "train" for _, row in parsed]
+    else:
+        distinct = sorted(set(prompts))
+        random.Random(test_seed).shuffle(distinct)
+        chosen = set(distinct[:max(1, round(test_share * len(distinct)))])
+        held = [prompt in chosen for prompt in prompts]
+    if len(set(held)) < 2:
+        raise InputError(f"{len(rows)} rows of {len(set(prompts))} prompts on one side only; training and test need "
+                         "prompts of their own, give more rows, or a split of both kinds")
+    return {split: list(itertools.compress(rows, [is_held == (split == "validation") for is_held in held]))
+            for split in ("train", "validation")}
+
+
+def comparisons_by_worker(rows, schema=Comparison, limit=None):
     """Group the first `limit` usable rows: worker -> list of {text, winning_summary, losing_summary}.
 
     Workers come in ascending order of their number of comparisons. Returns also how many rows were dropped because
     their post or a summary is null or empty. Raises InputError that names row and field.
     """
     by_worker, kept, dropped = {}, 0, 0
-    for _, row in parse_rows(rows, Comparison, DATASET):
-        post, first, second = row.info.post, *(summary.text for summary in row.summaries)
-        if not all(text and text.strip() for text in (post, first, second)):
+    for _, row in parse_rows(rows, schema, SCHEMAS):
+        worker, *turns = row.parts()
+        if not all(part and all(m["content"].strip() for m in as_messages("", part)) for part in turns):
             dropped += 1
             continue
-        winning, losing = (second, first) if row.choice else (first, second)
-        by_worker.setdefault(row.worker, []).append(
-            {"text": post, "winning_summary": winning, "losing_summary": losing})
+        by_worker.setdefault(worker, []).append(dict(zip(("text", "winning_summary", "losing_summary"), turns)))
         kept += 1
         if kept == limit:
             break
@@ -69,8 +138,17 @@ def comparisons_by_worker(rows, limit=None):
 
 
 def conversation(post, summary):
-    """What the reward model is shown: the post as the user's turn, the summary as the answer."""
-    return [{"role": "user", "content": post}, {"role": "assistant", "content": summary}]
+    """What the reward model is shown: the post as the user's turn, the summary as the answer; of own data messages."""
+    return as_messages("user", post) + as_messages("assistant", summary)
+
+
+def prompt_of(post):
+    """A post or own prompt as one text, to be told from others."""
+    return json.dumps(as_messages("user", post or ""))
+
+
+def length_of(summary):
+    return sum(len(message["content"]) for message in as_messages("assistant", summary))
 
 
 def load_embeddings(folder, model_name):
@@ -97,10 +175,11 @@ def load_embeddings(folder, model_name):
             width.setdefault(vectors.shape[1], f"{path}, worker {worker}")
         files.append(content)
     head, about = find_reward_head(folder, model_name, "Reddit TL;DR", width, FILES)
+    about |= {"leave_out": 0, "title": about["data"]} if about.get("own") else {"leave_out": LEAVE_OUT}
     return *files, head, about
 
 
-def split_workers(train, validation, seed=0, leave_out=2):
+def split_workers(train, validation, seed=0, leave_out=LEAVE_OUT):
     """The workers of both files, halved into (seen, unseen), and the generator that goes on to draw their pairs.
 
     train, validation: dicts of `comparisons_by_worker`. The `leave_out` workers with the fewest pairs of each file are
@@ -119,14 +198,14 @@ def split_workers(train, validation, seed=0, leave_out=2):
     return workers[:len(workers) // 2], workers[len(workers) // 2:], chance
 
 
-def create_dataset(train, validation, train_pairs, unseen_pairs, seed=0):
+def create_dataset(train, validation, train_pairs, unseen_pairs, seed=0, leave_out=LEAVE_OUT):
     """Split the workers and form their pairs.
 
     train_pairs, unseen_pairs: how many training pairs a seen and an unseen worker keep at most, drawn by `seed`.
     Returns a dict: `seen` and `unseen`, lists of workers; one float32 `[m_i, d]` per worker under each of `train`,
     `test`, `train_unseen`, `test_unseen`; `prompts` and `longer` of `evidence`, where the file holds the texts.
     """
-    seen, unseen, chance = split_workers(train, validation, seed)
+    seen, unseen, chance = split_workers(train, validation, seed, leave_out)
 
     def sample(file, workers, most):
         return [chance.sample(file[worker], min(most, len(file[worker]))) for worker in workers]
@@ -142,8 +221,9 @@ def create_dataset(train, validation, train_pairs, unseen_pairs, seed=0):
             "prompts": {}, "longer": None}
     if all({"text", "winning_summary", "losing_summary"} <= pair.keys() for groups in drawn.values() for pairs in groups
            for pair in pairs):
-        data["prompts"] = {part: [[pair["text"] for pair in pairs] for pairs in groups]
+        data["prompts"] = {part: [[prompt_of(pair["text"]) for pair in pairs] for pairs in groups]
                            for part, groups in drawn.items()}
-        data["longer"] = {"test_unseen": [np.sign([len(pair["winning_summary"]) - len(pair["losing_summary"])
-                                                   for pair in pairs]) for pairs in drawn["test_unseen"]]}
+        data["longer"] = {"test_unseen": [
+            np.sign([length_of(pair["winning_summary"]) - length_of(pair["losing_summary"]) for pair in pairs])
+            for pairs in drawn["test_unseen"]]}
     return data

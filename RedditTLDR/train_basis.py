@@ -6,6 +6,11 @@
 Prints the accuracies of each rank K (0: the reference model, 1: one Bradley-Terry model for all, 2 and up: LoRe), then
 a table with 95 % intervals and the verdict: is the reward personal, by how much, is any of it an artefact. Writes
 results/ beside itself: report.md, results.json, results.csv, K_<rank>.safetensors, two pictures (PNG and PDF).
+From a rank's file a checkpoint for servers and trainers, with the reward of one user or, without w, with all of V:
+
+    tensors, about = load_tensors("results/K_5.safetensors")
+    export_reward_model("my_reward", MODEL_NAME, tensors["V"], w=tensors["W"][0],
+                        about={**load_json("results/results.json"), **about})
 """
 
 import sys
@@ -42,7 +47,7 @@ def main():
     if released_reference:
         V_final = load_released_reference(MODEL_NAME)
     everyone = len(train.keys() | validation.keys())
-    data = tldr.create_dataset(train, validation, train_pairs, unseen_pairs, split_seed)
+    data = tldr.create_dataset(train, validation, train_pairs, unseen_pairs, split_seed, about["leave_out"])
     del train, validation
     check_writable(args.dir / "results")
     N, N_unseen = len(data["seen"]), len(data["unseen"])

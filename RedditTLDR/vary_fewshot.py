@@ -4,7 +4,8 @@
 
 Learns the basis on the seen workers, then fits every unseen worker from 5, 10, .. 50 pairs, drawn anew in each trial.
 Writes vary_fewshot.json, .csv and .tex (means with
-95 % intervals over users), .png and .pdf to results/ beside itself.
+95 % intervals over users), .png and .pdf to results/ beside itself. Then asks them one question at a time, random ones
+or those that tell the most, with the seen users as the prior: vary_questions.json, .csv, .png and .pdf.
 """
 
 import sys
@@ -22,6 +23,8 @@ num_iterations = 500  # of the training, half of what train_basis.py takes
 trials = 20
 num_shots = list(range(5, 51, 5))
 seed = 0  # of the training and of the drawn shots
+num_questions = 8  # asked of an unseen user one by one: random pairs, or those that tell the most
+question_seeds = [0, 1, 2]  # of the trainings behind the questions; accuracies are averaged within a user
 split_seed = 0  # of the split into seen and unseen workers
 train_pairs = 150  # at most, per seen worker
 unseen_pairs = 100  # at most, per unseen worker, of which the shots are drawn
@@ -35,8 +38,9 @@ def main():
                   num_shots=num_shots, seed=seed, split_seed=split_seed, train_pairs=train_pairs,
                   unseen_pairs=unseen_pairs)
     check_settings(**config)
+    config.update(num_questions=num_questions, question_seeds=question_seeds)
     train, validation, V_final, about = tldr.load_embeddings(args.dir, MODEL_NAME)
-    data = tldr.create_dataset(train, validation, train_pairs, unseen_pairs, split_seed)
+    data = tldr.create_dataset(train, validation, train_pairs, unseen_pairs, split_seed, about["leave_out"])
     del train, validation
     check_writable(args.dir / "results")
     of_users = []
@@ -47,6 +51,7 @@ def main():
     if process_rank() == 0:
         table = save_few_shot_curves(args.dir / "results", curves, of_users, data, about, config)
         print(f"\n{UNSEEN_TEST}, 95 % intervals over users:\n{table.to_string()}")
+    vary_questions(args.dir / "results", data, V_final, about, config, default_device())
     print(f"\nthe curves, tables and a picture are in {args.dir / 'results'}")
 
 

@@ -237,8 +237,12 @@ def test_few_shot_curves_say_where_users_have_fewer_pairs(monkeypatch, capsys, r
     assert curve["unseen_mean"][1] > curve["unseen_mean"][0] and curve["unseen_std"][0] > 1e-3
     out = capsys.readouterr().out
     assert "Shots : 12" in out and f"{reached[2]:.1f}" in out and f"from {min(has) + 1} pairs" in out
-    assert all("not every unseen user" in figure.get_suptitle() for figure in figures)
+    assert all("not every unseen user" in figure.get_suptitle() for figure in figures[:2])  # then the questions'
     assert (embeddings / "results" / "vary_fewshot.png").read_bytes().startswith(b"\x89PNG")
+    questions = pd.read_csv(embeddings / "results" / "vary_questions.csv").pivot(
+        index="questions", columns="fit", values="mean")
+    assert questions["posterior, chosen"][4] > questions["posterior, random"][8] - 0.02  # half the questions
+    assert f"{questions['posterior, chosen'][4]:.3f} [" in out
 
 
 # ---- Interruptions and full disks -----------------------------------------------------------------------------------
@@ -355,8 +359,9 @@ def test_an_interrupted_vary_fewshot_goes_on_from_its_training(monkeypatch, caps
         interrupted(monkeypatch, capsys, module, "--dir", embeddings)
     call(monkeypatch, module, "--dir", embeddings)
     assert "after 30 iterations" in capsys.readouterr().out
-    assert set(content_of(embeddings / "results")) == {f"vary_fewshot.{end}" for end in ("json", "csv", "tex", "png",
-                                                                                         "pdf")}
+    assert set(content_of(embeddings / "results")) == {
+        *(f"vary_fewshot.{end}" for end in ("json", "csv", "tex", "png", "pdf")),
+        *(f"vary_questions.{end}" for end in ("json", "csv", "png", "pdf"))}
 
 
 # ---- What prepare.py reads ------------------------------------------------------------------------------------------

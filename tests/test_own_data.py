@@ -1,0 +1,151 @@
+"""Comparisons of anybody's own, {user, prompt, chosen, rejected}, from a file to a report."""
+
+import functools
+import itertools
+import json
+import pickle
+import random
+
+import pytest
+import tldr
+from demos import EMBEDDINGS, build_model, plain, quick, results_in, rows_in, state_alone, write_rows
+from helpers import ROOT, call, load_script, refused
+
+import utils
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+script = functools.partial(load_script, "RedditTLDR")
+EXAMPLE = ROOT / "RedditTLDR" / "demo" / "own_data"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return build_model(tmp_path_factory.mktemp("model") / "standin")
+
+
+@pytest.fixture
+def rows():
+    """Of 20 users, each asked 30 of 60 questions; half of them want few words, the others many."""
+    chance, found = random.Random(5), []
+    short, long = "yes , one two", "well , let us go through all of it slowly , one by one , and then once more from the start"
+    for number, question in itertools.product(range(20), range(0, 60, 2)):
+        question += number % 2
+        answers = [f"{text} {chance.randrange(1000)}" for text in (short, long)]
+        found.append({"user": number, "prompt": f"question {question} of many ?", "chosen": answers[number // 2 % 2],
+                      "rejected": answers[1 - number // 2 % 2]})
+    return found
+
+
+def prepared(monkeypatch, model, data, folder, **constants):
+    """Both pickles that prepare.py makes of data."""
+    call(monkeypatch, quick(monkeypatch, script("prepare"), **constants), "--data", data, "--model", model, "--dir", folder)
+    return [pickle.loads((folder / name).read_bytes()) for name in EMBEDDINGS["RedditTLDR"]]
+
+
+def prompts_of(pickled):
+    return {pair["text"] for pairs in pickled.values() for pair in pairs}
+
+
+def test_a_file_of_20_users_with_30_comparisons_goes_to_a_report_with_two_commands(monkeypatch, model, rows, tmp_path):
+    train, validation = prepared(monkeypatch, model, write_rows(tmp_path / "mine.jsonl", rows), tmp_path)
+    call(monkeypatch, script("train_basis"), "--dir", tmp_path)
+    results = results_in(tmp_path)
+    assert (tmp_path / "results" / "report.md").read_text().startswith("# mine.jsonl: is the reward personal?")
+    assert sorted(results["users"] + results["unseen_users"], key=int) == [str(number) for number in range(20)]
+    assert results["verdict"]["personal"] == "yes" and not any(results["leaks"].values())
+    assert len(prompts_of(validation)) == 12 and len(prompts_of(train)) == 48
+
+
+def test_a_prompt_is_on_one_side_and_the_seed_says_on_which(monkeypatch, model, rows, tmp_path):
+    path = write_rows(tmp_path / "mine.jsonl", rows)
+    sides = [list(map(prompts_of, prepared(monkeypatch, model, path, tmp_path / str(i), test_seed=seed, test_share=0.5)))
+             for i, seed in enumerate((0, 0, 1))]
+    for train, validation in sides:
+        assert not train & validation and len(train) == len(validation) == 30
+    assert sides[0] == sides[1] != sides[2]
+
+
+def test_rows_with_a_split_two_files_and_one_file_in_a_folder_give_the_same_pickles(monkeypatch, model, rows, tmp_path):
+    for row, split in zip(rows, itertools.cycle(["train", "train", "test", "train", "validation"])):
+        row["split"] = split
+    kinds = {"file": write_rows(tmp_path / "mine.jsonl", rows), "folder": tmp_path / "folder", "pair": tmp_path / "pair"}
+    write_rows(kinds["folder"] / "all.jsonl", rows)
+    for name, is_held in (("my_train", False), ("my_test", True)):
+        write_rows(kinds["pair"] / f"{name}.jsonl", [
+            {key: value for key, value in row.items() if key != "split"} for row in rows
+            if (row["split"] != "train") == is_held])
+    first, *others = (plain(prepared(monkeypatch, model, data, tmp_path / f"{kind}.out"))
+                      for kind, data in kinds.items())
+    assert others == [first, first] and sum(map(len, first[1].values())) == 240
+
+
+def test_messages_are_embedded_as_conversations_and_may_repeat_the_prompt(monkeypatch, model, tmp_path):
+    def said(*texts):
+        return [{"role": role, "content": text} for role, text in zip(itertools.cycle(("user", "assistant")), texts)]
+
+    asked = said("One?", "Two.", "Three?")
+    answers = [said("-", text)[1:] for text in ("Four.", "No more.")]
+    rows = [{"user": user, "prompt": prompt, "chosen": chosen, "rejected": rejected, "split": split}
+            for user in "abcd" for split in ("train", "test") for prompt, chosen, rejected in (
+                (asked, answers[0], answers[1]), (asked, asked + answers[0], "No more."), ("One?", "Two.", "No more."))]
+    train, _ = prepared(monkeypatch, model, write_rows(tmp_path / "mine.jsonl", rows), tmp_path)
+    backbone, tokenizer = utils.load_reward_model(str(model), "cpu")
+    conversations = [said("One?", "Two.", "Three?", "Four.")] * 2 + [said("One?", "Two.")]
+    for pair, conversation in zip(train["a"], conversations, strict=True):
+        for side, alone in (("winning", conversation), ("losing", [*conversation[:-1], *answers[1]])):
+            expected = state_alone(backbone, tokenizer, alone)
+            assert pair["embeddings"][side][0].float() == pytest.approx(expected, rel=0.01, abs=0.01)
+    assert train["a"][0]["text"] == asked and train["a"][2]["text"] == "One?"
+    call(monkeypatch, quick(monkeypatch, script("train_basis"), K_list=[0, 2], num_iterations=5), "--dir", tmp_path)
+    assert results_in(tmp_path)["leaks"][utils.UNSEEN_TEST] == 1  # these prompts stand on both sides
+    longer = results_in(tmp_path)["evidence"][0]["controls"]["longer"]["mean"]
+    assert longer == 0  # "Four." is chosen over "No more."
+
+
+def test_the_example_is_of_this_kind_and_goes_to_a_report(monkeypatch, model, tmp_path):
+    path, = EXAMPLE.iterdir()
+    rows = rows_in(path)
+    assert len(rows) == 40 and {type(row["prompt"]) for row in rows} == {str, list}
+    train, validation = prepared(monkeypatch, model, EXAMPLE, tmp_path)
+    assert train.keys() == validation.keys() == {row["user"] for row in rows}
+    call(monkeypatch, quick(monkeypatch, script("train_basis"), K_list=[0, 1, 2]), "--dir", tmp_path)
+    assert (tmp_path / "results" / "report.md").exists()
+
+
+def test_rows_without_text_are_dropped_and_counted(monkeypatch, capsys, model, rows, tmp_path):
+    for row, changes in zip(rows, (
+            {"prompt": None}, {"chosen": " "}, {"rejected": [{"role": "assistant", "content": ""}]},
+            {"chosen": [{"role": "user", "content": rows[3]["prompt"]}]})):
+        row |= changes
+    write_rows(tmp_path / "data" / "train.jsonl", rows)
+    write_rows(tmp_path / "data" / "test.jsonl", rows[4:])
+    prepared(monkeypatch, model, tmp_path / "data", tmp_path)
+    assert "train: 596 comparisons by 20 workers, 4 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes, named", [
+    ({"rejected": ...}, "rejected"), ({"user": None}, "user"), ({"user": " "}, "user"), ({"prompt": 3}, "prompt"),
+    ({"prompt": []}, "prompt"), ({"chosen": [{"role": "assistant"}]}, "chosen"), ({"split": "trian"}, "split"),
+    ({"prompt": [{"role": "user", "content": None}]}, "prompt")])
+def test_a_spoilt_row_is_named_with_both_schemas(monkeypatch, capsys, rows, tmp_path, changes, named):
+    rows[2] = {key: value for key, value in {**rows[2], **changes}.items() if value is not ...}
+    refused(monkeypatch, capsys, script("prepare"), ["--data", write_rows(tmp_path / "mine.jsonl", rows), "--model",
+                                                     "unread", "--dir", tmp_path],
+            f"mine.jsonl, row 3: {named}", tldr.DATASET, "{user, prompt, chosen, rejected}")
+    assert not list(tmp_path.glob("*.pkl"))
+
+
+def test_a_file_that_cannot_be_split_is_refused(monkeypatch, capsys, rows, tmp_path):
+    def is_refused(rows, *named, **constants):
+        module = quick(monkeypatch, script("prepare"), **constants)
+        refused(monkeypatch, capsys, module, ["--data", write_rows(tmp_path / "mine.jsonl", rows), "--model", "unread",
+                                              "--dir", tmp_path], *named)
+
+    is_refused(rows[:1], "on one side only")
+    is_refused([{**row, "split": "train"} for row in rows], "on one side only")
+    is_refused([*[{**row, "split": "train"} for row in rows[:5]], *rows[5:]], "row 6: no split")
+    is_refused(rows, "test_share", test_share=1.5)
+    is_refused([], "0 rows")
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"user": "a"}) + "\n")
+    refused(monkeypatch, capsys, script("prepare"), ["--data", tmp_path / "mine.jsonl", "--model", "unread", "--dir",
+                                                     tmp_path], "row 1: prompt", tldr.DATASET)
