@@ -75,19 +75,21 @@ class InputError(ValueError):
 
 WHOLE, POSITIVE = (Integral, 0, 2**32 - 1), (Integral, 1, 2**32 - 1)
 RULES = {  # for what stands at the top of a script, or is given to a function; of lists, for each value
-    **dict.fromkeys(("seed", "split_seed", "population_seed", "seeds", "K_list", "num_iterations"), WHOLE),
+    **dict.fromkeys(("seed", "split_seed", "population_seed", "seeds", "question_seeds", "test_seed", "K_list",
+                     "num_iterations"), WHOLE),
     **dict.fromkeys(("N", "N_unseen", "trials", "train_pairs", "unseen_pairs", "num_basis_vectors", "shots", "num_shots",
-                     "limit", "top_k", "token_budget", "shard_size", "max_length", "batch_size"), POSITIVE),
-    "alpha_list": (Real, 0, 1e15), "learning_rate": (Real, 1e-9, 1e9), "threshold": (Real, 0, 1),
-    "seen_share": (Real, 0.01, 0.99), "concentration": (Real, 1e-6, 1e6), "fractions": (Real, 1e-9, 1),
-    "validation_share": (Real, 0, 0.9), "fewest_conversations": (Integral, 2, 2**32 - 1), "head_bias": (Real, -1e6, 1e6)}
+                     "num_questions", "limit", "top_k", "token_budget", "shard_size", "max_length", "batch_size"), POSITIVE),
+    "fewest_conversations": (Integral, 2, 2**32 - 1), "alpha_list": (Real, 0, 1e15), "learning_rate": (Real, 1e-9, 1e9),
+    "threshold": (Real, 0, 1), "validation_share": (Real, 0, 0.9), "seen_share": (Real, 0.01, 0.99),
+    "test_share": (Real, 0.01, 0.99), "concentration": (Real, 1e-6, 1e6), "fractions": (Real, 1e-9, 1),
+    "head_bias": (Real, -1e6, 1e6)}
 
 
 def check_settings(**settings):
     """Check settings by their names, before any data are loaded. Raises InputError that names the setting."""
     for name, value in settings.items():
         kind, least, most = RULES[name.lstrip("-")]
-        is_list = name in ("K_list", "alpha_list", "seeds", "num_shots", "fractions")
+        is_list = name in ("K_list", "alpha_list", "seeds", "question_seeds", "num_shots", "fractions")
         if is_list and (not isinstance(value, (list, tuple, range, np.ndarray)) or len(value) == 0):
             raise InputError(f"{name}: {value!r}; give a list of one value or more")
         for one in value if is_list else [value]:
@@ -2391,7 +2393,7 @@ def export_reward_model(folder, model_name, V, w=None, about=None, conversations
                "id2label": dict(enumerate(labels)), "label2id": dict(zip(labels, itertools.count())),
                "problem_type": "regression"}  # a server would put another through a sigmoid or softmax
     try:
-        with together(folder) as new, _named_disk_errors(folder):
+        with together(folder) as new:
             save_json(new / "config.json", config)
             _write_checkpoint(new, model_name, tokenizer, pad_name, head)
             save_text(new / "README.md", _model_card(model_name, V.shape[1], about or {}))
@@ -2433,8 +2435,8 @@ def _write_checkpoint(folder, model_name, tokenizer, pad_name, head):
         if file in (shards[old], None):
             tensors = {name: tensor for name, tensor in load_tensors(source)[0].items() if name != old} if file else {
                 old: head.T.contiguous()}
-            save_file(tensors, path, {"format": "pt"})
-            os.chmod(path, (folder / "config.json").stat().st_mode)  # the library makes private files
+            with atomic_write(path) as new:
+                new.write(safetensors.torch.save(tensors, {"format": "pt"}))
             continue
         try:
             os.link(source, path)
@@ -2567,8 +2569,8 @@ def question_curves(questions, trials, alpha_list, K_list, data, V_final, device
     data: as for `save_results`; trials: how often random questions are drawn; ranks from 2 up. Returns a DataFrame K,
     alpha, fit, questions, mean, low, high: means over seeds, then over users, with their 95 % intervals.
     """
-    check_whole("questions", questions)
-    check_settings(K_list=K_list, alpha_list=alpha_list, seeds=seeds, trials=trials, num_iterations=num_iterations)
+    check_settings(num_questions=questions, K_list=K_list, alpha_list=alpha_list, seeds=seeds, trials=trials,
+                   num_iterations=num_iterations)
     members, found = [member for member in _members(K_list, alpha_list, seeds) if member.K > 1], {}
     fits = fit_basis(data["train"], members, V_final, num_iterations, 0.5, device=device) if members else []
     for member, (W, V, _) in zip(members, fits):

@@ -32,9 +32,8 @@ MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"  # whose head is read wh
 def main():
     args = script_parser(__doc__, HERE).parse_args()
     config = dict(K_list=K_list, alpha_list=alpha_list, num_iterations=num_iterations, trials=trials,
-                  num_shots=num_shots, seed=seed)
+                  num_shots=num_shots, num_questions=num_questions, question_seeds=question_seeds, seed=seed)
     check_settings(**config)
-    config.update(num_questions=num_questions, question_seeds=question_seeds)
     data, V_final, about = prism.load_embeddings(args.dir, MODEL_NAME)
     check_writable(args.dir / "results")
     of_users = []

@@ -44,9 +44,8 @@ def population(demo):
 def main():
     args = personalllm.scripts_parser(__doc__, HERE).parse_args()
     config = dict(K_list=K_list, alpha_list=alpha_list, num_iterations=num_iterations, trials=trials,
-                  num_shots=num_shots, seed=seed)
+                  num_shots=num_shots, num_questions=num_questions, question_seeds=question_seeds, seed=seed)
     check_settings(**config)
-    config.update(num_questions=num_questions, question_seeds=question_seeds)
     for demo in (True, False):
         personalllm.check_population(population(demo))
     tables, V_final, about = personalllm.load_embeddings(args.dir, MODEL_NAME, args.data)

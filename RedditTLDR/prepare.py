@@ -50,22 +50,24 @@ def read(args):
 
 def embed(splits, args):
     """Add to every comparison of both splits its embeddings, one bfloat16 tensor per distinct (post, summary)."""
-    conversations = {}  # as JSON -> number
+    numbers, conversations = {}, []
     pairs = [pair for by_worker in splits for comparisons in by_worker.values() for pair in comparisons]
 
-    def key(pair, side):
-        return json.dumps(tldr.conversation(pair["text"], pair[f"{side}_summary"]))
+    def key(pair, side):  # lists of messages as JSON, which can be looked up
+        return tuple(text if isinstance(text, str) else json.dumps(text)
+                     for text in (pair["text"], pair[f"{side}_summary"]))
 
     for pair in pairs:
         for side in tldr.SIDES:
-            conversations.setdefault(key(pair, side), len(conversations))
+            if numbers.setdefault(key(pair, side), len(conversations)) == len(conversations):
+                conversations.append(tldr.conversation(pair["text"], pair[f"{side}_summary"]))
     print(f"{2 * len(pairs):,} summaries to embed, {len(conversations):,} distinct ones")
     model, tokenizer = load_reward_model(args.model, attention=ATTENTION)
-    embeddings = embed_conversations(list(map(json.loads, conversations)), model, tokenizer,
+    embeddings = embed_conversations(conversations, model, tokenizer,
                                      args.dir / ".embedding_cache", TOKEN_BUDGET, SHARD_SIZE)
     vectors = [vector.clone() for vector in embeddings.bfloat16()]  # each with memory of its own, as pickled
     for pair in pairs:
-        pair["embeddings"] = {side: [vectors[conversations[key(pair, side)]]] for side in tldr.SIDES}
+        pair["embeddings"] = {side: [vectors[numbers[key(pair, side)]]] for side in tldr.SIDES}
 
 
 def main():

@@ -98,7 +98,7 @@ def split_own(rows, test_share, test_seed):
 
     test_share: of the prompts, for validation. Raises InputError: some rows without a split, or all on one side.
     """
-    check_number("test_share", test_share, 0.01, 0.99)
+    check_settings(test_share=test_share, test_seed=test_seed)
     rows = list(rows)
     parsed = list(parse_rows(rows, OwnComparison, SCHEMAS))
     prompts = [prompt_of(row.prompt) for _, row in parsed]

@@ -35,10 +35,9 @@ MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"  # whose head is read wh
 def main():
     args = script_parser(__doc__, HERE).parse_args()
     config = dict(K_list=K_list, alpha_list=alpha_list, num_iterations=num_iterations, trials=trials,
-                  num_shots=num_shots, seed=seed, split_seed=split_seed, train_pairs=train_pairs,
-                  unseen_pairs=unseen_pairs)
+                  num_shots=num_shots, num_questions=num_questions, question_seeds=question_seeds, seed=seed,
+                  split_seed=split_seed, train_pairs=train_pairs, unseen_pairs=unseen_pairs)
     check_settings(**config)
-    config.update(num_questions=num_questions, question_seeds=question_seeds)
     train, validation, V_final, about = tldr.load_embeddings(args.dir, MODEL_NAME)
     data = tldr.create_dataset(train, validation, train_pairs, unseen_pairs, split_seed, about["leave_out"])
     del train, validation
