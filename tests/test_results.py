@@ -192,7 +192,7 @@ def test_the_picture_shows_the_mean_and_the_band_of_every_setting(tmp_path, data
     for setting, axes in zip(SETTINGS, drawn[0].axes, strict=True):
         assert axes.get_title() == setting
         of_user = np.array([fit.accuracies[setting] for fit in fits])
-        chance, of_reference, _, curve, _ = axes.lines
+        chance, of_reference, curve = axes.lines
         np.testing.assert_allclose([*of_reference.get_ydata(), *curve.get_ydata()], of_user.mean(1))
         low, high = of_user[1:].mean(1) - of_user[1:].std(1) / 4, of_user[1:].mean(1) + of_user[1:].std(1) / 4
         if not released:
@@ -204,16 +204,24 @@ def test_the_picture_shows_the_mean_and_the_band_of_every_setting(tmp_path, data
 
 def test_every_penalty_has_its_own_curve_named_at_its_end(tmp_path, data, drawn):
     save_results(tmp_path, swept(data, [1, 2], [0, 0.5]), data, {})
-    assert {text.get_text() for text in drawn[0].axes[1].texts} == {"chance", "alpha 0", "alpha 0.5"}
+    assert {text.get_text() for text in drawn[0].axes[3].texts} == {"chance", "alpha 0", "alpha 0.5"}
     colors = {line.get_color() if isinstance(line.get_color(), str) else tuple(line.get_color())
               for line in drawn[0].axes[0].lines}
     assert len(colors) == 3  # chance, and one for each penalty
 
 
+ABOUT_A_PICTURE = {"config": {"data": "of"}, "counts": {"seen users": 3, "unseen users": 2}, "seeds": [0]}
+
+
+def picture_of(*means):
+    """A picture of curves that are level."""
+    return utils._picture(ABOUT_A_PICTURE, [{"row": "accuracy", "column": "a", "line": str(i), "x": x, "mean": mean,
+                                             "low": mean - 0.1, "high": mean + 0.1}
+                                            for i, mean in enumerate(means) for x in (0, 1)], "x")
+
+
 def test_names_in_a_picture_do_not_lie_over_each_other():
-    points = [[{"mean": mean, "low": mean, "high": mean}] * 2 for mean in (0.5, 0.501, 0.502, 0.7)]
-    figure = utils._picture("", [[("", "", (0.5, "chance"), [(str(i), "C0", [0, 1], of) for i, of in
-                                                              enumerate(points)])]], "")
+    figure = picture_of(0.5, 0.501, 0.502, 0.7)
     figure.draw_without_rendering()
     boxes = sorted((text.get_window_extent() for text in figure.axes[0].texts), key=lambda box: box.y0)
     assert len(boxes) == 5
@@ -226,8 +234,9 @@ assert "matplotlib" not in sys.modules
 for name in ("module://of_a_notebook", "no backend"):
     if os.fork() == 0:
         os.environ["MPLBACKEND"] = name
-        curve = ("", "C0", [0, 1], [{"mean": 0.5, "low": 0.4, "high": 0.75}] * 2)
-        utils.save_picture(sys.argv[1], name[:6], utils._picture("title", [[("", "", (0.5, "chance"), [curve])]], ""))
+        about = {"config": {"data": "of"}, "counts": {"seen users": 3, "unseen users": 2}, "seeds": [0]}
+        point = {"row": "accuracy", "column": "a", "line": "b", "rank K": 2, "mean": 0.5, "low": 0.4, "high": 0.75}
+        utils.save_picture(sys.argv[1], name[:6], utils._picture(about, [point], "rank K"))
         break
     os.wait()
 """
@@ -279,7 +288,7 @@ def test_the_curves_are_told_apart_and_say_what_they_are_of(tmp_path, data, draw
             assert (found["mean"], found.low, found.high) == pytest.approx((row[setting].mean(), *sorted(row[setting])))
     for axes, (setting, alpha) in zip(drawn[0].axes, [(s, a) for s in SETTINGS[2:] for a in (0, 0.5)], strict=True):
         lines = [line.get_ydata().tolist() for line in axes.lines if line.get_marker() == "o" and line.get_markersize() == 3]
-        assert lines == [[row[setting].mean() for row in OF_USERS if (row["K"], row["alpha"]) == (K, alpha)] for K in (1, 2)]
+        assert lines == [[row[setting].mean() for row in OF_USERS if (row["K"], row["alpha"]) == (K, alpha)] for K in (2, 1)]
     assert {text.get_text() for text in drawn[0].axes[1].texts} == {"chance", "K = 1", "K = 2"}
 
 
