@@ -1490,7 +1490,7 @@ def _accuracies(features, bases, weights):
     vectors that each user's pairs meet, `[N, J, K]`, which gives `[G, N, J]`.
     """
     sizes = [V.shape[1] for V in bases]
-    right = [torch.stack([(w[i] @ S_g.T > 0).double().mean(-1) for w, S_g in zip(weights, S.split(sizes, 1))])
+    right = [torch.stack([(w[i] @ P.T).gt_(0).sum(-1).double() / len(P) for w, P in zip(weights, S.split(sizes, 1))])
              for i, S in enumerate(_scores(features, torch.cat(bases, 1)))]
     return torch.stack(right, 1).cpu().numpy()
 
@@ -1552,7 +1552,7 @@ def basis_of(fits, V_final):
     kept = best_fit(fits)
     V, w, head = (tensor.double().cpu().numpy() for tensor in (kept.V, kept.W, V_final.reshape(-1)))
     unit = V / np.linalg.norm(V, axis=0)
-    between = np.abs(unit.T @ unit)[~np.eye(V.shape[1], dtype=bool)]
+    between = np.abs(unit.T @ unit)[np.triu_indices(V.shape[1], 1)]
     angles = [np.degrees(subspace_angles(*spans))[::-1] for spans in
               itertools.combinations([fit.V.double().cpu().numpy() for fit in fits], 2) if kept.K]
     return {"columns": V.shape[1],
@@ -1566,11 +1566,14 @@ def basis_of(fits, V_final):
 def leaks_of(prompts):
     """Share of the test pairs whose prompt stands among the training pairs of the same side: {setting: share or None}.
 
-    prompts: {part: a list with one list of prompts (their texts, or digests of these) per user}; None: not known.
+    prompts: {part: one list per user of the pairs' prompts, their texts or digests of these}; None: not known.
     """
-    return {setting: float(pd.Series(itertools.chain(*prompts[test])).isin(set().union(*prompts[train])).mean())
-            if prompts and {train, test} <= prompts.keys() else None
-            for setting, train, test in ((SETTINGS[1], "train", "test"), (UNSEEN_TEST, "train_unseen", "test_unseen"))}
+    leaks = dict.fromkeys((SETTINGS[1], UNSEEN_TEST))
+    for setting, train, test in zip(leaks, ("train", "train_unseen"), ("test", "test_unseen")):
+        if prompts and {train, test} <= prompts.keys():
+            known = set().union(*prompts[train])
+            leaks[setting] = float(np.mean([prompt in known for of_user in prompts[test] for prompt in of_user]))
+    return leaks
 
 
 def evidence(fits, data, V_final, tossed=()):
@@ -1633,8 +1636,8 @@ def judgement(entries, parts):
              f"unseen pairs, everybody's mean weights {others:.3f}: a personal part of "
              f"{mean[i]:+.3f}, its 95 % interval over users is [{low[i]:+.3f}, {high[i]:+.3f}]."]
     if rows > 1:
-        lines += [f"That is the largest personal part. Above 0 are those at {_name(*above) or 'no rank'}, by intervals "
-                  f"that hold for all {rows} rows at once, so are wider than those in the tables."]
+        lines += [f"That is the largest of {rows} models; above 0 are {_name(*above) or 'none'}, by intervals that "
+                  "hold for all of them at once, so are wider than those in the tables."]
     if verdict == "undecided":  # an interval shrinks with the root of the number of users
         users = N * ((high[i] - low[i]) / 2 / max(mean[i], NOTHING - mean[i])) ** 2
         lines += [f"About {max(N + 1, FEWEST_USERS, float(f'{users:.2g}')):,.0f} unseen users with as many pairs as "
@@ -2057,39 +2060,23 @@ STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.sp
          "grid.alpha": 0.25, "pdf.fonttype": 42}
 
 
-def identical_pairs(features):
-    """How many pairs have equal sides, so margin 0 under every reward: they count as wrong, as released."""
-    probe = torch.randn(features[0].shape[1], 1, generator=torch.Generator().manual_seed(0))
-    return sum(int((S == 0).sum()) for S in _scores(features, probe))
-
-
 def _about_run(data, about, config):
     """What every result carries: settings, versions, counts, the model and data that the embeddings name."""
     from importlib.metadata import version
-    parts = "train", "test", "train_unseen", "test_unseen"
+    parts, d = ("train", "test", "train_unseen", "test_unseen"), data["train"][0].shape[1]
+    probe = torch.randn(d, 1, generator=torch.Generator().manual_seed(0))  # scores only pairs of equal sides 0
     return {"config": {"data": about["title"], "model": about.get("model"), **config},
             "identity": about.get("identity"), "users": data["seen"], "unseen_users": data["unseen"],
             "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "numpy", "numba")}},
             "counts": {"seen users": len(data["seen"]), "unseen users": len(data["unseen"]),
                        **{f"{part.replace('_', ' ')} pairs": sum(map(len, data[part])) for part in parts},
-                       "pairs with equal sides": sum(identical_pairs(data[part]) for part in parts),
-                       "d": data["train"][0].shape[1]}}
+                       "pairs with equal sides": sum(int((S == 0).sum()) for part in parts
+                                                     for S in _scores(data[part], probe)), "d": d}}
 
 
 def _shown(results):
     """The entries that tables and pictures show: the reference once, not once an alpha."""
     return [entry for entry in results["evidence"] if entry["K"] or entry["alpha"] == results["evidence"][0]["alpha"]]
-
-
-def evidence_table(results):
-    """`results.csv`, a row per interval: a DataFrame K, alpha, quantity, setting, mean, low, high, p."""
-    return pd.DataFrame([
-        {"K": entry["K"], "alpha": entry["alpha"], "quantity": quantity, "setting": setting, **values}
-        for entry in _shown(results) for quantity, of_setting in (
-            *((name, entry[name]) for name in ("accuracy", "minus_reference", "minus_pooled")),
-            *((name, {UNSEEN_TEST: values}) for name, values in entry["controls"].items()),
-            ("personal_part", {UNSEEN_TEST: entry["personal_part"]}))
-        for setting, values in of_setting.items() if values])
 
 
 def _cell(value):
@@ -2125,29 +2112,26 @@ def report(results):
     return "\n\n".join([
         f"# {results['config']['data']}: is the reward personal?", f"**{first}**", *more, "---",
         f"The verdict is about {'the row' if chosen['K'] is not None else 'all rows with K >= 2, none of them'} chosen "
-        f"by held-out pairs. {counts['seen users']} seen users with {counts['train pairs']:,} training pairs gave the "
-        f"basis; the weights of {counts['unseen users']} unseen users were fitted on {counts['train unseen pairs']:,} "
-        f"pairs and tested on {counts['test unseen pairs']:,} others. K is the rank: ref the pretrained reward head, 1 "
-        "one direction for everybody, from 2 on LoRe; alpha is the penalty on the basis' distance to the head. Figures "
-        "are shares of pairs, means over users and seeds, in brackets 95 % intervals over users; p is the Wilcoxon "
-        "signed-rank test's.",
+        f"by held-out pairs. The basis was learnt on {counts['train pairs']:,} pairs of {counts['seen users']} seen "
+        f"users, weights of {counts['unseen users']} unseen users on {counts['train unseen pairs']:,} pairs of theirs; "
+        f"tested were {counts['test unseen pairs']:,} others. K is the rank: ref the pretrained reward head, 1 "
+        "one direction for everybody, from 2 on LoRe; alpha penalises the distance to the head. Figures are shares of "
+        "pairs, means over users and seeds, in brackets 95 % intervals over users; p: Wilcoxon signed-rank test.",
         "## Accuracy", markdown(_shown(results), lambda entry: entry["accuracy"]),
         "![accuracy by rank](accuracy_by_rank.png)",
         f"## Controls, on {UNSEEN_TEST}", "The personal part is the accuracy with a user's own weights minus that with "
         "the mean weights of all unseen users. Other users: with theirs, a mean over all others. Tossed: trained and "
         "tested on pairs whose sides a coin swapped. Longer: taking the longer answer. Pooled is K = 1.",
-        markdown(trained, lambda entry: {"minus reference": entry["minus_reference"][UNSEEN_TEST],
-                                         "minus pooled": entry["minus_pooled"][UNSEEN_TEST], **entry["controls"],
-                                         "personal part": entry["personal_part"]}),
+        markdown(trained, lambda entry: entry["controls"] | {"personal_part": entry["personal_part"]} | {
+            name: entry[name][UNSEEN_TEST] for name in ("minus_reference", "minus_pooled")}),
         "![personal part](personal_part.png)" * any(entry["personal_part"] for entry in trained),
-        "## Basis and seeds", "The basis is that of the kept seed, which has the lowest training loss, or the best "
-        "accuracy on held-out pairs. Cosines are absolute, entropies in nats, angles between two seeds' spans in degrees.",
-        markdown(trained, lambda entry: entry["basis"]),
-        markdown(fits, lambda fit: {"seed": fit["seed"], "kept": fit["kept"], "training_loss": fit["training_loss"],
-                                    UNSEEN_TEST: fit["mean_accuracy"][UNSEEN_TEST]}),
-        "## Leaks", *(f"{setting}: {'it is not known how many' if share is None else f'{share:.1%}'} of the test pairs "
-                      "have a prompt that stands among the training pairs of the same side."
-                      for setting, share in results["leaks"].items())]) + "\n"
+        "## Basis and seeds", "The basis is the kept seed's, which has the lowest training loss, or the best accuracy "
+        "on held-out pairs. Cosines are absolute, entropies in nats, angles between two seeds' spans in degrees.",
+        markdown(trained, lambda entry: entry["basis"]), markdown(fits, lambda fit: {
+            **{k: fit[k] for k in ("seed", "kept", "training_loss")}, UNSEEN_TEST: fit["mean_accuracy"][UNSEEN_TEST]}),
+        "## Leaks", "Test pairs whose prompt stands among the training pairs of the same side: " + "; ".join(
+            f"{name} {'not known' if share is None else f'{share:.1%}'}" for name, share in results["leaks"].items())
+        + "."]) + "\n"
 
 
 def _picture(results, points, x, band="95 % interval", note=""):
@@ -2160,13 +2144,11 @@ def _picture(results, points, x, band="95 % interval", note=""):
     counts, seeds, frame = results["counts"], len(results["seeds"]), pd.DataFrame(points)
     positions, ranks = pd.factorize(frame[x])
     frame["x"] = positions if x == "rank K" else frame[x]
-    rows, columns, lines = (list(dict.fromkeys(frame[key])) for key in ("row", "column", "line"))
-    lines = [line for line in lines if line != "ref"]
-    scale = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.8, len(lines)))
-    colors = {"ref": "0.4", **dict(zip(lines, scale.tolist()))}
+    rows, columns, lines = (frame[key].unique() for key in ("row", "column", "line"))
+    scale = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.8, len({*lines} - {"ref"})))
+    colors = dict(zip([line for line in lines if line != "ref"], scale.tolist())) | {"ref": "0.4"}
     with matplotlib.rc_context(STYLE):
-        size = max(2.2 * len(columns) + 1, 4.6), 2.4 * len(rows) + 0.5
-        figure = matplotlib.figure.Figure(size, layout="constrained")
+        figure = matplotlib.figure.Figure((2.2 * len(columns) + 2.4, 2.4 * len(rows) + 0.5), layout="constrained")
         figure.suptitle(f"{results['config']['data']}: {counts['seen users']} seen, {counts['unseen users']} unseen "
                         f"users, {seeds} seed{'s' * (seeds > 1)}\nband or bar: {band} over users{note}", fontsize=9)
         figure.supxlabel(x, fontsize=9)
@@ -2231,10 +2213,10 @@ def save_picture(folder, name, figure):
 def save_results(folder, fits, data, about, config, seconds, found):
     """Write results.json, results.csv, report.md, pictures, and a safetensors file per Fit -> what results.json holds.
 
-    data: a dict of the users' ids, `seen` and `unseen`, in the order of the rows of W and W_unseen, and of the
-    features, `train`, `test`, `train_unseen`, `test_unseen`. about: of `find_reward_head`. config: what the reader
-    set, JSON values. seconds: of training and evaluation. found: of `evidence`. The file without a seed in its name is
-    the kept seed's. Files of an earlier sweep and the training's checkpoint go when these are there.
+    data: users' ids, `seen` and `unseen`, in the order of the rows of W and W_unseen, and features, `train`, `test`,
+    `train_unseen`, `test_unseen`. about: of `find_reward_head`. config: what the reader set, JSON values. seconds: of
+    training and evaluation. found: of `evidence`. The file without a seed in its name is the kept seed's. Files of an
+    earlier sweep and the training's checkpoint go when these are there.
     """
     entries, about, rows = [], _about_run(data, about, config), by_model(fits)
     with together(folder, ["K_*.safetensors", "personal_part.*", CHECKPOINT_FILE]) as new:
@@ -2254,7 +2236,7 @@ def save_results(folder, fits, data, about, config, seconds, found):
         results = {**about, "seeds": sorted({fit.seed for fit in fits}), "seconds": seconds, "fits": entries, **found}
         save_json(new / "results.json", results)
         save_text(new / "report.md", report(results))
-        save_text(new / "results.csv", evidence_table(results).to_csv(index=False))
+        save_text(new / "results.csv", pd.json_normalize(_shown(results)).to_csv(index=False))
         save_picture(new, "accuracy_by_rank", draw_accuracy_by_rank(results))
         if any(entry["personal_part"] for entry in results["evidence"]):
             save_picture(new, "personal_part", draw_personal_part(results))
@@ -2265,8 +2247,8 @@ def save_few_shot_curves(folder, curves, of_users, data, about, config, groups=N
     """Write what `run_few_shot_vary_shots` found as vary_fewshot.json, .csv, .tex, .png and .pdf.
 
     curves: what it returned; of_users: what it has extended; groups: what it was given. data, about: as for
-    `save_results`. config: what the reader set, with K_list, alpha_list, num_shots, trials. The training's checkpoint in
-    `folder` goes. Returns the table of accuracies on unseen prompts: a row per number of shots, a column per model.
+    `save_results`. config: what the reader set, with K_list, alpha_list, num_shots, trials. The training's checkpoint
+    in `folder` goes. Returns the table of accuracies on unseen prompts: a row per number of shots, a column per model.
     """
     about, shots, of_shot = _about_run(data, about, config), config["num_shots"], "conversations" if groups else "pairs"
     has = [int(group.max()) + 1 for group in groups] if groups else list(map(len, data["train_unseen"]))

@@ -314,7 +314,7 @@ def test_of_several_rows_the_largest_is_named_with_an_interval_wider_than_its_ow
     parts = np.random.default_rng(0).normal([[0.03], [0.05], [-0.05]], 0.05, (3, 40))
     verdict, named, lines = judged(parts)
     (low, high), alone = intervals_of((verdict, named, lines)), interval(parts[1])
-    assert verdict == "yes" and named["K"] == 3 and "Above 0 are those at K = 2, 3 (alpha 0)" in lines[1]
+    assert verdict == "yes" and named["K"] == 3 and "above 0 are K = 2, 3 (alpha 0), by" in lines[1]
     assert low < alone["low"] < alone["high"] < high
 
 
