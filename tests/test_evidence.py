@@ -6,6 +6,7 @@ import json
 import re
 
 import numpy as np
+import prism
 import pytest
 import torch
 from helpers import call, load_script, planted_basis, planted_pairs, planted_weights
@@ -243,6 +244,22 @@ def test_leaks_are_the_share_of_test_pairs_whose_prompt_was_trained_on():
                "train_unseen": [["x"]], "test_unseen": [["a", "y"]]}
     assert leaks_of(prompts) == {SETTINGS[1]: 0.25, UNSEEN: 0.0}
     assert leaks_of(None) == {SETTINGS[1]: None, UNSEEN: None}
+
+
+def test_prompts_of_prism_leak_by_their_text_in_whatever_conversation(tmp_path):
+    def row(user, seen, split, dialog, text):
+        embedding = {"chosen_conv_embedding": torch.ones(4), "rejected_conv_embedding": torch.zeros(2, 4)}
+        return {"prompt": [{"role": "user", "content": text}], "extra_info": {
+            "seen": seen, "split": split, "user_id": user, "dialog_id": dialog, "pair_format": prism.PAIR_FORMAT,
+            "chosen_utterance": "yes", "rejected_utterance": ["no", "never"], **embedding}}
+
+    train = [row("a", True, "train", "1", "Hello"), row("b", False, "train", "2", "Why?")]
+    test = [row("a", True, "test", "3", "Hello"), row("a", True, "test", "1", "Why?"), row("b", False, "test", "2", "How?")]
+    for name, rows in zip(prism.FILES, (train, test)):
+        utils.save_torch(tmp_path / name, rows)
+    utils.save_tensors(tmp_path / utils.HEAD_FILE, {"reward_head": torch.ones(4, 1)})
+    data, _, _ = prism.load_embeddings(tmp_path, "no model")
+    assert leaks_of(data["prompts"]) == {SETTINGS[1]: 0.5, UNSEEN: 0.0}  # of two pairs a turn
 
 
 def test_the_kept_seed_has_the_lowest_loss_or_the_best_validation():

@@ -88,7 +88,7 @@ def test_the_results_hold_every_accuracy_of_every_user_and_what_made_them(tmp_pa
     assert results["counts"] == {
         "seen users": 3, "unseen users": 2, "d": d, "train pairs": 36, "test pairs": 21, "train unseen pairs": 13,
         "test unseen pairs": 36, "pairs with equal sides": 3}
-    assert results["versions"]["torch"] == torch.__version__ and {"python", "numpy"} <= results["versions"].keys()
+    assert torch.__version__.startswith(results["versions"]["torch"]) and {"python", "numpy"} <= results["versions"].keys()
     assert [entry["K"] for entry in results["fits"]] == [0, 1, 3]
     for entry, fit in zip(results["fits"], fits, strict=True):
         assert (entry["training_loss"] is None) == (fit.K == 0) and entry["columns"] == max(fit.K, 1)
@@ -111,7 +111,7 @@ def test_a_saved_basis_gives_the_accuracies_again_and_names_its_model_and_data(t
         assert (about["K"], about["alpha"], about["seed"]) == (fit.K, fit.alpha, fit.seed)
         assert about["identity"] == ABOUT["identity"] and about["users"] == SEEN and about["unseen_users"] == UNSEEN
         assert about["config"] == {"data": ABOUT["title"], "model": "a/model", "num_iterations": 10}
-        assert about["versions"]["torch"] == torch.__version__
+        assert about["versions"] == strict_json(tmp_path / "results.json")["versions"]
 
 
 def test_files_of_an_earlier_sweep_and_the_state_of_the_training_go_and_others_stay(tmp_path, data, fits):
@@ -229,7 +229,7 @@ def test_names_in_a_picture_do_not_lie_over_each_other():
 
 NOTEBOOK = """
 import os, sys, utils
-assert "matplotlib" not in sys.modules
+assert not {"matplotlib", "scipy.stats", "scipy.optimize", "sklearn"} & sys.modules.keys()  # each takes a second
 for name in ("module://of_a_notebook", "no backend"):
     if os.fork() == 0:
         os.environ["MPLBACKEND"] = name
@@ -241,7 +241,7 @@ for name in ("module://of_a_notebook", "no backend"):
 """
 
 
-def test_a_notebooks_backend_does_not_end_a_training(tmp_path):
+def test_pictures_are_drawn_whatever_a_notebooks_backend_and_loaded_for_no_sooner(tmp_path):
     status, _, err = outcome(fresh_process(NOTEBOOK, tmp_path, DISPLAY=""))
     assert (status, err) == (0, "")
     assert is_a_picture(tmp_path / "module.png") and is_a_picture(tmp_path / "no bac.png")
