@@ -1527,8 +1527,9 @@ def interval(values, difference=False):
         return None
     low, high = np.percentile(_resampling(len(values)) @ values, (2.5, 97.5)).tolist()
     found = {"mean": float(np.mean(values)), "low": low, "high": high}
-    if difference:  # rounded: whether two users tie must not hang on the order of additions
-        found["p"] = float(wilcoxon(values.round(9), method="approx").pvalue) if values.any() else 1.0
+    if difference:
+        values = values.round(9)  # whether two users tie must not hang on the order of additions
+        found["p"] = float(wilcoxon(values, method="approx").pvalue) if values.any() else 1.0
     return found
 
 
@@ -1636,8 +1637,8 @@ def judgement(entries, parts):
              f"unseen pairs, everybody's mean weights {others:.3f}: a personal part of "
              f"{mean[i]:+.3f}, its 95 % interval over users is [{low[i]:+.3f}, {high[i]:+.3f}]."]
     if rows > 1:
-        lines += [f"That is the largest of {rows} models; above 0 are {_name(*above) or 'none'}, by intervals that "
-                  "hold for all of them at once, so are wider than those in the tables."]
+        lines += [f"It is the largest of {rows} models'; it is above 0 at {_name(*above) or 'none of them'}, by "
+                  "intervals that hold for all models at once, so are wider than those in the tables."]
     if verdict == "undecided":  # an interval shrinks with the root of the number of users
         users = N * ((high[i] - low[i]) / 2 / max(mean[i], NOTHING - mean[i])) ** 2
         lines += [f"About {max(N + 1, FEWEST_USERS, float(f'{users:.2g}')):,.0f} unseen users with as many pairs as "
@@ -2111,17 +2112,18 @@ def report(results):
 
     return "\n\n".join([
         f"# {results['config']['data']}: is the reward personal?", f"**{first}**", *more, "---",
-        f"The verdict is about {'the row' if chosen['K'] is not None else 'all rows with K >= 2, none of them'} chosen "
-        f"by held-out pairs. The basis was learnt on {counts['train pairs']:,} pairs of {counts['seen users']} seen "
-        f"users, weights of {counts['unseen users']} unseen users on {counts['train unseen pairs']:,} pairs of theirs; "
-        f"tested were {counts['test unseen pairs']:,} others. K is the rank: ref the pretrained reward head, 1 "
-        "one direction for everybody, from 2 on LoRe; alpha penalises the distance to the head. Figures are shares of "
-        "pairs, means over users and seeds, in brackets 95 % intervals over users; p: Wilcoxon signed-rank test.",
+        f"The verdict is about {'all models with K >= 2, none' if chosen['by'] == 'none' else 'the one model'} chosen "
+        f"by held-out pairs. The basis was learnt from {counts['train pairs']:,} pairs of {counts['seen users']} seen "
+        f"users, weights of {counts['unseen users']} unseen users from {counts['train unseen pairs']:,} pairs of theirs "
+        f"and tested on {counts['test unseen pairs']:,} others. K is the rank: ref the pretrained reward head, 1 one "
+        "direction for everybody, from 2 on LoRe; alpha penalises the distance to the head. Figures are shares of pairs "
+        "predicted right, means over users and seeds, with 95 % intervals over users; p: Wilcoxon signed-rank test.",
         "## Accuracy", markdown(_shown(results), lambda entry: entry["accuracy"]),
         "![accuracy by rank](accuracy_by_rank.png)",
         f"## Controls, on {UNSEEN_TEST}", "The personal part is the accuracy with a user's own weights minus that with "
         "the mean weights of all unseen users. Other users: with theirs, a mean over all others. Tossed: trained and "
-        "tested on pairs whose sides a coin swapped. Longer: taking the longer answer. Pooled is K = 1.",
+        "tested on pairs whose sides a coin swapped. Longer: taking the longer answer. Minus reference, minus pooled: "
+        "the accuracy with own weights minus that of the reference, and of K = 1.",
         markdown(trained, lambda entry: entry["controls"] | {"personal_part": entry["personal_part"]} | {
             name: entry[name][UNSEEN_TEST] for name in ("minus_reference", "minus_pooled")}),
         "![personal part](personal_part.png)" * any(entry["personal_part"] for entry in trained),

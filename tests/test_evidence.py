@@ -108,6 +108,7 @@ def test_the_signed_rank_p_is_that_of_a_sum_of_ranks():
     expected = torch.special.ndtr(torch.tensor(z, dtype=torch.float64)).item() * 2
     assert interval(differences, True)["p"] == pytest.approx(expected)
     assert interval(np.zeros(9), True) == {"mean": 0, "low": 0, "high": 0, "p": 1}
+    assert interval(np.array([0.1 + 0.2 - 0.3] * 9), True)["p"] == 1  # equal but for rounding
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,8 +140,8 @@ def test_other_users_weights_are_the_mean_over_all_others(data, fits):
 def test_pairs_of_a_table_are_exchanged_as_their_matrices():
     table = torch.randn(30, d, generator=torch.Generator().manual_seed(0))
     pairs = [Pairs(table, torch.arange(i, i + 9), torch.arange(i + 12, i + 21)) for i in range(4)]
-    fits = [random_fit(5, seed, N=4) for seed in range(2)]
-    np.testing.assert_allclose(exchanged_accuracies(pairs, fits), exchanged_accuracies([X.dense() for X in pairs], fits))
+    fits, dense = [random_fit(5, seed, N=4) for seed in range(2)], [X.dense() for X in pairs]
+    np.testing.assert_allclose(exchanged_accuracies(pairs, fits), exchanged_accuracies(dense, fits))
     assert exchanged_accuracies(pairs[:1], [random_fit(2, 0, N=1)])[2] is None  # nobody else
 
 
@@ -160,7 +161,8 @@ def test_the_interval_of_the_personal_part_covers_the_planted_one_in_90_to_99_of
     def personal_part(N, pairs, seed):
         """Under the planted models themselves: own weights less the mean weights."""
         W = planted_weights(N, 3, 0.1, seed)
-        own, mean, _ = exchanged_accuracies(planted_pairs(V, W, pairs, seed, sampled=True), [Fit(3, 0, 0, V, W, W, 0.0)])
+        fit = Fit(3, 0, 0, V, W, W, 0.0)
+        own, mean, _ = exchanged_accuracies(planted_pairs(V, W, pairs, seed, sampled=True), [fit])
         return own - mean
 
     truth = np.mean([personal_part(40, 200, 1000 + i).mean() for i in range(60)])
@@ -254,7 +256,8 @@ def test_prompts_of_prism_leak_by_their_text_in_whatever_conversation(tmp_path):
             "chosen_utterance": "yes", "rejected_utterance": ["no", "never"], **embedding}}
 
     train = [row("a", True, "train", "1", "Hello"), row("b", False, "train", "2", "Why?")]
-    test = [row("a", True, "test", "3", "Hello"), row("a", True, "test", "1", "Why?"), row("b", False, "test", "2", "How?")]
+    test = [row("a", True, "test", "3", "Hello"), row("a", True, "test", "1", "Why?"),
+            row("b", False, "test", "2", "How?")]
     for name, rows in zip(prism.FILES, (train, test)):
         utils.save_torch(tmp_path / name, rows)
     utils.save_tensors(tmp_path / utils.HEAD_FILE, {"reward_head": torch.ones(4, 1)})
@@ -331,7 +334,7 @@ def test_of_several_rows_the_largest_is_named_with_an_interval_wider_than_its_ow
     parts = np.random.default_rng(0).normal([[0.03], [0.05], [-0.05]], 0.05, (3, 40))
     verdict, named, lines = judged(parts)
     (low, high), alone = intervals_of((verdict, named, lines)), interval(parts[1])
-    assert verdict == "yes" and named["K"] == 3 and "above 0 are K = 2, 3 (alpha 0), by" in lines[1]
+    assert verdict == "yes" and named["K"] == 3 and "above 0 at K = 2, 3 (alpha 0), by" in lines[1]
     assert low < alone["low"] < alone["high"] < high
 
 
@@ -379,9 +382,10 @@ def write_pickles(folder, wrong=None):
         if wrong == "user ids" and seed == 1:
             weights = weights[torch.randperm(KEPT, generator=torch.Generator().manual_seed(2))]
         features = planted_pairs(PLANTED, weights, pairs, seed, sampled=True)
-        files[name] = {f"w{i:02}": [{"text": f"{seed} {i} {j}", "winning_summary": "a" * (1 + j % 3), "losing_summary": "aa",
-                                     "embeddings": {"winning": [x], "losing": [bracket]}} for j, x in enumerate(X)]
-                       for i, X in enumerate(features)}
+        files[name] = {f"w{i:02}": [{
+            "text": f"{seed} {i} {j}", "winning_summary": "a" * (1 + j % 3), "losing_summary": "aa",
+            "embeddings": {"winning": [x], "losing": [bracket]}} for j, x in enumerate(X)]
+            for i, X in enumerate(features)}
         utils.save_torch(folder / name, files[name])
     head = PLANTED.sum(1, keepdim=True)
     if wrong == "reference":
@@ -397,8 +401,8 @@ def ran(monkeypatch, capsys, folder, wrong=None, **constants):
         assert hasattr(script, name)
         monkeypatch.setattr(script, name, value)
     call(monkeypatch, script, "--dir", folder)
-    return (json.loads((folder / "results" / "results.json").read_text()), (folder / "results" / "report.md").read_text(),
-            capsys.readouterr().out)
+    results, report = ((folder / "results" / name).read_text() for name in ("results.json", "report.md"))
+    return json.loads(results), report, capsys.readouterr().out
 
 
 def test_the_script_finds_planted_tastes_and_prints_the_verdict(monkeypatch, capsys, tmp_path):
@@ -433,5 +437,5 @@ def test_held_out_posts_choose_the_row_that_is_judged(monkeypatch, capsys, tmp_p
     results, report, printed = ran(monkeypatch, capsys, tmp_path, validation_share=0.2, controls=False)
     best = max(results["evidence"], key=lambda entry: entry["accuracy"][VALIDATION]["mean"])
     assert results["chosen"] == {"K": best["K"], "alpha": 0, "by": "validation"}
-    assert best["K"] == 3 and "Validation" in printed and "the row chosen by held-out pairs" in report
+    assert best["K"] == 3 and "Validation" in printed and "the one model chosen by held-out pairs" in report
     assert all(entry["controls"]["tossed"] is None for entry in results["evidence"])
