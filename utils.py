@@ -1466,10 +1466,8 @@ def evaluate_model(X, V, w):
 
 
 def eval_multiple(W_list, V_list, test_features):
-    """`evaluate_model` for every user -> list of accuracies; prints their mean and standard deviation.
-
-    W_list: one w `[K]` per user; V_list: one V `[d, K]` per user.
-    """
+    """`evaluate_model` for every user, with a w `[K]`, a V `[d, K]` and pairs of each -> list of accuracies; prints
+    their mean and standard deviation."""
     W_list, V_list, test_features = map(list, (W_list, V_list, test_features))
     if not len(W_list) == len(V_list) == len(test_features) > 0:
         raise InputError(f"{len(W_list)} weights, {len(V_list)} bases, {len(test_features)} users; give equally many")
@@ -1484,11 +1482,8 @@ def _print_accuracy(accuracies):
 
 
 def _accuracies(features, bases, weights):
-    """Accuracy of each user under each of G models: float64 array `[G, N]`.
-
-    features: `[m_i, d]` or Pairs of each user; bases: G tensors `[d, K]`; weights: G tensors `[N, K]`, or of J weight
-    vectors that each user's pairs meet, `[N, J, K]`, which gives `[G, N, J]`.
-    """
+    """Accuracy of each user under each of G models: float64 array `[G, N]`; `[G, N, J]` for J weight vectors a user.
+    features: N of `[m_i, d]` or Pairs; bases: G tensors `[d, K]`; weights: G tensors `[N, K]` or `[N, J, K]`."""
     sizes = [V.shape[1] for V in bases]
     right = [torch.stack([(w[i] @ P.T).gt_(0).sum(-1).double() / len(P) for w, P in zip(weights, S.split(sizes, 1))])
              for i, S in enumerate(_scores(features, torch.cat(bases, 1)))]
@@ -1519,9 +1514,7 @@ def _resampling(N):
 
 def interval(values, difference=False):
     """The mean over users of float64 `[N]` and its 95 % percentile interval, {mean, low, high}; None for None.
-
-    A difference has p too, of the Wilcoxon signed-rank test that it is symmetric about 0.
-    """
+    A difference has p too, of the Wilcoxon signed-rank test that it is symmetric about 0."""
     from scipy.stats import wilcoxon  # here: it takes a second to load
     if values is None:
         return None
@@ -1543,19 +1536,17 @@ def exchanged_accuracies(features, fits):
 
 
 def basis_of(fits, V_final):
-    """What the basis of one row looks like: of the kept seed, and the angles between the spans of all seeds.
-
-    Cosines are absolute. Effective rank: exponential of the entropy of the squared singular values of V diag(mean w).
-    Entropies are in nats. Principal angles: degrees, smallest first, means over pairs of seeds.
-    """
+    """What the basis of one row looks like: the kept seed's, and the principal angles between the spans of all seeds,
+    in degrees, smallest first, means over pairs of seeds. Cosines are absolute, entropies in nats; the effective rank
+    is the exponential of the entropy of the squared singular values of V diag(mean w)."""
     from scipy.linalg import subspace_angles
     from scipy.stats import entropy
     kept = best_fit(fits)
     V, w, head = (tensor.double().cpu().numpy() for tensor in (kept.V, kept.W, V_final.reshape(-1)))
     unit = V / np.linalg.norm(V, axis=0)
     between = np.abs(unit.T @ unit)[np.triu_indices(V.shape[1], 1)]
-    angles = [np.degrees(subspace_angles(*spans))[::-1] for spans in
-              itertools.combinations([fit.V.double().cpu().numpy() for fit in fits], 2) if kept.K]
+    angles = [np.degrees(subspace_angles(one.V.double().cpu().numpy(), other.V.double().cpu().numpy()))[::-1]
+              for one, other in itertools.combinations(fits, 2) if kept.K]
     return {"columns": V.shape[1],
             "effective_rank": float(np.exp(entropy(np.linalg.svd(V * w.mean(0), compute_uv=False) ** 2))),
             "largest_cosine_between_columns": float(between.max()) if between.size else None,
@@ -1565,10 +1556,8 @@ def basis_of(fits, V_final):
 
 
 def leaks_of(prompts):
-    """Share of the test pairs whose prompt stands among the training pairs of the same side: {setting: share or None}.
-
-    prompts: {part: one list per user of the pairs' prompts, their texts or digests of these}; None: not known.
-    """
+    """{setting: share of the test pairs whose prompt stands among the training pairs of the same side; None: unknown}.
+    prompts: {part: one list per user of the pairs' prompts, their texts or digests of these}, or None."""
     leaks = dict.fromkeys((SETTINGS[1], UNSEEN_TEST))
     for setting, train, test in zip(leaks, ("train", "train_unseen"), ("test", "test_unseen")):
         if prompts and {train, test} <= prompts.keys():
@@ -1623,7 +1612,7 @@ def judgement(entries, parts):
     parts: the unseen users' personal parts, float64 `[N]` of each row. Intervals of several rows hold for all at once:
     half-widths are the 95 % quantile of the largest deviation of any row from its mean, in units of standard errors.
     """
-    parts, N, rows = np.stack(parts, 1), len(parts[0]), len(entries)
+    parts, N, rows = np.stack(parts, 1), len(parts[0]), len(entries)  # (N, rows)
     mean, draws = parts.mean(0), _resampling(N) @ parts
     low, high = np.percentile(draws, (2.5, 97.5), 0)
     if rows > 1:
@@ -2114,9 +2103,9 @@ def report(results):
         f"# {results['config']['data']}: is the reward personal?", f"**{first}**", *more, "---",
         f"The verdict is about {'all models with K >= 2, none' if chosen['by'] == 'none' else 'the one model'} chosen "
         f"by held-out pairs. The basis was learnt from {counts['train pairs']:,} pairs of {counts['seen users']} seen "
-        f"users, weights of {counts['unseen users']} unseen users from {counts['train unseen pairs']:,} pairs of theirs "
-        f"and tested on {counts['test unseen pairs']:,} others. K is the rank: ref the pretrained reward head, 1 one "
-        "direction for everybody, from 2 on LoRe; alpha penalises the distance to the head. Figures are shares of pairs "
+        f"users, weights of {counts['unseen users']} unseen users from {counts['train unseen pairs']:,} of theirs; "
+        f"tests are on {counts['test unseen pairs']:,} others. K is the rank: ref the pretrained reward head, 1 one "
+        "direction for everybody, from 2 on LoRe; alpha penalises the distance to the head. Figures: shares of pairs "
         "predicted right, means over users and seeds, with 95 % intervals over users; p: Wilcoxon signed-rank test.",
         "## Accuracy", markdown(_shown(results), lambda entry: entry["accuracy"]),
         "![accuracy by rank](accuracy_by_rank.png)",
@@ -2259,9 +2248,9 @@ def save_few_shot_curves(folder, curves, of_users, data, about, config, groups=N
     if note:
         print(f"{note}: of {max(shots)} the mean user has {reached[-1]:.1f}")
     names = "few_shot_train_mean", "few_shot_train_std", "unseen_mean", "unseen_std"
-    by_model = zip(*(np.reshape(curve, (-1, len(shots))).tolist() for curve in curves))
+    by_shots = zip(*(np.reshape(curve, (-1, len(shots))).tolist() for curve in curves))
     found = [{"K": K, "alpha": alpha, **dict(zip(names, of_model))} for (alpha, K), of_model in
-             zip(itertools.product(config["alpha_list"], config["K_list"]), by_model)]
+             zip(itertools.product(config["alpha_list"], config["K_list"]), by_shots)]
     frame = pd.DataFrame([{**{key: row[key] for key in ("K", "alpha", "shots")}, "setting": setting,
                            **interval(row[setting])} for setting in SETTINGS[2:] for row in of_users])
     once = frame[(frame["K"] > 0) | (frame["alpha"] == frame["alpha"][0])]  # the reference, the same at every alpha
