@@ -1393,10 +1393,10 @@ class PersonalizeBatch(LoRe):
 SETTINGS = ("Train Performance", "Seen User Unseen Prompts", "Few Shot Train Performance", "Unseen User Unseen Prompts")
 UNSEEN_TEST, VALIDATION = SETTINGS[3], "Validation"  # the setting that counts; held-out training pairs
 DRAWS = 2000  # of the bootstrap over users
-ONE_POINT = 0.01  # of accuracy: a personal part that is surely smaller counts as none
+NOTHING = 0.01  # of accuracy: a personal part that is surely smaller counts as none
 FEWEST_USERS = 6  # with fewer no signed-rank test can reach p < 0.05, and an interval says nothing
 COLLAPSED = 0.99  # cosine with the reward head from which on a column is that head
-PERCENT = "{mean:.1%} (95 % interval {low:.1%} to {high:.1%})"
+INTERVAL, DIFFERENCE = "{mean:.3f} [{low:.3f}, {high:.3f}]", "{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 @dataclasses.dataclass
@@ -1415,23 +1415,20 @@ class Fit:
 def evaluate_model(X, V, w):
     """The fraction of pairs with a positive margin x V w, a float.
 
-    X: `[m, d]` or Pairs; V: `[d, K]`; w: `[K]`, tensors or numpy arrays. Raises InputError: no pairs, other shapes, NaN.
+    X: `[m, d]` or Pairs; V: `[d, K]`; w: `[K]`, tensors or arrays. Raises InputError: no pairs, other shapes, NaN.
     """
     V = check_matrix(V, "V")
     w = w.detach() if isinstance(w, torch.Tensor) else np.asarray(w)
     w = check_matrix(w.reshape(-1, 1), "w", V.shape[1], 1).to(V.device)
-    return (next(_scores([check_matrix(X, "X", None, len(V))], V)) @ w > 0).float().mean().item()
+    return float(_accuracies([check_matrix(X, "X", None, len(V))], [V], [w.T])[0, 0])
 
 
 def eval_multiple(W_list, V_list, test_features):
-    """`evaluate_model` for every user -> list of accuracies; prints their mean and standard deviation.
-
-    W_list: one w `[K]` per user; V_list: one V `[d, K]` per user.
-    """
+    """`evaluate_model` for every user, with a w `[K]`, a V `[d, K]` and pairs of each -> list of accuracies; prints
+    their mean and standard deviation."""
     W_list, V_list, test_features = map(list, (W_list, V_list, test_features))
     if not len(W_list) == len(V_list) == len(test_features) > 0:
-        raise InputError(f"{len(W_list)} weights and {len(V_list)} bases for {len(test_features)} users; give one of "
-                         "each per user")
+        raise InputError(f"{len(W_list)} weights, {len(V_list)} bases, {len(test_features)} users; give equally many")
     accuracies = [evaluate_model(X, V, w) for w, V, X in zip(W_list, V_list, test_features)]
     _print_accuracy(accuracies)
     return accuracies
@@ -1443,23 +1440,18 @@ def _print_accuracy(accuracies):
 
 
 def _accuracies(features, bases, weights):
-    """Accuracy of each user under each of G models: float64 array `[G, N]`.
-
-    features: list of `[m_i, d]` or Pairs; bases: G tensors `[d, K]`; weights: G tensors `[N, K]`.
-    """
+    """Accuracy of each user under each of G models: float64 array `[G, N]`; `[G, N, J]` for J weight vectors a user.
+    features: N of `[m_i, d]` or Pairs; bases: G tensors `[d, K]`; weights: G tensors `[N, K]` or `[N, J, K]`."""
     sizes = [V.shape[1] for V in bases]
-    V, w = torch.cat(bases, 1), torch.cat(weights, 1)  # (d, C), (N, C)
-    of_member = torch.block_diag(*(torch.ones(K, 1) for K in sizes)).to(V.device)  # (C, G)
-    right = [((S * w[i]) @ of_member > 0).double().mean(0) for i, S in enumerate(_scores(features, V))]
+    right = [torch.stack([(w[i] @ P.T).gt_(0).sum(-1).double() / len(P) for w, P in zip(weights, S.split(sizes, 1))])
+             for i, S in enumerate(_scores(features, torch.cat(bases, 1)))]
     return torch.stack(right, 1).cpu().numpy()
 
 
 def by_model(fits):
     """The fits of each row of the tables, one a seed: {(K, alpha): [Fit]}, in the order of the sweep."""
-    rows = {}
-    for fit in fits:
-        rows.setdefault((fit.K, fit.alpha), []).append(fit)
-    return rows
+    return {row: [fit for fit in fits if (fit.K, fit.alpha) == row]
+            for row in dict.fromkeys((fit.K, fit.alpha) for fit in fits)}
 
 
 def accuracy_of_users(fits, setting):
@@ -1472,223 +1464,161 @@ def best_fit(fits):
     return max(fits, key=lambda fit: (fit.accuracies.get(VALIDATION, np.zeros(1)).mean(), -fit.loss))
 
 
-@torch.no_grad()
-def exchanged_accuracies(features, fits):
-    """Accuracy of every unseen user's pairs under every one's weights: float64 `[G, N, N + 1]`.
-
-    Entry [g, i, j] is of user i's pairs with the weights of user j in fit g; j = N are everybody's mean weights.
-    """
-    weights = [torch.cat([fit.W_unseen, fit.W_unseen.mean(0, keepdim=True)]) for fit in fits]  # (N + 1, K) each
-    columns = [fit.V.shape[1] for fit in fits]
-    right = [torch.stack([(w @ S_g.T).gt_(0).mean(1) for w, S_g in zip(weights, S.split(columns, 1))])
-             for S in _scores(features, torch.cat([fit.V for fit in fits], 1))]  # (G, N + 1) for each user
-    return torch.stack(right, 1).double().cpu().numpy()
+@functools.cache
+def _resampling(N):
+    """Each user's share in the means of DRAWS bootstrap draws of N users, the same for all quantities: `[DRAWS, N]`."""
+    return np.random.default_rng(0).multinomial(N, np.full(N, 1 / N), DRAWS) / N
 
 
-def controls_of(rows, data, tossed):
-    """What the rows' accuracies are held against, on the unseen users' unseen prompts: {key: float64 `[N, rows]`}.
-
-    The personal part is a user's accuracy with own weights less that with everybody's mean weights. NaN where a model
-    has no user weights (K = 0, 1) and where a control was not made. Arguments as of `evidence`.
-    """
-    keys = *(("controls", name) for name in ("mean_weights", "other_users", "tossed", "longer")), ("personal_part",)
-    found = {key: np.full((len(data["unseen"]), len(rows)), np.nan) for key in keys}
-    mixed = [fit for of_row in rows.values() for fit in of_row if fit.K > 1]
-    exchanged = iter(exchanged_accuracies(data["test_unseen"], mixed) if mixed else ())
-    for i, ((K, alpha), of_row) in enumerate(rows.items()):
-        if K > 1:
-            right = np.mean([next(exchanged) for _ in of_row], 0)  # (N, N + 1), seeds averaged within a user
-            own, mean = right.diagonal(), right[:, -1]
-            found["controls", "mean_weights"][:, i], found["personal_part",][:, i] = mean, own - mean
-            if len(own) > 1:
-                found["controls", "other_users"][:, i] = (right[:, :-1].sum(1) - own) / (len(own) - 1)
-        for accuracies in (right for *row, right in tossed if row == [K, alpha]):
-            found["controls", "tossed"][:, i] = accuracies
-    if data.get("longer"):
-        found["controls", "longer"][:] = [[(1 + np.mean(signs)) / 2] for signs in data["longer"]["test_unseen"]]
-    return found
-
-
-def summaries(quantities, seed=0):
-    """{key: float64 `[N, rows]`} of one group of users -> {key: (a dict or None per row, draws `[DRAWS, rows]`)}.
-
-    The draws are means over resampled users, the same users for all keys and rows, and all pairs of a user or none. A
-    dict holds the mean over users, low and high, its 95 % percentile interval, and for differences p of the Wilcoxon
-    signed-rank test that they are symmetric about 0; None stands for a row of NaN.
-    """
+def interval(values, difference=False):
+    """The mean over users of float64 `[N]` and its 95 % percentile interval, {mean, low, high}; None for None.
+    A difference has p too, of the Wilcoxon signed-rank test that it is symmetric about 0."""
     from scipy.stats import wilcoxon  # here: it takes a second to load
-    values = np.concatenate(list(quantities.values()), 1)
-    N, rows = len(values), values.shape[1] // len(quantities)
-    draws = np.random.default_rng(seed).multinomial(N, np.full(N, 1 / N), DRAWS) @ values / N
-    table = {"mean": values.mean(0), **dict(zip(("low", "high"), np.percentile(draws, (2.5, 97.5), 0))),
-             "p": np.ones(values.shape[1])}
-    if (varied := np.nan_to_num(values).any(0)).any():
-        table["p"][varied] = wilcoxon(values[:, varied], axis=0, method="approx").pvalue
-    found = {}
-    for i, key in enumerate(quantities):
-        kept = list(table)[:4 if key[0].startswith(("minus", "personal")) else 3]
-        found[key] = ([None if np.isnan(table["mean"][column]) else {name: float(table[name][column]) for name in kept}
-                       for column in range(i * rows, (i + 1) * rows)], draws[:, i * rows:(i + 1) * rows])
+    if values is None:
+        return None
+    low, high = np.percentile(_resampling(len(values)) @ values, (2.5, 97.5)).tolist()
+    found = {"mean": float(np.mean(values)), "low": low, "high": high}
+    if difference:
+        values = values.round(9)  # whether two users tie must not hang on the order of additions
+        found["p"] = float(wilcoxon(values, method="approx").pvalue) if values.any() else 1.0
     return found
+
+
+def exchanged_accuracies(features, fits):
+    """Accuracy of each unseen user's pairs under the user's own weights, everyone's mean weights, and another user's
+    weights, as a mean over all others (None if there are none): three float64 `[N]`, means over the fits of a row."""
+    N, weights = len(features), [torch.cat([fit.W_unseen, fit.W_unseen.mean(0, keepdim=True)]) for fit in fits]
+    right = _accuracies(features, [fit.V for fit in fits], [w.expand(N, -1, -1) for w in weights]).mean(0)  # (N, N + 1)
+    own = right.diagonal()
+    return own, right[:, -1], (right[:, :-1].sum(1) - own) / (N - 1) if N > 1 else None
 
 
 def basis_of(fits, V_final):
-    """What the basis of one row looks like: of the kept seed, and the angles between the spans of all seeds.
-
-    Cosines are absolute. The effective rank is the exponential of the entropy of the squared singular values of
-    V diag(mean w); the entropy of user weights is in nats; the principal angles in degrees, smallest first, are means
-    over pairs of seeds.
-    """
+    """What the basis of one row looks like: the kept seed's, and the principal angles between the spans of all seeds,
+    in degrees, smallest first, means over pairs of seeds. Cosines are absolute, entropies in nats; the effective rank
+    is the exponential of the entropy of the squared singular values of V diag(mean w)."""
     from scipy.linalg import subspace_angles
     from scipy.stats import entropy
-    spans = [fit.V.double().cpu().numpy() for fit in fits]
     kept = best_fit(fits)
     V, w, head = (tensor.double().cpu().numpy() for tensor in (kept.V, kept.W, V_final.reshape(-1)))
     unit = V / np.linalg.norm(V, axis=0)
-    between = np.abs(unit.T @ unit)[~np.eye(V.shape[1], dtype=bool)]
-    angles = [np.degrees(subspace_angles(*pair))[::-1] for pair in itertools.combinations(spans, 2) if kept.K]
+    between = np.abs(unit.T @ unit)[np.triu_indices(V.shape[1], 1)]
+    angles = [np.degrees(subspace_angles(one.V.double().cpu().numpy(), other.V.double().cpu().numpy()))[::-1]
+              for one, other in itertools.combinations(fits, 2) if kept.K]
     return {"columns": V.shape[1],
             "effective_rank": float(np.exp(entropy(np.linalg.svd(V * w.mean(0), compute_uv=False) ** 2))),
             "largest_cosine_between_columns": float(between.max()) if between.size else None,
             "largest_cosine_to_head": float(np.abs(unit.T @ head).max() / np.linalg.norm(head)),
             "mean_weight_entropy": float(entropy(w, axis=1).mean()),
-            "angles_between_seeds": [float(np.mean(angle)) for angle in zip(*angles)] if angles else None}
+            "angles_between_seeds": np.mean(angles, 0).tolist() if angles else None}
 
 
 def leaks_of(prompts):
-    """Share of the test pairs whose prompt stands among the training pairs of the same side: {setting: share or None}.
-
-    prompts: {part: a list with one list of prompts (texts, ids or digests) per user}, or None where unknown.
-    """
-    def share(train, test):
-        if not prompts or train not in prompts or test not in prompts:
-            return None
-        known = set().union(*prompts[train])
-        return float(np.mean([prompt in known for user in prompts[test] for prompt in user]))
-    return {SETTINGS[1]: share("train", "test"), UNSEEN_TEST: share("train_unseen", "test_unseen")}
+    """{setting: share of the test pairs whose prompt stands among the training pairs of the same side; None: unknown}.
+    prompts: {part: one list per user of the pairs' prompts, their texts or digests of these}, or None."""
+    leaks = dict.fromkeys((SETTINGS[1], UNSEEN_TEST))
+    for setting, train, test in zip(leaks, ("train", "train_unseen"), ("test", "test_unseen")):
+        if prompts and {train, test} <= prompts.keys():
+            known = set().union(*prompts[train])
+            leaks[setting] = float(np.mean([prompt in known for of_user in prompts[test] for prompt in of_user]))
+    return leaks
 
 
 def evidence(fits, data, V_final, tossed=()):
     """Is it personal, by how much, and is any of it an artefact -> {evidence, chosen, leaks, verdict} of results.json.
 
     fits: list of `Fit`, of all ranks, alphas and seeds; with accuracies under "Validation" these choose the row.
-    data: `unseen`, users' ids; `test_unseen`, `[m_i, d]` or Pairs per user; where known `prompts`, see `leaks_of`, and
-    `longer`, {part: one array per user, 1 where the chosen answer is the longer one, -1 where the shorter, else 0}.
+    data: `test_unseen`, `[m_i, d]` or Pairs per unseen user; where known `prompts`, see `leaks_of`, and `longer`,
+    {part: one array per user, 1 where the chosen answer is the longer one, -1 where the shorter, else 0}.
     tossed: (K, alpha, accuracies `[N_unseen]`) of models whose pairs' directions were tossed, in training and test.
     """
-    rows = by_model(fits)
-    index = {row: i for i, row in enumerate(rows)}
-    accuracy = {setting: np.stack([accuracy_of_users(of_row, setting) for of_row in rows.values()], 1)
-                for setting in fits[0].accuracies}  # (users, rows)
-    found = {}
-    for settings, controls in (([s for s in accuracy if s not in SETTINGS[2:]], {}),
-                               (SETTINGS[2:], controls_of(rows, data, tossed))):
-        quantities = {("accuracy", s): accuracy[s] for s in settings}
-        for name, K in (("minus_reference", 0), ("minus_pooled", 1)):
-            other = [index.get((K, alpha), -1) for _, alpha in rows]  # -1: a column of NaN, this rank is not there
-            quantities |= {(name, s): accuracy[s] - np.pad(accuracy[s], ((0, 0), (0, 1)), constant_values=np.nan)
-                           [:, other] for s in settings}
-        found |= summaries(quantities | controls)
-
-    entries = [{"K": K, "alpha": alpha, "seeds": [fit.seed for fit in of_row],
-                **{part: {key[1]: values[i] for key, (values, _) in found.items() if key[0] == part}
-                   for part in ("accuracy", "minus_reference", "minus_pooled", "controls")},
-                "personal_part": found["personal_part",][0][i], "basis": basis_of(of_row, V_final)}
-               for i, ((K, alpha), of_row) in enumerate(rows.items())]
-    chosen, judged = {"K": None, "alpha": None, "by": "none"}, entries
-    if VALIDATION in accuracy:  # of equals the smallest rank
-        judged = [max(entries, key=lambda entry: (entry["accuracy"][VALIDATION]["mean"], -entry["K"]))]
-        chosen = {"K": judged[0]["K"], "alpha": judged[0]["alpha"], "by": "validation"}
-    draws = found["personal_part",][1][:, [index[entry["K"], entry["alpha"]] for entry in judged]]
-    verdict, best, lines = judgement(judged, draws, len(data["unseen"]), sum(map(len, data["test_unseen"])))
+    rows, entries, parts = by_model(fits), [], []
+    tossed = {(K, alpha): accuracies for K, alpha, accuracies in tossed}
+    longer = data.get("longer") and [(1 + np.mean(signs)) / 2 for signs in data["longer"]["test_unseen"]]
+    for (K, alpha), of_row in rows.items():
+        accuracy = {setting: accuracy_of_users(of_row, setting) for setting in of_row[0].accuracies}
+        minus = {name: {setting: interval(accuracy[setting] - accuracy_of_users(rows[other, alpha], setting), True)
+                        if (other, alpha) in rows else None for setting in accuracy}
+                 for name, other in (("minus_reference", 0), ("minus_pooled", 1))}
+        own, mean, others = exchanged_accuracies(data["test_unseen"], of_row) if K > 1 else [None] * 3
+        parts.append(own - mean if K > 1 else None)
+        controls = {"mean_weights": mean, "other_users": others, "tossed": tossed.get((K, alpha)), "longer": longer}
+        entries.append({"K": K, "alpha": alpha, "seeds": [fit.seed for fit in of_row],
+                        "accuracy": {setting: interval(values) for setting, values in accuracy.items()}, **minus,
+                        "controls": {name: interval(values) for name, values in controls.items()},
+                        "personal_part": interval(parts[-1], True), "basis": basis_of(of_row, V_final)})
+    best = None
+    if VALIDATION in fits[0].accuracies:  # of equals the smallest rank
+        best = max(entries, key=lambda entry: (entry["accuracy"][VALIDATION]["mean"], -entry["K"]))
+    chosen = {key: best and best[key] for key in ("K", "alpha")} | {"by": "validation" if best else "none"}
+    judged = [(entry, part) for entry, part in zip(entries, parts) if part is not None and best in (None, entry)]
     leaks = leaks_of(data.get("prompts"))
-    collapsed = [entry for entry, of_row in zip(entries, rows.values()) if entry["K"] and all(
-        (cosine_similarity(fit.V.cpu(), V_final.cpu().reshape(-1, 1), 0).abs() >= COLLAPSED).all() for fit in of_row)]
-    lines += explanations(entries, best, verdict, leaks, collapsed)
+    verdict, named, lines = judgement(*zip(*judged)) if judged else ("no", best or entries[-1], [
+        f"No: {_name(best or entries[-1])} is one reward for everybody, it has no user weights."])
+    lines += explanations(entries, named, verdict, leaks[UNSEEN_TEST])
+    if collapsed := [entry for entry, of_row in zip(entries, rows.values()) if entry["K"] and all(
+            (cosine_similarity(fit.V, V_final.to(fit.V), 0).abs() >= COLLAPSED).all() for fit in of_row)]:
+        lines += [f"Collapsed onto the reward head, all columns within a cosine of {COLLAPSED}: {_name(*collapsed)}. "
+                  "Put smaller penalties into alpha_list and have validation_share choose."]
     return {"evidence": entries, "chosen": chosen, "leaks": leaks,
             "verdict": {"personal": verdict, "text": "\n".join(lines)}}
 
 
-def joint_intervals(mean, draws):
-    """Intervals (low, high) of all columns that hold together: half-widths are the 95 % quantile of the largest
-    deviation of any column, in units of the columns' standard errors."""
-    error = draws.std(0)
-    deviation = np.abs(draws - mean) / np.where(error > 0, error, np.inf)
-    half = np.percentile(deviation.max(1), 95) * error
-    return mean - half, mean + half
+def judgement(entries, parts):
+    """The verdict on rows with user weights -> ("yes" | "no" | "undecided", the row it names, lines of text).
 
-
-def judgement(entries, draws, n, pairs):
-    """The verdict on the judged rows -> ("yes" | "no" | "undecided", the row that it names, lines of text).
-
-    draws: resampled means of the rows' personal parts `[DRAWS, rows]`; n: unseen users; pairs: their test pairs.
-    One row is judged by its own interval, several by intervals that hold for all of them.
+    parts: the unseen users' personal parts, float64 `[N]` of each row. Intervals of several rows hold for all at once:
+    half-widths are the 95 % quantile of the largest deviation of any row from its mean, in units of standard errors.
     """
-    personal = [i for i, entry in enumerate(entries) if entry["personal_part"]]
-    if not personal:
-        return "no", entries[-1], [f"No: {_name(entries[-1])} is one reward for everybody, it has no user weights."]
-    entries = [entries[i] for i in personal]
-    mean, low, high = np.array([[e["personal_part"][name] for e in entries] for name in ("mean", "low", "high")])
-    if several := len(entries) > 1:
-        low, high = joint_intervals(mean, draws[:, personal])
-    i, above = mean.argmax(), low > 0
-    best = entries[i]
-    own, others = best["accuracy"][UNSEEN_TEST]["mean"], best["controls"]["mean_weights"]["mean"]
-    part = (f"at {_name(best)} unseen users' own weights predict {own:.1%} of their unseen pairs, everybody's mean "
-            f"weights {others:.1%}: a personal part of {_points(mean[i], low[i], high[i])}" +
-            f"; the interval holds for all {len(entries)} rows at once" * several)
-    if n < FEWEST_USERS:
-        return "undecided", best, [f"Undecided: {n} unseen users are too few; {part}."]
-    if above.any():
-        rows = _name(*(entry for entry, is_above in zip(entries, above) if is_above))
-        return "yes", best, [f"Yes, at {rows}; the most {part}." if several else f"Yes: {part}."]
-    if (high < ONE_POINT).all():
-        return "no", best, [f"No: the personal part's interval ends below one point at every rank; at most, {part}."]
-    half = (high - low) / 2
-    with np.errstate(divide="ignore"):  # half-widths shrink with the root of the number of users
-        to_yes = np.where(mean > 0, half / mean, np.inf).min() ** 2
-        to_no = np.where(mean < ONE_POINT, half / (ONE_POINT - mean), np.inf).max() ** 2
-    users = int(float(f"{max(n + 1, n * min(to_yes, to_no)):.2g}"))
-    return "undecided", best, [f"Undecided: {part}.", f"About {users:,} unseen users with as many pairs as these {n} "
-                               f"({users * pairs // n:,} test pairs in all) would decide it."]
+    parts, N, rows = np.stack(parts, 1), len(parts[0]), len(entries)  # (N, rows)
+    mean, draws = parts.mean(0), _resampling(N) @ parts
+    low, high = np.percentile(draws, (2.5, 97.5), 0)
+    if rows > 1:
+        error = draws.std(0)
+        half = np.percentile((np.abs(draws - mean) / np.where(error > 0, error, np.inf)).max(1), 95) * error
+        low, high = mean - half, mean + half
+    i, above = mean.argmax(), [entry for entry, end in zip(entries, low) if end > 0]
+    verdict = "undecided" if N < FEWEST_USERS else "yes" if above else "no" if high.max() < NOTHING else "undecided"
+    own, others = entries[i]["accuracy"][UNSEEN_TEST]["mean"], entries[i]["controls"]["mean_weights"]["mean"]
+    lines = [f"{verdict.capitalize()}: at {_name(entries[i])} unseen users' own weights predict {own:.3f} of their "
+             f"unseen pairs, everybody's mean weights {others:.3f}: a personal part of "
+             f"{mean[i]:+.3f}, its 95 % interval over users is [{low[i]:+.3f}, {high[i]:+.3f}]."]
+    if rows > 1:
+        lines += [f"It is the largest of {rows} models'; it is above 0 at {_name(*above) or 'none of them'}, by "
+                  "intervals that hold for all models at once, so are wider than those in the tables."]
+    if verdict == "undecided":  # an interval shrinks with the root of the number of users
+        users = N * ((high[i] - low[i]) / 2 / max(mean[i], NOTHING - mean[i])) ** 2
+        lines += [f"About {max(N + 1, FEWEST_USERS, float(f'{users:.2g}')):,.0f} unseen users with as many pairs as "
+                  f"these {N} would decide it."]
+    return verdict, entries[i], lines
 
 
-def explanations(entries, best, verdict, leaks, collapsed):
-    """Lines on what is the same for everybody, and on what may only look like a preference."""
-    of_rank = {entry["K"]: entry for entry in entries if entry["alpha"] == best["alpha"]}
-    lines, share, longer = [], leaks[UNSEEN_TEST], entries[0]["controls"]["longer"]
-    if 0 in of_rank and (reference := of_rank[0]["accuracy"][UNSEEN_TEST])["low"] <= 0.5:
-        lines.append(f"The reference is at chance, {PERCENT.format(**reference)}: it is not the reward head of this model, or "
-                     "knows nothing of these choices.")
-    if 0 in of_rank and 1 in of_rank:
-        gain, more = of_rank[1]["minus_reference"][UNSEEN_TEST], best["minus_pooled"][UNSEEN_TEST]
-        lines.append(f"One direction for everybody (K = 1), against the reference: {_points(**gain)}" + (
-            f"; {_name(best)} against K = 1: {_points(**more)}." if best["K"] > 1 else "."))
+def explanations(entries, named, verdict, leak):
+    """Lines on what is the same for everybody, and on what may only look like a preference. leak: a share or None."""
+    at, lines = {entry["K"]: entry for entry in entries if entry["alpha"] == named["alpha"]}, []
+    if 0 in at and (reference := at[0]["accuracy"][UNSEEN_TEST])["low"] <= 0.5:
+        lines += [f"The reference (K = 0) is at chance, {INTERVAL.format(**reference)}: it is not the reward head of "
+                  "this model, or knows nothing of these choices."]
+    if 0 in at and 1 in at:
+        gain, more = at[1]["minus_reference"][UNSEEN_TEST], named["minus_pooled"][UNSEEN_TEST]
+        lines += [f"One direction for everybody (K = 1) against the reference: {DIFFERENCE.format(**gain)}" + (
+            f"; {_name(named)} against K = 1: {DIFFERENCE.format(**more)}." if named["K"] > 1 else ".")]
         if gain["low"] > 0 and verdict != "yes":
-            lines.append("So one direction explains the gain over the reference: it is the same for everybody.")
-    tossed = next((entry["controls"]["tossed"] for entry in entries if entry["controls"]["tossed"]), None)
-    controls = {name: found for name, found in (("all directions tossed, which must leave chance", tossed),
-                                                ("taking the longer answer", longer)) if found}
-    lines += [f"Control, {name}: {PERCENT.format(**found)}." for name, found in controls.items()]
-    lines.append("Whether test prompts stand among the training prompts is not known." if share is None else
-                 f"Of the unseen users' test pairs {share:.1%} have a prompt that stands among their training pairs.")
-    signs = [name for name, found in controls.items() if found["low"] > 0.5] + ["shared prompts"] * bool(share)
-    lines.append(f"Signs of an artefact: {'; '.join(signs) or 'none in what was checked'}.")
-    if collapsed:
-        lines.append(f"Collapsed onto the reward head, all columns within a cosine of {COLLAPSED}: "
-                     f"{_name(*collapsed)}. Put smaller penalties into alpha_list and have validation_share choose.")
-    return lines
+            lines += ["So one direction explains the gain over the reference: it is the same for everybody."]
+    signs = ["shared prompts"] if leak else []
+    for key, name in ("tossed", "trained on choices swapped by a coin"), ("longer", "taking the longer answer"):
+        if found := next(filter(None, (entry["controls"][key] for entry in entries)), None):
+            lines += [f"Control, {name}: {INTERVAL.format(**found)}; chance is 0.5."]
+            signs += [name] if found["low"] > 0.5 else []
+    return lines + ["Whether test prompts stand among the training prompts is not known." if leak is None else
+                    f"Of the unseen users' test pairs {leak:.1%} have a prompt that stands among their training pairs.",
+                    f"Signs of an artefact: {'; '.join(signs) or 'none in these checks'}."]
 
 
 def _name(*entries):
     """`K = 2, 3 (alpha 0) and K = 2 (alpha 0.001)` of the entries."""
-    alphas = dict.fromkeys(entry["alpha"] for entry in entries)
     return " and ".join(f"K = {', '.join(str(entry['K']) for entry in entries if entry['alpha'] == alpha)} "
-                        f"(alpha {alpha:g})" for alpha in alphas)
-
-
-def _points(mean, low, high, p=None):
-    return f"{100 * mean:+.1f} points (95 % interval {100 * low:+.1f} to {100 * high:+.1f})"
+                        f"(alpha {alpha:g})" for alpha in dict.fromkeys(entry["alpha"] for entry in entries))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2057,208 +1987,150 @@ def build_standin_model(folder, texts, seed=0, hidden_size=64, layers=2, heads=4
 RELEASED_BAND = False  # True: in the picture a quarter of the standard deviation over users, as released
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "grid.alpha": 0.25, "pdf.fonttype": 42}
-DIFFERENCE = "{mean:+.3f} [{low:+.3f}, {high:+.3f}], p {p:.2g}"
-
-
-def identical_pairs(features):
-    """How many pairs have equal sides, so margin 0 under every reward: they count as wrong, as released."""
-    probe = torch.randn(features[0].shape[1], 1, generator=torch.Generator().manual_seed(0))
-    return sum(int((S == 0).sum()) for S in _scores(features, probe))
 
 
 def _about_run(data, about, config):
     """What every result carries: settings, versions, counts, the model and data that the embeddings name."""
     from importlib.metadata import version
-    parts = "train", "test", "train_unseen", "test_unseen"
+    parts, d = ("train", "test", "train_unseen", "test_unseen"), data["train"][0].shape[1]
+    probe = torch.randn(d, 1, generator=torch.Generator().manual_seed(0))  # scores only pairs of equal sides 0
     return {"config": {"data": about["title"], "model": about.get("model"), **config},
             "identity": about.get("identity"), "users": data["seen"], "unseen_users": data["unseen"],
             "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "numpy", "numba")}},
             "counts": {"seen users": len(data["seen"]), "unseen users": len(data["unseen"]),
                        **{f"{part.replace('_', ' ')} pairs": sum(map(len, data[part])) for part in parts},
-                       "pairs with equal sides": sum(identical_pairs(data[part]) for part in parts),
-                       "d": data["train"][0].shape[1]}}
+                       "pairs with equal sides": sum(int((S == 0).sum()) for part in parts
+                                                     for S in _scores(data[part], probe)), "d": d}}
 
 
 def _shown(results):
-    """The rows that tables and pictures show: the reference once, not once an alpha."""
+    """The entries that tables and pictures show: the reference once, not once an alpha."""
     return [entry for entry in results["evidence"] if entry["K"] or entry["alpha"] == results["evidence"][0]["alpha"]]
 
 
-def evidence_table(results):
-    """`results.csv`, a row per interval: a DataFrame K, alpha, quantity, setting, mean, low, high, p."""
-    return pd.DataFrame([
-        {"K": entry["K"], "alpha": entry["alpha"], "quantity": quantity, "setting": setting, **values}
-        for entry in _shown(results) for quantity, of_setting in (
-            *((name, entry[name]) for name in ("accuracy", "minus_reference", "minus_pooled")),
-            *((name, {UNSEEN_TEST: values}) for name, values in entry["controls"].items()),
-            ("personal_part", {UNSEEN_TEST: entry["personal_part"]}))
-        for setting, values in of_setting.items() if values])
+def _cell(value):
+    """The text of an interval, a number, a list of numbers, or of what is not known."""
+    if isinstance(value, dict):
+        return (DIFFERENCE + ", p {p:.2g}" if "p" in value else INTERVAL).format(**value)
+    if isinstance(value, list):
+        return ", ".join(map(_cell, value))
+    return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _cell(values, form="{mean:.3f} [{low:.3f}, {high:.3f}]"):
-    return form.format(**values) if values else "-"
-
-
-def _table(entries, columns):
-    """A DataFrame of texts, a row per entry of the evidence; columns: {heading: function of an entry}."""
-    return pd.DataFrame([{"K": entry["K"] or "ref", "alpha": f"{entry['alpha']:g}" if entry["K"] else "-",
-                          **{heading: of(entry) for heading, of in columns.items()}} for entry in entries])
-
-
-def accuracy_table(results):
-    """The closing table, a column per setting: mean over users and seeds with its interval over users."""
-    return _table(_shown(results), {setting: lambda entry, setting=setting: _cell(entry["accuracy"][setting])
-                                    for setting in results["evidence"][0]["accuracy"]})
-
-
-def _markdown(frame):
-    lines = [frame.columns, ["---"] * len(frame.columns), *frame.to_numpy()]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
-def _fits(results, entry):
-    return [fit for fit in results["fits"] if (fit["K"], fit["alpha"]) == (entry["K"], entry["alpha"])]
+def _table(entries, values):
+    """A DataFrame of texts, a row per dict with K and alpha; values: of such a dict {heading: value}."""
+    return pd.DataFrame([{"K": str(entry["K"] or "ref"), "alpha": f"{entry['alpha']:g}" if entry["K"] else "-"} | {
+        heading.replace("_", " "): _cell(value) for heading, value in values(entry).items()} for entry in entries])
 
 
 def print_results(results):
     """What a sweep ends with: the accuracies with their intervals, and the verdict."""
-    print(f"\n{accuracy_table(results).to_string(index=False)}\n\n{results['verdict']['text']}")
+    accuracies = _table(_shown(results), lambda entry: entry["accuracy"])
+    print(f"\n{accuracies.to_string(index=False)}\n\n{results['verdict']['text']}")
 
 
 def report(results):
     """`report.md` of what `results.json` holds: the verdict, then the tables that it rests on."""
     counts, chosen, (first, *more) = results["counts"], results["chosen"], results["verdict"]["text"].splitlines()
-    trained = [entry for entry in _shown(results) if entry["K"]]
-    judged = (f"the row that held-out pairs chose, K = {chosen['K']}, alpha = {chosen['alpha']:g}"
-              if chosen["by"] == "validation" else "all rows with K >= 2, none was chosen by held-out pairs")
+    trained, fits = ([entry for entry in results[name] if entry["K"]] for name in ("evidence", "fits"))
+
+    def markdown(entries, values):
+        table = _table(entries, values)
+        return "\n".join(f"| {' | '.join(row)} |" for row in (table, ["---"] * table.shape[1], *table.to_numpy()))
+
     return "\n\n".join([
         f"# {results['config']['data']}: is the reward personal?", f"**{first}**", *more, "---",
-        f"The verdict is about {judged}. Data: {counts['seen users']} seen users with {counts['train pairs']:,} "
-        f"training pairs; {counts['unseen users']} unseen ones, fitted on {counts['train unseen pairs']:,} pairs and "
-        f"tested on {counts['test unseen pairs']:,}. Seeds {', '.join(map(str, results['seeds']))}, averaged within a "
-        "user. In brackets 95 % intervals over users; p of the Wilcoxon signed-rank test; a point is 0.01 of accuracy. "
-        "K = ref is the pretrained reward head, 1 one direction for everybody, from 2 on LoRe.",
-        "## Accuracy", _markdown(accuracy_table(results)), "![accuracy by rank](accuracy_by_rank.png)",
-        f"## Controls, on {UNSEEN_TEST}", "The personal part is the accuracy with a user's own weights less that with "
-        "the mean of all unseen users' weights; another user's: the mean over all others.",
-        _markdown(_table(trained, {
-            "minus reference": lambda entry: _cell(entry["minus_reference"][UNSEEN_TEST], DIFFERENCE),
-            "minus K = 1": lambda entry: _cell(entry["K"] > 1 and entry["minus_pooled"][UNSEEN_TEST], DIFFERENCE),
-            **{name: lambda entry, key=key: _cell(entry["controls"][key]) for name, key in (
-                ("with mean weights", "mean_weights"), ("with another user's", "other_users"),
-                ("directions tossed", "tossed"), ("longer answer", "longer"))},
-            "personal part": lambda entry: _cell(entry["personal_part"], DIFFERENCE)})),
+        f"The verdict is about {'all models with K >= 2, none' if chosen['by'] == 'none' else 'the one model'} chosen "
+        f"by held-out pairs. The basis was learnt from {counts['train pairs']:,} pairs of {counts['seen users']} seen "
+        f"users, weights of {counts['unseen users']} unseen users from {counts['train unseen pairs']:,} of theirs; "
+        f"tests are on {counts['test unseen pairs']:,} others. K is the rank: ref the pretrained reward head, 1 one "
+        "direction for everybody, from 2 on LoRe; alpha penalises the distance to the head. Figures: shares of pairs "
+        "predicted right, means over users and seeds, with 95 % intervals over users; p: Wilcoxon signed-rank test.",
+        "## Accuracy", markdown(_shown(results), lambda entry: entry["accuracy"]),
+        "![accuracy by rank](accuracy_by_rank.png)",
+        f"## Controls, on {UNSEEN_TEST}", "The personal part is the accuracy with a user's own weights minus that with "
+        "the mean weights of all unseen users. Other users: with theirs, a mean over all others. Tossed: trained and "
+        "tested on pairs whose sides a coin swapped. Longer: taking the longer answer. Minus reference, minus pooled: "
+        "the accuracy with own weights minus that of the reference, and of K = 1.",
+        markdown(trained, lambda entry: entry["controls"] | {"personal_part": entry["personal_part"]} | {
+            name: entry[name][UNSEEN_TEST] for name in ("minus_reference", "minus_pooled")}),
         "![personal part](personal_part.png)" * any(entry["personal_part"] for entry in trained),
-        "## Basis and seeds", "The kept seed has the lowest training loss, or the best accuracy on held-out pairs, and "
-        "its basis is described. Entropy in nats; angles between the spans of two seeds, smallest first.",
-        _markdown(_table(trained, {
-            **{name: lambda entry, key=key: _cell(entry["basis"][key] is not None and entry["basis"], f"{{{key}:.3g}}")
-               for name, key in (("columns", "columns"), ("effective rank", "effective_rank"),
-                                 ("largest cosine of two columns", "largest_cosine_between_columns"),
-                                 ("largest cosine to the head", "largest_cosine_to_head"),
-                                 ("entropy of weights", "mean_weight_entropy"))},
-            "angles": lambda entry: " ".join(f"{a:.0f}°" for a in entry["basis"]["angles_between_seeds"] or []) or "-",
-            "accuracy of each seed": lambda entry: ", ".join(f"{fit['mean_accuracy'][UNSEEN_TEST]:.3f}" + (
-                " (kept)" if fit["kept"] else "") for fit in _fits(results, entry))})),
-        "## Leaks", *(f"{setting}: {'it is not known how many' if share is None else f'{share:.1%}'} of the test pairs "
-                      "have a prompt that stands among the training pairs of the same side."
-                      for setting, share in results["leaks"].items())]) + "\n"
+        "## Basis and seeds", "The basis is the kept seed's, which has the lowest training loss, or the best accuracy "
+        "on held-out pairs. Cosines are absolute, entropies in nats, angles between two seeds' spans in degrees.",
+        markdown(trained, lambda entry: entry["basis"]), markdown(fits, lambda fit: {
+            **{k: fit[k] for k in ("seed", "kept", "training_loss")}, UNSEEN_TEST: fit["mean_accuracy"][UNSEEN_TEST]}),
+        "## Leaks", "Test pairs whose prompt stands among the training pairs of the same side: " + "; ".join(
+            f"{name} {'not known' if share is None else f'{share:.1%}'}" for name, share in results["leaks"].items())
+        + "."]) + "\n"
 
 
-def _matplotlib():
-    """The library, which a notebook's backend, none here, would keep from loading."""
-    os.environ.pop("MPLBACKEND", None)
-    import matplotlib.figure
-    return matplotlib
-
-
-def _picture(title, panels, xlabel, ticks=None):
-    """A Figure of small multiples, rows of panels: (heading, what y is, (level, its name), curves).
-
-    A curve: (name, color, x, list of {mean, low, high}), named at the right end of the last column. Intervals are
-    bands, or, of more than three curves, bars side by side. A circle marks a point's "kept", where it has one.
+def _picture(results, points, x, band="95 % interval", note=""):
+    """A Figure of small multiples: a panel for each `row` and `column` of the points, a curve for each `line`, with its
+    name at its end. Intervals are bands, or, of more than three curves, bars. x: "rank K", or a column of numbers.
     """
     from scipy.optimize import isotonic_regression
-    matplotlib = _matplotlib()
+    os.environ.pop("MPLBACKEND", None)  # a notebook's backend, none here, would keep the library from loading
+    import matplotlib.figure
+    counts, seeds, frame = results["counts"], len(results["seeds"]), pd.DataFrame(points)
+    positions, ranks = pd.factorize(frame[x])
+    frame["x"] = positions if x == "rank K" else frame[x]
+    rows, columns, lines = (frame[key].unique() for key in ("row", "column", "line"))
+    scale = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.8, len({*lines} - {"ref"})))
+    colors = dict(zip([line for line in lines if line != "ref"], scale.tolist())) | {"ref": "0.4"}
     with matplotlib.rc_context(STYLE):
-        figure = matplotlib.figure.Figure((max(2.2 * len(panels[0]) + 1, 4.6), 2.4 * len(panels) + 0.5), layout="constrained")
-        figure.suptitle(title, fontsize=9)
-        figure.supxlabel(xlabel, fontsize=9)
-        grid = figure.subplots(len(panels), len(panels[0]), sharex=True, sharey="row", squeeze=False)
-        for axes, (heading, what, (level, _), curves) in zip(grid.flat, itertools.chain(*panels)):
-            axes.set_title(heading)
-            axes.set_ylabel(what if axes in grid[:, 0] else "")
-            axes.axhline(level, color="0.3", linewidth=0.9, linestyle="--")
-            for i, (_, color, x, points) in enumerate(curves):
-                mean, low, high, kept = ([point.get(name, np.nan) for point in points]
-                                         for name in ("mean", "low", "high", "kept"))
-                if bars := len(curves) > 3 or len(points) == 1:
-                    x = np.array(x) + (i - (len(curves) - 1) / 2) * 0.12 * (x[-1] - x[0]) / max(len(x) - 1, 1)
-                    axes.vlines(x, low, high, color=color, linewidth=1)
+        figure = matplotlib.figure.Figure((2.2 * len(columns) + 2.4, 2.4 * len(rows) + 0.5), layout="constrained")
+        figure.suptitle(f"{results['config']['data']}: {counts['seen users']} seen, {counts['unseen users']} unseen "
+                        f"users, {seeds} seed{'s' * (seeds > 1)}\nband or bar: {band} over users{note}", fontsize=9)
+        figure.supxlabel(x, fontsize=9)
+        grid = figure.subplots(len(rows), len(columns), sharex=True, sharey="row", squeeze=False)
+        for axes, (row, column) in zip(grid.flat, itertools.product(rows, columns)):
+            level = (0, "nothing personal", "0.3") if row.startswith("personal") else (0.5, "chance", "0.3")
+            axes.set(title=column if row == rows[0] else "", ylabel=row if column == columns[0] else "")
+            axes.axhline(level[0], color="0.3", linewidth=0.9, linestyle="--")
+            if x == "rank K":
+                axes.set_xticks(range(len(ranks)), [K or "ref" for K in ranks])
+            curves = list(frame[(frame["row"] == row) & (frame["column"] == column)].groupby("line", sort=False))
+            for i, (line, of_line) in enumerate(curves):
+                at, mean, low, high = of_line[["x", "mean", "low", "high"]].to_numpy(float).T
+                if bars := len(curves) > 3 or len(at) == 1:
+                    at = at + (i - (len(curves) - 1) / 2) * 0.12 * np.ptp(at) / max(len(at) - 1, 1)  # side by side
+                    axes.vlines(at, low, high, color=colors[line], linewidth=1)
                 else:
-                    axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-                axes.plot(x, mean, color=color, marker="o", markersize=3, linewidth=0.7 if bars else 1.4)
-                axes.plot(x, kept, "o", color=color, markersize=6, fillstyle="none")
-            if ticks:
-                axes.set_xticks(range(len(ticks)), ticks)
-        for axes, (_, _, level, curves) in zip(grid[:, -1], (row[-1] for row in panels)):
-            ends = sorted([(points[-1]["mean"], name, color) for name, color, _, points in curves if name] +
-                          [(*level, "0.3")])
-            gaps = 0.085 * np.ptp(axes.get_ylim()) * np.arange(len(ends))  # that keep names from lying over each other
-            for y, (_, name, color) in zip(isotonic_regression([y for y, *_ in ends] - gaps).x + gaps, ends):
-                axes.annotate(name, (1, y), (3, 0), ("axes fraction", "data"), "offset points", va="center",
-                              color=color, fontsize=8, annotation_clip=False)
+                    axes.fill_between(at, low, high, color=colors[line], alpha=0.15, linewidth=0)
+                axes.plot(at, mean, "o-", color=colors[line], markersize=3, linewidth=0.7 if bars else 1.4)
+            if column == columns[-1]:
+                ends = sorted([level] + [(of_line["mean"].iloc[-1], line, colors[line]) for line, of_line in curves
+                                         if len(of_line) > 1 or line != "ref"])
+                gaps = 0.085 * np.ptp(axes.get_ylim()) * np.arange(len(ends))  # lest names lie over each other
+                for y, (_, name, color) in zip(isotonic_regression([y for y, *_ in ends] - gaps).x + gaps, ends):
+                    axes.annotate(name, (1, y), (3, 0), ("axes fraction", "data"), "offset points", va="center",
+                                  color=color, fontsize=8, annotation_clip=False)
     return figure
 
 
-def _colors(values):
-    """A colour per value along one scale, dark to light."""
-    values = list(dict.fromkeys(values))
-    return dict(zip(values, _matplotlib().colormaps["viridis"](np.linspace(0.1, 0.8, len(values))).tolist()))
-
-
 def draw_accuracy_by_rank(results):
-    """A Figure: a panel per setting, a curve per alpha, the reference at its left, circles at the kept seed."""
-    trained = [entry for entry in _shown(results) if entry["K"]]
-    ranks, colors = list(dict.fromkeys(entry["K"] for entry in trained)), _colors(entry["alpha"] for entry in trained)
-
-    def point(entry, setting):
-        fits = _fits(results, entry)
-        kept = next(fit for fit in fits if fit["kept"])["mean_accuracy"][setting] if len(colors) == 1 else np.nan
-        of_user = np.mean([list(fit["accuracy_of_user"][setting].values()) for fit in fits], 0)
-        released = {"low": of_user.mean() - of_user.std() / 4, "high": of_user.mean() + of_user.std() / 4}
-        return entry["accuracy"][setting] | {"kept": kept} | (released if RELEASED_BAND else {})
-
-    panels = [(setting, "accuracy", (0.5, "chance"), [
-        ("", "0.4", [0], [point(entry, setting)]) for entry in _shown(results) if not entry["K"]] + [
-        (f"alpha {alpha:g}" * (len(colors) > 1), color, range(1, len(ranks) + 1),
-         [point(entry, setting) for entry in trained if entry["alpha"] == alpha]) for alpha, color in colors.items()])
-        for setting in SETTINGS]
-    xlabel = "rank K, circle: the kept seed" if len(colors) == 1 else "rank K"
-    return _picture(_title(results, results["seeds"], "a quarter of the standard deviation" if RELEASED_BAND else
-                           "95 % interval"), [panels[:2], panels[2:]], xlabel, ["ref", *ranks])
-
-
-def _title(results, seeds, interval="95 % interval"):
-    counts = results["counts"]
-    return (f"{results['config']['data']}: {counts['seen users']} seen, {counts['unseen users']} unseen users, "
-            f"{len(seeds)} seed{'s' * (len(seeds) > 1)}\nband or bar: {interval} over users")
+    """A Figure: a panel per setting, a curve per alpha, the reference at its left."""
+    def released(entry, setting):
+        of_user = np.mean([list(fit["accuracy_of_user"][setting].values()) for fit in results["fits"]
+                           if (fit["K"], fit["alpha"]) == (entry["K"], entry["alpha"])], 0)
+        return dict(zip(("low", "mean", "high"), of_user.mean() + of_user.std() / 4 * np.array([-1, 0, 1])))
+    return _picture(results, [
+        {"row": "accuracy", "column": setting, "line": f"alpha {entry['alpha']:g}" if entry["K"] else "ref",
+         "rank K": entry["K"], **(released(entry, setting) if RELEASED_BAND else entry["accuracy"][setting])}
+        for entry in _shown(results) for setting in SETTINGS], "rank K",
+        "a quarter of the standard deviation" if RELEASED_BAND else "95 % interval")
 
 
 def draw_personal_part(results):
     """A Figure: accuracy by whose weights are used, and the personal part below; a column per alpha."""
-    mixed = [entry for entry in results["evidence"] if entry["personal_part"]]
-    rows, ranks = ([], []), list(dict.fromkeys(entry["K"] for entry in mixed))
-    for alpha in dict.fromkeys(entry["alpha"] for entry in mixed):
-        points = [(entry["accuracy"][UNSEEN_TEST], entry["controls"]["mean_weights"], entry["controls"]["other_users"],
-                   entry["personal_part"]) for entry in mixed if entry["alpha"] == alpha]
-        own, mean, other, personal = (
-            (name, color, range(len(ranks)), of_rank) for name, color, of_rank in zip(
-                ("own weights", "everybody's mean", "another user's", "own less mean"), ("C0", "C1", "0.45", "C0"),
-                zip(*points)))
-        rows[0].append((f"alpha {alpha:g}", "accuracy", (0.5, "chance"), [own, mean, other]))
-        rows[1].append(("", "personal part", (0, "nothing personal"), [personal]))
-    return _picture(f"{_title(results, results['seeds'])}; {UNSEEN_TEST}", rows, "rank K", ranks)
+    return _picture(results, [
+        {"row": row, "column": f"alpha {entry['alpha']:g}", "line": line, "rank K": entry["K"], **values}
+        for entry in results["evidence"] if entry["personal_part"] for row, line, values in (
+            ("accuracy", "own weights", entry["accuracy"][UNSEEN_TEST]),
+            ("accuracy", "everybody's mean", entry["controls"]["mean_weights"]),
+            ("accuracy", "other users'", entry["controls"]["other_users"]),
+            ("personal part, own less mean", "own weights", entry["personal_part"])) if values], "rank K",
+        note=f"; {UNSEEN_TEST}")
 
 
 def save_picture(folder, name, figure):
@@ -2271,22 +2143,21 @@ def save_picture(folder, name, figure):
 def save_results(folder, fits, data, about, config, seconds, found):
     """Write results.json, results.csv, report.md, pictures, and a safetensors file per Fit -> what results.json holds.
 
-    data: a dict of the users' ids, `seen` and `unseen`, in the order of the rows of W and W_unseen, and of the
-    features, `train`, `test`, `train_unseen`, `test_unseen`. about: of `find_reward_head`. config: what the reader
-    set, a dict of JSON values. seconds: of training and evaluation. found: of `evidence`. The file without a seed in
-    its name is the kept seed's. Files of a sweep before go when these are there, and so does the training's checkpoint.
+    data: users' ids, `seen` and `unseen`, in the order of the rows of W and W_unseen, and features, `train`, `test`,
+    `train_unseen`, `test_unseen`. about: of `find_reward_head`. config: what the reader set, JSON values. seconds: of
+    training and evaluation. found: of `evidence`. The file without a seed in its name is the kept seed's. Files of an
+    earlier sweep and the training's checkpoint go when these are there.
     """
-    entries, about = [], _about_run(data, about, config)
-    kept, alphas = list(map(best_fit, by_model(fits).values())), len({fit.alpha for fit in fits})
+    entries, about, rows = [], _about_run(data, about, config), by_model(fits)
     with together(folder, ["K_*.safetensors", "personal_part.*", CHECKPOINT_FILE]) as new:
         for fit in fits:
-            is_kept = any(fit is one for one in kept)
-            name = f"K_{fit.K}" + f"_alpha_{fit.alpha}" * (alphas > 1) + f"_seed_{fit.seed}" * (not is_kept)
-            model = {"K": fit.K, "alpha": fit.alpha, "seed": fit.seed}
-            save_tensors(new / f"{name}.safetensors", {"V": fit.V, "W": fit.W, "W_unseen": fit.W_unseen}, **model,
+            kept, model = fit is best_fit(rows[fit.K, fit.alpha]), {"K": fit.K, "alpha": fit.alpha, "seed": fit.seed}
+            several = len({alpha for _, alpha in rows}) > 1
+            name = f"K_{fit.K}" + f"_alpha_{fit.alpha}" * several + f"_seed_{fit.seed}" * (not kept) + ".safetensors"
+            save_tensors(new / name, {"V": fit.V, "W": fit.W, "W_unseen": fit.W_unseen}, **model,
                          **{key: value for key, value in about.items() if key != "counts"})
             entries.append({
-                **model, "columns": fit.V.shape[1], "file": f"{name}.safetensors", "kept": is_kept,
+                **model, "columns": fit.V.shape[1], "file": name, "kept": kept,
                 "training_loss": None if math.isnan(fit.loss) else fit.loss,
                 "mean_accuracy": {s: float(a.mean()) for s, a in fit.accuracies.items()},
                 "std_over_users": {s: float(a.std()) for s, a in fit.accuracies.items()},
@@ -2295,67 +2166,48 @@ def save_results(folder, fits, data, about, config, seconds, found):
         results = {**about, "seeds": sorted({fit.seed for fit in fits}), "seconds": seconds, "fits": entries, **found}
         save_json(new / "results.json", results)
         save_text(new / "report.md", report(results))
-        save_text(new / "results.csv", evidence_table(results).to_csv(index=False))
+        save_text(new / "results.csv", pd.json_normalize(_shown(results)).to_csv(index=False))
         save_picture(new, "accuracy_by_rank", draw_accuracy_by_rank(results))
         if any(entry["personal_part"] for entry in results["evidence"]):
             save_picture(new, "personal_part", draw_personal_part(results))
     return results
 
 
-def few_shot_table(of_users):
-    """Intervals by users of `run_few_shot_vary_shots`: a DataFrame K, alpha, shots, setting, mean, low, high.
-
-    of_users: the list that it has extended. The reference stands there once, not once an alpha.
-    """
-    kept = [row for row in of_users if row["K"] or row["alpha"] == of_users[0]["alpha"]]
-    found = summaries({(setting,): np.stack([row[setting] for row in kept], 1) for setting in SETTINGS[2:]})
-    return pd.DataFrame([{"K": row["K"], "alpha": row["alpha"], "shots": row["shots"], "setting": setting, **values}
-                         for setting in SETTINGS[2:] for row, values in zip(kept, found[setting,][0])])
-
-
-def draw_few_shot(frame, title, xlabel):
-    """A Figure of `few_shot_table`: a column per alpha, few-shot train above unseen prompts, a curve per rank."""
-    colors = _colors(sorted(frame["K"][frame["K"] > 0])) | {0: "0.4"}
-    alphas = frame["alpha"][frame["K"] > 0].unique() if len(colors) > 1 else [0]
-    panels = [[(f"alpha {alpha:g}" if i == 0 else "", setting.replace(" Performance", ""), (0.5, "chance"), [
-        (f"K = {K}" if K else "ref", colors[K], of_K["shots"].tolist(), of_K.to_dict("records")) for K, of_K in
-        of_setting[(of_setting["alpha"] == alpha) | (of_setting["K"] == 0)].groupby("K")]) for alpha in alphas]
-        for i, (setting, of_setting) in enumerate(frame.groupby("setting", sort=False))]
-    return _picture(title, panels, xlabel)
-
-
 def save_few_shot_curves(folder, curves, of_users, data, about, config, groups=None):
     """Write what `run_few_shot_vary_shots` found as vary_fewshot.json, .csv, .tex, .png and .pdf.
 
-    curves: what it returned; of_users: what it has extended. data, about: as for `save_results`. config: what the
-    reader set, with K_list, alpha_list and num_shots. groups: as given to the pipeline. The training's checkpoint in
-    `folder`, no longer needed then, goes. Returns the table: a row per number of shots, a column per model.
+    curves: what it returned; of_users: what it has extended; groups: what it was given. data, about: as for
+    `save_results`. config: what the reader set, with K_list, alpha_list, num_shots, trials. The training's checkpoint
+    in `folder` goes. Returns the table of accuracies on unseen prompts: a row per number of shots, a column per model.
     """
-    about, shots = _about_run(data, about, config), config["num_shots"]
+    about, shots, of_shot = _about_run(data, about, config), config["num_shots"], "conversations" if groups else "pairs"
     has = [int(group.max()) + 1 for group in groups] if groups else list(map(len, data["train_unseen"]))
-    of_shot = "conversations" if groups else "pairs"
     reached = [float(np.minimum(has, n).mean()) for n in shots]
-    title = f"{_title(about, [config.get('seed', 0)])}, {config['trials']} draws"
-    if max(shots) > min(has):
-        note = f"from {min(has) + 1} {of_shot} on not every unseen user has so many"
-        print(f"\n{note}: of {max(shots)} the mean user has {reached[-1]:.1f}")
-        title += f"\n{note}"
-    names = ("few_shot_train_mean", "few_shot_train_std", "unseen_mean", "unseen_std")
-    found = [{"K": K, "alpha": alpha, **{name: curve[i * len(shots):(i + 1) * len(shots)]
-                                         for name, curve in zip(names, curves)}}
-             for i, (alpha, K) in enumerate(itertools.product(config["alpha_list"], config["K_list"]))]
-    frame = few_shot_table(of_users)
-    models = frame[frame["setting"] == UNSEEN_TEST].groupby(["alpha", "K"], sort=False)
-    wide = pd.DataFrame({f"K = {K}, alpha {alpha:g}" if K else "ref": pd.Series(
-        map(_cell, rows.to_dict("records")), rows["shots"]) for (alpha, K), rows in models})
+    note = f"\nfrom {min(has) + 1} {of_shot} on not every unseen user has so many" * (max(shots) > min(has))
+    if note:
+        print(f"{note}: of {max(shots)} the mean user has {reached[-1]:.1f}")
+    names = "few_shot_train_mean", "few_shot_train_std", "unseen_mean", "unseen_std"
+    by_shots = zip(*(np.reshape(curve, (-1, len(shots))).tolist() for curve in curves))
+    found = [{"K": K, "alpha": alpha, **dict(zip(names, of_model))} for (alpha, K), of_model in
+             zip(itertools.product(config["alpha_list"], config["K_list"]), by_shots)]
+    frame = pd.DataFrame([{**{key: row[key] for key in ("K", "alpha", "shots")}, "setting": setting,
+                           **interval(row[setting])} for setting in SETTINGS[2:] for row in of_users])
+    once = frame[(frame["K"] > 0) | (frame["alpha"] == frame["alpha"][0])]  # the reference, the same at every alpha
+    table = pd.DataFrame({
+        f"K = {K}, alpha {alpha:g}" if K else "ref": pd.Series(map(_cell, rows.to_dict("records")), rows["shots"])
+        for (alpha, K), rows in once[once["setting"] == UNSEEN_TEST].groupby(["alpha", "K"], sort=False)})
+    x = f"{of_shot} per unseen user"
+    points = [{**row, "row": row["setting"].replace(" Performance", ""), "column": f"alpha {row['alpha']:g}",
+               "line": f"K = {row['K']}" if row["K"] else "ref", x: row["shots"]} for row in frame.to_dict("records")]
     with together(folder, [FEW_SHOT_CHECKPOINT_FILE]) as new:
         save_json(new / "vary_fewshot.json", {**about, "shots_are": of_shot, "shots_of_the_mean_user": reached,
                                               "curves": found})
-        save_text(new / "vary_fewshot.csv", frame.to_csv(index=False))
-        save_text(new / "vary_fewshot.tex", wide.to_latex(escape=True, caption=(
+        save_text(new / "vary_fewshot.csv", once.to_csv(index=False))
+        save_text(new / "vary_fewshot.tex", table.to_latex(escape=True, caption=(
             f"{about['config']['data']}: {UNSEEN_TEST}, with 95 \\% intervals over users")))
-        save_picture(new, "vary_fewshot", draw_few_shot(frame, title, f"{of_shot} per unseen user"))
-    return wide
+        save_picture(new, "vary_fewshot", _picture({**about, "seeds": [config.get("seed", 0)]}, points, x,
+                                                   note=f", {config['trials']} draws{note}"))
+    return table
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2468,13 +2320,13 @@ def _model_card(model_name, K, about):
     """The text of the export's README.md."""
     row = {"rank": about.get("K", K), "alpha": about.get("alpha")}
     facts = {"reward model": model_name, "data": about.get("config", {}).get("data"), **row, "seed": about.get("seed")}
-    facts |= {UNSEEN_TEST: _cell(entry["accuracy"][UNSEEN_TEST]) for entry in about.get("evidence", ())
+    facts |= {UNSEEN_TEST: entry["accuracy"][UNSEEN_TEST] for entry in about.get("evidence", ())
               if [entry["K"], entry["alpha"]] == list(row.values())}
     return "\n\n".join([
         "---\nlibrary_name: transformers\npipeline_tag: text-classification\n---", "# A low-rank reward model",
         "Logits of a chat-formatted conversation are rewards, without a sigmoid or softmax: one user's, or one for each "
         "direction of a basis. The head is in float32; in bfloat16 rewards lose digits that close answers may need.",
-        _markdown(pd.DataFrame([fact for fact in facts.items() if fact[1] is not None], columns=["of", "value"])),
+        "\n".join(f"- {name}: {_cell(value)}" for name, value in facts.items() if value is not None),
         about.get("verdict", {}).get("text", "")]) + "\n"
 
 
@@ -2586,9 +2438,9 @@ def question_curves(questions, trials, alpha_list, K_list, data, V_final, device
                                      for S, test, order in zip(S_train, S_test, orders)])
         for name, accuracies in by_fit.items():
             found.setdefault((name, member.K, member.alpha), []).append(accuracies)
-    found = summaries({key: np.mean(of_seeds, 0) for key, of_seeds in found.items()}) if found else {}
-    return pd.DataFrame([{"K": K, "alpha": alpha, "fit": name, "questions": i, **values}
-                         for (name, K, alpha), (rows, _) in found.items() for i, values in enumerate(rows, 1)])
+    return pd.DataFrame([{"K": K, "alpha": alpha, "fit": name, "questions": i, **interval(of_users)}
+                         for (name, K, alpha), of_seeds in found.items()
+                         for i, of_users in enumerate(np.mean(of_seeds, 0).T, 1)])
 
 
 def vary_questions(folder, data, V_final, about, config, device):
@@ -2600,17 +2452,14 @@ def vary_questions(folder, data, V_final, about, config, device):
                             V_final, device, config["question_seeds"], config["num_iterations"])
     if process_rank() > 0 or frame.empty:
         return
-    about, colors = _about_run(data, about, config), _colors(frame["fit"])
-    columns, panels = {}, [[]]
-    for (alpha, K), model in frame.groupby(["alpha", "K"], sort=False):
-        curves = {name: rows.to_dict("records") for name, rows in model.groupby("fit", sort=False)}
-        columns |= {(f"K = {K}, alpha {alpha:g}", name): list(map(_cell, rows)) for name, rows in curves.items()}
-        panels[0].append((f"K = {K}, alpha {alpha:g}", "accuracy", (0.5, "chance"), [
-            (name, colors[name], [row["questions"] for row in rows], rows) for name, rows in curves.items()]))
-    title = f"{_title(about, config['question_seeds'])}; {UNSEEN_TEST}"
+    about, x = {**_about_run(data, about, config), "seeds": config["question_seeds"]}, "questions per unseen user"
+    frame["model"] = [f"K = {K}, alpha {alpha:g}" for K, alpha in zip(frame["K"], frame["alpha"])]
+    points = [{**row, "row": "accuracy", "column": row["model"], "line": row["fit"], x: row["questions"]}
+              for row in frame.to_dict("records")]
     with together(folder) as new:
         save_json(new / "vary_questions.json", {**about, "curves": frame.to_dict("records")})
         save_text(new / "vary_questions.csv", frame.to_csv(index=False))
-        save_picture(new, "vary_questions", _picture(title, panels, "questions per unseen user"))
-    table = pd.DataFrame(columns, index=pd.RangeIndex(1, config["num_questions"] + 1, name="questions"))
+        save_picture(new, "vary_questions", _picture(about, points, x, note=f"; {UNSEEN_TEST}"))
+    cells = frame.assign(cell=list(map(_cell, frame[["mean", "low", "high"]].to_dict("records"))))
+    table = cells.pivot(index="questions", columns=["model", "fit"], values="cell")
     print(f"\n{UNSEEN_TEST}, mean over seeds {config['question_seeds']}, by questions asked:\n{table.to_string()}")

@@ -3,15 +3,17 @@
 import contextlib
 import io
 import json
+import re
 
 import numpy as np
+import prism
 import pytest
 import torch
 from helpers import call, load_script, planted_basis, planted_pairs, planted_weights
 
 import utils
-from utils import (SETTINGS, VALIDATION, Fit, Pairs, best_fit, controls_of, evidence, exchanged_accuracies, hold_out,
-                   joint_intervals, leaks_of, summaries, toss)
+from utils import (SETTINGS, VALIDATION, Fit, Pairs, best_fit, evidence, exchanged_accuracies, hold_out, interval,
+                   judgement, leaks_of, toss)
 
 UNSEEN = SETTINGS[3]
 d, N = 16, 24
@@ -30,10 +32,6 @@ def population(W_seen, W_unseen, pairs=(40, 30, 30, 60), V=None, seed=0):
 
 def tastes(seed=0, N=N):
     return population(planted_weights(N, 3, 0.1, seed), planted_weights(N, 3, 0.1, seed + 100), seed=seed)
-
-
-def no_tastes(seed=0, N=N):
-    return population(*(torch.full((N, 3), 1 / 3) for _ in range(2)), seed=seed)
 
 
 def swept(data, K_list=(0, 1, 3), seeds=(0,), V_final=None, num_iterations=150, alpha_list=(0,), **options):
@@ -75,48 +73,42 @@ def random_fit(K, seed, N=N, alpha=0, accuracies=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_draw_takes_whole_users_and_the_same_ones_for_every_column():
-    of_user = np.random.default_rng(1).random((7, 3))
+def test_the_interval_is_that_of_plain_means_over_the_users_drawn():
+    of_user = np.random.default_rng(1).random(7)
     counts = np.random.default_rng(0).multinomial(7, np.full(7, 1 / 7), utils.DRAWS)
-    draws = summaries({("accuracy", "x"): of_user})["accuracy", "x"][1]
-    for draw in (0, 500, 1999):  # a plain mean over the list of users that was drawn
-        users = [i for i, count in enumerate(counts[draw]) for _ in range(count)]
-        assert len(users) == 7
-        np.testing.assert_allclose(draws[draw], [np.mean([of_user[i, c] for i in users]) for c in range(3)])
+    draws = [np.mean([of_user[i] for i, count in enumerate(draw) for _ in range(count)]) for draw in counts]
+    found = interval(of_user)
+    assert [found["low"], found["high"]] == pytest.approx(np.percentile(draws, (2.5, 97.5)))
+    assert found["mean"] == pytest.approx(of_user.mean()) and interval(None) is None
 
 
-def test_intervals_cover_the_planted_mean_in_90_to_99_of_100():
+def test_intervals_cover_the_planted_mean_in_90_to_99_of_100_one_by_one_and_all_at_once():
     covered, joint = 0, 0
     for repeat in range(100):
-        accuracies = np.random.default_rng(repeat).binomial(50, 0.6, (40, 4)) / 50 - 0.6
-        (intervals, draws), = summaries({("accuracy", "x"): accuracies}).values()
-        covered += sum(found["low"] <= 0 <= found["high"] for found in intervals) / 4
-        low, high = joint_intervals(accuracies.mean(0), draws)
-        joint += ((low <= 0) & (0 <= high)).all()
+        parts = np.random.default_rng(repeat).binomial(50, 0.6, (4, 40)) / 50 - 0.6
+        covered += sum(found["low"] <= 0 <= found["high"] for found in map(interval, parts)) / 4
+        low, high = intervals_of(judged(parts))  # of the row with the largest mean, the first to leave 0 out
+        joint += low <= 0
     assert 90 <= covered <= 99
-    assert 90 <= joint <= 99  # all four at once
+    assert 90 <= joint <= 100  # one side
 
 
 def test_differences_are_paired_within_a_user():
-    level = np.random.default_rng(0).random((30, 1))  # users differ widely, the two models by a constant
-    found = summaries({("minus_pooled", "x"): (level + 0.02) - level})["minus_pooled", "x"][0][0]
+    level = np.random.default_rng(0).random(30)  # users differ widely, the two models by a constant
+    found = interval((level + 0.02) - level, True)
     assert found["low"] == pytest.approx(0.02) and found["high"] == pytest.approx(0.02)
     assert found["p"] < 1e-4
 
 
 def test_the_signed_rank_p_is_that_of_a_sum_of_ranks():
-    differences = np.random.default_rng(3).normal(0.3, 1, (40, 1))
-    ranks = np.abs(differences[:, 0]).argsort().argsort() + 1
-    statistic = min(ranks[differences[:, 0] > 0].sum(), ranks[differences[:, 0] < 0].sum())
+    differences = np.random.default_rng(3).normal(0.3, 1, 40)
+    ranks = np.abs(differences).argsort().argsort() + 1
+    statistic = min(ranks[differences > 0].sum(), ranks[differences < 0].sum())
     z = (statistic - 40 * 41 / 4) / (40 * 41 * 81 / 24) ** 0.5
     expected = torch.special.ndtr(torch.tensor(z, dtype=torch.float64)).item() * 2
-    assert summaries({("personal_part",): differences})["personal_part",][0][0]["p"] == pytest.approx(expected)
-
-
-def test_equal_models_differ_by_0_with_p_1_and_unknown_ones_are_none():
-    values = np.stack([np.zeros(9), np.full(9, np.nan)], 1)
-    assert summaries({("personal_part",): values})["personal_part",][0] == [
-        {"mean": 0, "low": 0, "high": 0, "p": 1}, None]
+    assert interval(differences, True)["p"] == pytest.approx(expected)
+    assert interval(np.zeros(9), True) == {"mean": 0, "low": 0, "high": 0, "p": 1}
+    assert interval(np.array([0.1 + 0.2 - 0.3] * 9), True)["p"] == 1  # equal but for rounding
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,9 +140,9 @@ def test_other_users_weights_are_the_mean_over_all_others(data, fits):
 def test_pairs_of_a_table_are_exchanged_as_their_matrices():
     table = torch.randn(30, d, generator=torch.Generator().manual_seed(0))
     pairs = [Pairs(table, torch.arange(i, i + 9), torch.arange(i + 12, i + 21)) for i in range(4)]
-    fits = [random_fit(K, 0, N=4) for K in (2, 5)]
-    np.testing.assert_allclose(exchanged_accuracies(pairs, fits),
-                               exchanged_accuracies([X.dense() for X in pairs], fits))
+    fits, dense = [random_fit(5, seed, N=4) for seed in range(2)], [X.dense() for X in pairs]
+    np.testing.assert_allclose(exchanged_accuracies(pairs, fits), exchanged_accuracies(dense, fits))
+    assert exchanged_accuracies(pairs[:1], [random_fit(2, 0, N=1)])[2] is None  # nobody else
 
 
 def test_the_personal_part_is_planted_and_found(data):
@@ -170,41 +162,15 @@ def test_the_interval_of_the_personal_part_covers_the_planted_one_in_90_to_99_of
         """Under the planted models themselves: own weights less the mean weights."""
         W = planted_weights(N, 3, 0.1, seed)
         fit = Fit(3, 0, 0, V, W, W, 0.0)
-        pairs_of_users = planted_pairs(V, W, pairs, seed, sampled=True)
-        return controls_of({(3, 0): [fit]}, {"unseen": range(N), "test_unseen": pairs_of_users}, ())
+        own, mean, _ = exchanged_accuracies(planted_pairs(V, W, pairs, seed, sampled=True), [fit])
+        return own - mean
 
-    truth = np.mean([personal_part(40, 200, 1000 + i)["personal_part",].mean() for i in range(60)])
+    truth = np.mean([personal_part(40, 200, 1000 + i).mean() for i in range(60)])
     for seed in range(100):
-        (found,), _ = summaries(personal_part(40, 30, seed))["personal_part",]
+        found = interval(personal_part(40, 30, seed))
         covered += found["low"] <= truth <= found["high"]
     assert truth > 0.1
     assert 90 <= covered <= 99
-
-
-def test_user_ids_shuffled_between_training_and_test_leave_no_personal_part(data):
-    order = np.random.default_rng(0).permutation(N)
-    found = found_of(dict(data, test_unseen=[data["test_unseen"][i] for i in order]))
-    assert found["verdict"]["personal"] != "yes"
-    assert entry_of(found, 3)["personal_part"]["mean"] < 0.01
-
-
-def test_a_constant_on_every_rejected_vector_is_one_direction_and_not_personal():
-    constant = 3 * torch.nn.functional.normalize(torch.randn(d, generator=torch.Generator().manual_seed(5)), dim=0)
-    data = no_tastes()
-    for part in PARTS:
-        data[part] = [X - constant for X in data[part]]
-    found = found_of(data)
-    assert entry_of(found, 1)["minus_reference"][UNSEEN]["low"] > 0.1
-    assert entry_of(found, 3)["personal_part"]["high"] < 0.01
-    assert found["verdict"]["personal"] == "no"
-    assert "one direction explains the gain over the reference" in found["verdict"]["text"]
-
-
-def test_a_reference_that_is_not_the_head_is_at_chance(data):
-    V = planted_basis(d, 3)
-    beside = torch.linalg.qr(torch.cat([V, torch.randn(d, 1, generator=torch.Generator().manual_seed(1))], 1)).Q[:, 3:]
-    assert "The reference is at chance" in found_of(data, V_final=beside)["verdict"]["text"]
-    assert "The reference is at chance" not in found_of(data, V_final=V.sum(1, keepdim=True))["verdict"]["text"]
 
 
 def test_models_of_tossed_pairs_are_at_chance_even_where_all_differences_share_a_direction(data):
@@ -217,7 +183,7 @@ def test_models_of_tossed_pairs_are_at_chance_even_where_all_differences_share_a
         interval = entry_of(found, 3)["controls"]["tossed"]
         assert interval["low"] <= 0.5 <= interval["high"]
         assert entry_of(found, 1)["controls"]["tossed"] is None
-        assert "Signs of an artefact: none in what was checked." in found["verdict"]["text"]
+        assert "Signs of an artefact: none in these checks." in found["verdict"]["text"]
 
 
 def test_a_toss_turns_half_of_the_pairs_and_the_same_ones_for_tables_and_matrices():
@@ -232,7 +198,7 @@ def test_a_toss_turns_half_of_the_pairs_and_the_same_ones_for_tables_and_matrice
 def test_the_longer_answer_is_scored_where_lengths_are_known(data, fits):
     longer = {"test_unseen": [np.array([1, 1, -1, 0])] * N}
     found = evidence(fits, dict(data, longer=longer), torch.ones(d, 1))
-    assert entry_of(found, 3)["controls"]["longer"] == {"mean": 0.625, "low": 0.625, "high": 0.625}
+    assert entry_of(found, 3)["controls"]["longer"] == pytest.approx({"mean": 0.625, "low": 0.625, "high": 0.625})
     assert entry_of(evidence(fits, data, torch.ones(d, 1)), 3)["controls"]["longer"] is None
 
 
@@ -283,6 +249,23 @@ def test_leaks_are_the_share_of_test_pairs_whose_prompt_was_trained_on():
     assert leaks_of(None) == {SETTINGS[1]: None, UNSEEN: None}
 
 
+def test_prompts_of_prism_leak_by_their_text_in_whatever_conversation(tmp_path):
+    def row(user, seen, split, dialog, text):
+        embedding = {"chosen_conv_embedding": torch.ones(4), "rejected_conv_embedding": torch.zeros(2, 4)}
+        return {"prompt": [{"role": "user", "content": text}], "extra_info": {
+            "seen": seen, "split": split, "user_id": user, "dialog_id": dialog, "pair_format": prism.PAIR_FORMAT,
+            "chosen_utterance": "yes", "rejected_utterance": ["no", "never"], **embedding}}
+
+    train = [row("a", True, "train", "1", "Hello"), row("b", False, "train", "2", "Why?")]
+    test = [row("a", True, "test", "3", "Hello"), row("a", True, "test", "1", "Why?"),
+            row("b", False, "test", "2", "How?")]
+    for name, rows in zip(prism.FILES, (train, test)):
+        utils.save_torch(tmp_path / name, rows)
+    utils.save_tensors(tmp_path / utils.HEAD_FILE, {"reward_head": torch.ones(4, 1)})
+    data, _, _ = prism.load_embeddings(tmp_path, "no model")
+    assert leaks_of(data["prompts"]) == {SETTINGS[1]: 0.5, UNSEEN: 0.0}  # of two pairs a turn
+
+
 def test_the_kept_seed_has_the_lowest_loss_or_the_best_validation():
     fits = [random_fit(2, seed) for seed in range(3)]
     for fit, loss in zip(fits, (0.5, 0.3, 0.4)):
@@ -320,29 +303,40 @@ def test_held_out_prompts_are_held_out_with_all_their_pairs():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def verdict_on(personal_part, pairs=100):
-    """The verdict on users of given personal parts, in one row."""
-    n = len(personal_part)
-    entry = {"K": 2, "alpha": 0, "accuracy": {UNSEEN: {"mean": 0.6}}, "controls": {"mean_weights": {"mean": 0.6}}}
-    (intervals, draws), = summaries({("personal_part",): np.array(personal_part)[:, None]}).values()
-    return utils.judgement([entry | {"personal_part": intervals[0]}], draws, n, pairs * n)
+def judged(parts):
+    """The verdict on rows of given personal parts `[rows, users]`."""
+    accuracy = {"accuracy": {UNSEEN: {"mean": 0.6}}, "controls": {"mean_weights": {"mean": 0.6}}, "alpha": 0}
+    return judgement([accuracy | {"K": 2 + i} for i in range(len(parts))], list(np.asarray(parts)))
+
+
+def intervals_of(judgement):
+    """The interval in the first line of a verdict."""
+    return [float(end) for end in re.search(r"\[(\S+), (\S+)\]", judgement[2][0]).groups()]
 
 
 def test_undecided_says_about_how_many_users_would_decide():
     noise = np.random.default_rng(0).normal(0, 0.1, 20)
     noise -= noise.mean()
-    verdict, _, lines = verdict_on(0.02 + noise)
+    verdict, _, lines = judged([0.02 + noise])
     half = 1.96 * noise.std() / 20 ** 0.5
     assert verdict == "undecided"
     users = int(lines[1].split()[1].replace(",", ""))
     assert users == pytest.approx(20 * (half / 0.02) ** 2, rel=0.2)
-    assert verdict_on(np.tile(0.02 + noise, users // 20 + 2))[0] == "yes"  # as many and some more of such users do
+    assert judged([np.tile(0.02 + noise, users // 20 + 2)])[0] == "yes"  # as many and some more of such users do
 
 
 def test_small_gains_are_a_no_and_few_users_are_undecided():
-    assert verdict_on(np.random.default_rng(0).normal(0, 0.005, 50))[0] == "no"
-    assert verdict_on(np.full(5, 0.2))[0] == "undecided"
-    assert verdict_on(np.full(6, 0.2))[0] == "yes"
+    assert judged([np.random.default_rng(0).normal(0, 0.005, 50)])[0] == "no"
+    assert judged([np.full(5, 0.2)])[0] == "undecided"
+    assert judged([np.full(6, 0.2)])[0] == "yes"
+
+
+def test_of_several_rows_the_largest_is_named_with_an_interval_wider_than_its_own():
+    parts = np.random.default_rng(0).normal([[0.03], [0.05], [-0.05]], 0.05, (3, 40))
+    verdict, named, lines = judged(parts)
+    (low, high), alone = intervals_of((verdict, named, lines)), interval(parts[1])
+    assert verdict == "yes" and named["K"] == 3 and "above 0 at K = 2, 3 (alpha 0), by" in lines[1]
+    assert low < alone["low"] < alone["high"] < high
 
 
 def test_every_field_is_there_and_plain_json(data, fits):
@@ -389,9 +383,10 @@ def write_pickles(folder, wrong=None):
         if wrong == "user ids" and seed == 1:
             weights = weights[torch.randperm(KEPT, generator=torch.Generator().manual_seed(2))]
         features = planted_pairs(PLANTED, weights, pairs, seed, sampled=True)
-        files[name] = {f"w{i:02}": [{"text": f"{seed} {i} {j}", "winning_summary": "a" * (1 + j % 3), "losing_summary": "aa",
-                                     "embeddings": {"winning": [x], "losing": [bracket]}} for j, x in enumerate(X)]
-                       for i, X in enumerate(features)}
+        files[name] = {f"w{i:02}": [{
+            "text": f"{seed} {i} {j}", "winning_summary": "a" * (1 + j % 3), "losing_summary": "aa",
+            "embeddings": {"winning": [x], "losing": [bracket]}} for j, x in enumerate(X)]
+            for i, X in enumerate(features)}
         utils.save_torch(folder / name, files[name])
     head = PLANTED.sum(1, keepdim=True)
     if wrong == "reference":
@@ -407,8 +402,8 @@ def ran(monkeypatch, capsys, folder, wrong=None, **constants):
         assert hasattr(script, name)
         monkeypatch.setattr(script, name, value)
     call(monkeypatch, script, "--dir", folder)
-    return (json.loads((folder / "results" / "results.json").read_text()), (folder / "results" / "report.md").read_text(),
-            capsys.readouterr().out)
+    results, report = ((folder / "results" / name).read_text() for name in ("results.json", "report.md"))
+    return json.loads(results), report, capsys.readouterr().out
 
 
 def test_the_script_finds_planted_tastes_and_prints_the_verdict(monkeypatch, capsys, tmp_path):
@@ -435,13 +430,13 @@ def test_user_ids_shuffled_between_training_and_test_are_not_personal(monkeypatc
 
 
 def test_a_reference_that_is_not_the_head_is_said_to_be_at_chance(monkeypatch, capsys, tmp_path):
-    assert "The reference is at chance" in ran(monkeypatch, capsys, tmp_path, "reference")[1]
-    assert "The reference is at chance" not in ran(monkeypatch, capsys, tmp_path)[1]
+    assert "The reference (K = 0) is at chance" in ran(monkeypatch, capsys, tmp_path, "reference")[1]
+    assert "The reference (K = 0) is at chance" not in ran(monkeypatch, capsys, tmp_path)[1]
 
 
 def test_held_out_posts_choose_the_row_that_is_judged(monkeypatch, capsys, tmp_path):
     results, report, printed = ran(monkeypatch, capsys, tmp_path, validation_share=0.2, controls=False)
     best = max(results["evidence"], key=lambda entry: entry["accuracy"][VALIDATION]["mean"])
     assert results["chosen"] == {"K": best["K"], "alpha": 0, "by": "validation"}
-    assert best["K"] == 3 and "Validation" in printed and "that held-out pairs chose, K = 3" in report
+    assert best["K"] == 3 and "Validation" in printed and "the one model chosen by held-out pairs" in report
     assert all(entry["controls"]["tossed"] is None for entry in results["evidence"])

@@ -88,7 +88,8 @@ def test_the_results_hold_every_accuracy_of_every_user_and_what_made_them(tmp_pa
     assert results["counts"] == {
         "seen users": 3, "unseen users": 2, "d": d, "train pairs": 36, "test pairs": 21, "train unseen pairs": 13,
         "test unseen pairs": 36, "pairs with equal sides": 3}
-    assert torch.__version__.startswith(results["versions"]["torch"]) and {"python", "numpy"} <= results["versions"].keys()
+    assert torch.__version__.startswith(results["versions"]["torch"])
+    assert {"python", "numpy"} <= results["versions"].keys()
     assert [entry["K"] for entry in results["fits"]] == [0, 1, 3]
     for entry, fit in zip(results["fits"], fits, strict=True):
         assert (entry["training_loss"] is None) == (fit.K == 0) and entry["columns"] == max(fit.K, 1)
@@ -111,7 +112,7 @@ def test_a_saved_basis_gives_the_accuracies_again_and_names_its_model_and_data(t
         assert (about["K"], about["alpha"], about["seed"]) == (fit.K, fit.alpha, fit.seed)
         assert about["identity"] == ABOUT["identity"] and about["users"] == SEEN and about["unseen_users"] == UNSEEN
         assert about["config"] == {"data": ABOUT["title"], "model": "a/model", "num_iterations": 10}
-        assert torch.__version__.startswith(about["versions"]["torch"])
+        assert about["versions"] == strict_json(tmp_path / "results.json")["versions"]
 
 
 def test_files_of_an_earlier_sweep_and_the_state_of_the_training_go_and_others_stay(tmp_path, data, fits):
@@ -164,17 +165,16 @@ def test_the_closing_table_has_the_reference_once_and_means_over_users_and_seeds
         assert [*cells[:2], *cells[2::3]] == [*names, *means]
 
 
-def test_the_report_says_the_verdict_first_and_the_csv_has_every_interval(tmp_path, data):
+def test_the_report_says_the_verdict_first_and_the_csv_has_a_row_per_model(tmp_path, data):
     results = save_results(tmp_path, swept(data, [0, 1, 2], [0, 0.5]), data, {})
     text = (tmp_path / "report.md").read_text()
     assert text.splitlines()[2] == f"**{results['verdict']['text'].splitlines()[0]}**"
     table = pd.read_csv(tmp_path / "results.csv")
-    assert sorted(table[(table.K == 0) & (table.quantity == "accuracy")].setting) == sorted(SETTINGS)
-    for entry in results["evidence"]:
-        rows = table[(table.K == entry["K"]) & (table.alpha == entry["alpha"]) & (table.quantity == "personal_part")]
-        expected = [entry["personal_part"]] if entry["personal_part"] else []
-        assert [tuple(row) for row in rows[["mean", "low", "high", "p"]].to_numpy()] == [
-            pytest.approx(tuple(values.values())) for values in expected]
+    assert table[["K", "alpha"]].values.tolist() == [[0, 0], [1, 0], [2, 0], [1, 0.5], [2, 0.5]]  # the reference once
+    row, entry = table.iloc[-1], results["evidence"][-1]
+    for end in ("mean", "low", "high", "p"):
+        assert row[f"personal_part.{end}"] == pytest.approx(entry["personal_part"][end])
+        assert row[f"minus_pooled.{SETTINGS[3]}.{end}"] == pytest.approx(entry["minus_pooled"][SETTINGS[3]][end])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,11 +192,12 @@ def test_the_picture_shows_the_mean_and_the_band_of_every_setting(tmp_path, data
     for setting, axes in zip(SETTINGS, drawn[0].axes, strict=True):
         assert axes.get_title() == setting
         of_user = np.array([fit.accuracies[setting] for fit in fits])
-        chance, of_reference, _, curve, _ = axes.lines
+        chance, of_reference, curve = axes.lines
         np.testing.assert_allclose([*of_reference.get_ydata(), *curve.get_ydata()], of_user.mean(1))
         low, high = of_user[1:].mean(1) - of_user[1:].std(1) / 4, of_user[1:].mean(1) + of_user[1:].std(1) / 4
         if not released:
-            low, high = ([entry["accuracy"][setting][end] for entry in results["evidence"][1:]] for end in ("low", "high"))
+            low, high = ([entry["accuracy"][setting][end] for entry in results["evidence"][1:]]
+                         for end in ("low", "high"))
         y = axes.collections[-1].get_paths()[0].vertices[:, 1]
         assert (y.min(), y.max()) == pytest.approx((min(low), max(high)))
     assert [label.get_text() for label in axes.get_xticklabels()] == ["ref", "1", "3"]
@@ -204,16 +205,24 @@ def test_the_picture_shows_the_mean_and_the_band_of_every_setting(tmp_path, data
 
 def test_every_penalty_has_its_own_curve_named_at_its_end(tmp_path, data, drawn):
     save_results(tmp_path, swept(data, [1, 2], [0, 0.5]), data, {})
-    assert {text.get_text() for text in drawn[0].axes[1].texts} == {"chance", "alpha 0", "alpha 0.5"}
+    assert {text.get_text() for text in drawn[0].axes[3].texts} == {"chance", "alpha 0", "alpha 0.5"}
     colors = {line.get_color() if isinstance(line.get_color(), str) else tuple(line.get_color())
               for line in drawn[0].axes[0].lines}
     assert len(colors) == 3  # chance, and one for each penalty
 
 
+ABOUT_A_PICTURE = {"config": {"data": "of"}, "counts": {"seen users": 3, "unseen users": 2}, "seeds": [0]}
+
+
+def picture_of(*means):
+    """A picture of curves that are level."""
+    return utils._picture(ABOUT_A_PICTURE, [{"row": "accuracy", "column": "a", "line": str(i), "x": x, "mean": mean,
+                                             "low": mean - 0.1, "high": mean + 0.1}
+                                            for i, mean in enumerate(means) for x in (0, 1)], "x")
+
+
 def test_names_in_a_picture_do_not_lie_over_each_other():
-    points = [[{"mean": mean, "low": mean, "high": mean}] * 2 for mean in (0.5, 0.501, 0.502, 0.7)]
-    figure = utils._picture("", [[("", "", (0.5, "chance"), [(str(i), "C0", [0, 1], of) for i, of in
-                                                              enumerate(points)])]], "")
+    figure = picture_of(0.5, 0.501, 0.502, 0.7)
     figure.draw_without_rendering()
     boxes = sorted((text.get_window_extent() for text in figure.axes[0].texts), key=lambda box: box.y0)
     assert len(boxes) == 5
@@ -222,18 +231,19 @@ def test_names_in_a_picture_do_not_lie_over_each_other():
 
 NOTEBOOK = """
 import os, sys, utils
-assert "matplotlib" not in sys.modules
+assert not {"matplotlib", "scipy.stats", "scipy.optimize", "sklearn"} & sys.modules.keys()  # each takes a second
 for name in ("module://of_a_notebook", "no backend"):
     if os.fork() == 0:
         os.environ["MPLBACKEND"] = name
-        curve = ("", "C0", [0, 1], [{"mean": 0.5, "low": 0.4, "high": 0.75}] * 2)
-        utils.save_picture(sys.argv[1], name[:6], utils._picture("title", [[("", "", (0.5, "chance"), [curve])]], ""))
+        about = {"config": {"data": "of"}, "counts": {"seen users": 3, "unseen users": 2}, "seeds": [0]}
+        point = {"row": "accuracy", "column": "a", "line": "b", "rank K": 2, "mean": 0.5, "low": 0.4, "high": 0.75}
+        utils.save_picture(sys.argv[1], name[:6], utils._picture(about, [point], "rank K"))
         break
     os.wait()
 """
 
 
-def test_a_notebooks_backend_does_not_end_a_training(tmp_path):
+def test_pictures_are_drawn_whatever_a_notebooks_backend_and_loaded_for_no_sooner(tmp_path):
     status, _, err = outcome(fresh_process(NOTEBOOK, tmp_path, DISPLAY=""))
     assert (status, err) == (0, "")
     assert is_a_picture(tmp_path / "module.png") and is_a_picture(tmp_path / "no bac.png")
@@ -260,8 +270,8 @@ def test_the_curves_are_told_apart_and_say_what_they_are_of(tmp_path, data, draw
     (tmp_path / utils.FEW_SHOT_CHECKPOINT_FILE).write_text("state")
     (tmp_path / "results.json").write_text("of the sweep")
     save_few_shot_curves(tmp_path, curves(), OF_USERS, data, ABOUT, CONFIG)
-    assert set(os.listdir(tmp_path)) == {"results.json", *(f"vary_fewshot.{end}" for end in ("json", "csv", "tex", "png",
-                                                                                             "pdf"))}
+    assert set(os.listdir(tmp_path)) == {"results.json", *map("vary_fewshot.{}".format, (
+        "json", "csv", "tex", "png", "pdf"))}
     assert is_a_picture(tmp_path / "vary_fewshot.png")
     results = strict_json(tmp_path / "vary_fewshot.json")
     assert results["config"] == {"data": ABOUT["title"], "model": "a/model", **CONFIG}
@@ -278,8 +288,9 @@ def test_the_curves_are_told_apart_and_say_what_they_are_of(tmp_path, data, draw
                           (table.setting == setting)].iloc[0]
             assert (found["mean"], found.low, found.high) == pytest.approx((row[setting].mean(), *sorted(row[setting])))
     for axes, (setting, alpha) in zip(drawn[0].axes, [(s, a) for s in SETTINGS[2:] for a in (0, 0.5)], strict=True):
-        lines = [line.get_ydata().tolist() for line in axes.lines if line.get_marker() == "o" and line.get_markersize() == 3]
-        assert lines == [[row[setting].mean() for row in OF_USERS if (row["K"], row["alpha"]) == (K, alpha)] for K in (1, 2)]
+        lines = [line.get_ydata().tolist() for line in axes.lines if line.get_marker() == "o"]
+        assert lines == [[row[setting].mean() for row in OF_USERS if (row["K"], row["alpha"]) == (K, alpha)]
+                         for K in CONFIG["K_list"]]
     assert {text.get_text() for text in drawn[0].axes[1].texts} == {"chance", "K = 1", "K = 2"}
 
 

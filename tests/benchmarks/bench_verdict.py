@@ -21,7 +21,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 from helpers import planted_basis, planted_pairs, planted_weights
-from utils import Fit, controls_of, evidence, run, summaries
+from utils import Fit, evidence, exchanged_accuracies, interval, run
 
 # ---------------------------------------------------------------------------------------------------------------------
 d, N = 16, 40  # users, as many seen as unseen
@@ -54,11 +54,10 @@ def verdict_on(data, seed):
 
 
 def personal_part(m, seed):
-    """Of N users with m pairs each under the planted models: float64 `[N, 1]`."""
+    """Of N users with m pairs each under the planted models: float64 `[N]`."""
     W = planted_weights(N, 3, 0.1, seed)
-    fit = Fit(3, 0, 0, V, W, W, 0.0)
-    data = {"unseen": range(N), "test_unseen": planted_pairs(V, W, m, seed, sampled=True)}
-    return controls_of({(3, 0): [fit]}, data, ())["personal_part",]
+    own, mean, _ = exchanged_accuracies(planted_pairs(V, W, m, seed, sampled=True), [Fit(3, 0, 0, V, W, W, 0.0)])
+    return own - mean
 
 
 def main():
@@ -71,7 +70,7 @@ def main():
     truth = np.mean([personal_part(200, 5000 + i).mean() for i in range(100)])
     covered = []
     for seed in range(covered_sets):
-        (found,), _ = summaries({("personal_part",): personal_part(covered_pairs, seed)})["personal_part",]
+        found = interval(personal_part(covered_pairs, seed))
         covered.append(found["low"] <= truth <= found["high"])
     print(f"planted personal part {truth:.3f}: covered in {[sum(covered[i:i + 100]) for i in range(0, covered_sets, 100)]} "
           "of 100 each")
