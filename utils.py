@@ -125,9 +125,7 @@ def run_script(main):
 @contextlib.contextmanager
 def atomic_write(path):
     """Open `path` for writing bytes. The file appears under its name complete or not at all.
-
-    Raises OSError that names `path` (disk full, read-only); the file that stood there before is then untouched.
-    """
+    Raises OSError that names `path` (disk full, read-only); the file that stood there before is then untouched."""
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
     try:
@@ -267,7 +265,6 @@ class _MemoryUnpickler(pickle.Unpickler):
 
 def load_pickle(path, written_by="prepare.py"):
     """Load a file of `pickle.dump` or `torch.save` without running code from it, tensors on the CPU.
-
     Accepts tensors and plain containers, so every file of the released scripts. An archive of torch.save goes to
     `torch.load(weights_only=True)` and to nothing else, and is refused on torch before 2.6, where that can be passed.
     written_by: the script named where the file is missing.
@@ -406,11 +403,9 @@ def _shard_of_tensor(model_name):
 
 def load_reward_head(model_name):
     """Read the reward head of a checkpoint: one tensor from its safetensors shard, never the model.
-
     model_name: a folder, or an id on the hub. Returns float32 `[d, 1]`, the transposed `score.weight`: the layer that
     the reward model itself multiplies the last token's state with.
-    Raises InputError: unknown model, no safetensors, or not exactly one scalar head.
-    """
+    Raises InputError: unknown model, no safetensors, or not exactly one scalar head."""
     heads = {name: shard for name, shard in _shard_of_tensor(model_name).items() if name.endswith("score.weight")}
     found = f"{len(heads)} score.weight tensors"
     if len(heads) == 1:
@@ -426,10 +421,8 @@ def load_reward_head(model_name):
 
 def load_released_reference(model_name):
     """The vector that the released scripts took for the reward head, to compare with: float32 `[d, 1]`.
-
     The last linear layer of the model without its head, which is the last MLP's down-projection; its first column.
-    Raises InputError: unknown model, no safetensors, or one without such layers.
-    """
+    Raises InputError: unknown model, no safetensors, or one without such layers."""
     layers = {}
     for name, shard in _shard_of_tensor(model_name).items():
         if layer := re.search(r"layers\.(\d+)\.mlp\.down_proj\.weight$", name):
@@ -444,12 +437,10 @@ def load_released_reference(model_name):
 def load_reward_model(model_name, device=None, attention=None, dtype=None, tokenizer_name=None,
                       trust_remote_code=False):
     """Load the frozen reward model without its head -> (backbone, tokenizer), in eval mode on `device`.
-
     device: default this process's GPU, else the CPU. attention: a transformers implementation; default
     flash_attention_2 where it is installed and the GPU can (compute capability 8 and up), else PyTorch's own ("sdpa").
     dtype: default bfloat16 on a GPU, as released, and float32 on the CPU. tokenizer_name: default the model's.
-    Raises InputError: unknown model, or no chat template.
-    """
+    Raises InputError: unknown model, or no chat template."""
     from transformers import AutoModel, AutoTokenizer, logging
     device = torch.device(device) if device is not None else default_device()
     on_gpu = device.type == "cuda"
@@ -506,9 +497,7 @@ class _Row:
 
 def _rows_of_shared_prefixes(tokens, prompts, token_budget):
     """Rows in order of length, longest first; a prompt whose answers exceed the budget gets several rows.
-
-    tokens: token ids of each conversation; prompts: number of a conversation -> what those that share a prompt share.
-    """
+    tokens: token ids of each conversation; prompts: number of a conversation -> what those that share a prompt share."""
     by_prompt = {}
     for number, prompt in prompts.items():
         by_prompt.setdefault(prompt, []).append(number)
@@ -596,9 +585,7 @@ def _quoted(conversation):
 
 def tokenize_conversations(conversations, tokenizer):
     """Chat-format and tokenize conversations -> one list of token ids each.
-
-    The template already writes the special tokens, so the tokenizer must not add its own a second time.
-    """
+    The template already writes the special tokens, so the tokenizer must not add its own a second time."""
     try:
         texts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=False) for c in conversations]
     except Exception as error:  # the template is the checkpoint's program
@@ -646,7 +633,6 @@ def _cached(folder):
 def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_budget=8192, shard_size=1024,
                         max_length=None, truncation_side="left", batch_size=None, dtype=None):
     """phi of each conversation: the state, after the final norm, of its last token.
-
     conversations: list of lists of {"role", "content"} messages, the last one the response that is judged.
     model, tokenizer: from `load_reward_model`. Returns a CPU tensor `[n, d]` of `dtype`, default the model's.
 
@@ -661,8 +647,7 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
     these shards, so they need a `cache_dir` that all of them see.
 
     Raises InputError: no conversation, an empty one, one longer than the model's context, or one whose embedding is
-    not finite; several processes without a common `cache_dir`.
-    """
+    not finite; several processes without a common `cache_dir`."""
     if not conversations:
         raise InputError("no conversations to embed; give at least one")
     ranks = process_count()
@@ -748,10 +733,8 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
 
 def split_files(folder, **words):
     """The files of each split in a folder, one .parquet, .jsonl(.gz), .csv(.gz) or its shards: split -> list of paths.
-
     words: for each split, the words of which its files' names hold one, whole (train-00000-of-00002.parquet).
-    Raises InputError: no such folder, no file or several for a split, one for two.
-    """
+    Raises InputError: no such folder, no file or several for a split, one for two."""
     folder, found = Path(folder), {}
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give the one that holds the data")
@@ -772,9 +755,7 @@ def split_files(folder, **words):
 
 def read_rows(path):
     """The rows of a parquet, JSON lines or CSV file, as (where, row) pairs, a few in memory at a time.
-
-    Raises InputError that names file and row: no such file, damaged, a line that is no JSON.
-    """
+    Raises InputError that names file and row: no such file, damaged, a line that is no JSON."""
     path, i = Path(path), 0
     try:
         if path.suffix == ".parquet":
@@ -821,10 +802,8 @@ def parse_rows(rows, schema, dataset):
 
 class Pairs:
     """Preference pairs as row numbers of one table of embeddings, for many pairs over few responses.
-
     embeddings: `[rows, d]`, any float dtype; chosen, rejected: int64 `[m]`. Behaves like the float32 matrix
-    `embeddings[chosen] - embeddings[rejected]` of shape `[m, d]` without holding it.
-    """
+    `embeddings[chosen] - embeddings[rejected]` of shape `[m, d]` without holding it."""
 
     def __init__(self, embeddings, chosen, rejected):
         self.embeddings, self.chosen, self.rejected = embeddings, torch.as_tensor(chosen), torch.as_tensor(rejected)
@@ -874,9 +853,7 @@ def is_finite(table):
 
 def check_matrix(X, what, rows=None, columns=None, finite=None):
     """X, a tensor, array or Pairs, as a finite float32 tensor `[rows, columns]` (None: any number from 1) or as Pairs.
-
-    finite: a table that is known to be. Raises InputError that begins with `what`.
-    """
+    finite: a table that is known to be. Raises InputError that begins with `what`."""
     try:
         table = X.embeddings if isinstance(X, Pairs) else torch.as_tensor(X).detach()
     except (TypeError, ValueError, RuntimeError):
@@ -894,10 +871,8 @@ def check_matrix(X, what, rows=None, columns=None, finite=None):
 
 def check_features(features, what, users=None, d=None):
     """A list with one finite float32 `[m_i, d]` tensor (or Pairs) per user, of any iterable of tensors, arrays or Pairs.
-
     Raises InputError that names the user: no users or not `users` of them, a user without pairs, another width than `d`
-    or than the first user's, NaN or infinite values.
-    """
+    or than the first user's, NaN or infinite values."""
     features = list(features) if isinstance(features, Iterable) else []
     if not features or users not in (None, len(features)):
         raise InputError(f"{what}: {len(features)} users where {users or 'at least 1'} should be; "
@@ -921,10 +896,8 @@ def check_head(V, what, d=None):
 
 def sample_shots(train_features_unseen, shots, generator=None, groups=None):
     """For each user `shots` of the pairs, drawn without replacement anew at each call (all pairs of a user with fewer).
-
     train_features_unseen: list of `[m_i, d]`. Returns a list of `[min(shots, m_i), d]`.
-    generator: a CPU torch.Generator; default torch's own. groups: see `run_few_shot_vary_shots`.
-    """
+    generator: a CPU torch.Generator; default torch's own. groups: see `run_few_shot_vary_shots`."""
     check_settings(shots=shots)
     if groups is None:
         return [X[torch.randperm(len(X), generator=generator)[:shots]] for X in train_features_unseen]
@@ -943,33 +916,8 @@ def check_groups(groups, features):
                              "user that has the number of each pair's group, counted from 0 without a gap")
 
 
-def toss(features, seed=0):
-    """The same pairs, each turned round or not by the toss of a seeded coin, user after user."""
-    coin = torch.Generator().manual_seed(seed)
-    for X in features:
-        heads = torch.rand(len(X), generator=coin) < 0.5
-        yield (Pairs(X.embeddings, X.chosen.where(heads, X.rejected), X.rejected.where(heads, X.chosen))
-               if isinstance(X, Pairs) else X.where(heads.to(X.device)[:, None], -X))
-
-
-def hold_out(prompts, share, seed=0):
-    """Which pairs of each user are held out: bool `[m_i]`, those of a seeded `share` of the user's prompts.
-
-    prompts: one list of prompts (texts, ids or digests) per user. Raises InputError where a user has one prompt only.
-    """
-    chance, held = np.random.default_rng(seed), []
-    for i, of_user in enumerate(prompts):
-        numbers, distinct = pd.factorize(np.array(of_user, object))
-        if len(distinct) < 2:
-            raise InputError(f"validation_share: user {i} has training pairs of one prompt only; leave this user out")
-        count = min(max(1, round(share * len(distinct))), len(distinct) - 1)
-        held.append(torch.from_numpy(np.isin(numbers, chance.permutation(len(distinct))[:count])))
-    return held
-
-
 def generate_population(alpha, N, seed=None):
     """N users as mixtures over scorers: Dirichlet draws, numpy float64 `[N, scorers]`.
-
     alpha: the concentration, one number per scorer, or a single number for ten scorers. seed: default another each time.
     """
     concentration = np.full(10, alpha) if np.ndim(alpha) == 0 else np.asarray(alpha)
@@ -983,9 +931,7 @@ generate_popupulation = generate_population  # the released spelling
 
 def best_and_worst(reward_tensor, w):
     """The responses that a user scores highest and lowest -> two int64 `[prompts]`, equal where all are tied.
-
-    reward_tensor: `[prompts, responses, scorers]`, a tensor or an array, also of objects; w: the mixture `[scorers]`.
-    """
+    reward_tensor: `[prompts, responses, scorers]`, a tensor or an array, also of objects; w: the mixture `[scorers]`."""
     if not isinstance(reward_tensor, torch.Tensor):
         reward_tensor = torch.from_numpy(np.asarray(reward_tensor, np.float64))
     reward_tensor = reward_tensor if reward_tensor.is_floating_point() else reward_tensor.float()
@@ -997,10 +943,8 @@ def best_and_worst(reward_tensor, w):
 
 def simulate_user(reward_tensor, features, w):
     """One simulated user's pairs: the embedding of the response scored highest minus that of the one scored lowest.
-
     reward_tensor: `[prompts, responses, scorers]`; features: `[prompts, responses, d]`, a tensor or nested lists of
-    vectors; w: `[scorers]`. Returns float32 `[prompts, d]`.
-    """
+    vectors; w: `[scorers]`. Returns float32 `[prompts, d]`."""
     return simulate_population(reward_tensor, features, [w])[0]
 
 
@@ -1015,7 +959,6 @@ def simulate_population(reward_tensor, features, W):
 
 def create_sparse_tensor(dense_tensor, sample_percentage, generator=None):
     """For each user a random share of the prompts, rounded down, as a list of N tensors `[int(share * prompts), d]`.
-
     dense_tensor: `[N, prompts, d]`; sample_percentage: a share from 0 to 1, as released. InputError: that leaves no pair.
     """
     return sample_shots(list(dense_tensor), share_of(dense_tensor.shape[1], sample_percentage), generator)
@@ -1031,7 +974,6 @@ def share_of(prompts, fraction, what="sample_percentage"):
 
 def turn_pairs(row):
     """The pairs of one turn of a dialogue, chosen minus each rejected response: float32 `[rejected, d]`.
-
     row: `extra_info` holds `chosen_conv_embedding` `[d]` and `rejected_conv_embedding` `[rejected, d]` (released: `[d]`).
     """
     chosen, rejected = (torch.as_tensor(row["extra_info"][side]).float() for side in
@@ -1041,9 +983,7 @@ def turn_pairs(row):
 
 def group_by_dialog(embeddings):
     """user -> conversation -> list of rows, users and conversations in order of their ids.
-
-    embeddings: a list of rows with `user_id` and `dialog_id` in `extra_info`, or a dict of such lists.
-    """
+    embeddings: a list of rows with `user_id` and `dialog_id` in `extra_info`, or a dict of such lists."""
     rows = embeddings if isinstance(embeddings, list) else itertools.chain(*embeddings.values())
     users = {}
     for row in sorted(rows, key=lambda row: [str(row["extra_info"][key]) for key in ("user_id", "dialog_id")]):
@@ -1097,11 +1037,9 @@ class Member:
 
 class Likelihood:
     """The Bradley-Terry likelihood of the users' choices under every member of a sweep at once, and its derivatives.
-
     N users with M pairs in all, G members with C columns in all; P = X V `[M, C]`, w `[N, C]` the user weights.
     counts: pairs of each user; sizes: K of each member; total: the loss is a mean over that many pairs, None: the sum
-    over users of each one's mean.
-    """
+    over users of each one's mean."""
 
     def __init__(self, counts, sizes, device, total=None):
         self.counts, self.sizes, self.threads = torch.tensor(counts, device=device), list(sizes), torch.get_num_threads()
@@ -1160,11 +1098,9 @@ def _residual(margin, weight):
 @numba.njit(cache=KEPT, parallel=True, fastmath={"reassoc", "contract", "nsz", "arcp", "afn"})
 def _gradients(X, start, weight, w, V, first, size, by_weights, by_basis, of_weights, of_basis):
     """The kernel: fills by_weights `[N, C]`, and by_basis `[threads, C, d]`, whose sum is the loss derived by V.
-
     It reads X `[M, d]` once, users shared out among threads: user i's pairs are the rows start[i] to start[i + 1],
     member g's columns first[g] to first[g] + size[g]. The margin x V w_i is taken as x (V w_i): one reward vector
-    v_g = V w_i / 100 of a member meets the pairs; s_g, their sum weighted by the residuals, gives both derivatives.
-    """
+    v_g = V w_i / 100 of a member meets the pairs; s_g, their sum weighted by the residuals, gives both derivatives."""
     threads, G, d = len(by_basis), len(size), X.shape[1]
     for thread in numba.prange(threads):
         v, s = np.empty((G, d), np.float32), np.empty((G, d), np.float32)
@@ -1218,10 +1154,8 @@ def _one_thread_of_torch():
 def _descend(likelihood, W, V, derivatives, num_iterations, learning_rate, penalty=None, alternating=False,
              checkpoint=None):
     """Adam on the logits W `[N, C]` and, unless it is None, on the basis V `[C, d]`; both are changed in place.
-
     derivatives(w, of_weights, of_basis) are the loss's, penalty(V, t) is `[C]`. Alternating: the step on V sees the new
-    W. checkpoint: (path, identity) of the state to leave and to go on from.
-    """
+    W. checkpoint: (path, identity) of the state to leave and to go on from."""
     variables = [W] if V is None else [W, V]
     adams = [torch.optim.Adam([variable], lr=learning_rate) for variable in variables]
     first, saved = 0, time.monotonic()
@@ -1258,12 +1192,10 @@ def _descend(likelihood, W, V, derivatives, num_iterations, learning_rate, penal
 def fit_basis(features, members, V_sft, num_iterations, learning_rate, regularized=False, device=None,
               checkpoint=None):
     """Learn basis and user weights of every member of a sweep together -> list of (w `[N, K]`, V `[d, K]`, loss).
-
     features: list of float32 `[m_i, d]` (or Pairs), one per user. Members share nothing but the reading of X, as Adam is
     elementwise. V_sft: `[d, 1]`, needed where an alpha is not 0. regularized: as `LoRe_regularized`. checkpoint: a file
     for the training's state, to go on from when it is started again, which the caller removes. loss: without penalty.
-    Under torchrun each process holds a part of the users, all return the whole, and nothing is saved on the way.
-    """
+    Under torchrun each process holds a part of the users, all return the whole, and nothing is saved on the way."""
     ranks, N, d = process_count(), len(features), features[0].shape[1]
     mine = slice(process_rank(), None, ranks)
     if N < ranks:
@@ -1312,7 +1244,6 @@ def fit_basis(features, members, V_sft, num_iterations, learning_rate, regulariz
 @torch.no_grad()
 def fit_users(scores, members, sizes, num_iterations, learning_rate):
     """Few-shot fit of new users: their weights over each of several frozen bases -> list of w `[N, K]`.
-
     scores: P_i = X_i V `[m_i, C]` of each user under all bases, a constant; members, sizes: Member and K of each basis.
     """
     P, N = torch.cat(scores), len(scores)
@@ -1326,10 +1257,8 @@ def fit_users(scores, members, sizes, num_iterations, learning_rate):
 
 class LoRe:
     """Low-rank reward model: basis and user weights by one Adam on both.
-
     Loss: the sum over users of the user's mean negative log-likelihood, plus alpha * sum_j |V_j - V_sft|^2.
-    V_sft: `[d, 1]` (None where alpha is 0). num_classes: users N; num_features: d; num_basis_vectors: K.
-    """
+    V_sft: `[d, 1]` (None where alpha is 0). num_classes: users N; num_features: d; num_basis_vectors: K."""
     regularized = False
 
     def __init__(self, V_sft, alpha, num_classes, num_features, num_basis_vectors, num_iterations=1000,
@@ -1350,11 +1279,9 @@ class LoRe:
 
 class LoRe_regularized(LoRe):
     """LoRe with alternating steps and a cosine anchor: in each iteration one Adam step on W, then one on V.
-
     Loss: the mean negative log-likelihood of all pairs, plus alpha_t * mean_j (1 - cos(V_j, V_sft)), so one column feels
     alpha_t / K; alpha_t is 0 for the first 20 % of the iterations, rises linearly and is alpha from 80 % on.
-    `train` leaves out columns whose largest user weight is below `threshold` (0 keeps all).
-    """
+    `train` leaves out columns whose largest user weight is below `threshold` (0 keeps all)."""
     regularized = True
 
     def __init__(self, V_sft, alpha, num_classes, num_features, num_basis_vectors, num_iterations=20000,
@@ -1372,9 +1299,7 @@ def prune(w, V, threshold):
 
 class PersonalizeBatch(LoRe):
     """Few-shot fit of new users' weights with the basis V frozen, from logits drawn from N(0, 1).
-
-    Loss: the sum over users of the user's mean negative log-likelihood. Arguments as of `LoRe`.
-    """
+    Loss: the sum over users of the user's mean negative log-likelihood. Arguments as of `LoRe`."""
 
     def __init__(self, num_classes, num_features, num_basis_vectors, num_iterations=FEW_SHOT_ITERATIONS,
                  learning_rate=0.1, seed=0):
@@ -1414,9 +1339,7 @@ class Fit:
 
 def evaluate_model(X, V, w):
     """The fraction of pairs with a positive margin x V w, a float.
-
-    X: `[m, d]` or Pairs; V: `[d, K]`; w: `[K]`, tensors or arrays. Raises InputError: no pairs, other shapes, NaN.
-    """
+    X: `[m, d]` or Pairs; V: `[d, K]`; w: `[K]`, tensors or arrays. Raises InputError: no pairs, other shapes, NaN."""
     V = check_matrix(V, "V")
     w = w.detach() if isinstance(w, torch.Tensor) else np.asarray(w)
     w = check_matrix(w.reshape(-1, 1), "w", V.shape[1], 1).to(V.device)
@@ -1462,6 +1385,28 @@ def accuracy_of_users(fits, setting):
 def best_fit(fits):
     """Of one row's seeds the model to keep: best on held-out pairs where there are any, else of the lowest loss."""
     return max(fits, key=lambda fit: (fit.accuracies.get(VALIDATION, np.zeros(1)).mean(), -fit.loss))
+
+
+def toss(features, seed=0):
+    """The same pairs, each turned round or not by the toss of a seeded coin, user after user."""
+    coin = torch.Generator().manual_seed(seed)
+    for X in features:
+        heads = torch.rand(len(X), generator=coin) < 0.5
+        yield (Pairs(X.embeddings, X.chosen.where(heads, X.rejected), X.rejected.where(heads, X.chosen))
+               if isinstance(X, Pairs) else X.where(heads.to(X.device)[:, None], -X))
+
+
+def hold_out(prompts, share, seed=0):
+    """Which pairs of each user are held out: bool `[m_i]`, those of a seeded `share` of the user's prompts.
+    prompts: one list of prompts (texts, ids or digests) per user. Raises InputError where a user has one prompt only."""
+    chance, held = np.random.default_rng(seed), []
+    for i, of_user in enumerate(prompts):
+        numbers, distinct = pd.factorize(np.array(of_user, object))
+        if len(distinct) < 2:
+            raise InputError(f"validation_share: user {i} has training pairs of one prompt only; leave this user out")
+        count = min(max(1, round(share * len(distinct))), len(distinct) - 1)
+        held.append(torch.from_numpy(np.isin(numbers, chance.permutation(len(distinct))[:count])))
+    return held
 
 
 @functools.cache
@@ -1526,12 +1471,10 @@ def leaks_of(prompts):
 
 def evidence(fits, data, V_final, tossed=()):
     """Is it personal, by how much, and is any of it an artefact -> {evidence, chosen, leaks, verdict} of results.json.
-
     fits: list of `Fit`, of all ranks, alphas and seeds; with accuracies under "Validation" these choose the row.
     data: `test_unseen`, `[m_i, d]` or Pairs per unseen user; where known `prompts`, see `leaks_of`, and `longer`,
     {part: one array per user, 1 where the chosen answer is the longer one, -1 where the shorter, else 0}.
-    tossed: (K, alpha, accuracies `[N_unseen]`) of models whose pairs' directions were tossed, in training and test.
-    """
+    tossed: (K, alpha, accuracies `[N_unseen]`) of models whose pairs' directions were tossed, in training and test."""
     rows, entries, parts = by_model(fits), [], []
     tossed = {(K, alpha): accuracies for K, alpha, accuracies in tossed}
     longer = data.get("longer") and [(1 + np.mean(signs)) / 2 for signs in data["longer"]["test_unseen"]]
@@ -1566,10 +1509,8 @@ def evidence(fits, data, V_final, tossed=()):
 
 def judgement(entries, parts):
     """The verdict on rows with user weights -> ("yes" | "no" | "undecided", the row it names, lines of text).
-
     parts: the unseen users' personal parts, float64 `[N]` of each row. Intervals of several rows hold for all at once:
-    half-widths are the 95 % quantile of the largest deviation of any row from its mean, in units of standard errors.
-    """
+    half-widths are the 95 % quantile of the largest deviation of any row from its mean, in units of standard errors."""
     parts, N, rows = np.stack(parts, 1), len(parts[0]), len(entries)  # (N, rows)
     mean, draws = parts.mean(0), _resampling(N) @ parts
     low, high = np.percentile(draws, (2.5, 97.5), 0)
@@ -1660,7 +1601,6 @@ def run(K_list, alpha_list, V_final, train_features, test_features_sparse, train
         test_features_sparse_unseen, N, N_unseen, device, seed=0, num_iterations=1000, fits=None, checkpoint=None,
         validation_share=0, prompts=None, tossed=None, regularized=False, threshold=0.0):
     """Sweep ranks and penalties: learn LoRe on the seen users, fit the unseen few-shot, evaluate and print.
-
     K_list: ranks; 0 is the reference model (V_final, every weight 1), 1 the pooled Bradley-Terry model.
     alpha_list: penalties of `LoRe`. V_final: the reward head, float32 `[d, 1]`.
     The four features: one float32 `[m_i, d]` (or Pairs) per user; N and N_unseen: how many users.
@@ -1671,8 +1611,7 @@ def run(K_list, alpha_list, V_final, train_features, test_features_sparse, train
     tossed: a list that is extended with (K, alpha, accuracies `[N_unseen]`) of the largest rank where no choice means
     anything. All pairs are tossed: an untossed test would still see on which side of any direction their mean lies.
     Returns 8 arrays of length len(alpha_list) * len(K_list), alpha outer: the mean accuracy over users of the four
-    SETTINGS, then for each a quarter of the standard deviation over users. Raises InputError on unusable arguments.
-    """
+    SETTINGS, then for each a quarter of the standard deviation over users. Raises InputError on unusable arguments."""
     seeds = seed if isinstance(seed, (list, tuple, range, np.ndarray)) else [seed]
     check_settings(K_list=K_list, alpha_list=alpha_list, seeds=seeds, num_iterations=num_iterations,
                    threshold=threshold, validation_share=validation_share)
@@ -1716,9 +1655,7 @@ def run_regularized(K_list, alpha_list, V_final, train_features, test_features_s
                     test_features_sparse_unseen, N, N_unseen, device, seed=0, num_iterations=20000, threshold=1e-2,
                     **options):
     """`run` with `LoRe_regularized`: alternating steps, a cosine anchor to V_final, unused columns left out.
-
-    threshold: leave out columns whose largest weight among the seen users is below it; 0 keeps all.
-    """
+    threshold: leave out columns whose largest weight among the seen users is below it; 0 keeps all."""
     return run(K_list, alpha_list, V_final, train_features, test_features_sparse, train_features_unseen,
                test_features_sparse_unseen, N, N_unseen, device, seed, num_iterations, regularized=True,
                threshold=threshold, **options)
@@ -1728,14 +1665,12 @@ def run_few_shot_vary_shots(trials, alpha_list, K_list, num_shots, train_feature
                             test_features_sparse_unseen, V_final, N, N_unseen, device, seed=0, num_iterations=500,
                             groups=None, checkpoint=None, of_users=None):
     """How the accuracy on unseen users grows with the number of pairs that they are fitted from.
-
     trials: how often each number of shots is drawn anew; num_shots: list of whole numbers. Otherwise as `run`.
     groups: for each unseen user an int64 `[m_i]` that names the group of each pair, such as its conversation, numbered
     from 0; a shot is then a whole group. of_users: a list that is extended with a dict per alpha, rank and number of
     shots: K, alpha, shots, and under each of SETTINGS[2:] means over trials `[N_unseen]`.
     Returns 4 lists over num_shots (for each alpha and rank in turn, where there are several): mean and standard
-    deviation over trials of the few-shot train accuracy, then of the accuracy on unseen users' unseen prompts.
-    """
+    deviation over trials of the few-shot train accuracy, then of the accuracy on unseen users' unseen prompts."""
     check_settings(K_list=K_list, alpha_list=alpha_list, num_shots=num_shots, trials=trials, seed=seed,
                    num_iterations=num_iterations)
     device, V_final = check_device(device), check_head(V_final, "V_final")
@@ -1835,11 +1770,9 @@ def check_gpu(model_name):
 
 def embeddings_are_finished(outputs, identity, overwrite):
     """Whether the files `outputs` already hold the embeddings of this model and data.
-
     identity: a dict of JSON values; that of the files, and their digests, stand in the reward head's file beside
     them. Files that are damaged or missing are not finished.
-    Raises InputError where they hold other embeddings and `overwrite` is not set.
-    """
+    Raises InputError where they hold other embeddings and `overwrite` is not set."""
     existing = [path for path in outputs if path.exists()]
     if not existing or overwrite:
         return False
@@ -1860,9 +1793,7 @@ def embeddings_are_finished(outputs, identity, overwrite):
 @contextlib.contextmanager
 def new_embeddings(folder, head, identity, **about):
     """Where to write embeddings that then, with the reward head beside them, replace those in `folder` together.
-
-    identity: see `embeddings_are_finished`; about: further JSON values.
-    """
+    identity: see `embeddings_are_finished`; about: further JSON values."""
     with together(folder) as new:
         yield new
         save_tensors(new / HEAD_FILE, {"reward_head": head}, identity=identity, **about,
@@ -1871,11 +1802,9 @@ def new_embeddings(folder, head, identity, **about):
 
 def find_reward_head(folder, model_name, title, width, outputs):
     """The reward head beside the embeddings in the files `outputs`, else from `model_name`'s checkpoint.
-
     width: d -> where an embedding of that width was found. Returns (float32 `[d, 1]`, a dict of what is known of model
     and data, with a `title` for plots that begins with `title`). Raises InputError where one of the files is not that
-    which the head was written with, or is of another width.
-    """
+    which the head was written with, or is of another width."""
     path, about = Path(folder) / HEAD_FILE, {"model": model_name}
     if path.exists():
         tensors, about = load_tensors(path)
@@ -1895,11 +1824,9 @@ def find_reward_head(folder, model_name, title, width, outputs):
 
 def prepare_arguments(description, folder, model_name, embeds=True):
     """Read and check the command line of a prepare.py; with --demo build the stand-in model, for the data in demo/.
-
     embeds: whether the script itself runs the model, which asks for a GPU unless a model was named.
     Returns a namespace: dir, data (a folder, or None for the download), model, limit, overwrite, demo, label (of the
-    data). Raises InputError: --limit below 1, --demo with other sources, no CUDA GPU for the default model.
-    """
+    data). Raises InputError: --limit below 1, --demo with other sources, no CUDA GPU for the default model."""
     parser = script_parser(description, folder)
     parser.add_argument("--data", type=Path, metavar="DIR", help="read the splits from here instead of downloading "
                         "them: parquet, jsonl, csv, the last two also .gz; demo/ beside this script is an example")
@@ -1938,10 +1865,8 @@ def warn_of_equal_sides(what, equal, pairs):
 
 def build_standin_model(folder, texts, seed=0, hidden_size=64, layers=2, heads=4, key_value_heads=2, context=8192):
     """Write a tiny Llama reward model of random weights to `folder`: config, safetensors, tokenizer, chat template.
-
     texts: what the byte-level BPE tokenizer is trained on. hidden_size: d, a multiple of 2 * heads. Equal arguments
-    give equal weights, in any process.
-    """
+    give equal weights, in any process."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
     bpe = Tokenizer(models.BPE())
@@ -2066,8 +1991,7 @@ def report(results):
 
 def _picture(results, points, x, band="95 % interval", note=""):
     """A Figure of small multiples: a panel for each `row` and `column` of the points, a curve for each `line`, with its
-    name at its end. Intervals are bands, or, of more than three curves, bars. x: "rank K", or a column of numbers.
-    """
+    name at its end. Intervals are bands, or, of more than three curves, bars. x: "rank K", or a column of numbers."""
     from scipy.optimize import isotonic_regression
     os.environ.pop("MPLBACKEND", None)  # a notebook's backend, none here, would keep the library from loading
     import matplotlib.figure
@@ -2142,12 +2066,10 @@ def save_picture(folder, name, figure):
 
 def save_results(folder, fits, data, about, config, seconds, found):
     """Write results.json, results.csv, report.md, pictures, and a safetensors file per Fit -> what results.json holds.
-
     data: users' ids, `seen` and `unseen`, in the order of the rows of W and W_unseen, and features, `train`, `test`,
     `train_unseen`, `test_unseen`. about: of `find_reward_head`. config: what the reader set, JSON values. seconds: of
     training and evaluation. found: of `evidence`. The file without a seed in its name is the kept seed's. Files of an
-    earlier sweep and the training's checkpoint go when these are there.
-    """
+    earlier sweep and the training's checkpoint go when these are there."""
     entries, about, rows = [], _about_run(data, about, config), by_model(fits)
     with together(folder, ["K_*.safetensors", "personal_part.*", CHECKPOINT_FILE]) as new:
         for fit in fits:
@@ -2175,11 +2097,9 @@ def save_results(folder, fits, data, about, config, seconds, found):
 
 def save_few_shot_curves(folder, curves, of_users, data, about, config, groups=None):
     """Write what `run_few_shot_vary_shots` found as vary_fewshot.json, .csv, .tex, .png and .pdf.
-
     curves: what it returned; of_users: what it has extended; groups: what it was given. data, about: as for
     `save_results`. config: what the reader set, with K_list, alpha_list, num_shots, trials. The training's checkpoint
-    in `folder` goes. Returns the table of accuracies on unseen prompts: a row per number of shots, a column per model.
-    """
+    in `folder` goes. Returns the table of accuracies on unseen prompts: a row per number of shots, a column per model."""
     about, shots, of_shot = _about_run(data, about, config), config["num_shots"], "conversations" if groups else "pairs"
     has = [int(group.max()) + 1 for group in groups] if groups else list(map(len, data["train_unseen"]))
     reached = [float(np.minimum(has, n).mean()) for n in shots]
@@ -2220,13 +2140,11 @@ PROBES = [[{"role": role, "content": text} for role, text in zip(("user", "assis
 
 def export_reward_model(folder, model_name, V, w=None, about=None, conversations=PROBES):
     """Write a reward model that anyone loads as `AutoModelForSequenceClassification`, and prove it.
-
     folder: a new one. model_name: the reward model of the basis V `[d, K]`. w: one user's weights `[K]`, for one label;
     default the whole basis, K labels. about: for the model card, what `load_tensors` and `load_json` read in results/.
     The backbone's files are linked, the head is float32. Raises InputError, and leaves nothing: where logits of these
     conversations, one by one or padded, are not phi @ V @ w within 1e-4, in float32 on the CPU; where the model needs
-    code of its own or has no token to pad with.
-    """
+    code of its own or has no token to pad with."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as classes
     V, folder = check_matrix(V, "V", len(load_reward_head(model_name))).cpu(), Path(folder)
     head = V if w is None else V @ check_matrix(torch.as_tensor(w).reshape(-1, 1), "w", V.shape[1], 1).cpu()
@@ -2337,10 +2255,8 @@ def as_messages(role, content):
 
 def personal_reward(model_name, V, weights, device=None, **options):
     """A reward as TRL's trainers call it: reward(prompts, completions, user=[..], **columns) -> list of float.
-
     V: `[d, K]`; weights: a dict, user -> w `[K]`; options: of `embed_conversations`. Prompts and completions are texts
-    or lists of messages. Raises InputError, also when called: a user without weights.
-    """
+    or lists of messages. Raises InputError, also when called: a user without weights."""
     from unittest.mock import patch
     model, tokenizer = load_reward_model(model_name, device)
     V = check_matrix(V, "V", model.config.hidden_size).cpu()
@@ -2375,20 +2291,16 @@ def _log_likelihoods(features, V, W):
 
 def fit_new_user(features, V, W):
     """A new user's weights, with the seen users as the prior -> (w `[K]`, posterior `[N]`).
-
     features: `[m, d]` (or Pairs), chosen minus rejected, m from 0; V: `[d, K]`; W: `[N, K]`, the seen users' weights.
-    posterior: how probable each seen user's weights are after these choices; w is their mean.
-    """
+    posterior: how probable each seen user's weights are after these choices; w is their mean."""
     posterior = _log_likelihoods(features, V, W).sum(0).softmax(0)
     return (posterior @ torch.as_tensor(W).cpu().double()).float(), posterior.float()
 
 
 def question_values(candidates, V, W, posterior):
     """What the answer to each candidate pair would tell of a new user, in nats `[n]`: ask the largest next.
-
     candidates: `[n, d]` (or Pairs), either answer minus the other; posterior: `[N]`, of `fit_new_user`. The value is
-    the mutual information of answer and user, the entropy of the mean answer less the mean entropy.
-    """
+    the mutual information of answer and user, the entropy of the mean answer less the mean entropy."""
     P, posterior = _log_likelihoods(candidates, V, W).exp(), torch.as_tensor(posterior).cpu().double()  # (n, N), (N,)
 
     def entropy(p):
@@ -2398,9 +2310,7 @@ def question_values(candidates, V, W, posterior):
 
 def _asked(S, W, orders, questions):
     """A user's posterior weights after 1, 2, .. of the questions in each order: `[orders, questions, K]`.
-
-    S: the scores X V of the user's pairs `[m, K]`; orders: pair numbers `[orders, n]`, the last one is repeated.
-    """
+    S: the scores X V of the user's pairs `[m, K]`; orders: pair numbers `[orders, n]`, the last one is repeated."""
     w = _log_likelihoods(S, torch.eye(S.shape[1]), W)[orders].cumsum(1).softmax(2) @ W.double()
     return w[:, np.minimum(range(questions), orders.shape[1] - 1)].float()
 
@@ -2417,10 +2327,8 @@ def _chosen_order(S, W, questions):
 
 def question_curves(questions, trials, alpha_list, K_list, data, V_final, device, seeds=(0, 1, 2), num_iterations=500):
     """Accuracy on unseen users' unseen prompts after 1, 2, .. answered questions, which are pairs of `train_unseen`.
-
     data: as for `save_results`; trials: how often random questions are drawn; ranks from 2 up. Returns a DataFrame K,
-    alpha, fit, questions, mean, low, high: means over seeds, then over users, with their 95 % intervals.
-    """
+    alpha, fit, questions, mean, low, high: means over seeds, then over users, with their 95 % intervals."""
     check_settings(num_questions=questions, K_list=K_list, alpha_list=alpha_list, seeds=seeds, trials=trials,
                    num_iterations=num_iterations)
     members, found = [member for member in _members(K_list, alpha_list, seeds) if member.K > 1], {}
@@ -2445,9 +2353,7 @@ def question_curves(questions, trials, alpha_list, K_list, data, V_final, device
 
 def vary_questions(folder, data, V_final, about, config, device):
     """Print `question_curves`, a table, and write vary_questions.json, .csv, .png and .pdf; needs a rank from 2 up.
-
-    data, about: as for `save_results`; config: what the reader set, with what `question_curves` takes.
-    """
+    data, about: as for `save_results`; config: what the reader set, with what `question_curves` takes."""
     frame = question_curves(config["num_questions"], config["trials"], config["alpha_list"], config["K_list"], data,
                             V_final, device, config["question_seeds"], config["num_iterations"])
     if process_rank() > 0 or frame.empty:
