@@ -1522,11 +1522,11 @@ def judgement(entries, parts):
     verdict = "undecided" if N < FEWEST_USERS else "yes" if above else "no" if high.max() < NOTHING else "undecided"
     own, others = entries[i]["accuracy"][UNSEEN_TEST]["mean"], entries[i]["controls"]["mean_weights"]["mean"]
     lines = [f"{verdict.capitalize()}: at {_name(entries[i])} unseen users' own weights predict {own:.3f} of their "
-             f"unseen pairs, everybody's mean weights {others:.3f}: a personal part of "
-             f"{mean[i]:+.3f}, its 95 % interval over users is [{low[i]:+.3f}, {high[i]:+.3f}]."]
+             f"unseen pairs, everybody's mean weights {others:.3f}: a personal part of {mean[i]:+.3f}, with a 95 % "
+             f"interval over users of [{low[i]:+.3f}, {high[i]:+.3f}]" + (
+                 f" that holds for all {rows} models at once, so is wider than those in the tables." if rows > 1 else ".")]
     if rows > 1:
-        lines += [f"It is the largest of {rows} models'; it is above 0 at {_name(*above) or 'none of them'}, by "
-                  "intervals that hold for all models at once, so are wider than those in the tables."]
+        lines += [f"This is the largest personal part; by such intervals it is above 0 at {_name(*above) or 'no rank'}."]
     if verdict == "undecided":  # an interval shrinks with the root of the number of users
         users = N * ((high[i] - low[i]) / 2 / max(mean[i], NOTHING - mean[i])) ** 2
         lines += [f"About {max(N + 1, FEWEST_USERS, float(f'{users:.2g}')):,.0f} unseen users with as many pairs as "
@@ -1538,8 +1538,8 @@ def explanations(entries, named, verdict, leak):
     """Lines on what is the same for everybody, and on what may only look like a preference. leak: a share or None."""
     at, lines = {entry["K"]: entry for entry in entries if entry["alpha"] == named["alpha"]}, []
     if 0 in at and (reference := at[0]["accuracy"][UNSEEN_TEST])["low"] <= 0.5:
-        lines += [f"The reference (K = 0) is at chance, {INTERVAL.format(**reference)}: it is not the reward head of "
-                  "this model, or knows nothing of these choices."]
+        lines += [f"The reference is at chance (K = 0, {INTERVAL.format(**reference)}): either this vector is not the "
+                  "model's reward head, or that head knows nothing of these choices."]
     if 0 in at and 1 in at:
         gain, more = at[1]["minus_reference"][UNSEEN_TEST], named["minus_pooled"][UNSEEN_TEST]
         lines += [f"One direction for everybody (K = 1) against the reference: {DIFFERENCE.format(**gain)}" + (
@@ -1965,26 +1965,29 @@ def report(results):
 
     return "\n\n".join([
         f"# {results['config']['data']}: is the reward personal?", f"**{first}**", *more, "---",
-        f"The verdict is about {'all models with K >= 2, none' if chosen['by'] == 'none' else 'the one model'} chosen "
-        f"by held-out pairs. The basis was learnt from {counts['train pairs']:,} pairs of {counts['seen users']} seen "
-        f"users, weights of {counts['unseen users']} unseen users from {counts['train unseen pairs']:,} of theirs; "
-        f"tests are on {counts['test unseen pairs']:,} others. K is the rank: ref the pretrained reward head, 1 one "
-        "direction for everybody, from 2 on LoRe; alpha penalises the distance to the head. Figures: shares of pairs "
-        "predicted right, means over users and seeds, with 95 % intervals over users; p: Wilcoxon signed-rank test.",
+        f"The verdict is about {'all ranks K >= 2 at once' if chosen['by'] == 'none' else 'the model'}, "
+        f"{'as none was' if chosen['by'] == 'none' else 'that was'} chosen by held-out pairs. The basis was learnt from "
+        f"{counts['train pairs']:,} pairs of {counts['seen users']} seen users; the weights of {counts['unseen users']} "
+        f"unseen users from {counts['train unseen pairs']:,} of their pairs, tested on {counts['test unseen pairs']:,} "
+        "other pairs of theirs. K is the rank: ref (K = 0) the pretrained reward head, the reference; K = 1 one direction "
+        "for everybody; from K = 2 on a basis that users mix. alpha penalises the distance to the head. Figures: shares "
+        "of pairs predicted right, means over users and seeds, with 95 % intervals over users, for each row alone; p: "
+        "Wilcoxon signed-rank test.",
         "## Accuracy", markdown(_shown(results), lambda entry: entry["accuracy"]),
         "![accuracy by rank](accuracy_by_rank.png)",
-        f"## Controls, on {UNSEEN_TEST}", "The personal part is the accuracy with a user's own weights minus that with "
-        "the mean weights of all unseen users. Other users: with theirs, a mean over all others. Tossed: trained and "
-        "tested on pairs whose sides a coin swapped. Longer: taking the longer answer. Minus reference, minus pooled: "
-        "the accuracy with own weights minus that of the reference, and of K = 1.",
+        f"## Controls, on {UNSEEN_TEST}", "Accuracies with other weights: the mean of all unseen users' weights; each "
+        "other user's weights, averaged over these users. Tossed: the largest rank, trained and tested on pairs that a "
+        "coin has turned round. Longer: always taking the longer answer. Personal part: the accuracy with own weights "
+        "minus that with mean weights; minus reference and minus pooled: minus that of K = 0 and of K = 1.",
         markdown(trained, lambda entry: entry["controls"] | {"personal_part": entry["personal_part"]} | {
             name: entry[name][UNSEEN_TEST] for name in ("minus_reference", "minus_pooled")}),
         "![personal part](personal_part.png)" * any(entry["personal_part"] for entry in trained),
-        "## Basis and seeds", "The basis is the kept seed's, which has the lowest training loss, or the best accuracy "
-        "on held-out pairs. Cosines are absolute, entropies in nats, angles between two seeds' spans in degrees.",
+        "## Basis and seeds", "Of each rank the kept seed, whose basis this is, has the " + (
+            "lowest training loss." if chosen["by"] == "none" else "best accuracy on held-out pairs.") +
+        " Cosines are absolute; entropies, in nats, means over seen users; angles, in degrees, between two seeds' spans.",
         markdown(trained, lambda entry: entry["basis"]), markdown(fits, lambda fit: {
             **{k: fit[k] for k in ("seed", "kept", "training_loss")}, UNSEEN_TEST: fit["mean_accuracy"][UNSEEN_TEST]}),
-        "## Leaks", "Test pairs whose prompt stands among the training pairs of the same side: " + "; ".join(
+        "## Leaks", "Test pairs whose prompt stands among the training pairs of that group of users: " + "; ".join(
             f"{name} {'not known' if share is None else f'{share:.1%}'}" for name, share in results["leaks"].items())
         + "."]) + "\n"
 
