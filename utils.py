@@ -23,12 +23,12 @@ if loading := threading.current_thread() is threading.main_thread():  # seconds,
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import functools
 import glob
 import gzip
 import hashlib
-import importlib.util
 import io
 import itertools
 import json
@@ -53,7 +53,8 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.nn.functional import cosine_similarity, logsigmoid
+from torch.nn.functional import cosine_similarity, logsigmoid, scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 if loading:
@@ -361,47 +362,38 @@ def script_parser(description, folder):
 # 2. Reward model and embedding
 # ---------------------------------------------------------------------------------------------------------------------
 
+ENGINE = 3  # in the cache's keys: how embeddings are computed
+TODAY = time.strptime("2024-07-26", "%Y-%m-%d")  # in templates that print the date: Llama 3.1's own where it is given none
 
-def _checkpoint_file(model_name, filename):
-    """The local path of one file of a checkpoint (a folder, or an id on the hub); None where it has no such file."""
+
+def _checkpoint_folder(model_name, *patterns):
+    """The folder of a checkpoint; of an id on the hub, that in its cache, with the files that fit the patterns."""
     if os.path.isdir(model_name):
-        path = os.path.join(model_name, filename)
-        return path if os.path.exists(path) else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError, logging
+        return Path(model_name).resolve()
+    from huggingface_hub import logging, snapshot_download
     logging.set_verbosity_error()  # its retries end in the one line below
     try:
-        return hf_hub_download(str(model_name), filename)
-    except LocalEntryNotFoundError as error:
-        reason = error
-    except EntryNotFoundError:
-        return None
+        return Path(snapshot_download(str(model_name), allow_patterns=patterns))
     except Exception as error:  # unknown id, no network, no access: the hub's client has a class for each
-        reason = error
-    raise InputError(f"model {model_name}: no such folder, and the hub did not serve it ({type(reason).__name__}); "
-                     "check the name and the network, or give the path of a downloaded checkpoint")
+        raise InputError(f"model {model_name}: no such folder, and the hub did not serve it ({type(error).__name__}); "
+                         "check the name and the network, or give the path of a downloaded checkpoint") from None
 
 
-@contextlib.contextmanager
 def _shard(model_name, filename):
     """One safetensors file of a checkpoint, open for reading. Raises InputError where it is missing or damaged."""
-    path = _checkpoint_file(model_name, filename)
-    if path is None:
+    path = _checkpoint_folder(model_name, filename) / filename
+    if not path.exists():
         raise InputError(f"model {model_name}: no {filename} in it; give a checkpoint in safetensors format")
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a complete safetensors file ({error}); download it again") from None
+    with _readable(path, "safetensors file"):
+        return safe_open(path, "pt")
 
 
 def _shard_of_tensor(model_name):
     """Which safetensors file of a checkpoint holds each tensor: tensor name -> file name."""
-    index = _checkpoint_file(model_name, "model.safetensors.index.json")
-    if index:
+    name = "model.safetensors.index.json"
+    if (index := _checkpoint_folder(model_name, name) / name).exists():
         return load_json(index, "weight_map")["weight_map"]
-    with _shard(model_name, "model.safetensors") as file:
-        return dict.fromkeys(file.keys(), "model.safetensors")
+    return dict.fromkeys(_shard(model_name, "model.safetensors").keys(), "model.safetensors")
 
 
 def load_reward_head(model_name):
@@ -415,8 +407,7 @@ def load_reward_head(model_name):
     found = f"{len(heads)} score.weight tensors"
     if len(heads) == 1:
         (name, shard), = heads.items()
-        with _shard(model_name, shard) as file:
-            head = file.get_tensor(name)
+        head = _shard(model_name, shard).get_tensor(name)
         if head.ndim == 2 and head.shape[0] == 1 and torch.isfinite(head).all():
             return head.float().T.contiguous()
         found = f"one of shape {tuple(head.shape)}, or with NaN or infinite values"
@@ -425,45 +416,36 @@ def load_reward_head(model_name):
 
 
 def load_released_reference(model_name):
-    """The vector that the released scripts took for the reward head, to compare with: float32 `[d, 1]`.
-
-    The last linear layer of the model without its head, which is the last MLP's down-projection; its first column.
-    Raises InputError: unknown model, no safetensors, or one without such layers.
-    """
-    layers = {}
-    for name, shard in _shard_of_tensor(model_name).items():
-        if layer := re.search(r"layers\.(\d+)\.mlp\.down_proj\.weight$", name):
-            layers[int(layer[1])] = name, shard
-    if not layers:
+    """The vector that the released scripts took for the reward head, to compare with: float32 `[d, 1]`, the first column
+    of the last MLP's down-projection. Raises InputError: unknown model, no safetensors, or one without such layers."""
+    found = [(int(layer[1]), layer.string, shard) for name, shard in _shard_of_tensor(model_name).items()
+             if (layer := re.search(r"layers\.(\d+)\.mlp\.down_proj\.weight$", name))]
+    if not found:
         raise InputError(f"model {model_name}: no MLP down-projection in it; the released reference is that of Llama")
-    name, shard = layers[max(layers)]
-    with _shard(model_name, shard) as file:
-        return file.get_slice(name)[:, :1].float().contiguous()
+    _, name, shard = max(found)
+    return _shard(model_name, shard).get_slice(name)[:, :1].float().contiguous()
 
 
 def load_reward_model(model_name, device=None, attention=None, dtype=None, tokenizer_name=None,
                       trust_remote_code=False):
     """Load the frozen reward model without its head -> (backbone, tokenizer), in eval mode on `device`.
 
-    device: default this process's GPU, else the CPU. attention: a transformers implementation; default
-    flash_attention_2 where it is installed and the GPU can (compute capability 8 and up), else PyTorch's own ("sdpa").
-    dtype: default bfloat16 on a GPU, as released, and float32 on the CPU. tokenizer_name: default the model's.
-    Raises InputError: unknown model, or no chat template.
+    device: default this process's GPU, else the CPU. attention: a transformers implementation; default, and in place of
+    flash_attention_2, what it takes for the architecture: PyTorch's own ("sdpa"), which shares prompts and has flash
+    kernels itself, where that is exact. dtype: default bfloat16 on a GPU, as released, and float32 on the CPU.
+    tokenizer_name: default the model's. Raises InputError: unknown model, weights missing in it, no chat template.
     """
     from transformers import AutoModel, AutoTokenizer, logging
     device = torch.device(device) if device is not None else default_device()
-    on_gpu = device.type == "cuda"
-    dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
-    if attention is None:
-        flash = on_gpu and importlib.util.find_spec("flash_attn") and torch.cuda.get_device_capability(device)[0] >= 8
-        attention = "flash_attention_2" if flash else "sdpa"
+    options = {} if attention in (None, "flash_attention_2") else {"attn_implementation": attention}
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # silence the note that the backbone leaves out score.weight
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or model_name, trust_remote_code=trust_remote_code)
-        model = AutoModel.from_pretrained(model_name, torch_dtype=dtype, attn_implementation=attention,
-                                          trust_remote_code=trust_remote_code)
+        model, loading = AutoModel.from_pretrained(
+            model_name, torch_dtype=dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32),
+            trust_remote_code=trust_remote_code, output_loading_info=True, **options)
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # files missing, damaged or of different models: a class of its own for each
@@ -471,122 +453,47 @@ def load_reward_model(model_name, device=None, attention=None, dtype=None, token
                          "check the name, the network and that it holds a model and a tokenizer") from None
     finally:
         logging.set_verbosity(verbosity)
+    if missing := sorted(loading["missing_keys"]):  # which transformers fills at random
+        raise InputError(f"model {model_name}: {len(missing)} weights of the model are not in it, as {missing[0]}; save it "
+                         "whole, and without a wrapper, whose prefix (module., _orig_mod.) would stand before each name")
     if not tokenizer.chat_template:
         raise InputError(f"model {model_name}: its tokenizer has no chat template; give a chat model")
+    model.reward_checkpoint = os.path.abspath(model_name) if os.path.isdir(model_name) else str(model_name)
     return model.eval().requires_grad_(False).to(device), tokenizer
 
 
-def _fingerprint(model):
-    """A digest of a loaded model: revision, dtype, attention, settings, and every parameter's shape and checksum."""
-    settings = {key: value for key, value in model.config.to_dict().items()
-                if key not in ("_name_or_path", "transformers_version")}  # another path or version is no other model
-    attention = getattr(model.config, "_attn_implementation", None)
-    digest = hashlib.sha256(f"{getattr(model.config, '_commit_hash', None)} {model.dtype} {attention}".encode())
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten().view(torch.uint8)
-        digest.update(f"{name} {tuple(parameter.shape)} {values[:64].tolist()} {values.sum().item()}".encode())
-    return digest.hexdigest()
+def model_identity(model_name, folder=None):
+    """Digests of what a checkpoint holds, wherever it lies: {"weights": hex digits, "tokenizer": with its template}.
 
-
-@dataclasses.dataclass
-class _Row:
-    """One row of a batch: a prefix computed once, and behind it each continuation that shares it."""
-    prefix: list  # token ids
-    members: list  # numbers of the conversations
-    suffixes: list  # token ids of each conversation behind the prefix, never empty
-
-    def __len__(self):
-        return len(self.prefix) + sum(map(len, self.suffixes))
-
-    def only(self, wanted):
-        kept = [(m, s) for m, s in zip(self.members, self.suffixes) if m in wanted]
-        return dataclasses.replace(self, members=[m for m, _ in kept], suffixes=[s for _, s in kept])
-
-
-def _rows_of_shared_prefixes(tokens, prompts, token_budget):
-    """Rows in order of length, longest first; a prompt whose answers exceed the budget gets several rows.
-
-    tokens: token ids of each conversation; prompts: number of a conversation -> what those that share a prompt share.
+    A file in the hub's cache is named by its digest; others are read, and remembered in `folder` by size and time.
     """
-    by_prompt = {}
-    for number, prompt in prompts.items():
-        by_prompt.setdefault(prompt, []).append(number)
-    rows = []
-    for numbers in by_prompt.values():
-        shared = os.path.commonprefix([tokens[n] for n in numbers])
-        shared = shared[:min(len(tokens[n]) for n in numbers) - 1]
-        row = None
-        for n in numbers:
-            suffix = tokens[n][len(shared):]
-            if row is None or len(row) + len(suffix) > token_budget:
-                row = _Row(shared, [], [])
-                rows.append(row)
-            row.members.append(n)
-            row.suffixes.append(suffix)
-    return sorted(rows, key=len, reverse=True)
+    memory, parts = Path(folder or "", "digests.json"), {"weights": {}, "tokenizer": {}}
+    known = load_json(memory) if folder and memory.exists() else {}
+    where, new = _checkpoint_folder(model_name, "*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"), {}
+    for path in sorted([*where.glob("*.*"), *where.glob("additional_chat_templates/*.jinja")]):
+        weights = re.search(r"\.(safetensors|bin|py)$|^config\.json$", path.name)
+        if weights or re.search(r"token|template|vocab|merges|spiece|\.jinja$", path.name):
+            real, stat = path.resolve(), path.stat()
+            key = f"{real} {stat.st_size} {stat.st_mtime_ns}"
+            new[key] = real.name if real.parent.name == "blobs" else known.get(key) or digest_of(real)
+            parts["weights" if weights else "tokenizer"][path.name] = new[key]
+    if folder and not new.keys() <= known.keys() and process_rank() == 0:
+        save_json(memory, {**known, **new})
+    return {part: digest_of(files) for part, files in parts.items()}
 
 
-def _padded_length(rows):
-    """The width of a batch: that of its longest row, rounded up to what the GPU kernels want, a multiple of 8."""
-    return -(-max(map(len, rows)) // 8) * 8
-
-
-def _batches(rows, token_budget, batch_size=None):
-    """Split rows, longest first, so that a padded batch holds at most token_budget tokens (or one row)."""
-    batch = []
-    for row in rows:
-        if batch and (_padded_length(batch[:1]) * (len(batch) + 1) > token_budget or len(batch) == batch_size):
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-def _forward(model, rows):
-    """Last-token states of every member of a batch of rows, in order: `[members, d]` on the CPU."""
-    width = _padded_length(rows)
-    ids, position, segment = (torch.full((len(rows), width), fill) for fill in (0, 0, -1))
-    last = []
-    for r, row in enumerate(rows):
-        start = len(row.prefix)
-        ids[r, :start], segment[r, :start] = torch.tensor(row.prefix, dtype=torch.long), 0
-        position[r, :start] = torch.arange(start)
-        for s, suffix in enumerate(row.suffixes):
-            end = start + len(suffix)
-            ids[r, start:end], segment[r, start:end] = torch.tensor(suffix), s + 1
-            position[r, start:end] = torch.arange(len(row.prefix), len(row.prefix) + len(suffix))
-            last.append((r, end - 1))
-            start = end
-    ids, position, segment = (part.to(model.device) for part in (ids, position, segment))
-    if all(len(row.suffixes) == 1 for row in rows):
-        mask = (segment >= 0).long()  # (B, L), what every attention implementation takes
-    else:  # a token sees the earlier tokens of its own continuation and of the shared prefix
-        seen = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
-        seen = seen & torch.ones(width, width, dtype=torch.bool, device=model.device).tril()
-        mask = torch.zeros(seen.shape, dtype=model.dtype, device=model.device)
-        mask = mask.masked_fill_(~seen, torch.finfo(model.dtype).min)[:, None]  # (B, 1, L, L)
-    with torch.inference_mode():
-        states = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False).last_hidden_state
-        rows_of, columns = torch.tensor(last, device=model.device).T
-        return states[rows_of, columns].cpu()
-
-
-def _forward_within_memory(model, rows):
-    """_forward, in halves where the GPU's memory does not hold the whole batch."""
-    try:
-        return _forward(model, rows)
-    except torch.cuda.OutOfMemoryError:
-        if len(rows) == 1 == len(rows[0].members):
-            raise
-    torch.cuda.empty_cache()
-    if len(rows) == 1:
-        members = rows[0].members
-        halves = [[rows[0].only(part)] for part in (members[:len(members) // 2], members[len(members) // 2:])]
-    else:
-        halves = rows[:len(rows) // 2], rows[len(rows) // 2:]
-    return torch.cat([_forward_within_memory(model, half) for half in halves])
+def _fingerprint(model, folder):
+    """A digest of a loaded model and of what its states depend on besides the tokens."""
+    checkpoint = getattr(model, "reward_checkpoint", None)
+    digest = hashlib.sha256(json.dumps(
+        [ENGINE, model.dtype, getattr(model.config, "_attn_implementation", None), model.device.type, torch.__version__,
+         checkpoint and model_identity(checkpoint, folder)["weights"],
+         {key: value for key, value in model.config.to_dict().items()  # another path or version is no other model
+          if key not in ("_name_or_path", "transformers_version")}], sort_keys=True, default=str).encode())
+    for name, values in model.state_dict().items():  # whole, or of a checkpoint's a sample: were they changed since?
+        values = values.flatten()[::values.numel() // 64 + 1 if checkpoint else 1].cpu().contiguous()
+        digest.update(f"{name} {len(values)}".encode() + values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _quoted(conversation):
@@ -594,150 +501,321 @@ def _quoted(conversation):
     return " .. ".join(repr(message["content"][:60]) for message in (conversation[0], conversation[-1]))
 
 
-def tokenize_conversations(conversations, tokenizer):
-    """Chat-format and tokenize conversations -> one list of token ids each.
+def _tokenized(conversations, tokenizer):
+    """Chat-format and tokenize: for each conversation its ids as bytes, four each, which sort as the ids do.
 
-    The template already writes the special tokens, so the tokenizer must not add its own a second time.
+    A fast tokenizer takes out the special tokens first: what stands between them is tokenized once however often it
+    comes, unless the first conversations, tokenized whole, say otherwise.
     """
-    try:
-        texts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=False) for c in conversations]
-    except Exception as error:  # the template is the checkpoint's program
-        raise InputError(f"the model's chat template cannot format these conversations ({error})") from None
-    for conversation, text in zip(conversations, texts):
+    template, known, whole = tokenizer.chat_template, {}, None
+    if isinstance(template, dict) and "default" not in template:
+        raise InputError(f"the tokenizer has several chat templates ({', '.join(template)}); name one of them default")
+    template = re.sub(r"""strftime_now\((['"])(.*?)\1\)""", lambda call: repr(time.strftime(call[2], TODAY)),
+                      template["default"] if isinstance(template, dict) else template)
+    marks = sorted((token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values()), reverse=True)
+    cut = re.compile(f"({'|'.join(map(re.escape, marks))})")
+
+    def encode(texts):  # the template has written the special tokens: the tokenizer must not add its own again
+        ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
+        return [np.array(sequence, ">u4").tobytes() for sequence in ids]
+
+    def encode_pieces(texts):
+        pieces = [[piece for piece in cut.split(text) if piece] for text in texts]
+        new = list({piece for of_text in pieces for piece in of_text} - known.keys())
+        known.update(zip(new, encode(new)))
+        return [b"".join(map(known.get, of_text)) for of_text in pieces]
+
+    for start in range(0, len(conversations), 256):
+        texts = []
+        for conversation in conversations[start:start + 256]:
+            try:
+                texts.append(tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False,
+                                                           add_generation_prompt=False))
+                texts[-1].encode()
+            except Exception as error:  # the template is the checkpoint's program; half a surrogate pair is no Unicode
+                raise InputError(f"the model's chat template cannot format the conversation {_quoted(conversation)} "
+                                 f"({error}); repair it or leave it out") from None
+        whole = not marks or encode_pieces(texts) != encode(texts) if whole is None else whole
+        yield from encode(texts) if whole else encode_pieces(texts)
+
+
+def tokenize_conversations(conversations, tokenizer):
+    """Chat-format and tokenize conversations -> one list of token ids each, special tokens once. Raises InputError."""
+    return [np.frombuffer(sequence, ">u4").tolist() for sequence in _tokenized(conversations, tokenizer)]
+
+
+def _on(device, *arrays):
+    """Arrays as one tensor on a device, without waiting for what that still computes."""
+    tensor = torch.from_numpy(np.concatenate(arrays))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+class _Paths(TorchFunctionMode):
+    """Within it, causal attention over one row of tails, each what its sequence does not share with the one before, is that
+    of the whole sequences: a tail asks the keys of its own path and no other. Nothing is padded or masked out."""
+
+    def __init__(self, ids, shared, device):
+        super().__init__()
+        self.paths, path, end = [], np.zeros(0, np.int64), 0
+        for sequence, n in zip(ids, shared):  # where the row has the tokens of the sequence
+            path = np.concatenate([path[:n], np.arange(end, end := end + len(sequence) - n)])
+            self.paths.append(path)
+        self.tails = [(slice(path[n], path[-1] + 1), torch.from_numpy(path),
+                       torch.ones(len(path) - n, len(path), dtype=torch.bool).tril(n) if n else None)
+                      for path, n in zip(self.paths, shared)]
+        if device.type == "cuda":
+            keys = np.array([len(path) for path in self.paths])
+            self.keys, ends = _on(device, *self.paths), [np.cumsum([0, *n]).astype(np.int32) for n in (keys - shared, keys)]
+            self.flash = [_on(device, n) for n in ends] + [int((keys - shared).max()), int(keys.max())]
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is not scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        q, k, v = args[:3]  # (1, heads, tokens, width)
+        if q.is_cuda and q.element_size() == 2:
+            q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+            return torch.ops.aten._flash_attention_forward(
+                q, k[self.keys], v[self.keys], *self.flash, 0.0, True, False, scale=kwargs.get("scale"))[0].transpose(0, 1)[None]
+        options, out = {name: kwargs[name] for name in ("scale", "enable_gqa") if name in kwargs}, torch.empty_like(q)
+        for tail, keys, mask in self.tails:
+            out[:, :, tail] = scaled_dot_product_attention(q[:, :, tail], k[:, :, keys], v[:, :, keys],
+                                                           mask, is_causal=mask is None, **options)
+        return out
+
+
+def _forward(model, ids, shared=None):
+    """The last tokens' states of sequences, `[n, d]`: rows padded on the right, which causal attention does not see; or,
+    given how many tokens each shares with the one before, their tails in one row."""
+    lengths, device = np.array([len(sequence) for sequence in ids]), model.device
+    if shared is None:
+        row = np.zeros((len(ids), lengths.max()), np.int64)
+        for r, sequence in enumerate(ids):
+            row[r, :len(sequence)] = sequence
+        states = model(input_ids=_on(device, row), use_cache=False).last_hidden_state
+        return states.flatten(0, 1)[_on(device, np.arange(len(ids)) * row.shape[1] + lengths - 1)]
+    row = _on(device, *(sequence[n:].astype(np.int64) for sequence, n in zip(ids, shared)))[None]
+    position = _on(device, *(np.arange(n, length) for n, length in zip(shared, lengths)))[None]
+    no_mask = torch.zeros(1, 1, 1, row.shape[1], dtype=model.dtype, device=device)  # 4-D: transformers makes none
+    with _Paths(ids, shared, device):
+        states = model(input_ids=row, position_ids=position, attention_mask=no_mask, use_cache=False).last_hidden_state
+    return states[0, _on(device, np.cumsum(lengths - shared) - 1)]
+
+
+def _shared_with_previous(ids):
+    """How many tokens each sequence shares with the one before it."""
+    same = [a[:len(b)] == b[:len(a)] for a, b in zip(ids, ids[1:])]
+    return np.array([0] + [len(equal) if equal.all() else int(equal.argmin()) for equal in same])
+
+
+@torch.inference_mode()
+def _states(model, sequences, way, budget, batch_size=None, update=lambda count: None):
+    """The last tokens' states `[n, d]` of sorted sequences, on the CPU, and the budget: halved where memory ran out.
+
+    way: "shared" (packs of tails), "rows" (padded, longest first) or "alone". A batch holds at most `budget` tokens.
+    """
+    order = sorted(range(len(sequences)), key=lambda n: -len(sequences[n])) if way == "rows" else range(len(sequences))
+    ids = [np.frombuffer(sequences[n], ">u4") for n in order]
+    lengths, shared = np.array([len(sequence) for sequence in ids]), _shared_with_previous(ids) * (way == "shared")
+    parts, start = [], 0
+    while start < len(ids):
+        left = np.arange(start, len(ids))
+        tokens = lengths[start] * (left - start + 1) if way == "rows" else (
+            (lengths[start:] - shared[start:]).cumsum() + shared[start])
+        least, most = (max(1, int((tokens <= limit).sum())) for limit in (budget / 2, budget))
+        if most < len(left):  # cut where least is shared, in the second half
+            most -= int(shared[start + least:start + most + 1][::-1].argmin())
+        end = start + min(most, batch_size or most, 1 if way == "alone" else most)
         try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"the conversation {_quoted(conversation)} is no Unicode text ({error}); repair it or "
-                             "leave it out") from None
-    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+            parts.append(_forward(model, ids[start:end], shared[start:end] * (left[:end - start] > start) if way == "shared" else None))
+        except RuntimeError as error:
+            if not isinstance(error, torch.cuda.OutOfMemoryError) and "CUBLAS_STATUS_ALLOC_FAILED" not in str(error):
+                raise
+            if end == start + 1:
+                raise InputError(f"the GPU's memory does not hold a conversation of {lengths[start]} tokens; give max_length") from None
+            torch.cuda.empty_cache()
+            budget = min(budget, int(tokens[end - start - 1])) // 2
+            continue
+        update(end - start)
+        start = end
+    return torch.cat(parts).cpu()[np.argsort(order)], budget
 
 
-def _takes_any_mask(config):
-    """Whether a model's attention is all that a mask says: neither flash-attn's nor within a window of its own."""
-    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    return not (window or getattr(config, "attention_chunk_size", None)
-                or getattr(config, "_attn_implementation", "eager") == "flash_attention_2")
+def _own_scores(model, sequences):
+    """What the checkpoint's own sequence-classification class gives each sequence, `[n]`, around this very backbone; None
+    where the model has no checkpoint, head or such class."""
+    from transformers import AutoModelForSequenceClassification
+    try:
+        shards, config = _shard_of_tensor(model.reward_checkpoint), copy.deepcopy(model.config)
+        config.num_labels, config.pad_token_id = 1, None
+        config.get_text_config().pad_token_id = None  # with one, the class may score an earlier token
+        with torch.device("meta"):
+            own = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False).eval()
+        setattr(own, own.base_model_prefix, model)
+        own.load_state_dict({name: _shard(model.reward_checkpoint, shards[name]).get_tensor(name).to(model.device, model.dtype)
+                             for name, parameter in own.named_parameters() if parameter.is_meta}, strict=False, assign=True)
+    except Exception:
+        return None
+    with torch.inference_mode():
+        return torch.cat([own(input_ids=_on(model.device, np.frombuffer(sequence, ">u4").astype(np.int64))[None]).logits[0]
+                          for sequence in sequences]).float().cpu()
 
 
-def _shards(rows, shard_size):
-    """Split rows into lists of about `shard_size` conversations each."""
-    shards, count = [], shard_size
-    for row in rows:
-        if count >= shard_size:
-            shards.append([])
-            count = 0
-        shards[-1].append(row)
-        count += len(row.members)
-    return shards
+def _proof(model, sequences, budget):
+    """How this model's states are rightly computed, tried on some of the sorted sequences: of all lengths, with neighbours
+    that share a beginning, and a branch of the longest.
+
+    Returns {"way", "tokens": the longest, "rows", "shared", "score": how far each is off what one by one gives, of 1}.
+    Raises InputError where phi @ head is not the checkpoint's own score.
+    """
+    by_length = np.argsort([len(sequence) for sequence in sequences], kind="stable")
+    chosen = {n for at in np.linspace(0, len(sequences) - 1, 5) for n in (by_length[int(at)], by_length[int(at)] + 1)}
+    longest = sequences[by_length[-1]]
+    half = len(longest) // 8 * 4
+    sample = sorted({longest[:half] + (longest[half + 4:] or longest), *(sequences[n] for n in chosen if n < len(sequences))})
+    alone, allowed = _states(model, sample, "alone", 1)[0].float(), torch.finfo(model.dtype).eps ** 0.5
+    proof = {"way": "alone", "tokens": len(longest) // 4 if alone.isfinite().all() else 0}
+
+    def off(found, wanted):
+        return ((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max().item()
+
+    if proof["tokens"] and (own := _own_scores(model, sample)) is not None:
+        scores = (alone @ load_reward_head(model.reward_checkpoint))[:, 0]
+        proof["score"] = off(scores, own)
+        if proof["score"] > allowed:
+            raise InputError(f"model {model.reward_checkpoint}: its own score of a conversation is {own[0]:.5g}, the last token's "
+                             f"state times its head {scores[0]:.5g}: its reward is not linear in that state; give another model")
+        if model.config.get_text_config().pad_token_id == np.frombuffer(sample[0], ">u4")[-1]:
+            print("the model's pad token ends its chat template: its own class scores the token before; here the last, as released")
+    for way in ("rows", "shared"):
+        try:
+            proof[way] = off(_states(model, sample, way, max(budget, len(longest)))[0].float(), alone)
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:  # it takes no such input
+            proof[way] = None
+        if proof[way] is not None and proof[way] <= allowed:
+            proof["way"] = way
+    if proof["way"] != "shared":
+        print(f"each conversation is computed {'whole' if proof['way'] == 'rows' else 'whole and alone'}: this model's states "
+              f"would be off by {proof['shared']} with shared prompts, and {proof['rows']} in padded rows")
+    return proof
+
+
+def _proven(model, sequences, fingerprint, folder, budget, needed):
+    """The proof of this model: kept with it and in the cache folder, made anew (where needed) for longer sequences."""
+    kept, path = model.__dict__.setdefault("reward_proofs", {}), folder and folder / "proof.json"
+    proof = kept.get(fingerprint) or (load_json(path) if path and path.exists() else {"way": None, "tokens": 0})
+    if needed and proof["tokens"] < len(max(sequences, key=len)) // 4:
+        proof = _proof(model, sequences, budget)
+        if path and process_rank() == 0:
+            save_json(path, proof)
+    kept[fingerprint] = proof
+    return proof
+
+
+def _check_tokens(conversations, first, model):
+    """Raise InputError where a sequence is empty, longer than the model's context, or not of the model's vocabulary."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    for sequence in (min(first, key=len), max(first, key=len)):
+        if not 0 < len(sequence) // 4 <= limit:
+            raise InputError(f"the conversation {_quoted(conversations[first[sequence]])} has {len(sequence) // 4} tokens, the "
+                             f"model takes 1 to {limit}; leave it out or shorten it")
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    highest, number = max((int(np.frombuffer(sequence, ">u4").max()), n) for sequence, n in first.items())
+    if highest >= vocabulary:
+        raise InputError(f"the conversation {_quoted(conversations[number])} has the token {highest}, and the model's table holds "
+                         f"{vocabulary}: tokenizer and model do not fit; give the model's own tokenizer")
 
 
 def _cached(folder):
     """What the shards in a cache folder hold: (key, embedding) pairs. Damaged ones hold nothing and are made again."""
     for path in sorted(folder.glob("*.safetensors")):
-        try:
+        with contextlib.suppress(InputError):
             tensors, about = load_tensors(path)
-        except InputError:
-            continue
-        for key, states in zip(about.get("keys", ()), tensors.get("embeddings", ())):
-            if states.isfinite().all():
-                yield key, states
+            for key, states in zip(about.get("keys", ()), tensors.get("embeddings", ())):
+                if states.isfinite().all():
+                    yield key, states
 
 
-def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_budget=8192, shard_size=1024,
-                        max_length=None, truncation_side="left", batch_size=None, dtype=None):
+def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_budget=None, shard_size=1024,
+                        max_length=None, truncation_side="left", batch_size=None, dtype=None, about=None):
     """phi of each conversation: the state, after the final norm, of its last token.
 
     conversations: list of lists of {"role", "content"} messages, the last one the response that is judged.
     model, tokenizer: from `load_reward_model`. Returns a CPU tensor `[n, d]` of `dtype`, default the model's.
 
-    Equal conversations are computed once, and so is the prompt that several responses share: such responses lie behind
-    one copy of it in a row, with an attention mask that keeps them apart. flash-attn takes no such mask, and attention
-    in a sliding window has one of its own; there each conversation is a row by itself. A padded batch holds at most
-    `token_budget` tokens (or a single row) and `batch_size` rows.
-    max_length: cut conversations of more tokens, at their "left" or "right" `truncation_side`.
+    Equal conversations are computed once, and so is what several begin with, where `_proof` finds that it leaves the
+    model's states what they are. A batch holds at most `token_budget` tokens (default 8192 on a GPU, 2048 on a CPU; or one
+    conversation) and `batch_size` conversations. max_length: cut longer ones, at their "left" or "right" `truncation_side`.
+    about: a dict that is told what the embeddings depend on.
 
-    With `cache_dir`, shards of about `shard_size` conversations are saved there as they are made, and an interrupted
-    call resumes after the last of them, with the same bytes in the end. Under torchrun the processes share the work by
-    these shards, so they need a `cache_dir` that all of them see.
+    With `cache_dir`, shards of `shard_size` conversations are saved there as they are made, and an interrupted call resumes
+    after the last, with the same bytes in the end; under torchrun the processes share the shards. Without it, each embeds all.
 
-    Raises InputError: no conversation, an empty one, one longer than the model's context, or one whose embedding is
-    not finite; several processes without a common `cache_dir`.
+    Raises InputError: no conversation; an empty one, one longer than the model's context, or one whose embedding is not
+    finite; a model whose own score is not phi @ head; a `cache_dir` that the processes do not share.
     """
-    if not conversations:
-        raise InputError("no conversations to embed; give at least one")
-    ranks = process_count()
-    if ranks > 1 and not cache_dir:
-        raise InputError(f"{ranks} processes share their work by a cache folder; give cache_dir")
     for name, value in (("token_budget", token_budget), ("shard_size", shard_size), ("max_length", max_length),
                         ("batch_size", batch_size)):
         if value is not None:
             check_whole(name, value)
     if truncation_side not in ("left", "right"):
         raise InputError(f"truncation_side = {truncation_side!r}: give left or right")
-    sequences = tokenize_conversations(conversations, tokenizer)
-    if max_length is not None:
-        sequences = [ids[-max_length:] if truncation_side == "left" else ids[:max_length] for ids in sequences]
-    longest, limit = max(map(len, sequences)), model.config.max_position_embeddings
-    if min(map(len, sequences)) == 0 or longest > limit:
-        worst = next(i for i, s in enumerate(sequences) if len(s) in (0, longest))
-        raise InputError(f"the conversation {_quoted(conversations[worst])} has {len(sequences[worst])} tokens, the "
-                         f"model takes 1 to {limit}; leave it out or shorten it")
+    if not conversations:
+        raise InputError("no conversations to embed; give at least one")
+    kept = slice(-4 * max_length, None) if max_length and truncation_side == "left" else slice(max_length and 4 * max_length)
+    sequences = [sequence[kept] for sequence in _tokenized(conversations, tokenizer)]
+    first = dict(zip(sequences[::-1], range(len(sequences))[::-1]))  # sequence -> number of the first such conversation
+    distinct = sorted(first)
+    _check_tokens(conversations, first, model)
 
-    fingerprint = _fingerprint(model) + hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
-    keys = [hashlib.sha256(f"{fingerprint} {sequence}".encode()).hexdigest() for sequence in sequences]
-    folder = Path(cache_dir) / hashlib.sha256(fingerprint.encode()).hexdigest()[:16] if cache_dir else None
-    embeddings = torch.empty(len(keys), model.config.hidden_size, dtype=dtype or model.dtype)
-    first = {}  # key -> number of the first such conversation, the one that is computed
-    for number, key in enumerate(keys):
-        first.setdefault(key, number)
-    distinct = list(first.values())
-    missing = set(distinct)
+    ranks, folder, fingerprint = process_count() if cache_dir else 1, None, _fingerprint(model, cache_dir)
+    keys = [hashlib.sha256(fingerprint.encode() + sequence).hexdigest() for sequence in distinct]
+    missing, embeddings = dict(zip(keys, distinct)), None
 
-    def take_cached():
-        for key, states in _cached(folder):
-            if first.get(key) in missing:
-                embeddings[first[key]] = states
-                missing.discard(first[key])
+    def put(keys, states):
+        nonlocal embeddings
+        if embeddings is None:
+            embeddings = torch.empty(len(sequences), states.shape[-1], dtype=dtype or states.dtype)
+        embeddings[[first[missing.pop(key)] for key in keys]] = states.to(embeddings.dtype)
 
-    if folder:
+    if cache_dir:
+        folder = Path(cache_dir, fingerprint[:16])
         check_writable(folder)
-        take_cached()
+        for key, states in _cached(folder):
+            if key in missing:
+                put([key], states[None])
     if ranks > 1:
         dist.barrier()  # all have read the same shards before one writes another
-    alone = not _takes_any_mask(model.config)
-    prompts = {n: n if alone else json.dumps(conversations[n][:-1]) for n in distinct}
-    shards = _shards(_rows_of_shared_prefixes(sequences, prompts, token_budget), shard_size)
-    work = [[row.only(missing) for row in rows] for rows in shards]
-    work = [sorted((row for row in rows if row.members), key=len, reverse=True) for rows in work]
-    work = [rows for rows in work if rows][process_rank()::ranks]
-    total = sum(len(row) for rows in shards for row in rows)
-    left = sum(len(row) for rows in work for row in rows) * ranks
-    with progress_bar("embedding", total, initial=max(0, total - left), unit="tok", unit_scale=True) as bar:
-        for rows in work:
-            members = [m for row in rows for m in row.members]
-            parts = []
-            for batch in _batches(rows, token_budget, batch_size):
-                parts.append(_forward_within_memory(model, batch))
-                bar.update(sum(map(len, batch)) * ranks)
-            states = torch.cat(parts)
+    budget = token_budget or (8192 if model.device.type == "cuda" else 2048)
+    proof = _proven(model, distinct, fingerprint, folder, budget, bool(missing))
+    if about is not None:
+        about.update(device=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
+                     torch=torch.__version__, attention=getattr(model.config, "_attn_implementation", None),
+                     dtype=str(model.dtype), token_budget=budget, date=time.strftime("%Y-%m-%d", TODAY), **proof)
+    work = [[key for key in keys[start:start + shard_size] if key in missing] for start in range(0, len(keys), shard_size)]
+    work = [shard for shard in work if shard][process_rank() if ranks > 1 else 0::ranks]
+    with progress_bar("embedding", len(keys), initial=len(keys) - sum(map(len, work)) * ranks, unit="conversation") as bar:
+        for shard in work:
+            states, budget = _states(model, [missing[key] for key in shard], proof["way"], budget, batch_size,
+                                     lambda count: bar.update(count * ranks))
             if not states.isfinite().all():
-                worst = members[int((~states.isfinite()).any(1).nonzero()[0])]
-                raise InputError(f"the model gives the conversation {_quoted(conversations[worst])} NaN or infinite "
+                worst = missing[shard[int((~states.isfinite()).any(1).nonzero()[0])]]
+                raise InputError(f"the model gives the conversation {_quoted(conversations[first[worst]])} NaN or infinite "
                                  f"values in {model.dtype}; leave it out, or check the model")
-            embeddings[members] = states.to(embeddings.dtype)
-            missing.difference_update(members)
             if folder:
-                shard_keys = [keys[m] for m in members]
-                name = hashlib.sha256("".join(shard_keys).encode()).hexdigest()[:24]
-                save_tensors(folder / f"{name}.safetensors", {"embeddings": states}, keys=shard_keys)
+                name = hashlib.sha256("".join(shard).encode()).hexdigest()[:24]
+                save_tensors(folder / f"{name}.safetensors", {"embeddings": states}, keys=shard)
+            put(shard, states)
     if ranks > 1:
         dist.barrier()
-        take_cached()
+        for key, states in _cached(folder):
+            if key in missing:
+                put([key], states[None])
     if missing:
         raise InputError(f"{folder}: {len(missing)} embeddings of the other processes are not there; give all "
                          "processes one folder, and run the same command again")
-    repeated = sorted(set(range(len(keys))) - set(distinct))
-    embeddings[repeated] = embeddings[[first[keys[n]] for n in repeated]]
+    repeated = sorted(set(range(len(sequences))) - set(first.values()))
+    embeddings[repeated] = embeddings[[first[sequences[n]] for n in repeated]]
     return embeddings
 
 

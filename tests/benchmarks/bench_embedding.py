@@ -1,0 +1,132 @@
+"""How much faster `embed_conversations` is than padded rows sorted by length and than one forward pass per conversation.
+
+    python tests/benchmarks/bench_embedding.py                  all workloads, some minutes on two cores
+    python tests/benchmarks/bench_embedding.py tldr prism       only these; of tldr, prism, personalllm, rewardbench, own
+    python tests/benchmarks/bench_embedding.py bookkeeping      a full Reddit TL;DR without the model, 2 GB
+
+Per workload: computed / unique tokens; the median ratio of seconds (and the smallest and largest) to rows and to one by
+one, all in this process in turn, so that a busy machine slows every side; the largest deviation from one by one; CPU
+seconds; what the proof took. Nothing is asserted. Token ids are random, in the shapes of the data sets (how many answers,
+turns and tokens); the model is a Llama of random weights in float32, whose cost does not depend on the values.
+"""
+
+import os
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaModel
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import utils
+
+# ---------------------------------------------------------------------------------------------------------------------
+REPEATS = 3
+BUDGET = 2048  # tokens in a batch of either side
+MODEL = dict(hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2,
+             vocab_size=8192, max_position_embeddings=8192)
+# workload -> prompts, answers to each, tokens of a prompt and of an answer (log-normal, the median), turns
+SHAPES = {"tldr": (4, 14, 350, 32, 1), "prism": (3, 4, 30, 110, 4), "personalllm": (3, 8, 45, 260, 1),
+          "rewardbench": (4, 4, 120, 300, 1), "own": (12, 2, 150, 120, 1)}
+TARGETS = {"tldr": 2.5, "prism": 3, "personalllm": 1.15, "rewardbench": 1, "own": 1}
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Tokenizer:
+    """Token ids for conversations that are numbers of prepared sequences."""
+    chat_template = "numbers"
+
+    def __init__(self, sequences):
+        self.sequences = sequences
+
+    def apply_chat_template(self, conversation, **options):
+        return conversation[0]["content"]
+
+    def __call__(self, texts, **options):
+        return {"input_ids": [self.sequences[int(text)] for text in texts]}
+
+
+def workload(prompts, answers, of_prompt, of_answer, turns, seed=0):
+    """Sequences of token ids: `answers` per turn behind everything before, the first of which the next turn follows."""
+    chance, found = np.random.default_rng(seed), []
+
+    def tokens(median):
+        return chance.integers(8, 8192, max(4, int(chance.lognormal(np.log(median), 0.5)))).tolist()
+
+    for _ in range(prompts):
+        before = list(range(8))  # what every chat begins with
+        for _ in range(turns):
+            before = before + tokens(of_prompt)
+            of_turn = [before + tokens(of_answer) + [3] for _ in range(answers)]
+            found += of_turn
+            before = of_turn[0]
+    return [found[i] for i in chance.permutation(len(found))]
+
+
+@torch.inference_mode()
+def rows(model, sequences):
+    """Padded on the right and sorted by length, which needs no mask: as fast as rows can be."""
+    order, out = sorted(range(len(sequences)), key=lambda n: -len(sequences[n])), {}
+    while order:
+        batch = order[:max(1, BUDGET // len(sequences[order[0]]))]
+        ids = torch.zeros(len(batch), len(sequences[batch[0]]), dtype=torch.long)
+        for row, n in zip(ids, batch):
+            row[:len(sequences[n])] = torch.tensor(sequences[n])
+        states = model(input_ids=ids, use_cache=False).last_hidden_state
+        out.update({n: states[r, len(sequences[n]) - 1] for r, n in enumerate(batch)})
+        order = order[len(batch):]
+    return torch.stack([out[n] for n in range(len(sequences))])
+
+
+@torch.inference_mode()
+def one_by_one(model, sequences):
+    return torch.stack([model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0, -1] for ids in sequences])
+
+
+def compare(name, model):
+    sequences, computed = workload(*SHAPES[name]), []
+    unique = len({tuple(ids[:end]) for ids in sequences for end in range(1, len(ids) + 1)})
+    conversations = [[{"role": "user", "content": str(n)}] for n in range(len(sequences))]
+
+    def ours():
+        return utils.embed_conversations(conversations, model, Tokenizer(sequences), token_budget=BUDGET)
+
+    def seconds(way, *arguments):
+        began, cpu = time.perf_counter(), time.process_time()
+        states = way(*arguments)
+        return time.perf_counter() - began, time.process_time() - cpu, states
+
+    with_proof = seconds(ours)[0]
+    hook = model.embed_tokens.register_forward_hook(lambda layer, inputs, output: computed.append(inputs[0].numel()))
+    ours()
+    hook.remove()
+    alone, _, expected = seconds(one_by_one, model, sequences)
+    pairs = [(seconds(ours), seconds(rows, model, sequences)) for _ in range(REPEATS)]
+    ratios = [theirs[0] / mine[0] for mine, theirs in pairs]
+    mine = statistics.median(mine[0] for mine, _ in pairs)
+    error = max((states - expected).abs().max().item() for _, _, states in (pair[0] for pair in pairs))
+    print(f"{name:12} {len(sequences):4} conversations, computed / unique {sum(computed) / unique:.3f}; rows / ours "
+          f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}; target {TARGETS[name]}), one by one / "
+          f"ours {alone / mine:.2f}; off by {error:.1e}; CPU {pairs[0][0][1]:.1f} s; proof {with_proof - mine:.1f} s", flush=True)
+
+
+def bookkeeping(conversations=350_000, posts=23_000):
+    """Tokenizing, sorting, batching and putting together the full TL;DR's conversations around a model that costs nothing."""
+    from demos import build_model
+
+
+def main():
+    torch.manual_seed(0)
+    model = LlamaModel(LlamaConfig(**MODEL)).eval()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, budget {BUDGET}, float32")
+    for name in sys.argv[1:] or SHAPES:
+        compare(name, model)
+
+
+if __name__ == "__main__":
+    main()
