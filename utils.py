@@ -379,51 +379,42 @@ def _checkpoint_folder(model_name, *patterns):
                          "check the name and the network, or give the path of a downloaded checkpoint") from None
 
 
-def _shard(model_name, filename):
-    """One safetensors file of a checkpoint, open for reading. Raises InputError where it is missing or damaged."""
-    path = _checkpoint_folder(model_name, filename) / filename
-    if not path.exists():
-        raise InputError(f"model {model_name}: no {filename} in it; give a checkpoint in safetensors format")
-    with _readable(path, "safetensors file"):
-        return safe_open(path, "pt")
+def _slices(model_name, choose):
+    """Of a safetensors checkpoint the tensors that `choose` picks from all names: name -> slice; other shards stay closed."""
+    def opened(filename):
+        path = _checkpoint_folder(model_name, filename) / filename
+        if not path.exists():
+            raise InputError(f"model {model_name}: no {filename} in it; give a checkpoint in safetensors format")
+        with _readable(path, "safetensors file"):
+            return safe_open(path, "pt")
 
-
-def _shard_of_tensor(model_name):
-    """Which safetensors file of a checkpoint holds each tensor: tensor name -> file name."""
-    name = "model.safetensors.index.json"
-    if (index := _checkpoint_folder(model_name, name) / name).exists():
-        return load_json(index, "weight_map")["weight_map"]
-    return dict.fromkeys(_shard(model_name, "model.safetensors").keys(), "model.safetensors")
+    one, index = "model.safetensors", "model.safetensors.index.json"
+    path = _checkpoint_folder(model_name, index) / index
+    shards = load_json(path, "weight_map")["weight_map"] if path.exists() else dict.fromkeys(opened(one).keys(), one)
+    return {name: opened(shards[name]).get_slice(name) for name in choose(shards)}
 
 
 def load_reward_head(model_name):
-    """Read the reward head of a checkpoint: one tensor from its safetensors shard, never the model.
+    """Read the reward head of a checkpoint (a folder, or an id on the hub): one tensor from its shard, never the model.
 
-    model_name: a folder, or an id on the hub. Returns float32 `[d, 1]`, the transposed `score.weight`: the layer that
-    the reward model itself multiplies the last token's state with.
+    Returns float32 `[d, 1]`, the transposed `score.weight` that the model itself multiplies the last token's state with.
     Raises InputError: unknown model, no safetensors, or not exactly one scalar head.
     """
-    heads = {name: shard for name, shard in _shard_of_tensor(model_name).items() if name.endswith("score.weight")}
-    found = f"{len(heads)} score.weight tensors"
-    if len(heads) == 1:
-        (name, shard), = heads.items()
-        head = _shard(model_name, shard).get_tensor(name)
-        if head.ndim == 2 and head.shape[0] == 1 and torch.isfinite(head).all():
-            return head.float().T.contiguous()
-        found = f"one of shape {tuple(head.shape)}, or with NaN or infinite values"
-    raise InputError(f"model {model_name}: needs exactly one scalar reward head and has {found}; give a "
-                     "sequence-classification checkpoint with num_labels=1")
+    heads = [part[:] for part in _slices(model_name, lambda names: [n for n in names if n.endswith("score.weight")]).values()]
+    if [head.shape[:-1] for head in heads] != [(1,)] or not heads[0].isfinite().all():
+        raise InputError(f"model {model_name}: needs exactly one scalar reward head of finite values, and has score.weight of "
+                         f"{[tuple(head.shape) for head in heads]}; give a sequence-classification checkpoint with num_labels=1")
+    return heads[0].float().T.contiguous()
 
 
 def load_released_reference(model_name):
-    """The vector that the released scripts took for the reward head, to compare with: float32 `[d, 1]`, the first column
-    of the last MLP's down-projection. Raises InputError: unknown model, no safetensors, or one without such layers."""
-    found = [(int(layer[1]), layer.string, shard) for name, shard in _shard_of_tensor(model_name).items()
-             if (layer := re.search(r"layers\.(\d+)\.mlp\.down_proj\.weight$", name))]
-    if not found:
+    """What the released scripts took for the reward head, to compare with: float32 `[d, 1]`, the first column of the last
+    MLP's down-projection. Raises InputError: unknown model, no safetensors, or one without such layers."""
+    layer = re.compile(r".*layers\.(\d+)\.mlp\.down_proj\.weight$")
+    last = _slices(model_name, lambda names: sorted(filter(layer.match, names), key=lambda n: int(layer.match(n)[1]))[-1:])
+    if not last:
         raise InputError(f"model {model_name}: no MLP down-projection in it; the released reference is that of Llama")
-    _, name, shard = max(found)
-    return _shard(model_name, shard).get_slice(name)[:, :1].float().contiguous()
+    return last.popitem()[1][:, :1].float().contiguous()
 
 
 def load_reward_model(model_name, device=None, attention=None, dtype=None, tokenizer_name=None,
@@ -462,23 +453,27 @@ def load_reward_model(model_name, device=None, attention=None, dtype=None, token
     return model.eval().requires_grad_(False).to(device), tokenizer
 
 
+_DIGESTS = {}  # path, size and time of a file -> its digest
+
+
 def model_identity(model_name, folder=None):
     """Digests of what a checkpoint holds, wherever it lies: {"weights": hex digits, "tokenizer": with its template}.
 
     A file in the hub's cache is named by its digest; others are read, and remembered in `folder` by size and time.
     """
-    memory, parts = Path(folder or "", "digests.json"), {"weights": {}, "tokenizer": {}}
-    known = load_json(memory) if folder and memory.exists() else {}
-    where, new = _checkpoint_folder(model_name, "*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"), {}
+    memory, parts = folder and Path(folder, "digests.json"), {"weights": {}, "tokenizer": {}}
+    with contextlib.suppress(InputError):
+        _DIGESTS.update(load_json(memory) if folder else {})
+    where = _checkpoint_folder(model_name, "*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py")
     for path in sorted([*where.glob("*.*"), *where.glob("additional_chat_templates/*.jinja")]):
         weights = re.search(r"\.(safetensors|bin|py)$|^config\.json$", path.name)
         if weights or re.search(r"token|template|vocab|merges|spiece|\.jinja$", path.name):
             real, stat = path.resolve(), path.stat()
             key = f"{real} {stat.st_size} {stat.st_mtime_ns}"
-            new[key] = real.name if real.parent.name == "blobs" else known.get(key) or digest_of(real)
-            parts["weights" if weights else "tokenizer"][path.name] = new[key]
-    if folder and not new.keys() <= known.keys() and process_rank() == 0:
-        save_json(memory, {**known, **new})
+            _DIGESTS[key] = _DIGESTS.get(key) or (real.name if real.parent.name == "blobs" else digest_of(real))
+            parts["weights" if weights else "tokenizer"][path.name] = _DIGESTS[key]
+    if folder and memory.parent.exists() and process_rank() == 0:
+        save_json(memory, _DIGESTS)
     return {part: digest_of(files) for part, files in parts.items()}
 
 
@@ -508,10 +503,9 @@ def _tokenized(conversations, tokenizer):
     comes, unless the first conversations, tokenized whole, say otherwise.
     """
     template, known, whole = tokenizer.chat_template, {}, None
-    if isinstance(template, dict) and "default" not in template:
-        raise InputError(f"the tokenizer has several chat templates ({', '.join(template)}); name one of them default")
-    template = re.sub(r"""strftime_now\((['"])(.*?)\1\)""", lambda call: repr(time.strftime(call[2], TODAY)),
-                      template["default"] if isinstance(template, dict) else template)
+    template = template.get("default", "{{ raise_exception('none of its several templates is named default') }}") if isinstance(
+        template, dict) else template
+    template = re.sub(r"""strftime_now\((['"])(.*?)\1\)""", lambda call: repr(time.strftime(call[2], TODAY)), template)
     marks = sorted((token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values()), reverse=True)
     cut = re.compile(f"({'|'.join(map(re.escape, marks))})")
 
@@ -529,8 +523,7 @@ def _tokenized(conversations, tokenizer):
         texts = []
         for conversation in conversations[start:start + 256]:
             try:
-                texts.append(tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False,
-                                                           add_generation_prompt=False))
+                texts.append(tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False))
                 texts[-1].encode()
             except Exception as error:  # the template is the checkpoint's program; half a surrogate pair is no Unicode
                 raise InputError(f"the model's chat template cannot format the conversation {_quoted(conversation)} "
@@ -544,9 +537,9 @@ def tokenize_conversations(conversations, tokenizer):
     return [np.frombuffer(sequence, ">u4").tolist() for sequence in _tokenized(conversations, tokenizer)]
 
 
-def _on(device, *arrays):
-    """Arrays as one tensor on a device, without waiting for what that still computes."""
-    tensor = torch.from_numpy(np.concatenate(arrays))
+def _on(device, array):
+    """An array as a tensor on a device, without waiting for what that still computes."""
+    tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
@@ -556,17 +549,15 @@ class _Paths(TorchFunctionMode):
 
     def __init__(self, ids, shared, device):
         super().__init__()
-        self.paths, path, end = [], np.zeros(0, np.int64), 0
-        for sequence, n in zip(ids, shared):  # where the row has the tokens of the sequence
+        self.tails, path, end = [], np.zeros(0, np.int64), 0
+        for sequence, n in zip(ids, shared):  # path: where the row has the sequence's tokens
             path = np.concatenate([path[:n], np.arange(end, end := end + len(sequence) - n)])
-            self.paths.append(path)
-        self.tails = [(slice(path[n], path[-1] + 1), torch.from_numpy(path),
-                       torch.ones(len(path) - n, len(path), dtype=torch.bool).tril(n) if n else None)
-                      for path, n in zip(self.paths, shared)]
+            mask = torch.ones(len(sequence) - n, len(path), dtype=torch.bool, device=device).tril(n) if n else None
+            self.tails.append((slice(path[n], end), _on(device, path), mask))
         if device.type == "cuda":
-            keys = np.array([len(path) for path in self.paths])
-            self.keys, ends = _on(device, *self.paths), [np.cumsum([0, *n]).astype(np.int32) for n in (keys - shared, keys)]
-            self.flash = [_on(device, n) for n in ends] + [int((keys - shared).max()), int(keys.max())]
+            counts = [[tail.stop - tail.start for tail, _, _ in self.tails], [len(keys) for _, keys, _ in self.tails]]
+            self.keys = torch.cat([keys for _, keys, _ in self.tails])
+            self.flash = [_on(device, np.cumsum([0, *n]).astype(np.int32)) for n in counts] + [max(n) for n in counts]
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -575,165 +566,127 @@ class _Paths(TorchFunctionMode):
         q, k, v = args[:3]  # (1, heads, tokens, width)
         if q.is_cuda and q.element_size() == 2:
             q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-            return torch.ops.aten._flash_attention_forward(
-                q, k[self.keys], v[self.keys], *self.flash, 0.0, True, False, scale=kwargs.get("scale"))[0].transpose(0, 1)[None]
+            return torch.ops.aten._flash_attention_forward(q, k[self.keys], v[self.keys], *self.flash, 0.0, True, False,
+                                                           scale=kwargs.get("scale"))[0].transpose(0, 1)[None]
         options, out = {name: kwargs[name] for name in ("scale", "enable_gqa") if name in kwargs}, torch.empty_like(q)
         for tail, keys, mask in self.tails:
-            out[:, :, tail] = scaled_dot_product_attention(q[:, :, tail], k[:, :, keys], v[:, :, keys],
-                                                           mask, is_causal=mask is None, **options)
+            out[:, :, tail] = scaled_dot_product_attention(q[:, :, tail], k[:, :, keys], v[:, :, keys], mask,
+                                                           is_causal=mask is None, **options)
         return out
 
 
 def _forward(model, ids, shared=None):
-    """The last tokens' states of sequences, `[n, d]`: rows padded on the right, which causal attention does not see; or,
-    given how many tokens each shares with the one before, their tails in one row."""
-    lengths, device = np.array([len(sequence) for sequence in ids]), model.device
+    """The last tokens' states of sequences, `[n, d]`: of rows padded on the right, which causal attention does not see; or,
+    given how many tokens each shares with the one before, of their tails in one row."""
+    lengths, device, options, within = np.array(list(map(len, ids))), model.device, {}, contextlib.nullcontext()
     if shared is None:
-        row = np.zeros((len(ids), lengths.max()), np.int64)
-        for r, sequence in enumerate(ids):
-            row[r, :len(sequence)] = sequence
-        states = model(input_ids=_on(device, row), use_cache=False).last_hidden_state
-        return states.flatten(0, 1)[_on(device, np.arange(len(ids)) * row.shape[1] + lengths - 1)]
-    row = _on(device, *(sequence[n:].astype(np.int64) for sequence, n in zip(ids, shared)))[None]
-    position = _on(device, *(np.arange(n, length) for n, length in zip(shared, lengths)))[None]
-    no_mask = torch.zeros(1, 1, 1, row.shape[1], dtype=model.dtype, device=device)  # 4-D: transformers makes none
-    with _Paths(ids, shared, device):
-        states = model(input_ids=row, position_ids=position, attention_mask=no_mask, use_cache=False).last_hidden_state
-    return states[0, _on(device, np.cumsum(lengths - shared) - 1)]
-
-
-def _shared_with_previous(ids):
-    """How many tokens each sequence shares with the one before it."""
-    same = [a[:len(b)] == b[:len(a)] for a, b in zip(ids, ids[1:])]
-    return np.array([0] + [len(equal) if equal.all() else int(equal.argmin()) for equal in same])
+        tokens, last = np.zeros((len(ids), lengths.max()), np.int64), np.arange(len(ids)) * lengths.max() + lengths - 1
+        tokens[np.arange(lengths.max()) < lengths[:, None]] = np.concatenate(ids)
+    else:
+        within, last = _Paths(ids, shared, device), np.cumsum(lengths - shared) - 1
+        tokens = np.concatenate([sequence[n:] for sequence, n in zip(ids, shared)]).astype(np.int64)[None]
+        position = np.concatenate([np.arange(n, length) for n, length in zip(shared, lengths)])[None]
+        no_mask = torch.zeros(1, 1, 1, tokens.shape[1], dtype=model.dtype, device=device)  # 4-D: transformers makes none
+        options = {"position_ids": _on(device, position), "attention_mask": no_mask}
+    with within:
+        states = model(input_ids=_on(device, tokens), use_cache=False, **options).last_hidden_state
+    return states.flatten(0, 1)[_on(device, last)]
 
 
 @torch.inference_mode()
 def _states(model, sequences, way, budget, batch_size=None, update=lambda count: None):
-    """The last tokens' states `[n, d]` of sorted sequences, on the CPU, and the budget: halved where memory ran out.
+    """The last tokens' states of sorted sequences, `[n, d]` on the CPU, and the budget, which shrinks where memory ran out.
 
-    way: "shared" (packs of tails), "rows" (padded, longest first) or "alone". A batch holds at most `budget` tokens.
+    way: "shared" (tails in one row), "rows" (longest first) or "alone". A batch holds at most `budget` tokens.
     """
     order = sorted(range(len(sequences)), key=lambda n: -len(sequences[n])) if way == "rows" else range(len(sequences))
     ids = [np.frombuffer(sequences[n], ">u4") for n in order]
-    lengths, shared = np.array([len(sequence) for sequence in ids]), _shared_with_previous(ids) * (way == "shared")
-    parts, start = [], 0
+    same = [a[:len(b)] == b[:len(a)] for a, b in zip(ids, ids[1:])]
+    shared = np.array([0] + [len(s) if s.all() else int(s.argmin()) for s in same])
+    lengths, parts, start = np.array(list(map(len, ids))), [], 0
     while start < len(ids):
-        left = np.arange(start, len(ids))
-        tokens = lengths[start] * (left - start + 1) if way == "rows" else (
-            (lengths[start:] - shared[start:]).cumsum() + shared[start])
+        kept = shared[start:] * (np.arange(start, len(ids)) > start)  # the first of a batch has none before it
+        tokens = np.cumsum(lengths[start:] - kept) if way == "shared" else lengths[start] * np.arange(1, len(kept) + 1)
         least, most = (max(1, int((tokens <= limit).sum())) for limit in (budget / 2, budget))
-        if most < len(left):  # cut where least is shared, in the second half
-            most -= int(shared[start + least:start + most + 1][::-1].argmin())
-        end = start + min(most, batch_size or most, 1 if way == "alone" else most)
+        if way == "shared" and most < len(kept):  # cut where least is shared, in the second half
+            most -= int(kept[least:most + 1][::-1].argmin())
+        count = 1 if way == "alone" else min(most, batch_size or most)
         try:
-            parts.append(_forward(model, ids[start:end], shared[start:end] * (left[:end - start] > start) if way == "shared" else None))
+            parts.append(_forward(model, ids[start:start + count], kept[:count] if way == "shared" else None))
         except RuntimeError as error:
-            if not isinstance(error, torch.cuda.OutOfMemoryError) and "CUBLAS_STATUS_ALLOC_FAILED" not in str(error):
+            if count == 1 or not (isinstance(error, torch.cuda.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)):
                 raise
-            if end == start + 1:
-                raise InputError(f"the GPU's memory does not hold a conversation of {lengths[start]} tokens; give max_length") from None
             torch.cuda.empty_cache()
-            budget = min(budget, int(tokens[end - start - 1])) // 2
-            continue
-        update(end - start)
-        start = end
+            budget = min(budget, int(tokens[count - 1])) // 2
+        else:
+            update(count)
+            start += count
     return torch.cat(parts).cpu()[np.argsort(order)], budget
 
 
 def _own_scores(model, sequences):
-    """What the checkpoint's own sequence-classification class gives each sequence, `[n]`, around this very backbone; None
-    where the model has no checkpoint, head or such class."""
+    """`[n]`, by the checkpoint's own sequence-classification class around this very backbone; None where there is none."""
     from transformers import AutoModelForSequenceClassification
     try:
-        shards, config = _shard_of_tensor(model.reward_checkpoint), copy.deepcopy(model.config)
-        config.num_labels, config.pad_token_id = 1, None
-        config.get_text_config().pad_token_id = None  # with one, the class may score an earlier token
+        config = copy.deepcopy(model.config)
+        config.num_labels, config.pad_token_id, config.get_text_config().pad_token_id = 1, None, None  # the last token counts
         with torch.device("meta"):
             own = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False).eval()
         setattr(own, own.base_model_prefix, model)
-        own.load_state_dict({name: _shard(model.reward_checkpoint, shards[name]).get_tensor(name).to(model.device, model.dtype)
-                             for name, parameter in own.named_parameters() if parameter.is_meta}, strict=False, assign=True)
-    except Exception:
+        head = _slices(model.reward_checkpoint, lambda names: [n for n, p in own.named_parameters() if p.is_meta])
+    except (AttributeError, ValueError, KeyError):
         return None
+    own.load_state_dict({name: part[:].to(model.device, model.dtype) for name, part in head.items()}, strict=False, assign=True)
     with torch.inference_mode():
-        return torch.cat([own(input_ids=_on(model.device, np.frombuffer(sequence, ">u4").astype(np.int64))[None]).logits[0]
-                          for sequence in sequences]).float().cpu()
+        return torch.stack([own(input_ids=_on(model.device, np.frombuffer(sequence, ">u4").astype(np.int64)[None])).logits[0, 0]
+                            for sequence in sequences]).float().cpu()
 
 
-def _proof(model, sequences, budget):
-    """How this model's states are rightly computed, tried on some of the sorted sequences: of all lengths, with neighbours
-    that share a beginning, and a branch of the longest.
+def _proof(model, sequences):
+    """How the model's states are rightly computed, tried on some of the sorted sequences: the shortest, the middle one, its
+    neighbour and a branch of it, and the longest; each by itself, all in padded rows, all with shared beginnings.
 
-    Returns {"way", "tokens": the longest, "rows", "shared", "score": how far each is off what one by one gives, of 1}.
+    Returns {"way", "tokens": the longest; "rows", "shared", "score": relative differences to one by one}.
     Raises InputError where phi @ head is not the checkpoint's own score.
     """
-    by_length = np.argsort([len(sequence) for sequence in sequences], kind="stable")
-    chosen = {n for at in np.linspace(0, len(sequences) - 1, 5) for n in (by_length[int(at)], by_length[int(at)] + 1)}
-    longest = sequences[by_length[-1]]
-    half = len(longest) // 8 * 4
-    sample = sorted({longest[:half] + (longest[half + 4:] or longest), *(sequences[n] for n in chosen if n < len(sequences))})
+    by_length = sorted(sequences, key=len)
+    middle, longest = by_length[len(by_length) // 2], by_length[-1]
+    half = len(middle) // 8 * 4
+    sample = sorted({by_length[0], middle, sequences[sequences.index(middle) - 1], middle[:half] + middle[half + 4:] or middle,
+                     longest})
     alone, allowed = _states(model, sample, "alone", 1)[0].float(), torch.finfo(model.dtype).eps ** 0.5
     proof = {"way": "alone", "tokens": len(longest) // 4 if alone.isfinite().all() else 0}
 
     def off(found, wanted):
         return ((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max().item()
 
-    if proof["tokens"] and (own := _own_scores(model, sample)) is not None:
+    if (own := _own_scores(model, sample)) is not None:
         scores = (alone @ load_reward_head(model.reward_checkpoint))[:, 0]
         proof["score"] = off(scores, own)
         if proof["score"] > allowed:
-            raise InputError(f"model {model.reward_checkpoint}: its own score of a conversation is {own[0]:.5g}, the last token's "
-                             f"state times its head {scores[0]:.5g}: its reward is not linear in that state; give another model")
-        if model.config.get_text_config().pad_token_id == np.frombuffer(sample[0], ">u4")[-1]:
-            print("the model's pad token ends its chat template: its own class scores the token before; here the last, as released")
+            raise InputError(f"model {model.reward_checkpoint}: scores a conversation {own[0]:.5g}, and its last state times the "
+                             f"head is {scores[0]:.5g}: a bias, layer or token more is in it; give a model with a linear head")
+        if model.config.get_text_config().pad_token_id == np.frombuffer(longest, ">u4")[-1]:
+            print("note: the model's pad token ends its chats, so its own class scores the token before; phi is the last, as released")
     for way in ("rows", "shared"):
-        try:
-            proof[way] = off(_states(model, sample, way, max(budget, len(longest)))[0].float(), alone)
-        except (TypeError, ValueError, RuntimeError, IndexError) as error:  # it takes no such input
-            proof[way] = None
-        if proof[way] is not None and proof[way] <= allowed:
-            proof["way"] = way
+        with contextlib.suppress(TypeError, ValueError, IndexError, RuntimeError):  # it takes no such input
+            proof[way] = off(_states(model, sample, way, len(sample) * len(longest))[0].float(), alone)
+            proof["way"] = way if proof[way] <= allowed else proof["way"]
     if proof["way"] != "shared":
-        print(f"each conversation is computed {'whole' if proof['way'] == 'rows' else 'whole and alone'}: this model's states "
-              f"would be off by {proof['shared']} with shared prompts, and {proof['rows']} in padded rows")
+        print(f"note: this model takes every conversation whole{', and alone' * (proof['way'] == 'alone')}: sharing would "
+              f"change its states by {proof.get('shared', math.nan):.0%}, padded rows by {proof.get('rows', math.nan):.0%}")
     return proof
 
 
-def _proven(model, sequences, fingerprint, folder, budget, needed):
-    """The proof of this model: kept with it and in the cache folder, made anew (where needed) for longer sequences."""
+def _proven(model, sequences, fingerprint, folder):
+    """The proof that is kept with the model and in the cache folder, made anew for sequences longer than it saw."""
     kept, path = model.__dict__.setdefault("reward_proofs", {}), folder and folder / "proof.json"
-    proof = kept.get(fingerprint) or (load_json(path) if path and path.exists() else {"way": None, "tokens": 0})
-    if needed and proof["tokens"] < len(max(sequences, key=len)) // 4:
-        proof = _proof(model, sequences, budget)
+    proof = kept.get(fingerprint) or (load_json(path) if path and path.exists() else {"tokens": 0})
+    if sequences and proof["tokens"] < len(max(sequences, key=len)) // 4:
+        proof = kept[fingerprint] = _proof(model, sequences)
         if path and process_rank() == 0:
             save_json(path, proof)
-    kept[fingerprint] = proof
     return proof
-
-
-def _check_tokens(conversations, first, model):
-    """Raise InputError where a sequence is empty, longer than the model's context, or not of the model's vocabulary."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    for sequence in (min(first, key=len), max(first, key=len)):
-        if not 0 < len(sequence) // 4 <= limit:
-            raise InputError(f"the conversation {_quoted(conversations[first[sequence]])} has {len(sequence) // 4} tokens, the "
-                             f"model takes 1 to {limit}; leave it out or shorten it")
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    highest, number = max((int(np.frombuffer(sequence, ">u4").max()), n) for sequence, n in first.items())
-    if highest >= vocabulary:
-        raise InputError(f"the conversation {_quoted(conversations[number])} has the token {highest}, and the model's table holds "
-                         f"{vocabulary}: tokenizer and model do not fit; give the model's own tokenizer")
-
-
-def _cached(folder):
-    """What the shards in a cache folder hold: (key, embedding) pairs. Damaged ones hold nothing and are made again."""
-    for path in sorted(folder.glob("*.safetensors")):
-        with contextlib.suppress(InputError):
-            tensors, about = load_tensors(path)
-            for key, states in zip(about.get("keys", ()), tensors.get("embeddings", ())):
-                if states.isfinite().all():
-                    yield key, states
 
 
 def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_budget=None, shard_size=1024,
@@ -743,79 +696,92 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
     conversations: list of lists of {"role", "content"} messages, the last one the response that is judged.
     model, tokenizer: from `load_reward_model`. Returns a CPU tensor `[n, d]` of `dtype`, default the model's.
 
-    Equal conversations are computed once, and so is what several begin with, where `_proof` finds that it leaves the
-    model's states what they are. A batch holds at most `token_budget` tokens (default 8192 on a GPU, 2048 on a CPU; or one
-    conversation) and `batch_size` conversations. max_length: cut longer ones, at their "left" or "right" `truncation_side`.
+    Equal conversations are computed once, and so is what several begin with, unless `_proof` finds that this changes the
+    model's states. A batch holds at most `token_budget` tokens (default 8192 on a GPU, 2048 on a CPU; or one conversation)
+    and `batch_size` conversations. max_length: cut longer ones, at their "left" or "right" `truncation_side`.
     about: a dict that is told what the embeddings depend on.
 
-    With `cache_dir`, shards of `shard_size` conversations are saved there as they are made, and an interrupted call resumes
-    after the last, with the same bytes in the end; under torchrun the processes share the shards. Without it, each embeds all.
+    With `cache_dir`, shards of `shard_size` conversations are saved there as they are made; an interrupted call resumes
+    behind the last, with the same bytes in the end, and processes of torchrun share them. Without, each embeds all.
 
-    Raises InputError: no conversation; an empty one, one longer than the model's context, or one whose embedding is not
-    finite; a model whose own score is not phi @ head; a `cache_dir` that the processes do not share.
+    Raises InputError: no conversation; an empty one, one beyond the model's context or vocabulary, or with an embedding
+    that is not finite; a model whose own score is not phi @ head; a `cache_dir` that not all processes see.
     """
-    for name, value in (("token_budget", token_budget), ("shard_size", shard_size), ("max_length", max_length),
-                        ("batch_size", batch_size)):
+    for name, value in dict(token_budget=token_budget, shard_size=shard_size, max_length=max_length,
+                            batch_size=batch_size).items():
         if value is not None:
             check_whole(name, value)
     if truncation_side not in ("left", "right"):
         raise InputError(f"truncation_side = {truncation_side!r}: give left or right")
     if not conversations:
         raise InputError("no conversations to embed; give at least one")
-    kept = slice(-4 * max_length, None) if max_length and truncation_side == "left" else slice(max_length and 4 * max_length)
-    sequences = [sequence[kept] for sequence in _tokenized(conversations, tokenizer)]
-    first = dict(zip(sequences[::-1], range(len(sequences))[::-1]))  # sequence -> number of the first such conversation
-    distinct = sorted(first)
-    _check_tokens(conversations, first, model)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    cut = slice(-4 * max_length, None) if max_length and truncation_side == "left" else slice(max_length and 4 * max_length)
+    numbers, table = {}, model.get_input_embeddings().weight.shape[0]  # sequence -> the numbers of its conversations
+    for n, sequence in enumerate(_tokenized(conversations, tokenizer)):
+        numbers.setdefault(sequence[cut], []).append(n)
+    for sequence, (n, *_) in numbers.items():
+        ids = np.frombuffer(sequence, ">u4")
+        if not 0 < len(ids) <= limit or ids.max() >= table:
+            raise InputError(f"the conversation {_quoted(conversations[n])} has {len(ids)} tokens up to id {ids.max(initial=0)}, "
+                             f"the model takes 1 to {limit} tokens below {table}; leave it out or shorten it")
+    budget = token_budget or (8192 if model.device.type == "cuda" else 2048)
+    if about is not None:
+        about.update(device=torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu", torch=torch.__version__,
+                     attention=getattr(model.config, "_attn_implementation", None), dtype=str(model.dtype),
+                     token_budget=budget, date=time.strftime("%Y-%m-%d", TODAY))
+    return _embedded(conversations, numbers, model, cache_dir, budget, shard_size, batch_size, dtype, about)
 
+
+def _embedded(conversations, numbers, model, cache_dir, budget, shard_size, batch_size, dtype, about):
+    """What `embed_conversations` returns, of conversations whose numbers are sorted by their sequences of ids."""
     ranks, folder, fingerprint = process_count() if cache_dir else 1, None, _fingerprint(model, cache_dir)
-    keys = [hashlib.sha256(fingerprint.encode() + sequence).hexdigest() for sequence in distinct]
-    missing, embeddings = dict(zip(keys, distinct)), None
+    missing = {hashlib.sha256(fingerprint.encode() + sequence).hexdigest(): sequence for sequence in sorted(numbers)}
+    keys, embeddings = list(missing), None
 
-    def put(keys, states):
+    def put(key, state):
         nonlocal embeddings
         if embeddings is None:
-            embeddings = torch.empty(len(sequences), states.shape[-1], dtype=dtype or states.dtype)
-        embeddings[[first[missing.pop(key)] for key in keys]] = states.to(embeddings.dtype)
+            embeddings = torch.empty(len(conversations), len(state), dtype=dtype or state.dtype)
+        embeddings[numbers[missing.pop(key)]] = state.to(embeddings.dtype)
+
+    def take_cached():
+        for path in sorted(folder.glob("*.safetensors")):
+            with contextlib.suppress(InputError):  # damaged ones hold nothing and are made again
+                tensors, of = load_tensors(path)
+                for key, state in zip(of.get("keys", ()), tensors.get("embeddings", ())):
+                    if key in missing and state.isfinite().all():
+                        put(key, state)
 
     if cache_dir:
         folder = Path(cache_dir, fingerprint[:16])
         check_writable(folder)
-        for key, states in _cached(folder):
-            if key in missing:
-                put([key], states[None])
+        take_cached()
     if ranks > 1:
         dist.barrier()  # all have read the same shards before one writes another
-    budget = token_budget or (8192 if model.device.type == "cuda" else 2048)
-    proof = _proven(model, distinct, fingerprint, folder, budget, bool(missing))
-    if about is not None:
-        about.update(device=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
-                     torch=torch.__version__, attention=getattr(model.config, "_attn_implementation", None),
-                     dtype=str(model.dtype), token_budget=budget, date=time.strftime("%Y-%m-%d", TODAY), **proof)
+    proof = _proven(model, sorted(numbers) if missing else [], fingerprint, folder)
+    about is None or about.update(proof)
     work = [[key for key in keys[start:start + shard_size] if key in missing] for start in range(0, len(keys), shard_size)]
     work = [shard for shard in work if shard][process_rank() if ranks > 1 else 0::ranks]
-    with progress_bar("embedding", len(keys), initial=len(keys) - sum(map(len, work)) * ranks, unit="conversation") as bar:
+    with progress_bar("embedding", len(keys), initial=len(keys) - ranks * sum(map(len, work)), unit="text") as bar:
         for shard in work:
             states, budget = _states(model, [missing[key] for key in shard], proof["way"], budget, batch_size,
-                                     lambda count: bar.update(count * ranks))
+                                     lambda count: bar.update(ranks * count))
             if not states.isfinite().all():
-                worst = missing[shard[int((~states.isfinite()).any(1).nonzero()[0])]]
-                raise InputError(f"the model gives the conversation {_quoted(conversations[first[worst]])} NaN or infinite "
-                                 f"values in {model.dtype}; leave it out, or check the model")
+                worst, *_ = numbers[missing[shard[int((~states.isfinite()).any(1).nonzero()[0])]]]
+                raise InputError(f"the model gives the conversation {_quoted(conversations[worst])} NaN or infinite values in "
+                                 f"{model.dtype}; leave it out, or check the model")
             if folder:
                 name = hashlib.sha256("".join(shard).encode()).hexdigest()[:24]
                 save_tensors(folder / f"{name}.safetensors", {"embeddings": states}, keys=shard)
-            put(shard, states)
+            for key, state in zip(shard, states):
+                put(key, state)
     if ranks > 1:
         dist.barrier()
-        for key, states in _cached(folder):
-            if key in missing:
-                put([key], states[None])
+        take_cached()
     if missing:
-        raise InputError(f"{folder}: {len(missing)} embeddings of the other processes are not there; give all "
-                         "processes one folder, and run the same command again")
-    repeated = sorted(set(range(len(sequences))) - set(first.values()))
-    embeddings[repeated] = embeddings[[first[sequences[n]] for n in repeated]]
+        raise InputError(f"{folder}: {len(missing)} embeddings of the other processes are not there; give all processes one "
+                         "folder, and run the same command again")
     return embeddings
 
 
@@ -2048,8 +2014,8 @@ def embeddings_are_finished(outputs, identity, overwrite):
     """Whether the files `outputs` already hold the embeddings of this model and data.
 
     identity: a dict of JSON values; that of the files, and their digests, stand in the reward head's file beside
-    them. Files that are damaged or missing are not finished.
-    Raises InputError where they hold other embeddings and `overwrite` is not set.
+    them. Digests are compared as far as both hold them; "model" is but a name. Files that are damaged or missing are not
+    finished. Raises InputError where they hold other embeddings and `overwrite` is not set.
     """
     existing = [path for path in outputs if path.exists()]
     if not existing or overwrite:
@@ -2061,9 +2027,10 @@ def embeddings_are_finished(outputs, identity, overwrite):
     about = {}
     with contextlib.suppress(InputError):  # damaged
         about = load_tensors(head)[1]
-    if about.get("identity") != identity:
+    theirs = about.get("identity") or dict.fromkeys(identity)
+    if other := [part for part in theirs if part in identity and part != "model" and theirs[part] != identity[part]]:
         held = ", ".join(f"{key} {about.get(key, 'unknown')}" for key in ("model", "data"))
-        raise InputError(f"{existing[0]} holds finished embeddings of other rows or another model ({held}); "
+        raise InputError(f"{existing[0]} holds finished embeddings of other {' and '.join(other)} ({held}); "
                          "move it away, or replace it with --overwrite")
     return all(path.exists() and digest_of(path) == about["files"].get(path.name) for path in outputs)
 
