@@ -23,7 +23,6 @@ if loading := threading.current_thread() is threading.main_thread():  # seconds,
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import functools
 import glob
@@ -364,10 +363,11 @@ def script_parser(description, folder):
 
 ENGINE = 3  # in the cache's keys: how embeddings are computed
 TODAY = time.strptime("2024-07-26", "%Y-%m-%d")  # in templates that print the date: Llama 3.1's own where it is given none
+_DIGESTS = {}  # path, size and time of a file -> its digest
 
 
 def _checkpoint_folder(model_name, *patterns):
-    """The folder of a checkpoint; of an id on the hub, that in its cache, with the files that fit the patterns."""
+    """A checkpoint's folder; of an id on the hub, that in its cache, with the files that fit the patterns."""
     if os.path.isdir(model_name):
         return Path(model_name).resolve()
     from huggingface_hub import logging, snapshot_download
@@ -375,8 +375,8 @@ def _checkpoint_folder(model_name, *patterns):
     try:
         return Path(snapshot_download(str(model_name), allow_patterns=patterns))
     except Exception as error:  # unknown id, no network, no access: the hub's client has a class for each
-        raise InputError(f"model {model_name}: no such folder, and the hub did not serve it ({type(error).__name__}); "
-                         "check the name and the network, or give the path of a downloaded checkpoint") from None
+        raise InputError(f"model {model_name}: no such folder, and the hub did not serve it ({type(error).__name__}); check "
+                         "the name and the network, or give the path of a downloaded checkpoint") from None
 
 
 def _slices(model_name, choose):
@@ -421,39 +421,42 @@ def load_reward_model(model_name, device=None, attention=None, dtype=None, token
                       trust_remote_code=False):
     """Load the frozen reward model without its head -> (backbone, tokenizer), in eval mode on `device`.
 
-    device: default this process's GPU, else the CPU. attention: a transformers implementation; default, and in place of
-    flash_attention_2, what it takes for the architecture: PyTorch's own ("sdpa"), which shares prompts and has flash
-    kernels itself, where that is exact. dtype: default bfloat16 on a GPU, as released, and float32 on the CPU.
-    tokenizer_name: default the model's. Raises InputError: unknown model, weights missing in it, no chat template.
+    device: default this process's GPU, else the CPU. dtype: default bfloat16 on a GPU, as released, and float32 on the CPU.
+    attention: a transformers implementation; default, and in place of flash_attention_2, what it takes for the architecture:
+    PyTorch's own ("sdpa"), which shares prompts and has flash kernels itself, where that is exact. tokenizer_name: default
+    the model's. Raises InputError: unknown model, weights missing in it, no chat template.
     """
-    from transformers import AutoModel, AutoTokenizer, logging
+    from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, logging
     device = torch.device(device) if device is not None else default_device()
-    options = {} if attention in (None, "flash_attention_2") else {"attn_implementation": attention}
+    options = dict(torch_dtype=dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32), output_loading_info=True,
+                   trust_remote_code=trust_remote_code, num_labels=1, ignore_mismatched_sizes=True)
+    if attention not in (None, "flash_attention_2"):
+        options["attn_implementation"] = attention
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # silence the note that the backbone leaves out score.weight
+    logging.set_verbosity_error()  # silence the notes on score.weight
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or model_name, trust_remote_code=trust_remote_code)
-        model, loading = AutoModel.from_pretrained(
-            model_name, torch_dtype=dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32),
-            trust_remote_code=trust_remote_code, output_loading_info=True, **options)
-    except torch.cuda.OutOfMemoryError:
-        raise
+        try:  # the class whose score the proof compares with
+            whole, loading = AutoModelForSequenceClassification.from_pretrained(model_name, **options)
+        except ValueError:  # there is none for this architecture
+            whole, loading = AutoModel.from_pretrained(model_name, **options)
     except Exception as error:  # files missing, damaged or of different models: a class of its own for each
-        raise InputError(f"model {model_name}: cannot be loaded ({str(error) or type(error).__name__}); "
-                         "check the name, the network and that it holds a model and a tokenizer") from None
+        raise InputError(f"model {model_name}: cannot be loaded ({str(error) or type(error).__name__}); check the name, the "
+                         "network and that it holds a model and a tokenizer") from None
     finally:
         logging.set_verbosity(verbosity)
-    if missing := sorted(loading["missing_keys"]):  # which transformers fills at random
+    model = whole.base_model
+    backbone, lost = set(model.parameters()), {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
+    head = {name for name, parameter in whole.named_parameters() if parameter not in backbone}
+    if missing := sorted(lost - head):  # which transformers fills at random
         raise InputError(f"model {model_name}: {len(missing)} weights of the model are not in it, as {missing[0]}; save it "
                          "whole, and without a wrapper, whose prefix (module., _orig_mod.) would stand before each name")
     if not tokenizer.chat_template:
         raise InputError(f"model {model_name}: its tokenizer has no chat template; give a chat model")
     model.reward_checkpoint = os.path.abspath(model_name) if os.path.isdir(model_name) else str(model_name)
+    model.reward_scorer = [whole.eval()] if head and not lost & head else []  # in a list: no part of the backbone
     return model.eval().requires_grad_(False).to(device), tokenizer
-
-
-_DIGESTS = {}  # path, size and time of a file -> its digest
 
 
 def model_identity(model_name, folder=None):
@@ -479,12 +482,11 @@ def model_identity(model_name, folder=None):
 
 def _fingerprint(model, folder):
     """A digest of a loaded model and of what its states depend on besides the tokens."""
-    checkpoint = getattr(model, "reward_checkpoint", None)
-    digest = hashlib.sha256(json.dumps(
-        [ENGINE, model.dtype, getattr(model.config, "_attn_implementation", None), model.device.type, torch.__version__,
-         checkpoint and model_identity(checkpoint, folder)["weights"],
-         {key: value for key, value in model.config.to_dict().items()  # another path or version is no other model
-          if key not in ("_name_or_path", "transformers_version")}], sort_keys=True, default=str).encode())
+    checkpoint, settings = getattr(model, "reward_checkpoint", None), model.config.to_dict()
+    settings.update(_name_or_path=None, transformers_version=None)  # another path or version is no other model
+    digest = hashlib.sha256(json.dumps([
+        ENGINE, model.dtype, getattr(model.config, "_attn_implementation", None), model.device.type, torch.__version__, settings,
+        checkpoint and model_identity(checkpoint, folder)["weights"]], sort_keys=True, default=str).encode())
     for name, values in model.state_dict().items():  # whole, or of a checkpoint's a sample: were they changed since?
         values = values.flatten()[::values.numel() // 64 + 1 if checkpoint else 1].cpu().contiguous()
         digest.update(f"{name} {len(values)}".encode() + values.view(torch.uint8).numpy().tobytes())
@@ -503,8 +505,8 @@ def _tokenized(conversations, tokenizer):
     comes, unless the first conversations, tokenized whole, say otherwise.
     """
     template, known, whole = tokenizer.chat_template, {}, None
-    template = template.get("default", "{{ raise_exception('none of its several templates is named default') }}") if isinstance(
-        template, dict) else template
+    if isinstance(template, dict):
+        template = template.get("default", "{{ raise_exception('none of its templates is named default') }}")
     template = re.sub(r"""strftime_now\((['"])(.*?)\1\)""", lambda call: repr(time.strftime(call[2], TODAY)), template)
     marks = sorted((token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values()), reverse=True)
     cut = re.compile(f"({'|'.join(map(re.escape, marks))})")
@@ -532,9 +534,13 @@ def _tokenized(conversations, tokenizer):
         yield from encode(texts) if whole else encode_pieces(texts)
 
 
+def _ids(sequence):
+    return np.frombuffer(sequence, ">u4").astype(np.int64)
+
+
 def tokenize_conversations(conversations, tokenizer):
     """Chat-format and tokenize conversations -> one list of token ids each, special tokens once. Raises InputError."""
-    return [np.frombuffer(sequence, ">u4").tolist() for sequence in _tokenized(conversations, tokenizer)]
+    return [_ids(sequence).tolist() for sequence in _tokenized(conversations, tokenizer)]
 
 
 def _on(device, array):
@@ -584,7 +590,7 @@ def _forward(model, ids, shared=None):
         tokens[np.arange(lengths.max()) < lengths[:, None]] = np.concatenate(ids)
     else:
         within, last = _Paths(ids, shared, device), np.cumsum(lengths - shared) - 1
-        tokens = np.concatenate([sequence[n:] for sequence, n in zip(ids, shared)]).astype(np.int64)[None]
+        tokens = np.concatenate([sequence[n:] for sequence, n in zip(ids, shared)])[None]
         position = np.concatenate([np.arange(n, length) for n, length in zip(shared, lengths)])[None]
         no_mask = torch.zeros(1, 1, 1, tokens.shape[1], dtype=model.dtype, device=device)  # 4-D: transformers makes none
         options = {"position_ids": _on(device, position), "attention_mask": no_mask}
@@ -600,7 +606,7 @@ def _states(model, sequences, way, budget, batch_size=None, update=lambda count:
     way: "shared" (tails in one row), "rows" (longest first) or "alone". A batch holds at most `budget` tokens.
     """
     order = sorted(range(len(sequences)), key=lambda n: -len(sequences[n])) if way == "rows" else range(len(sequences))
-    ids = [np.frombuffer(sequences[n], ">u4") for n in order]
+    ids = [_ids(sequences[n]) for n in order]
     same = [a[:len(b)] == b[:len(a)] for a, b in zip(ids, ids[1:])]
     shared = np.array([0] + [len(s) if s.all() else int(s.argmin()) for s in same])
     lengths, parts, start = np.array(list(map(len, ids))), [], 0
@@ -624,50 +630,35 @@ def _states(model, sequences, way, budget, batch_size=None, update=lambda count:
     return torch.cat(parts).cpu()[np.argsort(order)], budget
 
 
-def _own_scores(model, sequences):
-    """`[n]`, by the checkpoint's own sequence-classification class around this very backbone; None where there is none."""
-    from transformers import AutoModelForSequenceClassification
-    try:
-        config = copy.deepcopy(model.config)
-        config.num_labels, config.pad_token_id, config.get_text_config().pad_token_id = 1, None, None  # the last token counts
-        with torch.device("meta"):
-            own = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False).eval()
-        setattr(own, own.base_model_prefix, model)
-        head = _slices(model.reward_checkpoint, lambda names: [n for n, p in own.named_parameters() if p.is_meta])
-    except (AttributeError, ValueError, KeyError):
-        return None
-    own.load_state_dict({name: part[:].to(model.device, model.dtype) for name, part in head.items()}, strict=False, assign=True)
-    with torch.inference_mode():
-        return torch.stack([own(input_ids=_on(model.device, np.frombuffer(sequence, ">u4").astype(np.int64)[None])).logits[0, 0]
-                            for sequence in sequences]).float().cpu()
-
-
 def _proof(model, sequences):
     """How the model's states are rightly computed, tried on some of the sorted sequences: the shortest, the middle one, its
-    neighbour and a branch of it, and the longest; each by itself, all in padded rows, all with shared beginnings.
+    neighbour, a branch of it, and the longest; each by itself, all in padded rows, all with shared beginnings.
 
     Returns {"way", "tokens": the longest; "rows", "shared", "score": relative differences to one by one}.
-    Raises InputError where phi @ head is not the checkpoint's own score.
+    Raises InputError where phi @ head is not what the checkpoint's own class gives without a pad token.
     """
     by_length = sorted(sequences, key=len)
     middle, longest = by_length[len(by_length) // 2], by_length[-1]
-    half = len(middle) // 8 * 4
-    sample = sorted({by_length[0], middle, sequences[sequences.index(middle) - 1], middle[:half] + middle[half + 4:] or middle,
-                     longest})
+    half, neighbour = len(middle) // 8 * 4, sequences[sequences.index(middle) - 1]
+    sample = sorted({by_length[0], neighbour, middle, middle[:half] + middle[half + 4:] or middle, longest})
     alone, allowed = _states(model, sample, "alone", 1)[0].float(), torch.finfo(model.dtype).eps ** 0.5
     proof = {"way": "alone", "tokens": len(longest) // 4 if alone.isfinite().all() else 0}
 
     def off(found, wanted):
         return ((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max().item()
 
-    if (own := _own_scores(model, sample)) is not None:
-        scores = (alone @ load_reward_head(model.reward_checkpoint))[:, 0]
+    for whole in getattr(model, "reward_scorer", []):
+        config = whole.config.get_text_config()
+        pad, config.pad_token_id = config.pad_token_id, None  # with one, it may score an earlier token
+        with torch.inference_mode():
+            own = torch.stack([whole(input_ids=_on(model.device, _ids(one)[None])).logits[0, 0] for one in sample]).float().cpu()
+        config.pad_token_id, scores = pad, (alone @ load_reward_head(model.reward_checkpoint))[:, 0]
         proof["score"] = off(scores, own)
         if proof["score"] > allowed:
             raise InputError(f"model {model.reward_checkpoint}: scores a conversation {own[0]:.5g}, and its last state times the "
                              f"head is {scores[0]:.5g}: a bias, layer or token more is in it; give a model with a linear head")
-        if model.config.get_text_config().pad_token_id == np.frombuffer(longest, ">u4")[-1]:
-            print("note: the model's pad token ends its chats, so its own class scores the token before; phi is the last, as released")
+        if pad == _ids(longest)[-1]:
+            print("note: the model's pad token ends its chats, where its own class scores the token before; phi is the last's")
     for way in ("rows", "shared"):
         with contextlib.suppress(TypeError, ValueError, IndexError, RuntimeError):  # it takes no such input
             proof[way] = off(_states(model, sample, way, len(sample) * len(longest))[0].float(), alone)
@@ -678,15 +669,38 @@ def _proof(model, sequences):
     return proof
 
 
-def _proven(model, sequences, fingerprint, folder):
-    """The proof that is kept with the model and in the cache folder, made anew for sequences longer than it saw."""
-    kept, path = model.__dict__.setdefault("reward_proofs", {}), folder and folder / "proof.json"
-    proof = kept.get(fingerprint) or (load_json(path) if path and path.exists() else {"tokens": 0})
-    if sequences and proof["tokens"] < len(max(sequences, key=len)) // 4:
-        proof = kept[fingerprint] = _proof(model, sequences)
+def _proven(model, longest, sequences, fingerprint, folder):
+    """The proof that is kept with the model and in the cache folder, made anew where its longest sequence was shorter."""
+    proofs, path = model.__dict__.setdefault("reward_proofs", {}), folder and folder / "proof.json"
+    proof = proofs.get(fingerprint) or (load_json(path) if path and path.exists() else {"tokens": 0})
+    if proof["tokens"] < longest:
+        proof = _proof(model, sequences)
         if path and process_rank() == 0:
             save_json(path, proof)
+    proofs[fingerprint] = proof
     return proof
+
+
+def _numbered(conversations, model, tokenizer, cut):
+    """The distinct sequences of conversations, cut, sorted: bytes of ids -> the conversations' numbers. Raises InputError."""
+    if not conversations:
+        raise InputError("no conversations to embed; give at least one")
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    numbers, table = {}, model.get_input_embeddings().weight.shape[0]
+    for n, sequence in enumerate(_tokenized(conversations, tokenizer)):
+        ids = _ids(sequence[cut])
+        if not 0 < len(ids) <= limit or ids.max() >= table:
+            raise InputError(f"the conversation {_quoted(conversations[n])} has {len(ids)} tokens up to id {ids.max(initial=0)}, "
+                             f"the model takes 1 to {limit} tokens below {table}; leave it out or shorten it")
+        numbers.setdefault(sequence[cut], []).append(n)
+    return dict(sorted(numbers.items()))
+
+
+def _kept(path, count):
+    """The `count` states in a shard of the cache; None where it is missing, damaged or not finite, and is to be made."""
+    with contextlib.suppress(InputError):
+        states = load_tensors(path)[0].get("embeddings", torch.zeros(0)) if path else torch.zeros(0)
+        return states if len(states) == count and states.isfinite().all() else None
 
 
 def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_budget=None, shard_size=1024,
@@ -698,90 +712,62 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
 
     Equal conversations are computed once, and so is what several begin with, unless `_proof` finds that this changes the
     model's states. A batch holds at most `token_budget` tokens (default 8192 on a GPU, 2048 on a CPU; or one conversation)
-    and `batch_size` conversations. max_length: cut longer ones, at their "left" or "right" `truncation_side`.
-    about: a dict that is told what the embeddings depend on.
-
-    With `cache_dir`, shards of `shard_size` conversations are saved there as they are made; an interrupted call resumes
-    behind the last, with the same bytes in the end, and processes of torchrun share them. Without, each embeds all.
+    and `batch_size` conversations. max_length: cut longer ones, at their "left" or "right" `truncation_side`. about: a dict
+    that is told what the embeddings depend on. With `cache_dir`, shards of `shard_size` conversations are saved there as they
+    are made: a call for the same conversations resumes behind the last, and processes of torchrun share them.
 
     Raises InputError: no conversation; an empty one, one beyond the model's context or vocabulary, or with an embedding
     that is not finite; a model whose own score is not phi @ head; a `cache_dir` that not all processes see.
     """
-    for name, value in dict(token_budget=token_budget, shard_size=shard_size, max_length=max_length,
-                            batch_size=batch_size).items():
+    for name, value in (("token_budget", token_budget), ("shard_size", shard_size), ("max_length", max_length),
+                        ("batch_size", batch_size)):
         if value is not None:
             check_whole(name, value)
     if truncation_side not in ("left", "right"):
         raise InputError(f"truncation_side = {truncation_side!r}: give left or right")
-    if not conversations:
-        raise InputError("no conversations to embed; give at least one")
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    cut = slice(-4 * max_length, None) if max_length and truncation_side == "left" else slice(max_length and 4 * max_length)
-    numbers, table = {}, model.get_input_embeddings().weight.shape[0]  # sequence -> the numbers of its conversations
-    for n, sequence in enumerate(_tokenized(conversations, tokenizer)):
-        numbers.setdefault(sequence[cut], []).append(n)
-    for sequence, (n, *_) in numbers.items():
-        ids = np.frombuffer(sequence, ">u4")
-        if not 0 < len(ids) <= limit or ids.max() >= table:
-            raise InputError(f"the conversation {_quoted(conversations[n])} has {len(ids)} tokens up to id {ids.max(initial=0)}, "
-                             f"the model takes 1 to {limit} tokens below {table}; leave it out or shorten it")
+    cut = slice(max_length and -4 * max_length, None) if truncation_side == "left" else slice(max_length and 4 * max_length)
+    numbers = _numbered(conversations, model, tokenizer, cut)
+    sequences, longest, embeddings = list(numbers), len(max(numbers, key=len)) // 4, None
+    ranks, fingerprint = process_count() if cache_dir else 1, _fingerprint(model, cache_dir)
     budget = token_budget or (8192 if model.device.type == "cuda" else 2048)
-    if about is not None:
-        about.update(device=torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu", torch=torch.__version__,
-                     attention=getattr(model.config, "_attn_implementation", None), dtype=str(model.dtype),
-                     token_budget=budget, date=time.strftime("%Y-%m-%d", TODAY))
-    return _embedded(conversations, numbers, model, cache_dir, budget, shard_size, batch_size, dtype, about)
+    about = {} if about is None else about
+    about.update(device=torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu", torch=torch.__version__,
+                 attention=getattr(model.config, "_attn_implementation", None), dtype=str(model.dtype), token_budget=budget,
+                 date=time.strftime("%Y-%m-%d", TODAY))
+    if folder := cache_dir and Path(cache_dir, fingerprint[:16]):
+        check_writable(folder)
+    shards = [sequences[start:start + shard_size] for start in range(0, len(sequences), shard_size)]
+    paths = [folder and folder / f"{hashlib.sha256(bytes(4).join(shard)).hexdigest()[:24]}.safetensors" for shard in shards]
+    mine = range(process_rank() if ranks > 1 else 0, len(shards), ranks)
 
-
-def _embedded(conversations, numbers, model, cache_dir, budget, shard_size, batch_size, dtype, about):
-    """What `embed_conversations` returns, of conversations whose numbers are sorted by their sequences of ids."""
-    ranks, folder, fingerprint = process_count() if cache_dir else 1, None, _fingerprint(model, cache_dir)
-    missing = {hashlib.sha256(fingerprint.encode() + sequence).hexdigest(): sequence for sequence in sorted(numbers)}
-    keys, embeddings = list(missing), None
-
-    def put(key, state):
+    def put(shard, states):
         nonlocal embeddings
         if embeddings is None:
-            embeddings = torch.empty(len(conversations), len(state), dtype=dtype or state.dtype)
-        embeddings[numbers[missing.pop(key)]] = state.to(embeddings.dtype)
+            embeddings = torch.empty(len(conversations), states.shape[1], dtype=dtype or states.dtype)
+        for sequence, state in zip(shard, states.to(embeddings.dtype)):
+            embeddings[numbers[sequence]] = state
 
-    def take_cached():
-        for path in sorted(folder.glob("*.safetensors")):
-            with contextlib.suppress(InputError):  # damaged ones hold nothing and are made again
-                tensors, of = load_tensors(path)
-                for key, state in zip(of.get("keys", ()), tensors.get("embeddings", ())):
-                    if key in missing and state.isfinite().all():
-                        put(key, state)
-
-    if cache_dir:
-        folder = Path(cache_dir, fingerprint[:16])
-        check_writable(folder)
-        take_cached()
-    if ranks > 1:
-        dist.barrier()  # all have read the same shards before one writes another
-    proof = _proven(model, sorted(numbers) if missing else [], fingerprint, folder)
-    about is None or about.update(proof)
-    work = [[key for key in keys[start:start + shard_size] if key in missing] for start in range(0, len(keys), shard_size)]
-    work = [shard for shard in work if shard][process_rank() if ranks > 1 else 0::ranks]
-    with progress_bar("embedding", len(keys), initial=len(keys) - ranks * sum(map(len, work)), unit="text") as bar:
-        for shard in work:
-            states, budget = _states(model, [missing[key] for key in shard], proof["way"], budget, batch_size,
-                                     lambda count: bar.update(ranks * count))
-            if not states.isfinite().all():
-                worst, *_ = numbers[missing[shard[int((~states.isfinite()).any(1).nonzero()[0])]]]
-                raise InputError(f"the model gives the conversation {_quoted(conversations[worst])} NaN or infinite values in "
-                                 f"{model.dtype}; leave it out, or check the model")
-            if folder:
-                name = hashlib.sha256("".join(shard).encode()).hexdigest()[:24]
-                save_tensors(folder / f"{name}.safetensors", {"embeddings": states}, keys=shard)
-            for key, state in zip(shard, states):
-                put(key, state)
+    with progress_bar("embedding", sum(len(shards[n]) for n in mine), unit="text") as bar:
+        for n in mine:
+            states = _kept(paths[n], len(shards[n]))
+            if states is None:
+                way = _proven(model, longest, sequences, fingerprint, folder)["way"]
+                states, budget = _states(model, shards[n], way, budget, batch_size, bar.update)
+                if not (finite := states.isfinite().all(1)).all():
+                    worst = numbers[shards[n][int(finite.int().argmin())]][0]
+                    raise InputError(f"the model gives the conversation {_quoted(conversations[worst])} NaN or infinite values "
+                                     f"in {model.dtype}; leave it out, or check the model")
+                if folder:
+                    save_tensors(paths[n], {"embeddings": states})
+            put(shards[n], states)
     if ranks > 1:
         dist.barrier()
-        take_cached()
-    if missing:
-        raise InputError(f"{folder}: {len(missing)} embeddings of the other processes are not there; give all processes one "
-                         "folder, and run the same command again")
+        for n in set(range(len(shards))) - set(mine):
+            if (states := _kept(paths[n], len(shards[n]))) is None:
+                raise InputError(f"{paths[n]}: what the other processes were to make is not there; give all processes one "
+                                 "folder, and run the same command again")
+            put(shards[n], states)
+    about.update(_proven(model, 0, sequences, fingerprint, folder))
     return embeddings
 
 

@@ -14,7 +14,7 @@ import transformers
 from demos import build_model, start_code
 from helpers import ROOT, fresh_process, input_error, outcome
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 import utils
 from utils import (embed_conversations, load_released_reference, load_reward_head, load_reward_model, model_identity,
@@ -310,8 +310,8 @@ def test_shard_without_usable_embeddings_is_made_again(reward_model, tmp_path, s
     embeddings, _ = cached(conversations, reward_model, tmp_path)
     shard = next(tmp_path.glob("*/*.safetensors"))
     whole = shard.read_bytes()
-    about = utils.load_tensors(shard)[1]
-    utils.save_tensors(shard, {name: tensor[:len(about["keys"])] for name, tensor in spoilt.items()}, **about)
+    count = len(utils.load_tensors(shard)[0]["embeddings"])
+    utils.save_tensors(shard, {name: tensor[:count] for name, tensor in spoilt.items()})
     again, forwards = cached(conversations, reward_model, tmp_path)
     assert forwards == 1 and torch.equal(again, embeddings) and shard.read_bytes() == whole
 
@@ -417,10 +417,10 @@ def random_checkpoint(folder, name, settings, weights=AutoModelForSequenceClassi
 
 
 def loaded(folder):
-    """The backbone of a checkpoint that has no tokenizer."""
-    model = AutoModel.from_pretrained(folder).eval()
-    model.reward_checkpoint = str(folder)
-    return model
+    """The backbone of a checkpoint that has no tokenizer, as load_reward_model would give it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *arguments, **options: Numbers([]))
+        return load_reward_model(folder, device="cpu")[0]
 
 
 def last_states(model, sequences):
@@ -628,9 +628,9 @@ def test_a_run_killed_at_any_moment_loses_at_most_a_shard(checkpoint, reward_mod
             time.sleep(0.001)
         run.kill()
         assert before.items() <= shards().items()
-    done = sum(len(utils.load_tensors(path)[1]["keys"]) for path in shards())
+    done = sum(len(utils.load_tensors(path)[0]["embeddings"]) for path in shards())
     assert done >= 8 * 3
     embeddings, calls = embed_conversations(conversations, *reward_model, cache_dir=cache, shard_size=8), shards()
     assert (embeddings - one_at_a_time(conversations, *reward_model)).abs().max() < 1e-5
     assert before.items() <= calls.items()
-    assert sum(len(utils.load_tensors(path)[1]["keys"]) for path in calls) == len({json.dumps(c) for c in conversations})
+    assert sum(len(utils.load_tensors(path)[0]["embeddings"]) for path in calls) == len({json.dumps(c) for c in conversations})
