@@ -395,14 +395,11 @@ def _slices(model_name, choose):
 
 
 def load_reward_head(model_name):
-    """Read the reward head of a checkpoint (a folder, or an id on the hub): one tensor from its shard, never the model.
-
-    Returns float32 `[d, 1]`, the transposed `score.weight` that the model itself multiplies the last token's state with.
-    Raises InputError: unknown model, no safetensors, or not exactly one scalar head.
-    """
+    """The reward head of a checkpoint (a folder, or an id on the hub), float32 `[d, 1]`: the transposed `score.weight`, one
+    tensor from its shard. Raises InputError: unknown model, no safetensors, or not exactly one scalar head."""
     heads = [part[:] for part in _slices(model_name, lambda names: [n for n in names if n.endswith("score.weight")]).values()]
     if [head.shape[:-1] for head in heads] != [(1,)] or not heads[0].isfinite().all():
-        raise InputError(f"model {model_name}: needs exactly one scalar reward head of finite values, and has score.weight of "
+        raise InputError(f"model {model_name}: needs exactly one scalar reward head, finite, and has score.weight of the shapes "
                          f"{[tuple(head.shape) for head in heads]}; give a sequence-classification checkpoint with num_labels=1")
     return heads[0].float().T.contiguous()
 
@@ -499,11 +496,8 @@ def _quoted(conversation):
 
 
 def _tokenized(conversations, tokenizer):
-    """Chat-format and tokenize: for each conversation its ids as bytes, four each, which sort as the ids do.
-
-    A fast tokenizer takes out the special tokens first: what stands between them is tokenized once however often it
-    comes, unless the first conversations, tokenized whole, say otherwise.
-    """
+    """Chat-format and tokenize: for each conversation its ids as bytes, four each, which sort as the ids do. A fast tokenizer
+    takes out special tokens first: what stands between them is tokenized once, if this gives the first texts' own tokens."""
     template, known, whole = tokenizer.chat_template, {}, None
     if isinstance(template, dict):
         template = template.get("default", "{{ raise_exception('none of its templates is named default') }}")
@@ -521,15 +515,16 @@ def _tokenized(conversations, tokenizer):
         known.update(zip(new, encode(new)))
         return [b"".join(map(known.get, of_text)) for of_text in pieces]
 
+    def formatted(conversation):
+        try:
+            text = tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False)
+            return text.encode().decode()
+        except Exception as error:  # the template is the checkpoint's program; half a surrogate pair is no Unicode
+            raise InputError(f"the model's chat template cannot format the conversation {_quoted(conversation)} ({error}); "
+                             "repair it or leave it out") from None
+
     for start in range(0, len(conversations), 256):
-        texts = []
-        for conversation in conversations[start:start + 256]:
-            try:
-                texts.append(tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False))
-                texts[-1].encode()
-            except Exception as error:  # the template is the checkpoint's program; half a surrogate pair is no Unicode
-                raise InputError(f"the model's chat template cannot format the conversation {_quoted(conversation)} "
-                                 f"({error}); repair it or leave it out") from None
+        texts = list(map(formatted, conversations[start:start + 256]))
         whole = not marks or encode_pieces(texts) != encode(texts) if whole is None else whole
         yield from encode(texts) if whole else encode_pieces(texts)
 
@@ -669,16 +664,16 @@ def _proof(model, sequences):
     return proof
 
 
-def _proven(model, longest, sequences, fingerprint, folder):
-    """The proof that is kept with the model and in the cache folder, made anew where its longest sequence was shorter."""
+def _proven(model, sequences, fingerprint, folder):
+    """The proof that is kept with the model and in the cache folder, made anew where it saw none of such length."""
     proofs, path = model.__dict__.setdefault("reward_proofs", {}), folder and folder / "proof.json"
-    proof = proofs.get(fingerprint) or (load_json(path) if path and path.exists() else {"tokens": 0})
-    if proof["tokens"] < longest:
-        proof = _proof(model, sequences)
+    if path and path.exists():
+        proofs.setdefault(fingerprint, load_json(path))
+    if max(map(len, sequences), default=0) // 4 > proofs.get(fingerprint, {"tokens": 0})["tokens"]:
+        proofs[fingerprint] = _proof(model, sequences)
         if path and process_rank() == 0:
-            save_json(path, proof)
-    proofs[fingerprint] = proof
-    return proof
+            save_json(path, proofs[fingerprint])
+    return proofs.get(fingerprint, {})
 
 
 def _numbered(conversations, model, tokenizer, cut):
@@ -694,13 +689,6 @@ def _numbered(conversations, model, tokenizer, cut):
                              f"the model takes 1 to {limit} tokens below {table}; leave it out or shorten it")
         numbers.setdefault(sequence[cut], []).append(n)
     return dict(sorted(numbers.items()))
-
-
-def _kept(path, count):
-    """The `count` states in a shard of the cache; None where it is missing, damaged or not finite, and is to be made."""
-    with contextlib.suppress(InputError):
-        states = load_tensors(path)[0].get("embeddings", torch.zeros(0)) if path else torch.zeros(0)
-        return states if len(states) == count and states.isfinite().all() else None
 
 
 def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_budget=None, shard_size=1024,
@@ -727,48 +715,56 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
         raise InputError(f"truncation_side = {truncation_side!r}: give left or right")
     cut = slice(max_length and -4 * max_length, None) if truncation_side == "left" else slice(max_length and 4 * max_length)
     numbers = _numbered(conversations, model, tokenizer, cut)
-    sequences, longest, embeddings = list(numbers), len(max(numbers, key=len)) // 4, None
-    ranks, fingerprint = process_count() if cache_dir else 1, _fingerprint(model, cache_dir)
-    budget = token_budget or (8192 if model.device.type == "cuda" else 2048)
+    budget, embeddings = token_budget or (8192 if model.device.type == "cuda" else 2048), None
     about = {} if about is None else about
     about.update(device=torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu", torch=torch.__version__,
                  attention=getattr(model.config, "_attn_implementation", None), dtype=str(model.dtype), token_budget=budget,
                  date=time.strftime("%Y-%m-%d", TODAY))
-    if folder := cache_dir and Path(cache_dir, fingerprint[:16]):
-        check_writable(folder)
-    shards = [sequences[start:start + shard_size] for start in range(0, len(sequences), shard_size)]
-    paths = [folder and folder / f"{hashlib.sha256(bytes(4).join(shard)).hexdigest()[:24]}.safetensors" for shard in shards]
-    mine = range(process_rank() if ranks > 1 else 0, len(shards), ranks)
-
-    def put(shard, states):
-        nonlocal embeddings
+    for shard, states in _embedded(model, list(numbers), cache_dir, budget, shard_size, batch_size, about):
+        if not (finite := states.isfinite().all(1)).all():
+            worst = conversations[numbers[shard[int(finite.int().argmin())]][0]]
+            raise InputError(f"the model gives the conversation {_quoted(worst)} NaN or infinite values in {model.dtype}; leave "
+                             "it out, or check the model")
         if embeddings is None:
             embeddings = torch.empty(len(conversations), states.shape[1], dtype=dtype or states.dtype)
         for sequence, state in zip(shard, states.to(embeddings.dtype)):
             embeddings[numbers[sequence]] = state
+    return embeddings
+
+
+def _embedded(model, sequences, cache_dir, budget, shard_size, batch_size, about):
+    """(sequences, states) of each shard of sorted sequences, kept or made by this process, then those of the others."""
+    ranks, fingerprint = process_count() if cache_dir else 1, _fingerprint(model, cache_dir)
+    if folder := cache_dir and Path(cache_dir, fingerprint[:16]):
+        check_writable(folder)
+    shards = [sequences[start:start + shard_size] for start in range(0, len(sequences), shard_size)]
+    mine = range(process_rank() if ranks > 1 else 0, len(shards), ranks)
+
+    def path(shard):
+        return folder / f"{hashlib.sha256(bytes(4).join(shard)).hexdigest()[:24]}.safetensors"
+
+    def kept(shard):
+        with contextlib.suppress(InputError):  # it is missing or damaged
+            states = load_tensors(path(shard))[0].get("embeddings", torch.zeros(0)) if folder else torch.zeros(0)
+            return states if len(states) == len(shard) and states.isfinite().all() else None
 
     with progress_bar("embedding", sum(len(shards[n]) for n in mine), unit="text") as bar:
-        for n in mine:
-            states = _kept(paths[n], len(shards[n]))
+        for shard in (shards[n] for n in mine):
+            states = kept(shard)
             if states is None:
-                way = _proven(model, longest, sequences, fingerprint, folder)["way"]
-                states, budget = _states(model, shards[n], way, budget, batch_size, bar.update)
-                if not (finite := states.isfinite().all(1)).all():
-                    worst = numbers[shards[n][int(finite.int().argmin())]][0]
-                    raise InputError(f"the model gives the conversation {_quoted(conversations[worst])} NaN or infinite values "
-                                     f"in {model.dtype}; leave it out, or check the model")
-                if folder:
-                    save_tensors(paths[n], {"embeddings": states})
-            put(shards[n], states)
+                way = _proven(model, sequences, fingerprint, folder)["way"]
+                states, budget = _states(model, shard, way, budget, batch_size, bar.update)
+                if folder and states.isfinite().all():
+                    save_tensors(path(shard), {"embeddings": states})
+            yield shard, states
     if ranks > 1:
         dist.barrier()
-        for n in set(range(len(shards))) - set(mine):
-            if (states := _kept(paths[n], len(shards[n]))) is None:
-                raise InputError(f"{paths[n]}: what the other processes were to make is not there; give all processes one "
+        for shard in (shards[n] for n in set(range(len(shards))) - set(mine)):
+            if (states := kept(shard)) is None:
+                raise InputError(f"{path(shard)}: what the other processes were to make is not there; give all processes one "
                                  "folder, and run the same command again")
-            put(shards[n], states)
-    about.update(_proven(model, 0, sequences, fingerprint, folder))
-    return embeddings
+            yield shard, states
+    about.update(_proven(model, [], fingerprint, folder))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
