@@ -362,7 +362,7 @@ def script_parser(description, folder):
 # ---------------------------------------------------------------------------------------------------------------------
 
 ENGINE = 3  # in the cache's keys: how embeddings are computed
-TODAY = time.strptime("2024-07-26", "%Y-%m-%d")  # in templates that print the date: Llama 3.1's own where it is given none
+TODAY = time.strptime("2024-07-26", "%Y-%m-%d")  # for templates that print the date; Llama 3.1's own default
 _DIGESTS = {}  # path, size and time of a file -> its digest
 
 
@@ -375,12 +375,12 @@ def _checkpoint_folder(model_name, *patterns):
     try:
         return Path(snapshot_download(str(model_name), allow_patterns=patterns))
     except Exception as error:  # unknown id, no network, no access: the hub's client has a class for each
-        raise InputError(f"model {model_name}: no such folder, and the hub did not serve it ({type(error).__name__}); check "
-                         "the name and the network, or give the path of a downloaded checkpoint") from None
+        raise InputError(f"model {model_name}: no such folder, and the hub did not serve it ({type(error).__name__}); "
+                         "check the name and the network, or give the path of a downloaded checkpoint") from None
 
 
 def _slices(model_name, choose):
-    """Of a safetensors checkpoint the tensors that `choose` picks from all names: name -> slice; other shards stay closed."""
+    """The tensors of a safetensors checkpoint that `choose` picks from their names: name -> slice, from its shard."""
     def opened(filename):
         path = _checkpoint_folder(model_name, filename) / filename
         if not path.exists():
@@ -395,60 +395,60 @@ def _slices(model_name, choose):
 
 
 def load_reward_head(model_name):
-    """The reward head of a checkpoint (a folder, or an id on the hub), float32 `[d, 1]`: the transposed `score.weight`, one
-    tensor from its shard. Raises InputError: unknown model, no safetensors, or not exactly one scalar head."""
-    heads = [part[:] for part in _slices(model_name, lambda names: [n for n in names if n.endswith("score.weight")]).values()]
+    """The reward head of a checkpoint (a folder, or an id on the hub): its `score.weight` transposed, float32 `[d, 1]`.
+    Raises InputError: unknown model, no safetensors, or not exactly one scalar head."""
+    found = _slices(model_name, lambda names: [name for name in names if name.endswith("score.weight")])
+    heads = [head[:] for head in found.values()]
     if [head.shape[:-1] for head in heads] != [(1,)] or not heads[0].isfinite().all():
-        raise InputError(f"model {model_name}: needs exactly one scalar reward head, finite, and has score.weight of the shapes "
-                         f"{[tuple(head.shape) for head in heads]}; give a sequence-classification checkpoint with num_labels=1")
+        raise InputError(f"model {model_name}: needs exactly one scalar reward head, and finite; its score.weight are "
+                         f"{[tuple(head.shape) for head in heads]}; give a sequence-classification checkpoint")
     return heads[0].float().T.contiguous()
 
 
 def load_released_reference(model_name):
-    """What the released scripts took for the reward head, to compare with: float32 `[d, 1]`, the first column of the last
-    MLP's down-projection. Raises InputError: unknown model, no safetensors, or one without such layers."""
+    """What the released scripts took for the reward head, to compare with: float32 `[d, 1]`, the first column of the
+    last MLP's down-projection. Raises InputError: unknown model, no safetensors, or one without such layers."""
     layer = re.compile(r".*layers\.(\d+)\.mlp\.down_proj\.weight$")
-    last = _slices(model_name, lambda names: sorted(filter(layer.match, names), key=lambda n: int(layer.match(n)[1]))[-1:])
-    if not last:
+    found = _slices(model_name, lambda names: sorted(filter(layer.match, names),
+                                                     key=lambda name: int(layer.match(name)[1]))[-1:])
+    if not found:
         raise InputError(f"model {model_name}: no MLP down-projection in it; the released reference is that of Llama")
-    return last.popitem()[1][:, :1].float().contiguous()
+    return found.popitem()[1][:, :1].float().contiguous()
 
 
 def load_reward_model(model_name, device=None, attention=None, dtype=None, tokenizer_name=None,
                       trust_remote_code=False):
     """Load the frozen reward model without its head -> (backbone, tokenizer), in eval mode on `device`.
 
-    device: default this process's GPU, else the CPU. dtype: default bfloat16 on a GPU, as released, and float32 on the CPU.
-    attention: a transformers implementation; default, and in place of flash_attention_2, what it takes for the architecture:
-    PyTorch's own ("sdpa"), which shares prompts and has flash kernels itself, where that is exact. tokenizer_name: default
+    device: default this process's GPU, else the CPU. attention: a transformers implementation; default, and in place of
+    flash_attention_2, the architecture's own: PyTorch's ("sdpa"), which shares prompts and has flash kernels itself,
+    where that is exact. dtype: default bfloat16 on a GPU, as released, and float32 on the CPU. tokenizer_name: default
     the model's. Raises InputError: unknown model, weights missing in it, no chat template.
     """
     from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, logging
     device = torch.device(device) if device is not None else default_device()
-    options = dict(torch_dtype=dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32), output_loading_info=True,
-                   trust_remote_code=trust_remote_code, num_labels=1, ignore_mismatched_sizes=True)
+    options = dict(torch_dtype=dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32), num_labels=1,
+                   trust_remote_code=trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True)
     if attention not in (None, "flash_attention_2"):
         options["attn_implementation"] = attention
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # silence the notes on score.weight
+    logging.set_verbosity_error()  # what matters of its notes is said below
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or model_name, trust_remote_code=trust_remote_code)
-        try:  # the class whose score the proof compares with
+        try:  # the class whose own score `_proof` compares with
             whole, loading = AutoModelForSequenceClassification.from_pretrained(model_name, **options)
         except ValueError:  # there is none for this architecture
             whole, loading = AutoModel.from_pretrained(model_name, **options)
     except Exception as error:  # files missing, damaged or of different models: a class of its own for each
-        raise InputError(f"model {model_name}: cannot be loaded ({str(error) or type(error).__name__}); check the name, the "
-                         "network and that it holds a model and a tokenizer") from None
-    finally:
-        logging.set_verbosity(verbosity)
+        raise InputError(f"model {model_name}: cannot be loaded ({str(error) or type(error).__name__}); check the "
+                         "name, the network and that it holds a model and a tokenizer") from None
     model = whole.base_model
-    backbone, lost = set(model.parameters()), {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
+    lost = {key for key, *_ in loading["mismatched_keys"]}.union(loading["missing_keys"])
+    backbone = set(model.parameters())
     head = {name for name, parameter in whole.named_parameters() if parameter not in backbone}
     if missing := sorted(lost - head):  # which transformers fills at random
-        raise InputError(f"model {model_name}: {len(missing)} weights of the model are not in it, as {missing[0]}; save it "
-                         "whole, and without a wrapper, whose prefix (module., _orig_mod.) would stand before each name")
+        raise InputError(f"model {model_name}: {len(missing)} of its weights are not in it, as {missing[0]}; save it "
+                         "whole and without a wrapper, whose prefix (module., _orig_mod.) would stand before each name")
     if not tokenizer.chat_template:
         raise InputError(f"model {model_name}: its tokenizer has no chat template; give a chat model")
     model.reward_checkpoint = os.path.abspath(model_name) if os.path.isdir(model_name) else str(model_name)
@@ -457,10 +457,8 @@ def load_reward_model(model_name, device=None, attention=None, dtype=None, token
 
 
 def model_identity(model_name, folder=None):
-    """Digests of what a checkpoint holds, wherever it lies: {"weights": hex digits, "tokenizer": with its template}.
-
-    A file in the hub's cache is named by its digest; others are read, and remembered in `folder` by size and time.
-    """
+    """Digests of what a checkpoint holds, wherever it lies: {"weights": .., "tokenizer": with its template}. Those of
+    files in the hub's cache are their names; others are read, and remembered in `folder` by size and time."""
     memory, parts = folder and Path(folder, "digests.json"), {"weights": {}, "tokenizer": {}}
     with contextlib.suppress(InputError):
         _DIGESTS.update(load_json(memory) if folder else {})
@@ -481,9 +479,9 @@ def _fingerprint(model, folder):
     """A digest of a loaded model and of what its states depend on besides the tokens."""
     checkpoint, settings = getattr(model, "reward_checkpoint", None), model.config.to_dict()
     settings.update(_name_or_path=None, transformers_version=None)  # another path or version is no other model
-    digest = hashlib.sha256(json.dumps([
-        ENGINE, model.dtype, getattr(model.config, "_attn_implementation", None), model.device.type, torch.__version__, settings,
-        checkpoint and model_identity(checkpoint, folder)["weights"]], sort_keys=True, default=str).encode())
+    runs = [ENGINE, model.dtype, model.config._attn_implementation, model.device.type, torch.__version__, settings,
+            checkpoint and model_identity(checkpoint, folder)["weights"]]
+    digest = hashlib.sha256(json.dumps(runs, sort_keys=True, default=str).encode())
     for name, values in model.state_dict().items():  # whole, or of a checkpoint's a sample: were they changed since?
         values = values.flatten()[::values.numel() // 64 + 1 if checkpoint else 1].cpu().contiguous()
         digest.update(f"{name} {len(values)}".encode() + values.view(torch.uint8).numpy().tobytes())
@@ -496,14 +494,22 @@ def _quoted(conversation):
 
 
 def _tokenized(conversations, tokenizer):
-    """Chat-format and tokenize: for each conversation its ids as bytes, four each, which sort as the ids do. A fast tokenizer
-    takes out special tokens first: what stands between them is tokenized once, if this gives the first texts' own tokens."""
+    """Chat-format and tokenize: of each conversation the ids as bytes, four each, which sort as the ids do. What stands
+    between special tokens, which a tokenizer takes out first, is tokenized once, if the first texts allow."""
     template, known, whole = tokenizer.chat_template, {}, None
     if isinstance(template, dict):
         template = template.get("default", "{{ raise_exception('none of its templates is named default') }}")
     template = re.sub(r"""strftime_now\((['"])(.*?)\1\)""", lambda call: repr(time.strftime(call[2], TODAY)), template)
     marks = sorted((token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values()), reverse=True)
     cut = re.compile(f"({'|'.join(map(re.escape, marks))})")
+
+    def formatted(conversation):
+        try:
+            text = tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False)
+            return text.encode().decode()
+        except Exception as error:  # the template is the checkpoint's program; half a surrogate pair is no Unicode
+            raise InputError(f"the model's chat template cannot format the conversation {_quoted(conversation)} "
+                             f"({error}); repair it or leave it out") from None
 
     def encode(texts):  # the template has written the special tokens: the tokenizer must not add its own again
         ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
@@ -514,14 +520,6 @@ def _tokenized(conversations, tokenizer):
         new = list({piece for of_text in pieces for piece in of_text} - known.keys())
         known.update(zip(new, encode(new)))
         return [b"".join(map(known.get, of_text)) for of_text in pieces]
-
-    def formatted(conversation):
-        try:
-            text = tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False)
-            return text.encode().decode()
-        except Exception as error:  # the template is the checkpoint's program; half a surrogate pair is no Unicode
-            raise InputError(f"the model's chat template cannot format the conversation {_quoted(conversation)} ({error}); "
-                             "repair it or leave it out") from None
 
     for start in range(0, len(conversations), 256):
         texts = list(map(formatted, conversations[start:start + 256]))
@@ -545,8 +543,8 @@ def _on(device, array):
 
 
 class _Paths(TorchFunctionMode):
-    """Within it, causal attention over one row of tails, each what its sequence does not share with the one before, is that
-    of the whole sequences: a tail asks the keys of its own path and no other. Nothing is padded or masked out."""
+    """Within it, causal attention over one row of tails, each what a sequence does not share with the one before, is
+    that of the whole sequences: a tail asks the keys of its own path and no other. Nothing is padded or masked out."""
 
     def __init__(self, ids, shared, device):
         super().__init__()
@@ -556,20 +554,21 @@ class _Paths(TorchFunctionMode):
             mask = torch.ones(len(sequence) - n, len(path), dtype=torch.bool, device=device).tril(n) if n else None
             self.tails.append((slice(path[n], end), _on(device, path), mask))
         if device.type == "cuda":
-            counts = [[tail.stop - tail.start for tail, _, _ in self.tails], [len(keys) for _, keys, _ in self.tails]]
+            counts = [[tail.stop - tail.start for tail, *_ in self.tails], [len(keys) for _, keys, _ in self.tails]]
+            self.flash = [_on(device, np.cumsum([0, *n]).astype(np.int32)) for n in counts] + [int(max(n)) for n in counts]
             self.keys = torch.cat([keys for _, keys, _ in self.tails])
-            self.flash = [_on(device, np.cumsum([0, *n]).astype(np.int32)) for n in counts] + [max(n) for n in counts]
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
         if function is not scaled_dot_product_attention:
-            return function(*args, **kwargs)
+            return function(*args, **kwargs or {})
         q, k, v = args[:3]  # (1, heads, tokens, width)
+        options = {name: value for name, value in (kwargs or {}).items() if name in ("scale", "enable_gqa")}
         if q.is_cuda and q.element_size() == 2:
             q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-            return torch.ops.aten._flash_attention_forward(q, k[self.keys], v[self.keys], *self.flash, 0.0, True, False,
-                                                           scale=kwargs.get("scale"))[0].transpose(0, 1)[None]
-        options, out = {name: kwargs[name] for name in ("scale", "enable_gqa") if name in kwargs}, torch.empty_like(q)
+            out = torch.ops.aten._flash_attention_forward(q, k[self.keys], v[self.keys], *self.flash, 0.0, True, False,
+                                                          scale=options.get("scale"))
+            return out[0].transpose(0, 1)[None]
+        out = torch.empty_like(q)
         for tail, keys, mask in self.tails:
             out[:, :, tail] = scaled_dot_product_attention(q[:, :, tail], k[:, :, keys], v[:, :, keys], mask,
                                                            is_causal=mask is None, **options)
@@ -577,17 +576,17 @@ class _Paths(TorchFunctionMode):
 
 
 def _forward(model, ids, shared=None):
-    """The last tokens' states of sequences, `[n, d]`: of rows padded on the right, which causal attention does not see; or,
-    given how many tokens each shares with the one before, of their tails in one row."""
+    """The last tokens' states of sequences, `[n, d]`: of rows padded on the right, which causal attention does not see;
+    or, given how many tokens each shares with the one before, of their tails in one row."""
     lengths, device, options, within = np.array(list(map(len, ids))), model.device, {}, contextlib.nullcontext()
     if shared is None:
-        tokens, last = np.zeros((len(ids), lengths.max()), np.int64), np.arange(len(ids)) * lengths.max() + lengths - 1
-        tokens[np.arange(lengths.max()) < lengths[:, None]] = np.concatenate(ids)
+        width, last = lengths.max(), np.arange(len(ids)) * lengths.max() + lengths - 1
+        tokens = np.stack([np.pad(sequence, (0, width - len(sequence))) for sequence in ids])
     else:
         within, last = _Paths(ids, shared, device), np.cumsum(lengths - shared) - 1
         tokens = np.concatenate([sequence[n:] for sequence, n in zip(ids, shared)])[None]
         position = np.concatenate([np.arange(n, length) for n, length in zip(shared, lengths)])[None]
-        no_mask = torch.zeros(1, 1, 1, tokens.shape[1], dtype=model.dtype, device=device)  # 4-D: transformers makes none
+        no_mask = torch.zeros(1, 1, 1, tokens.shape[1], dtype=model.dtype, device=device)  # 4-D: taken as it is
         options = {"position_ids": _on(device, position), "attention_mask": no_mask}
     with within:
         states = model(input_ids=_on(device, tokens), use_cache=False, **options).last_hidden_state
@@ -596,7 +595,7 @@ def _forward(model, ids, shared=None):
 
 @torch.inference_mode()
 def _states(model, sequences, way, budget, batch_size=None, update=lambda count: None):
-    """The last tokens' states of sorted sequences, `[n, d]` on the CPU, and the budget, which shrinks where memory ran out.
+    """The last tokens' states of sorted sequences, `[n, d]` on the CPU, and the budget, less where memory ran out.
 
     way: "shared" (tails in one row), "rows" (longest first) or "alone". A batch holds at most `budget` tokens.
     """
@@ -615,7 +614,8 @@ def _states(model, sequences, way, budget, batch_size=None, update=lambda count:
         try:
             parts.append(_forward(model, ids[start:start + count], kept[:count] if way == "shared" else None))
         except RuntimeError as error:
-            if count == 1 or not (isinstance(error, torch.cuda.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)):
+            out_of_memory = isinstance(error, torch.cuda.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+            if count == 1 or not out_of_memory:
                 raise
             torch.cuda.empty_cache()
             budget = min(budget, int(tokens[count - 1])) // 2
@@ -626,8 +626,8 @@ def _states(model, sequences, way, budget, batch_size=None, update=lambda count:
 
 
 def _proof(model, sequences):
-    """How the model's states are rightly computed, tried on some of the sorted sequences: the shortest, the middle one, its
-    neighbour, a branch of it, and the longest; each by itself, all in padded rows, all with shared beginnings.
+    """How the model's states are rightly computed, tried on some of the sorted sequences: the shortest, the middle one,
+    its neighbour, a branch of it, and the longest; each by itself, all in padded rows, all with shared beginnings.
 
     Returns {"way", "tokens": the longest; "rows", "shared", "score": relative differences to one by one}.
     Raises InputError where phi @ head is not what the checkpoint's own class gives without a pad token.
@@ -646,21 +646,22 @@ def _proof(model, sequences):
         config = whole.config.get_text_config()
         pad, config.pad_token_id = config.pad_token_id, None  # with one, it may score an earlier token
         with torch.inference_mode():
-            own = torch.stack([whole(input_ids=_on(model.device, _ids(one)[None])).logits[0, 0] for one in sample]).float().cpu()
-        config.pad_token_id, scores = pad, (alone @ load_reward_head(model.reward_checkpoint))[:, 0]
+            own = [whole(input_ids=_on(model.device, _ids(one)[None])).logits[0] for one in sample]
+        config.pad_token_id, own = pad, torch.cat(own).float().cpu()
+        scores = (alone @ load_reward_head(model.reward_checkpoint))[:, 0]
         proof["score"] = off(scores, own)
         if proof["score"] > allowed:
-            raise InputError(f"model {model.reward_checkpoint}: scores a conversation {own[0]:.5g}, and its last state times the "
-                             f"head is {scores[0]:.5g}: a bias, layer or token more is in it; give a model with a linear head")
+            raise InputError(f"model {model.reward_checkpoint}: its own score of a conversation is {own[0]:.5g}, its "
+                             f"last state times its head {scores[0]:.5g}: more than that is in it; give another model")
         if pad == _ids(longest)[-1]:
-            print("note: the model's pad token ends its chats, where its own class scores the token before; phi is the last's")
+            print("note: the model's pad token ends its chats: its class scores the token before, phi is the last")
     for way in ("rows", "shared"):
         with contextlib.suppress(TypeError, ValueError, IndexError, RuntimeError):  # it takes no such input
             proof[way] = off(_states(model, sample, way, len(sample) * len(longest))[0].float(), alone)
             proof["way"] = way if proof[way] <= allowed else proof["way"]
     if proof["way"] != "shared":
-        print(f"note: this model takes every conversation whole{', and alone' * (proof['way'] == 'alone')}: sharing would "
-              f"change its states by {proof.get('shared', math.nan):.0%}, padded rows by {proof.get('rows', math.nan):.0%}")
+        print(f"note: this model takes conversations whole{' and alone' * (proof['way'] == 'alone')}: sharing would "
+              f"change its states by {proof.get('shared', math.nan):.0%}, rows by {proof.get('rows', math.nan):.0%}")
     return proof
 
 
@@ -677,7 +678,7 @@ def _proven(model, sequences, fingerprint, folder):
 
 
 def _numbered(conversations, model, tokenizer, cut):
-    """The distinct sequences of conversations, cut, sorted: bytes of ids -> the conversations' numbers. Raises InputError."""
+    """The distinct sequences of conversations, cut and sorted: bytes -> conversations' numbers. Raises InputError."""
     if not conversations:
         raise InputError("no conversations to embed; give at least one")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
@@ -685,51 +686,10 @@ def _numbered(conversations, model, tokenizer, cut):
     for n, sequence in enumerate(_tokenized(conversations, tokenizer)):
         ids = _ids(sequence[cut])
         if not 0 < len(ids) <= limit or ids.max() >= table:
-            raise InputError(f"the conversation {_quoted(conversations[n])} has {len(ids)} tokens up to id {ids.max(initial=0)}, "
-                             f"the model takes 1 to {limit} tokens below {table}; leave it out or shorten it")
+            raise InputError(f"the conversation {_quoted(conversations[n])} has {len(ids)} tokens up to id "
+                             f"{ids.max(initial=0)}, the model takes 1 to {limit} below {table}; leave out or cut it")
         numbers.setdefault(sequence[cut], []).append(n)
     return dict(sorted(numbers.items()))
-
-
-def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_budget=None, shard_size=1024,
-                        max_length=None, truncation_side="left", batch_size=None, dtype=None, about=None):
-    """phi of each conversation: the state, after the final norm, of its last token.
-
-    conversations: list of lists of {"role", "content"} messages, the last one the response that is judged.
-    model, tokenizer: from `load_reward_model`. Returns a CPU tensor `[n, d]` of `dtype`, default the model's.
-
-    Equal conversations are computed once, and so is what several begin with, unless `_proof` finds that this changes the
-    model's states. A batch holds at most `token_budget` tokens (default 8192 on a GPU, 2048 on a CPU; or one conversation)
-    and `batch_size` conversations. max_length: cut longer ones, at their "left" or "right" `truncation_side`. about: a dict
-    that is told what the embeddings depend on. With `cache_dir`, shards of `shard_size` conversations are saved there as they
-    are made: a call for the same conversations resumes behind the last, and processes of torchrun share them.
-
-    Raises InputError: no conversation; an empty one, one beyond the model's context or vocabulary, or with an embedding
-    that is not finite; a model whose own score is not phi @ head; a `cache_dir` that not all processes see.
-    """
-    for name, value in (("token_budget", token_budget), ("shard_size", shard_size), ("max_length", max_length),
-                        ("batch_size", batch_size)):
-        if value is not None:
-            check_whole(name, value)
-    if truncation_side not in ("left", "right"):
-        raise InputError(f"truncation_side = {truncation_side!r}: give left or right")
-    cut = slice(max_length and -4 * max_length, None) if truncation_side == "left" else slice(max_length and 4 * max_length)
-    numbers = _numbered(conversations, model, tokenizer, cut)
-    budget, embeddings = token_budget or (8192 if model.device.type == "cuda" else 2048), None
-    about = {} if about is None else about
-    about.update(device=torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu", torch=torch.__version__,
-                 attention=getattr(model.config, "_attn_implementation", None), dtype=str(model.dtype), token_budget=budget,
-                 date=time.strftime("%Y-%m-%d", TODAY))
-    for shard, states in _embedded(model, list(numbers), cache_dir, budget, shard_size, batch_size, about):
-        if not (finite := states.isfinite().all(1)).all():
-            worst = conversations[numbers[shard[int(finite.int().argmin())]][0]]
-            raise InputError(f"the model gives the conversation {_quoted(worst)} NaN or infinite values in {model.dtype}; leave "
-                             "it out, or check the model")
-        if embeddings is None:
-            embeddings = torch.empty(len(conversations), states.shape[1], dtype=dtype or states.dtype)
-        for sequence, state in zip(shard, states.to(embeddings.dtype)):
-            embeddings[numbers[sequence]] = state
-    return embeddings
 
 
 def _embedded(model, sequences, cache_dir, budget, shard_size, batch_size, about):
@@ -761,10 +721,51 @@ def _embedded(model, sequences, cache_dir, budget, shard_size, batch_size, about
         dist.barrier()
         for shard in (shards[n] for n in set(range(len(shards))) - set(mine)):
             if (states := kept(shard)) is None:
-                raise InputError(f"{path(shard)}: what the other processes were to make is not there; give all processes one "
-                                 "folder, and run the same command again")
+                raise InputError(f"{path(shard)}: not made by the other processes; give all one folder, and run "
+                                 "the same command again")
             yield shard, states
     about.update(_proven(model, [], fingerprint, folder))
+
+
+def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_budget=None, shard_size=1024,
+                        max_length=None, truncation_side="left", batch_size=None, dtype=None, about=None):
+    """phi of each conversation: the state, after the final norm, of its last token.
+
+    conversations: list of lists of {"role", "content"} messages, the last one the response that is judged.
+    model, tokenizer: from `load_reward_model`. Returns a CPU tensor `[n, d]` of `dtype`, default the model's.
+
+    Equal conversations are computed once, and so is what several begin with, unless `_proof` finds that this changes
+    the model's states. A batch holds up to `token_budget` tokens (default 8192 on a GPU, 2048 on a CPU), or one
+    conversation, and up to `batch_size` of them. max_length: cut longer ones, at their "left" or "right"
+    `truncation_side`. about: a dict that is told what the embeddings depend on. With `cache_dir`, shards of that size
+    are saved as they are made: a call for the same conversations resumes behind the last, and processes share them.
+
+    Raises InputError: no conversation; an empty one, one beyond the model's context or vocabulary, or with an embedding
+    that is not finite; a model whose own score is not phi @ head; a `cache_dir` that not all processes see.
+    """
+    for name, value in (("token_budget", token_budget), ("shard_size", shard_size), ("max_length", max_length),
+                        ("batch_size", batch_size)):
+        if value is not None:
+            check_whole(name, value)
+    if truncation_side not in ("left", "right"):
+        raise InputError(f"truncation_side = {truncation_side!r}: give left or right")
+    tokens, about, embeddings = max_length and 4 * max_length, {} if about is None else about, None
+    cut = slice(tokens and -tokens, None) if truncation_side == "left" else slice(tokens)
+    numbers, on_gpu = _numbered(conversations, model, tokenizer, cut), model.device.type == "cuda"
+    budget = token_budget or (8192 if on_gpu else 2048)
+    about.update(device=torch.cuda.get_device_name(model.device) if on_gpu else "cpu", torch=torch.__version__,
+                 attention=model.config._attn_implementation, dtype=str(model.dtype), token_budget=budget,
+                 date=time.strftime("%Y-%m-%d", TODAY))
+    for shard, states in _embedded(model, list(numbers), cache_dir, budget, shard_size, batch_size, about):
+        if not (finite := states.isfinite().all(1)).all():
+            worst = conversations[numbers[shard[int(finite.int().argmin())]][0]]
+            raise InputError(f"the model gives the conversation {_quoted(worst)} NaN or infinite values in "
+                             f"{model.dtype}; leave it out, or check the model")
+        if embeddings is None:
+            embeddings = torch.empty(len(conversations), states.shape[1], dtype=dtype or states.dtype)
+        for sequence, state in zip(shard, states.to(embeddings.dtype)):
+            embeddings[numbers[sequence]] = state
+    return embeddings
 
 
 # ---------------------------------------------------------------------------------------------------------------------
