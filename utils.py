@@ -451,8 +451,10 @@ def load_reward_model(model_name, device=None, attention=None, dtype=None, token
                          "whole and without a wrapper, whose prefix (module., _orig_mod.) would stand before each name")
     if not tokenizer.chat_template:
         raise InputError(f"model {model_name}: its tokenizer has no chat template; give a chat model")
-    model.reward_checkpoint = os.path.abspath(model_name) if os.path.isdir(model_name) else str(model_name)
-    model.reward_scorer = [whole.eval()] if head and not lost & head else []  # in a list: no part of the backbone
+    model.reward_checkpoint, model.reward_scorer = str(_checkpoint_folder(model_name, "config.json")), []
+    with contextlib.suppress(InputError):  # on a head that is not to be read from safetensors nothing rests
+        if head and not lost & head:
+            model.reward_scorer.append((whole.eval(), load_reward_head(model_name)))  # in a list, not in the backbone
     return model.eval().requires_grad_(False).to(device), tokenizer
 
 
@@ -555,8 +557,8 @@ class _Paths(TorchFunctionMode):
             self.tails.append((slice(path[n], end), _on(device, path), mask))
         if device.type == "cuda":
             counts = [[tail.stop - tail.start for tail, *_ in self.tails], [len(keys) for _, keys, _ in self.tails]]
-            self.flash = [_on(device, np.cumsum([0, *n]).astype(np.int32)) for n in counts] + [int(max(n)) for n in counts]
-            self.keys = torch.cat([keys for _, keys, _ in self.tails])
+            ends = [_on(device, np.cumsum([0, *n], dtype=np.int32)) for n in counts]
+            self.flash, self.keys = [*ends, *(int(max(n)) for n in counts)], torch.cat([tail[1] for tail in self.tails])
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is not scaled_dot_product_attention:
@@ -642,13 +644,12 @@ def _proof(model, sequences):
     def off(found, wanted):
         return ((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max().item()
 
-    for whole in getattr(model, "reward_scorer", []):
+    for whole, head in getattr(model, "reward_scorer", []):
         config = whole.config.get_text_config()
         pad, config.pad_token_id = config.pad_token_id, None  # with one, it may score an earlier token
         with torch.inference_mode():
             own = [whole(input_ids=_on(model.device, _ids(one)[None])).logits[0] for one in sample]
-        config.pad_token_id, own = pad, torch.cat(own).float().cpu()
-        scores = (alone @ load_reward_head(model.reward_checkpoint))[:, 0]
+        config.pad_token_id, own, scores = pad, torch.cat(own).float().cpu(), (alone @ head)[:, 0]
         proof["score"] = off(scores, own)
         if proof["score"] > allowed:
             raise InputError(f"model {model.reward_checkpoint}: its own score of a conversation is {own[0]:.5g}, its "
@@ -687,7 +688,7 @@ def _numbered(conversations, model, tokenizer, cut):
         ids = _ids(sequence[cut])
         if not 0 < len(ids) <= limit or ids.max() >= table:
             raise InputError(f"the conversation {_quoted(conversations[n])} has {len(ids)} tokens up to id "
-                             f"{ids.max(initial=0)}, the model takes 1 to {limit} below {table}; leave out or cut it")
+                             f"{ids.max(initial=0)}, the model takes 1 to {limit} of {table}; leave it out or cut it")
         numbers.setdefault(sequence[cut], []).append(n)
     return dict(sorted(numbers.items()))
 
@@ -698,10 +699,11 @@ def _embedded(model, sequences, cache_dir, budget, shard_size, batch_size, about
     if folder := cache_dir and Path(cache_dir, fingerprint[:16]):
         check_writable(folder)
     shards = [sequences[start:start + shard_size] for start in range(0, len(sequences), shard_size)]
-    mine = range(process_rank() if ranks > 1 else 0, len(shards), ranks)
+    mine, way = range(process_rank() if ranks > 1 else 0, len(shards), ranks), None
 
     def path(shard):
-        return folder / f"{hashlib.sha256(bytes(4).join(shard)).hexdigest()[:24]}.safetensors"
+        name = hashlib.sha256(b" end".join(shard)).hexdigest()[:24]  # as an id, above any vocabulary
+        return folder / f"{name}.safetensors"
 
     def kept(shard):
         with contextlib.suppress(InputError):  # it is missing or damaged
@@ -710,9 +712,10 @@ def _embedded(model, sequences, cache_dir, budget, shard_size, batch_size, about
 
     with progress_bar("embedding", sum(len(shards[n]) for n in mine), unit="text") as bar:
         for shard in (shards[n] for n in mine):
-            states = kept(shard)
-            if states is None:
-                way = _proven(model, sequences, fingerprint, folder)["way"]
+            if (states := kept(shard)) is not None:
+                bar.update(len(shard))
+            else:
+                way = way or _proven(model, sequences, fingerprint, folder)["way"]
                 states, budget = _states(model, shard, way, budget, batch_size, bar.update)
                 if folder and states.isfinite().all():
                     save_tensors(path(shard), {"embeddings": states})

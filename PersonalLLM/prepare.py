@@ -39,7 +39,7 @@ def read(args):
 
 
 def embed(splits, args):
-    """The embeddings of each split, bfloat16 `[8 * prompts, d]`: split -> slice of one matrix; and what they depend on."""
+    """The embeddings of each split, bfloat16 `[8 * prompts, d]`: split -> slice of one matrix; what they depend on."""
     about = {}
     conversations = {split: personalllm.conversations_of(*texts) for split, (*texts, _) in splits.items()}
     print(f"{sum(map(len, conversations.values())):,} responses to embed")

@@ -41,8 +41,8 @@ def read(args):
 
 
 def embed(splits, args):
-    """Add to every comparison of both splits its embeddings, one bfloat16 tensor per distinct (post, summary); returns what
-    they depend on."""
+    """Add to every comparison of both splits its embeddings, one bfloat16 tensor per distinct (post, summary); returns
+    what they depend on."""
     about = {}
     numbers = {}
     pairs = [pair for by_worker in splits for comparisons in by_worker.values() for pair in comparisons]

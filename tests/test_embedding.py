@@ -217,6 +217,8 @@ def test_model_in_another_format_than_safetensors_loads(checkpoint, reward_model
     model, _ = load_reward_model(str(folder), device="cpu")
     for found, expected in zip(model.parameters(), reward_model[0].parameters(), strict=True):
         assert torch.equal(found, expected)
+    expected = embed_conversations(ragged_conversations(2), *reward_model)
+    assert torch.equal(embed_conversations(ragged_conversations(2), model, reward_model[1]), expected)
 
 
 @pytest.mark.parametrize("options", [{"max_length": 0}, {"max_length": -3}, {"batch_size": 0}, {"token_budget": 0},

@@ -6,8 +6,8 @@
 
 Per workload: computed / unique tokens; the median ratio of CPU seconds (and the smallest and largest) of rows to ours,
 and that of one by one, the released way, all in this process in turn; the largest deviation from one by one; what the
-proof took, in conversations. Nothing is asserted. Token ids are random, in the shapes of the data sets (answers, turns and
-tokens); the model is a Llama of random weights in float32, whose cost does not depend on the values.
+proof took, in conversations. Nothing is asserted. Token ids are random, in the shapes of the data sets (answers, turns
+and tokens); the model is a Llama of random weights in float32, whose cost does not depend on the values.
 """
 
 import resource
@@ -111,8 +111,8 @@ def compare(name, model):
     mine = statistics.median(mine for (mine, _), _ in pairs)
     error = max((states - expected).abs().max().item() for (_, states), _ in pairs)
     print(f"{name:12} {len(sequences):4} conversations, {mine:5.1f} s, computed / unique {sum(computed) / unique:.3f}; "
-          f"rows / ours {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, target {TARGETS[name]}) "
-          f"and one by one / ours {alone / mine:.2f}; off by {error:.1e}; "
+          f"rows / ours {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, of {TARGETS[name]})"
+          f" and one by one / ours {alone / mine:.2f}; off by {error:.1e}; "
           f"proof {(with_proof - mine) / mine * len(sequences):.0f} conversations", flush=True)
 
 
