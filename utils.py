@@ -442,7 +442,7 @@ def load_reward_model(model_name, device=None, attention=None, dtype=None, token
     except Exception as error:  # files missing, damaged or of different models: a class of its own for each
         raise InputError(f"model {model_name}: cannot be loaded ({str(error) or type(error).__name__}); check the "
                          "name, the network and that it holds a model and a tokenizer") from None
-    model = whole.base_model
+    model = whole.base_model  # shares its weights with the whole
     lost = {key for key, *_ in loading["mismatched_keys"]}.union(loading["missing_keys"])
     backbone = set(model.parameters())
     head = {name for name, parameter in whole.named_parameters() if parameter not in backbone}
@@ -454,8 +454,9 @@ def load_reward_model(model_name, device=None, attention=None, dtype=None, token
     model.reward_checkpoint, model.reward_scorer = str(_checkpoint_folder(model_name, "config.json")), []
     with contextlib.suppress(InputError):  # on a head that is not to be read from safetensors nothing rests
         if head and not lost & head:
-            model.reward_scorer.append((whole.eval(), load_reward_head(model_name)))  # in a list, not in the backbone
-    return model.eval().requires_grad_(False).to(device), tokenizer
+            model.reward_scorer.append((whole, load_reward_head(model_name)))  # in a list, so no part of the backbone
+    whole.eval().requires_grad_(False).to(device)
+    return model, tokenizer
 
 
 def model_identity(model_name, folder=None):
@@ -738,7 +739,7 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
     model, tokenizer: from `load_reward_model`. Returns a CPU tensor `[n, d]` of `dtype`, default the model's.
 
     Equal conversations are computed once, and so is what several begin with, unless `_proof` finds that this changes
-    the model's states. A batch holds up to `token_budget` tokens (default 8192 on a GPU, 2048 on a CPU), or one
+    the model's states. A batch holds up to `token_budget` tokens (default 8192 on a GPU, 4096 on a CPU), or one
     conversation, and up to `batch_size` of them. max_length: cut longer ones, at their "left" or "right"
     `truncation_side`. about: a dict that is told what the embeddings depend on. With `cache_dir`, shards of that size
     are saved as they are made: a call for the same conversations resumes behind the last, and processes share them.
@@ -755,7 +756,7 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
     tokens, about, embeddings = max_length and 4 * max_length, {} if about is None else about, None
     cut = slice(tokens and -tokens, None) if truncation_side == "left" else slice(tokens)
     numbers, on_gpu = _numbered(conversations, model, tokenizer, cut), model.device.type == "cuda"
-    budget = token_budget or (8192 if on_gpu else 2048)
+    budget = token_budget or (8192 if on_gpu else 4096)
     about.update(device=torch.cuda.get_device_name(model.device) if on_gpu else "cpu", torch=torch.__version__,
                  attention=model.config._attn_implementation, dtype=str(model.dtype), token_budget=budget,
                  date=time.strftime("%Y-%m-%d", TODAY))

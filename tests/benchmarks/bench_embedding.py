@@ -26,7 +26,7 @@ import utils
 
 # ---------------------------------------------------------------------------------------------------------------------
 REPEATS = 3
-BUDGET = 2048  # tokens in a batch of either side
+BUDGET = 4096  # tokens in a batch of either side
 MODEL = dict(hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2,
              vocab_size=8192, max_position_embeddings=8192)
 # workload -> prompts, answers to each, tokens of a prompt and of an answer (log-normal, the median), turns from and to
