@@ -32,7 +32,7 @@ MODEL = dict(hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_a
 # workload -> prompts, answers to each, tokens of a prompt and of an answer (log-normal, the median), turns from and to
 SHAPES = {"tldr": (6, 14, 350, 32, (1, 1)), "prism": (5, 3, 30, 110, (2, 6)), "personalllm": (4, 8, 45, 260, (1, 1)),
           "rewardbench": (5, 4, 120, 300, (1, 1)), "own": (16, 2, 150, 120, (1, 1))}
-TARGETS = {"tldr": 2.5, "prism": 3, "personalllm": 1.15, "rewardbench": 1, "own": 1}
+TARGETS = {"tldr": 2.5, "prism": 3, "personalllm": 1.15, "rewardbench": 1, "own": 1}  # rows / ours
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -42,9 +42,7 @@ class Tokenizer:
 
     def __init__(self, sequences):
         self.sequences = sequences
-
-    def apply_chat_template(self, conversation, **options):
-        return conversation[0]["content"]
+        self.apply_chat_template = lambda conversation, **options: conversation[0]["content"]
 
     def __call__(self, texts, **options):
         return {"input_ids": [self.sequences[int(text)] for text in texts]}
@@ -125,13 +123,9 @@ def bookkeeping(conversations=350_000, posts=23_000, width=64):
         utils._forward = lambda model, ids, shared=None: torch.zeros(len(ids), width, dtype=torch.bfloat16)
         utils._proof = lambda model, sequences: {"way": "shared", "tokens": 2 ** 30}
         chance, words = np.random.default_rng(0), [word for word in tokenizer.get_vocab() if word.isalpha()]
-
-        def text(of):
-            return " ".join(chance.choice(words, of))
-
-        texts = [text(250) for _ in range(posts)]
-        texts = [[{"role": "user", "content": texts[n % posts]}, {"role": "assistant", "content": text(24)}]
-                 for n in range(conversations)]
+        texts = [" ".join(chance.choice(words, 250)) for _ in range(posts)]
+        texts = [[{"role": "user", "content": texts[n % posts]},
+                  {"role": "assistant", "content": " ".join(chance.choice(words, 24))}] for n in range(conversations)]
         before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
         utils.embed_conversations(texts, model, tokenizer, cache_dir=Path(folder, "cache"), token_budget=8192)
         print(f"bookkeeping: {conversations:,} conversations, {time.process_time() - began:.0f} CPU s (target 60), "
