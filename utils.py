@@ -30,7 +30,6 @@ import functools
 import glob
 import gzip
 import hashlib
-import importlib.util
 import io
 import itertools
 import json
@@ -55,7 +54,8 @@ import pydantic
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from torch.nn.functional import cosine_similarity, logsigmoid
+from torch.nn.functional import cosine_similarity, logsigmoid, scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 if loading:
@@ -358,224 +358,139 @@ def script_parser(description, folder):
 # 2. Reward model and embedding
 # ---------------------------------------------------------------------------------------------------------------------
 
+ENGINE = 3  # in the cache's keys: how embeddings are computed
+TODAY = time.strptime("2024-07-26", "%Y-%m-%d")  # for templates that print the date; Llama 3.1's own default
+_DIGESTS = {}  # path, size and time of a file -> its digest
 
-def _checkpoint_file(model_name, filename):
-    """The local path of one file of a checkpoint (a folder, or an id on the hub); None where it has no such file."""
+
+def _checkpoint_folder(model_name, *patterns):
+    """A checkpoint's folder; of an id on the hub, that in its cache, with the files that fit the patterns."""
     if os.path.isdir(model_name):
-        path = os.path.join(model_name, filename)
-        return path if os.path.exists(path) else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError, logging
+        return Path(model_name).resolve()
+    from huggingface_hub import logging, snapshot_download
     logging.set_verbosity_error()  # its retries end in the one line below
     try:
-        return hf_hub_download(str(model_name), filename)
-    except LocalEntryNotFoundError as error:
-        reason = error
-    except EntryNotFoundError:
-        return None
+        return Path(snapshot_download(str(model_name), allow_patterns=patterns))
     except Exception as error:  # unknown id, no network, no access: the hub's client has a class for each
-        reason = error
-    raise InputError(f"model {model_name}: no such folder, and the hub did not serve it ({type(reason).__name__}); "
-                     "check the name and the network, or give the path of a downloaded checkpoint")
+        raise InputError(f"model {model_name}: no such folder, and the hub did not serve it ({type(error).__name__}); "
+                         "check the name and the network, or give the path of a downloaded checkpoint") from None
 
 
-@contextlib.contextmanager
-def _shard(model_name, filename):
-    """One safetensors file of a checkpoint, open for reading. Raises InputError where it is missing or damaged."""
-    path = _checkpoint_file(model_name, filename)
-    if path is None:
+def _opened(model_name, filename):
+    """A safetensors file of a checkpoint. Raises InputError where it is missing or damaged."""
+    path = _checkpoint_folder(model_name, filename) / filename
+    if not path.exists():
         raise InputError(f"model {model_name}: no {filename} in it; give a checkpoint in safetensors format")
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            yield file
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{path}: not a complete safetensors file ({error}); download it again") from None
+    with _readable(path, "safetensors file"):
+        return safetensors.safe_open(path, "pt")
 
 
 def _shard_of_tensor(model_name):
-    """Which safetensors file of a checkpoint holds each tensor: tensor name -> file name."""
-    index = _checkpoint_file(model_name, "model.safetensors.index.json")
-    if index:
-        return load_json(index, "weight_map")["weight_map"]
-    with _shard(model_name, "model.safetensors") as file:
-        return dict.fromkeys(file.keys(), "model.safetensors")
+    """Which safetensors file of a checkpoint holds each tensor: its name -> the file's name."""
+    one, index = "model.safetensors", "model.safetensors.index.json"
+    path = _checkpoint_folder(model_name, index) / index
+    return load_json(path, "weight_map")["weight_map"] if path.exists() else dict.fromkeys(_opened(model_name, one).keys(), one)
+
+
+def _slices(model_name, choose):
+    """The tensors of a checkpoint that `choose` picks from their names: name -> slice, of its file alone."""
+    shards = _shard_of_tensor(model_name)
+    return {name: _opened(model_name, shards[name]).get_slice(name) for name in choose(shards)}
 
 
 def load_reward_head(model_name):
-    """Read the reward head of a checkpoint: one tensor from its safetensors shard, never the model.
-    model_name: a folder, or an id on the hub. Returns float32 `[d, 1]`, the transposed `score.weight`: the layer that
-    the reward model itself multiplies the last token's state with.
+    """The reward head of a checkpoint (a folder, or an id on the hub): its `score.weight` transposed, float32 `[d, 1]`.
     Raises InputError: unknown model, no safetensors, or not exactly one scalar head."""
-    heads = {name: shard for name, shard in _shard_of_tensor(model_name).items() if name.endswith("score.weight")}
-    found = f"{len(heads)} score.weight tensors"
-    if len(heads) == 1:
-        (name, shard), = heads.items()
-        with _shard(model_name, shard) as file:
-            head = file.get_tensor(name)
-        if head.ndim == 2 and head.shape[0] == 1 and torch.isfinite(head).all():
-            return head.float().T.contiguous()
-        found = f"one of shape {tuple(head.shape)}, or with NaN or infinite values"
-    raise InputError(f"model {model_name}: needs exactly one scalar reward head and has {found}; give a "
-                     "sequence-classification checkpoint with num_labels=1")
+    found = _slices(model_name, lambda names: [name for name in names if name.endswith("score.weight")])
+    heads = [head[:] for head in found.values()]
+    if [head.shape[:-1] for head in heads] != [(1,)] or not heads[0].isfinite().all():
+        raise InputError(f"model {model_name}: needs exactly one scalar reward head, and finite; its score.weight are "
+                         f"{[tuple(head.shape) for head in heads]}; give a sequence-classification checkpoint")
+    return heads[0].float().T.contiguous()
 
 
 def load_released_reference(model_name):
-    """The vector that the released scripts took for the reward head, to compare with: float32 `[d, 1]`.
-    The last linear layer of the model without its head, which is the last MLP's down-projection; its first column.
-    Raises InputError: unknown model, no safetensors, or one without such layers."""
-    layers = {}
-    for name, shard in _shard_of_tensor(model_name).items():
-        if layer := re.search(r"layers\.(\d+)\.mlp\.down_proj\.weight$", name):
-            layers[int(layer[1])] = name, shard
-    if not layers:
+    """What the released scripts took for the reward head, to compare with: float32 `[d, 1]`, the first column of the
+    last MLP's down-projection. Raises InputError: unknown model, no safetensors, or one without such layers."""
+    layer = re.compile(r".*layers\.(\d+)\.mlp\.down_proj\.weight$")
+    found = _slices(model_name, lambda names: sorted(filter(layer.match, names),
+                                                     key=lambda name: int(layer.match(name)[1]))[-1:])
+    if not found:
         raise InputError(f"model {model_name}: no MLP down-projection in it; the released reference is that of Llama")
-    name, shard = layers[max(layers)]
-    with _shard(model_name, shard) as file:
-        return file.get_slice(name)[:, :1].float().contiguous()
+    return found.popitem()[1][:, :1].float().contiguous()
 
 
 def load_reward_model(model_name, device=None, attention=None, dtype=None, tokenizer_name=None,
                       trust_remote_code=False):
     """Load the frozen reward model without its head -> (backbone, tokenizer), in eval mode on `device`.
-    device: default this process's GPU, else the CPU. attention: a transformers implementation; default
-    flash_attention_2 where it is installed and the GPU can (compute capability 8 and up), else PyTorch's own ("sdpa").
-    dtype: default bfloat16 on a GPU, as released, and float32 on the CPU. tokenizer_name: default the model's.
-    Raises InputError: unknown model, or no chat template."""
-    from transformers import AutoModel, AutoTokenizer, logging
+    device: default this process's GPU, else the CPU. attention: a transformers implementation; default, and in place of
+    flash_attention_2, the architecture's own: PyTorch's ("sdpa"), which shares prompts and has flash kernels itself,
+    where that is exact. dtype: default bfloat16 on a GPU, as released, and float32 on the CPU. tokenizer_name: default
+    the model's. Raises InputError: unknown model, weights missing in it, no chat template."""
+    from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, logging
     device = torch.device(device) if device is not None else default_device()
-    on_gpu = device.type == "cuda"
-    dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
-    if attention is None:
-        flash = on_gpu and importlib.util.find_spec("flash_attn") and torch.cuda.get_device_capability(device)[0] >= 8
-        attention = "flash_attention_2" if flash else "sdpa"
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # silence the note that the backbone leaves out score.weight
+    options = dict(torch_dtype=dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32), num_labels=1,
+                   trust_remote_code=trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True)
+    if attention not in (None, "flash_attention_2"):
+        options["attn_implementation"] = attention
+    logging.set_verbosity_error()  # what matters of its notes is said below
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or model_name, trust_remote_code=trust_remote_code)
-        model = AutoModel.from_pretrained(model_name, torch_dtype=dtype, attn_implementation=attention,
-                                          trust_remote_code=trust_remote_code)
-    except torch.cuda.OutOfMemoryError:
-        raise
+        try:  # the class whose own score `_proof` compares with
+            whole, loading = AutoModelForSequenceClassification.from_pretrained(model_name, **options)
+        except ValueError:  # there is none for this architecture
+            whole, loading = AutoModel.from_pretrained(model_name, **options)
     except Exception as error:  # files missing, damaged or of different models: a class of its own for each
-        raise InputError(f"model {model_name}: cannot be loaded ({str(error) or type(error).__name__}); "
-                         "check the name, the network and that it holds a model and a tokenizer") from None
-    finally:
-        logging.set_verbosity(verbosity)
+        raise InputError(f"model {model_name}: cannot be loaded ({str(error) or type(error).__name__}); check the "
+                         "name, the network and that it holds a model and a tokenizer") from None
+    model = whole.base_model  # shares its weights with the whole
+    lost = {key for key, *_ in loading["mismatched_keys"]}.union(loading["missing_keys"])
+    backbone = set(model.parameters())
+    head = {name for name, parameter in whole.named_parameters() if parameter not in backbone}
+    if missing := sorted(lost - head):  # which transformers fills at random
+        raise InputError(f"model {model_name}: {len(missing)} of its weights are not in it, as {missing[0]}; save it "
+                         "whole and without a wrapper, whose prefix (module., _orig_mod.) would stand before each name")
     if not tokenizer.chat_template:
         raise InputError(f"model {model_name}: its tokenizer has no chat template; give a chat model")
-    return model.eval().requires_grad_(False).to(device), tokenizer
+    model.reward_checkpoint, model.reward_scorer = str(_checkpoint_folder(model_name, "config.json")), []
+    with contextlib.suppress(InputError):  # on a head that is not to be read from safetensors nothing rests
+        if head and not lost & head:
+            model.reward_scorer.append((whole, load_reward_head(model_name)))  # in a list, so no part of the backbone
+    whole.eval().requires_grad_(False).to(device)
+    return model, tokenizer
 
 
-def _fingerprint(model):
-    """A digest of a loaded model: revision, dtype, attention, settings, and every parameter's shape and checksum."""
-    settings = {key: value for key, value in model.config.to_dict().items()
-                if key not in ("_name_or_path", "transformers_version")}  # another path or version is no other model
-    attention = getattr(model.config, "_attn_implementation", None)
-    digest = hashlib.sha256(f"{getattr(model.config, '_commit_hash', None)} {model.dtype} {attention}".encode())
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten().view(torch.uint8)
-        digest.update(f"{name} {tuple(parameter.shape)} {values[:64].tolist()} {values.sum().item()}".encode())
+def model_identity(model_name, folder=None):
+    """Digests of what a checkpoint holds, wherever it lies: {"weights": .., "tokenizer": with its template}. Those of
+    files in the hub's cache are their names; others are read, and remembered in `folder` by size and time."""
+    memory, parts = folder and Path(folder, "digests.json"), {"weights": {}, "tokenizer": {}}
+    with contextlib.suppress(InputError):
+        _DIGESTS.update(load_json(memory) if folder else {})
+    where = _checkpoint_folder(model_name, "*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py")
+    for path in sorted([*where.glob("*.*"), *where.glob("additional_chat_templates/*.jinja")]):
+        weights = re.search(r"\.(safetensors|bin|py)$|^config\.json$", path.name)
+        if weights or re.search(r"token|template|vocab|merges|spiece|\.jinja$", path.name):
+            real, stat = path.resolve(), path.stat()
+            key = f"{real} {stat.st_size} {stat.st_mtime_ns}"
+            _DIGESTS[key] = _DIGESTS.get(key) or (real.name if real.parent.name == "blobs" else digest_of(real))
+            parts["weights" if weights else "tokenizer"][path.name] = _DIGESTS[key]
+    if folder and memory.parent.exists() and process_rank() == 0:
+        save_json(memory, _DIGESTS)
+    return {part: digest_of(files) for part, files in parts.items()}
+
+
+def _fingerprint(model, folder):
+    """A digest of a loaded model and of what its states depend on besides the tokens."""
+    checkpoint, settings = getattr(model, "reward_checkpoint", None), model.config.to_dict()
+    settings.update(_name_or_path=None, transformers_version=None)  # another path or version is no other model
+    runs = [ENGINE, model.dtype, model.config._attn_implementation, model.device.type, torch.__version__, settings,
+            checkpoint and model_identity(checkpoint, folder)["weights"]]
+    digest = hashlib.sha256(json.dumps(runs, sort_keys=True, default=str).encode())
+    for name, values in model.state_dict().items():  # whole, or of a checkpoint's a sample: were they changed since?
+        values = values.flatten()[::values.numel() // 64 + 1 if checkpoint else 1].cpu().contiguous()
+        digest.update(f"{name} {len(values)}".encode() + values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-@dataclasses.dataclass
-class _Row:
-    """One row of a batch: a prefix computed once, and behind it each continuation that shares it."""
-    prefix: list  # token ids
-    members: list  # numbers of the conversations
-    suffixes: list  # token ids of each conversation behind the prefix, never empty
-
-    def __len__(self):
-        return len(self.prefix) + sum(map(len, self.suffixes))
-
-    def only(self, wanted):
-        kept = [(m, s) for m, s in zip(self.members, self.suffixes) if m in wanted]
-        return dataclasses.replace(self, members=[m for m, _ in kept], suffixes=[s for _, s in kept])
-
-
-def _rows_of_shared_prefixes(tokens, prompts, token_budget):
-    """Rows in order of length, longest first; a prompt whose answers exceed the budget gets several rows.
-    tokens: token ids of each conversation; prompts: number of a conversation -> what those that share a prompt share."""
-    by_prompt = {}
-    for number, prompt in prompts.items():
-        by_prompt.setdefault(prompt, []).append(number)
-    rows = []
-    for numbers in by_prompt.values():
-        shared = os.path.commonprefix([tokens[n] for n in numbers])
-        shared = shared[:min(len(tokens[n]) for n in numbers) - 1]
-        row = None
-        for n in numbers:
-            suffix = tokens[n][len(shared):]
-            if row is None or len(row) + len(suffix) > token_budget:
-                row = _Row(shared, [], [])
-                rows.append(row)
-            row.members.append(n)
-            row.suffixes.append(suffix)
-    return sorted(rows, key=len, reverse=True)
-
-
-def _padded_length(rows):
-    """The width of a batch: that of its longest row, rounded up to what the GPU kernels want, a multiple of 8."""
-    return -(-max(map(len, rows)) // 8) * 8
-
-
-def _batches(rows, token_budget, batch_size=None):
-    """Split rows, longest first, so that a padded batch holds at most token_budget tokens (or one row)."""
-    batch = []
-    for row in rows:
-        if batch and (_padded_length(batch[:1]) * (len(batch) + 1) > token_budget or len(batch) == batch_size):
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-def _forward(model, rows):
-    """Last-token states of every member of a batch of rows, in order: `[members, d]` on the CPU."""
-    width = _padded_length(rows)
-    ids, position, segment = (torch.full((len(rows), width), fill) for fill in (0, 0, -1))
-    last = []
-    for r, row in enumerate(rows):
-        start = len(row.prefix)
-        ids[r, :start], segment[r, :start] = torch.tensor(row.prefix, dtype=torch.long), 0
-        position[r, :start] = torch.arange(start)
-        for s, suffix in enumerate(row.suffixes):
-            end = start + len(suffix)
-            ids[r, start:end], segment[r, start:end] = torch.tensor(suffix), s + 1
-            position[r, start:end] = torch.arange(len(row.prefix), len(row.prefix) + len(suffix))
-            last.append((r, end - 1))
-            start = end
-    ids, position, segment = (part.to(model.device) for part in (ids, position, segment))
-    if all(len(row.suffixes) == 1 for row in rows):
-        mask = (segment >= 0).long()  # (B, L), what every attention implementation takes
-    else:  # a token sees the earlier tokens of its own continuation and of the shared prefix
-        seen = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
-        seen = seen & torch.ones(width, width, dtype=torch.bool, device=model.device).tril()
-        mask = torch.zeros(seen.shape, dtype=model.dtype, device=model.device)
-        mask = mask.masked_fill_(~seen, torch.finfo(model.dtype).min)[:, None]  # (B, 1, L, L)
-    with torch.inference_mode():
-        states = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False).last_hidden_state
-        rows_of, columns = torch.tensor(last, device=model.device).T
-        return states[rows_of, columns].cpu()
-
-
-def _forward_within_memory(model, rows):
-    """_forward, in halves where the GPU's memory does not hold the whole batch."""
-    try:
-        return _forward(model, rows)
-    except torch.cuda.OutOfMemoryError:
-        if len(rows) == 1 == len(rows[0].members):
-            raise
-    torch.cuda.empty_cache()
-    if len(rows) == 1:
-        members = rows[0].members
-        halves = [[rows[0].only(part)] for part in (members[:len(members) // 2], members[len(members) // 2:])]
-    else:
-        halves = rows[:len(rows) // 2], rows[len(rows) // 2:]
-    return torch.cat([_forward_within_memory(model, half) for half in halves])
 
 
 def _quoted(conversation):
@@ -583,146 +498,274 @@ def _quoted(conversation):
     return " .. ".join(repr(message["content"][:60]) for message in (conversation[0], conversation[-1]))
 
 
+def _tokenized(conversations, tokenizer):
+    """Chat-format and tokenize: of each conversation the ids as bytes, four each, which sort as the ids do. What stands
+    between special tokens, which a tokenizer takes out first, is tokenized once, if the first texts allow."""
+    template, known, whole = tokenizer.chat_template, {}, None
+    if isinstance(template, dict):
+        template = template.get("default", "{{ raise_exception('none of its templates is named default') }}")
+    template = re.sub(r"""strftime_now\((['"])(.*?)\1\)""", lambda call: repr(time.strftime(call[2], TODAY)), template)
+    marks = sorted((token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values()), reverse=True)
+    cut = re.compile(f"({'|'.join(map(re.escape, marks))})")
+
+    def formatted(conversation):
+        try:
+            text = tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False)
+            return text.encode().decode()
+        except Exception as error:  # the template is the checkpoint's program; half a surrogate pair is no Unicode
+            raise InputError(f"the model's chat template cannot format the conversation {_quoted(conversation)} "
+                             f"({error}); repair it or leave it out") from None
+
+    def encode(texts):  # the template has written the special tokens: the tokenizer must not add its own again
+        ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
+        return [np.array(sequence, ">u4").tobytes() for sequence in ids]
+
+    def encode_pieces(texts):
+        pieces = [[piece for piece in cut.split(text) if piece] for text in texts]
+        new = list({piece for of_text in pieces for piece in of_text} - known.keys())
+        known.update(zip(new, encode(new)))
+        return [b"".join(map(known.get, of_text)) for of_text in pieces]
+
+    for start in range(0, len(conversations), 256):
+        texts = list(map(formatted, conversations[start:start + 256]))
+        whole = not marks or encode_pieces(texts) != encode(texts) if whole is None else whole
+        yield from encode(texts) if whole else encode_pieces(texts)
+
+
+def _ids(sequence):
+    return np.frombuffer(sequence, ">u4").astype(np.int64)
+
+
 def tokenize_conversations(conversations, tokenizer):
-    """Chat-format and tokenize conversations -> one list of token ids each.
-    The template already writes the special tokens, so the tokenizer must not add its own a second time."""
-    try:
-        texts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=False) for c in conversations]
-    except Exception as error:  # the template is the checkpoint's program
-        raise InputError(f"the model's chat template cannot format these conversations ({error})") from None
-    for conversation, text in zip(conversations, texts):
+    """Chat-format and tokenize conversations -> one list of token ids each, special tokens once. Raises InputError."""
+    return [_ids(sequence).tolist() for sequence in _tokenized(conversations, tokenizer)]
+
+
+def _on(device, array):
+    """An array as a tensor on a device, without waiting for what that still computes."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+class _Paths(TorchFunctionMode):
+    """Within it, causal attention over one row of tails, each what a sequence does not share with the one before, is
+    that of the whole sequences: a tail asks the keys of its own path and no other. Nothing is padded or masked out."""
+
+    def __init__(self, ids, shared, device):
+        super().__init__()
+        self.tails, path, end = [], np.zeros(0, np.int64), 0
+        for sequence, n in zip(ids, shared):  # path: where the row has the sequence's tokens
+            path = np.concatenate([path[:n], np.arange(end, end := end + len(sequence) - n)])
+            mask = torch.ones(len(sequence) - n, len(path), dtype=torch.bool, device=device).tril(n) if n else None
+            self.tails.append((slice(path[n], end), _on(device, path), mask))
+        if device.type == "cuda":
+            counts = [[tail.stop - tail.start for tail, *_ in self.tails], [len(keys) for _, keys, _ in self.tails]]
+            ends = [_on(device, np.cumsum([0, *n], dtype=np.int32)) for n in counts]
+            self.flash, self.keys = [*ends, *(int(max(n)) for n in counts)], torch.cat([tail[1] for tail in self.tails])
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not scaled_dot_product_attention:
+            return function(*args, **kwargs or {})
+        q, k, v = args[:3]  # (1, heads, tokens, width)
+        options = {name: value for name, value in (kwargs or {}).items() if name in ("scale", "enable_gqa")}
+        if q.is_cuda and q.element_size() == 2:
+            q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+            out = torch.ops.aten._flash_attention_forward(q, k[self.keys], v[self.keys], *self.flash, 0.0, True, False,
+                                                          scale=options.get("scale"))
+            return out[0].transpose(0, 1)[None]
+        out = torch.empty_like(q)
+        for tail, keys, mask in self.tails:
+            out[:, :, tail] = scaled_dot_product_attention(q[:, :, tail], k[:, :, keys], v[:, :, keys], mask,
+                                                           is_causal=mask is None, **options)
+        return out
+
+
+def _forward(model, ids, shared=None):
+    """The last tokens' states of sequences, `[n, d]`: of rows padded on the right, which causal attention does not see;
+    or, given how many tokens each shares with the one before, of their tails in one row."""
+    lengths, device, options, within = np.array(list(map(len, ids))), model.device, {}, contextlib.nullcontext()
+    if shared is None:
+        width, last = lengths.max(), np.arange(len(ids)) * lengths.max() + lengths - 1
+        tokens = np.stack([np.pad(sequence, (0, width - len(sequence))) for sequence in ids])
+    else:
+        within, last = _Paths(ids, shared, device), np.cumsum(lengths - shared) - 1
+        tokens = np.concatenate([sequence[n:] for sequence, n in zip(ids, shared)])[None]
+        position = np.concatenate([np.arange(n, length) for n, length in zip(shared, lengths)])[None]
+        no_mask = torch.zeros(1, 1, 1, tokens.shape[1], dtype=model.dtype, device=device)  # 4-D: taken as it is
+        options = {"position_ids": _on(device, position), "attention_mask": no_mask}
+    with within:
+        states = model(input_ids=_on(device, tokens), use_cache=False, **options).last_hidden_state
+    return states.flatten(0, 1)[_on(device, last)]
+
+
+@torch.inference_mode()
+def _states(model, sequences, way, budget, batch_size=None, update=lambda count: None):
+    """The last tokens' states of sorted sequences, `[n, d]` on the CPU, and the budget, less where memory ran out.
+    way: "shared" (tails in one row), "rows" (longest first) or "alone". A batch holds at most `budget` tokens."""
+    order = sorted(range(len(sequences)), key=lambda n: -len(sequences[n])) if way == "rows" else range(len(sequences))
+    ids = [_ids(sequences[n]) for n in order]
+    same = [a[:len(b)] == b[:len(a)] for a, b in zip(ids, ids[1:])]
+    shared = np.array([0] + [len(s) if s.all() else int(s.argmin()) for s in same])
+    lengths, parts, start = np.array(list(map(len, ids))), [], 0
+    while start < len(ids):
+        kept = shared[start:] * (np.arange(start, len(ids)) > start)  # the first of a batch has none before it
+        tokens = np.cumsum(lengths[start:] - kept) if way == "shared" else lengths[start] * np.arange(1, len(kept) + 1)
+        least, most = (max(1, int((tokens <= limit).sum())) for limit in (budget / 2, budget))
+        if way == "shared" and most < len(kept):  # cut where least is shared, in the second half
+            most -= int(kept[least:most + 1][::-1].argmin())
+        count = 1 if way == "alone" else min(most, batch_size or most)
         try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"the conversation {_quoted(conversation)} is no Unicode text ({error}); repair it or "
-                             "leave it out") from None
-    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+            parts.append(_forward(model, ids[start:start + count], kept[:count] if way == "shared" else None))
+        except RuntimeError as error:
+            out_of_memory = isinstance(error, torch.cuda.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+            if count == 1 or not out_of_memory:
+                raise
+            torch.cuda.empty_cache()
+            budget = min(budget, int(tokens[count - 1])) // 2
+        else:
+            update(count)
+            start += count
+    return torch.cat(parts).cpu()[np.argsort(order)], budget
 
 
-def _takes_any_mask(config):
-    """Whether a model's attention is all that a mask says: neither flash-attn's nor within a window of its own."""
-    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    return not (window or getattr(config, "attention_chunk_size", None)
-                or getattr(config, "_attn_implementation", "eager") == "flash_attention_2")
+def _proof(model, sequences):
+    """How the model's states are rightly computed, tried on some of the sorted sequences: the shortest, the middle one,
+    its neighbour, a branch of it, and the longest; each by itself, all in padded rows, all with shared beginnings.
+
+    Returns {"way", "tokens": the longest; "rows", "shared", "score": relative differences to one by one}.
+    Raises InputError where phi @ head is not what the checkpoint's own class gives without a pad token."""
+    by_length = sorted(sequences, key=len)
+    middle, longest = by_length[len(by_length) // 2], by_length[-1]
+    half, neighbour = len(middle) // 8 * 4, sequences[sequences.index(middle) - 1]
+    sample = sorted({by_length[0], neighbour, middle, middle[:half] + middle[half + 4:] or middle, longest})
+    alone, allowed = _states(model, sample, "alone", 1)[0].float(), torch.finfo(model.dtype).eps ** 0.5
+    proof = {"way": "alone", "tokens": len(longest) // 4 if alone.isfinite().all() else 0}
+
+    def off(found, wanted):
+        return ((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max().item()
+
+    for whole, head in getattr(model, "reward_scorer", []):
+        config = whole.config.get_text_config()
+        pad, config.pad_token_id = config.pad_token_id, None  # with one, it may score an earlier token
+        with torch.inference_mode():
+            own = [whole(input_ids=_on(model.device, _ids(one)[None])).logits[0] for one in sample]
+        config.pad_token_id, own, scores = pad, torch.cat(own).float().cpu(), (alone @ head)[:, 0]
+        proof["score"] = off(scores, own)
+        if proof["score"] > allowed:
+            raise InputError(f"model {model.reward_checkpoint}: its own score of a conversation is {own[0]:.5g}, its "
+                             f"last state times its head {scores[0]:.5g}: more than that is in it; give another model")
+        if pad == _ids(longest)[-1]:
+            print("note: the model's pad token ends its chats: its class scores the token before, phi is the last")
+    for way in ("rows", "shared"):
+        with contextlib.suppress(TypeError, ValueError, IndexError, RuntimeError):  # it takes no such input
+            proof[way] = off(_states(model, sample, way, len(sample) * len(longest))[0].float(), alone)
+            proof["way"] = way if proof[way] <= allowed else proof["way"]
+    if proof["way"] != "shared":
+        print(f"note: this model takes conversations whole{' and alone' * (proof['way'] == 'alone')}: sharing would "
+              f"change its states by {proof.get('shared', math.nan):.0%}, rows by {proof.get('rows', math.nan):.0%}")
+    return proof
 
 
-def _shards(rows, shard_size):
-    """Split rows into lists of about `shard_size` conversations each."""
-    shards, count = [], shard_size
-    for row in rows:
-        if count >= shard_size:
-            shards.append([])
-            count = 0
-        shards[-1].append(row)
-        count += len(row.members)
-    return shards
+def _proven(model, sequences, fingerprint, folder):
+    """The proof that is kept with the model and in the cache folder, made anew where it saw none of such length."""
+    proofs, path = model.__dict__.setdefault("reward_proofs", {}), folder and folder / "proof.json"
+    if path and path.exists():
+        proofs.setdefault(fingerprint, load_json(path))
+    if max(map(len, sequences), default=0) // 4 > proofs.get(fingerprint, {"tokens": 0})["tokens"]:
+        proofs[fingerprint] = _proof(model, sequences)
+        if path and process_rank() == 0:
+            save_json(path, proofs[fingerprint])
+    return proofs.get(fingerprint, {})
 
 
-def _cached(folder):
-    """What the shards in a cache folder hold: (key, embedding) pairs. Damaged ones hold nothing and are made again."""
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            tensors, about = load_tensors(path)
-        except InputError:
-            continue
-        for key, states in zip(about.get("keys", ()), tensors.get("embeddings", ())):
-            if states.isfinite().all():
-                yield key, states
+def _numbered(conversations, model, tokenizer, cut):
+    """The distinct sequences of conversations, cut and sorted: bytes -> conversations' numbers. Raises InputError."""
+    if not conversations:
+        raise InputError("no conversations to embed; give at least one")
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    numbers, table = {}, model.get_input_embeddings().weight.shape[0]
+    for n, sequence in enumerate(_tokenized(conversations, tokenizer)):
+        ids = _ids(sequence[cut])
+        if not 0 < len(ids) <= limit or ids.max() >= table:
+            raise InputError(f"the conversation {_quoted(conversations[n])} has {len(ids)} tokens up to id "
+                             f"{ids.max(initial=0)}, the model takes 1 to {limit} of {table}; leave it out or cut it")
+        numbers.setdefault(sequence[cut], []).append(n)
+    return dict(sorted(numbers.items()))
 
 
-def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_budget=8192, shard_size=1024,
-                        max_length=None, truncation_side="left", batch_size=None, dtype=None):
+def _embedded(model, sequences, cache_dir, budget, shard_size, batch_size, about):
+    """(sequences, states) of each shard of sorted sequences, kept or made by this process, then those of the others."""
+    ranks, fingerprint = process_count() if cache_dir else 1, _fingerprint(model, cache_dir)
+    if folder := cache_dir and Path(cache_dir, fingerprint[:16]):
+        check_writable(folder)
+    shards = [sequences[start:start + shard_size] for start in range(0, len(sequences), shard_size)]
+    mine, way = range(process_rank() if ranks > 1 else 0, len(shards), ranks), None
+
+    def path(shard):
+        name = hashlib.sha256(b" end".join(shard)).hexdigest()[:24]  # as an id, above any vocabulary
+        return folder / f"{name}.safetensors"
+
+    def kept(shard):
+        with contextlib.suppress(InputError):  # it is missing or damaged
+            states = load_tensors(path(shard))[0].get("embeddings", torch.zeros(0)) if folder else torch.zeros(0)
+            return states if len(states) == len(shard) and states.isfinite().all() else None
+
+    with progress_bar("embedding", sum(len(shards[n]) for n in mine), unit="text") as bar:
+        for shard in (shards[n] for n in mine):
+            if (states := kept(shard)) is not None:
+                bar.update(len(shard))
+            else:
+                way = way or _proven(model, sequences, fingerprint, folder)["way"]
+                states, budget = _states(model, shard, way, budget, batch_size, bar.update)
+                if folder and states.isfinite().all():
+                    save_tensors(path(shard), {"embeddings": states})
+            yield shard, states
+    if ranks > 1:
+        dist.barrier()
+        for shard in (shards[n] for n in set(range(len(shards))) - set(mine)):
+            if (states := kept(shard)) is None:
+                raise InputError(f"{path(shard)}: not made by the other processes; give all one folder, and run "
+                                 "the same command again")
+            yield shard, states
+    about.update(_proven(model, [], fingerprint, folder))
+
+
+def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_budget=None, shard_size=1024,
+                        max_length=None, truncation_side="left", batch_size=None, dtype=None, about=None):
     """phi of each conversation: the state, after the final norm, of its last token.
     conversations: list of lists of {"role", "content"} messages, the last one the response that is judged.
     model, tokenizer: from `load_reward_model`. Returns a CPU tensor `[n, d]` of `dtype`, default the model's.
 
-    Equal conversations are computed once, and so is the prompt that several responses share: such responses lie behind
-    one copy of it in a row, with an attention mask that keeps them apart. flash-attn takes no such mask, and attention
-    in a sliding window has one of its own; there each conversation is a row by itself. A padded batch holds at most
-    `token_budget` tokens (or a single row) and `batch_size` rows.
-    max_length: cut conversations of more tokens, at their "left" or "right" `truncation_side`.
+    Equal conversations are computed once, and so is what several begin with, unless `_proof` finds that this changes
+    the model's states. A batch holds up to `token_budget` tokens (default 8192 on a GPU, 4096 on a CPU), or one
+    conversation, and up to `batch_size` of them. max_length: cut longer ones, at their "left" or "right"
+    `truncation_side`. about: a dict that is told what the embeddings depend on. With `cache_dir`, shards of that size
+    are saved as they are made: a call for the same conversations resumes behind the last, and processes share them.
 
-    With `cache_dir`, shards of about `shard_size` conversations are saved there as they are made, and an interrupted
-    call resumes after the last of them, with the same bytes in the end. Under torchrun the processes share the work by
-    these shards, so they need a `cache_dir` that all of them see.
-
-    Raises InputError: no conversation, an empty one, one longer than the model's context, or one whose embedding is
-    not finite; several processes without a common `cache_dir`."""
-    if not conversations:
-        raise InputError("no conversations to embed; give at least one")
-    ranks = process_count()
-    if ranks > 1 and not cache_dir:
-        raise InputError(f"{ranks} processes share their work by a cache folder; give cache_dir")
+    Raises InputError: no conversation; an empty one, one beyond the model's context or vocabulary, or with an embedding
+    that is not finite; a model whose own score is not phi @ head; a `cache_dir` that not all processes see."""
     for name, value in (("token_budget", token_budget), ("shard_size", shard_size), ("max_length", max_length),
                         ("batch_size", batch_size)):
         if value is not None:
             check_settings(**{name: value})
     if truncation_side not in ("left", "right"):
         raise InputError(f"truncation_side = {truncation_side!r}: give left or right")
-    sequences = tokenize_conversations(conversations, tokenizer)
-    if max_length is not None:
-        sequences = [ids[-max_length:] if truncation_side == "left" else ids[:max_length] for ids in sequences]
-    longest, limit = max(map(len, sequences)), model.config.max_position_embeddings
-    if min(map(len, sequences)) == 0 or longest > limit:
-        worst = next(i for i, s in enumerate(sequences) if len(s) in (0, longest))
-        raise InputError(f"the conversation {_quoted(conversations[worst])} has {len(sequences[worst])} tokens, the "
-                         f"model takes 1 to {limit}; leave it out or shorten it")
-
-    fingerprint = _fingerprint(model) + hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
-    keys = [hashlib.sha256(f"{fingerprint} {sequence}".encode()).hexdigest() for sequence in sequences]
-    folder = Path(cache_dir) / hashlib.sha256(fingerprint.encode()).hexdigest()[:16] if cache_dir else None
-    embeddings = torch.empty(len(keys), model.config.hidden_size, dtype=dtype or model.dtype)
-    first = {}  # key -> number of the first such conversation, the one that is computed
-    for number, key in enumerate(keys):
-        first.setdefault(key, number)
-    distinct = list(first.values())
-    missing = set(distinct)
-
-    def take_cached():
-        for key, states in _cached(folder):
-            if first.get(key) in missing:
-                embeddings[first[key]] = states
-                missing.discard(first[key])
-
-    if folder:
-        check_writable(folder)
-        take_cached()
-    if ranks > 1:
-        dist.barrier()  # all have read the same shards before one writes another
-    alone = not _takes_any_mask(model.config)
-    prompts = {n: n if alone else json.dumps(conversations[n][:-1]) for n in distinct}
-    shards = _shards(_rows_of_shared_prefixes(sequences, prompts, token_budget), shard_size)
-    work = [[row.only(missing) for row in rows] for rows in shards]
-    work = [sorted((row for row in rows if row.members), key=len, reverse=True) for rows in work]
-    work = [rows for rows in work if rows][process_rank()::ranks]
-    total = sum(len(row) for rows in shards for row in rows)
-    left = sum(len(row) for rows in work for row in rows) * ranks
-    with progress_bar("embedding", total, initial=max(0, total - left), unit="tok", unit_scale=True) as bar:
-        for rows in work:
-            members = [m for row in rows for m in row.members]
-            parts = []
-            for batch in _batches(rows, token_budget, batch_size):
-                parts.append(_forward_within_memory(model, batch))
-                bar.update(sum(map(len, batch)) * ranks)
-            states = torch.cat(parts)
-            if not states.isfinite().all():
-                worst = members[int((~states.isfinite()).any(1).nonzero()[0])]
-                raise InputError(f"the model gives the conversation {_quoted(conversations[worst])} NaN or infinite "
-                                 f"values in {model.dtype}; leave it out, or check the model")
-            embeddings[members] = states.to(embeddings.dtype)
-            missing.difference_update(members)
-            if folder:
-                shard_keys = [keys[m] for m in members]
-                name = hashlib.sha256("".join(shard_keys).encode()).hexdigest()[:24]
-                save_tensors(folder / f"{name}.safetensors", {"embeddings": states}, keys=shard_keys)
-    if ranks > 1:
-        dist.barrier()
-        take_cached()
-    if missing:
-        raise InputError(f"{folder}: {len(missing)} embeddings of the other processes are not there; give all "
-                         "processes one folder, and run the same command again")
-    repeated = sorted(set(range(len(keys))) - set(distinct))
-    embeddings[repeated] = embeddings[[first[keys[n]] for n in repeated]]
+    tokens, about, embeddings = max_length and 4 * max_length, {} if about is None else about, None
+    cut = slice(tokens and -tokens, None) if truncation_side == "left" else slice(tokens)
+    numbers, on_gpu = _numbered(conversations, model, tokenizer, cut), model.device.type == "cuda"
+    budget = token_budget or (8192 if on_gpu else 4096)
+    about.update(device=torch.cuda.get_device_name(model.device) if on_gpu else "cpu", torch=torch.__version__,
+                 attention=model.config._attn_implementation, dtype=str(model.dtype), token_budget=budget,
+                 date=time.strftime("%Y-%m-%d", TODAY))
+    for shard, states in _embedded(model, list(numbers), cache_dir, budget, shard_size, batch_size, about):
+        if not (finite := states.isfinite().all(1)).all():
+            worst = conversations[numbers[shard[int(finite.int().argmin())]][0]]
+            raise InputError(f"the model gives the conversation {_quoted(worst)} NaN or infinite values in "
+                             f"{model.dtype}; leave it out, or check the model")
+        if embeddings is None:
+            embeddings = torch.empty(len(conversations), states.shape[1], dtype=dtype or states.dtype)
+        for sequence, state in zip(shard, states.to(embeddings.dtype)):
+            embeddings[numbers[sequence]] = state
     return embeddings
 
 
@@ -1771,8 +1814,8 @@ def check_gpu(model_name):
 def embeddings_are_finished(outputs, identity, overwrite):
     """Whether the files `outputs` already hold the embeddings of this model and data.
     identity: a dict of JSON values; that of the files, and their digests, stand in the reward head's file beside
-    them. Files that are damaged or missing are not finished.
-    Raises InputError where they hold other embeddings and `overwrite` is not set."""
+    them. Digests are compared as far as both hold them; "model" is but a name. Files that are damaged or missing are not
+    finished. Raises InputError where they hold other embeddings and `overwrite` is not set."""
     existing = [path for path in outputs if path.exists()]
     if not existing or overwrite:
         return False
@@ -1783,9 +1826,10 @@ def embeddings_are_finished(outputs, identity, overwrite):
     about = {}
     with contextlib.suppress(InputError):  # damaged
         about = load_tensors(head)[1]
-    if about.get("identity") != identity:
+    theirs = about.get("identity") or dict.fromkeys(identity)
+    if other := [part for part in theirs if part in identity and part != "model" and theirs[part] != identity[part]]:
         held = ", ".join(f"{key} {about.get(key, 'unknown')}" for key in ("model", "data"))
-        raise InputError(f"{existing[0]} holds finished embeddings of other rows or another model ({held}); "
+        raise InputError(f"{existing[0]} holds finished embeddings of other {' and '.join(other)} ({held}); "
                          "move it away, or replace it with --overwrite")
     return all(path.exists() and digest_of(path) == about["files"].get(path.name) for path in outputs)
 
@@ -2151,7 +2195,7 @@ def export_reward_model(folder, model_name, V, w=None, about=None, conversations
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as classes
     V, folder = check_matrix(V, "V", len(load_reward_head(model_name))).cpu(), Path(folder)
     head = V if w is None else V @ check_matrix(torch.as_tensor(w).reshape(-1, 1), "w", V.shape[1], 1).cpu()
-    config = load_json(_checkpoint_file(model_name, "config.json") or Path(model_name, "config.json"), "model_type")
+    config = load_json(_checkpoint_folder(model_name, "config.json") / "config.json", "model_type")
     if "auto_map" in config or config["model_type"] not in classes:
         raise InputError(f"model {model_name}: needs code of its own (trust_remote_code), which servers and trainers "
                          "do not run; take one that transformers has as a sequence classifier")
@@ -2193,28 +2237,27 @@ def _write_checkpoint(folder, model_name, tokenizer, pad_name, head):
     its shards, linked, or written anew where one held the old head; the new head in one of its own."""
     from shutil import copyfile
     settings = "tokenizer_config.json", "special_tokens_map.json"
-    for name in {*tokenizer.vocab_files_names.values(), *settings, "tokenizer.json", "added_tokens.json",
-                 "chat_template.jinja", "chat_template.json"}:
-        if path := _checkpoint_file(model_name, name):
-            copyfile(path, folder / name)
-            if name in settings:
-                save_json(folder / name, load_json(path) | {"pad_token": pad_name})
-    shards = _shard_of_tensor(model_name)
+    names = {*tokenizer.vocab_files_names.values(), *settings, "tokenizer.json", "added_tokens.json",
+             "chat_template.jinja", "chat_template.json"}
+    shards, source = _shard_of_tensor(model_name), _checkpoint_folder(model_name, "*.safetensors", *names)
+    for name in filter(lambda name: (source / name).exists(), names):
+        copyfile(source / name, folder / name)
+        if name in settings:
+            save_json(folder / name, load_json(source / name) | {"pad_token": pad_name})
     old, = (name for name in shards if name.endswith("score.weight"))
     files = [*sorted({file for name, file in shards.items() if name != old}), None]  # None: the new head's
     paths = [folder / f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
     for file, path in zip(files, paths):
-        source = file and os.path.realpath(_checkpoint_file(model_name, file))  # the hub's cache holds links
         if file in (shards[old], None):
-            tensors = {name: tensor for name, tensor in load_tensors(source)[0].items() if name != old} if file else {
+            tensors = {name: tensor for name, tensor in load_tensors(source / file)[0].items() if name != old} if file else {
                 old: head.T.contiguous()}
             with atomic_write(path) as new:
                 new.write(safetensors.torch.save(tensors, {"format": "pt"}))
             continue
         try:
-            os.link(source, path)
+            os.link((source / file).resolve(), path)  # the hub's cache holds links
         except OSError:  # another disk
-            copyfile(source, path)
+            copyfile(source / file, path)
     file_of = dict(zip(files, (path.name for path in paths)))
     save_json(folder / "model.safetensors.index.json", {
         "metadata": {"total_size": sum(path.stat().st_size for path in paths)},
@@ -2260,7 +2303,6 @@ def personal_reward(model_name, V, weights, device=None, **options):
     """A reward as TRL's trainers call it: reward(prompts, completions, user=[..], **columns) -> list of float.
     V: `[d, K]`; weights: a dict, user -> w `[K]`; options: of `embed_conversations`. Prompts and completions are texts
     or lists of messages. Raises InputError, also when called: a user without weights."""
-    from unittest.mock import patch
     model, tokenizer = load_reward_model(model_name, device)
     V = check_matrix(V, "V", model.config.hidden_size).cpu()
     W = {user: check_matrix(torch.as_tensor(w)[None], f"weights of {user}", 1, V.shape[1]).cpu()
@@ -2271,8 +2313,7 @@ def personal_reward(model_name, V, weights, device=None, **options):
             raise InputError(f"user {unknown!r}: no weights; fit them from this user's choices with fit_new_user, and "
                              "give them to personal_reward")
         conversations = [as_messages("user", p) + as_messages("assistant", c) for p, c in zip(prompts, completions)]
-        with patch.dict(os.environ, WORLD_SIZE="1", RANK="0"):  # each process of a trainer has conversations of its own
-            phi = embed_conversations(conversations, model, tokenizer, **options).float()
+        phi = embed_conversations(conversations, model, tokenizer, **options).float()
         return (phi @ V * torch.cat([W[one] for one in user])).sum(1).tolist()
     return personal_reward
 

@@ -27,8 +27,7 @@ import prism
 MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"
 DATASET = "allenai/reward-bench-2"
 SUBSETS = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
-ATTENTION = "sdpa"  # computes a prompt once for all answers; flash_attention_2 cannot. None: flash where installed
-TOKEN_BUDGET = 8192  # tokens in a batch
+TOKEN_BUDGET = None  # tokens in a batch; None: as the device takes
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -55,7 +54,7 @@ def arguments():
     parser.add_argument("--subset", metavar="NAME", help=f"one of {', '.join(SUBSETS)}")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
     parser.add_argument("--data", type=Path, metavar="DIR", help="a folder with a local copy")
-    parser.add_argument("--batch_size", type=int, help="prompts, each with its answers, in a batch (default: as fit)")
+    parser.add_argument("--batch_size", type=int, help="answers in a batch (default: as fit)")
     parser.add_argument("--max_length", type=int, help="truncate conversations to so many tokens")
     parser.add_argument("--truncation_side", choices=("left", "right"), default="left")
     parser.add_argument("--device", help="default: the GPU, else the CPU")
@@ -237,7 +236,7 @@ def main():
         check_gpu(MODEL_NAME)
     args.model = args.model or MODEL_NAME
     rows = read_benchmark(args)
-    model, tokenizer = load_reward_model(args.model, args.device, attention=ATTENTION, tokenizer_name=args.tokenizer,
+    model, tokenizer = load_reward_model(args.model, args.device, tokenizer_name=args.tokenizer,
                                          dtype=getattr(torch, args.dtype) if args.dtype else None,
                                          trust_remote_code=args.trust_remote_code)
     heads, weights = read_heads(args, model.config.hidden_size)

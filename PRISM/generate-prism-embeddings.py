@@ -19,26 +19,26 @@ import prism
 
 # ---------------------------------------------------------------------------------------------------------------------
 MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"
-ATTENTION = "sdpa"  # computes a prompt once for all responses; flash_attention_2 cannot. None: flash where installed
-TOKEN_BUDGET = 8192  # tokens in a batch
+TOKEN_BUDGET = None  # tokens in a batch; None: as the device takes
 SHARD_SIZE = 1024  # conversations per file of the cache, the most that an interruption loses
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def embed(rows, args):
-    """Add the embeddings to every row, bfloat16, and the format of its pairs."""
-    numbers = {}
+    """Add the embeddings to every row, bfloat16, and the format of its pairs; returns what they depend on."""
+    numbers, about = {}, {}
     for row in rows:
         for conversation in prism.conversations_of(row):
             numbers.setdefault(json.dumps(conversation), len(numbers))
     print(f"{len(numbers):,} distinct conversations to embed")
-    model, tokenizer = load_reward_model(args.model, attention=ATTENTION)
+    model, tokenizer = load_reward_model(args.model)
     embeddings = embed_conversations([json.loads(text) for text in numbers], model, tokenizer,
-                                     args.dir / ".embedding_cache", TOKEN_BUDGET, SHARD_SIZE).bfloat16()
+                                     args.dir / ".embedding_cache", TOKEN_BUDGET, SHARD_SIZE, about=about).bfloat16()
     for row in rows:
         chosen, *rejected = (numbers[json.dumps(conversation)] for conversation in prism.conversations_of(row))
         row["extra_info"].update(chosen_conv_embedding=embeddings[chosen].clone(),
                                  rejected_conv_embedding=embeddings[rejected], pair_format=prism.PAIR_FORMAT)
+    return about
 
 
 def main():
@@ -52,17 +52,17 @@ def main():
         check_gpu(MODEL_NAME)
     head = load_reward_head(args.model)
     outputs = [args.dir / name for name in prism.FILES]
-    identity = {"model": "stand-in" if split["demo"] else args.model, "reward_head": digest_of(head.tolist()),
-                "data": split["rows"]}
+    identity = {"model": "stand-in" if split["demo"] else args.model, "data": split["rows"],
+                "reward_head": digest_of(head.tolist()), **model_identity(args.model, args.dir / ".embedding_cache")}
     if embeddings_are_finished(outputs, identity, args.overwrite):
         print(f"these embeddings are finished already, in {args.dir}; next: python train_basis.py")
         return
 
-    embed([row for name in rows for row in rows[name]], args)
+    about = embed([row for name in rows for row in rows[name]], args)
     if process_rank() > 0:
         return
     with new_embeddings(args.dir, head, identity, model=identity["model"], data=split["data"],
-                        demo=split["demo"]) as folder:
+                        demo=split["demo"], embedding=about) as folder:
         for path, name in zip(outputs, rows):
             save_torch(folder / path.name, rows[name])
     for path, name in zip(outputs, rows):

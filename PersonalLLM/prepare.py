@@ -20,8 +20,7 @@ import personalllm
 
 # ---------------------------------------------------------------------------------------------------------------------
 MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"
-ATTENTION = "sdpa"  # computes a prompt once for all responses; flash_attention_2 cannot. None: flash where installed
-TOKEN_BUDGET = 8192  # tokens in a batch
+TOKEN_BUDGET = None  # tokens in a batch; None: as the device takes
 SHARD_SIZE = 1024  # responses per file of the cache, the most that an interruption loses
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -40,13 +39,14 @@ def read(args):
 
 
 def embed(splits, args):
-    """The embeddings of each split, bfloat16 `[8 * prompts, d]`: split -> slice of one matrix."""
+    """The embeddings of each split, bfloat16 `[8 * prompts, d]`: split -> slice of one matrix; what they depend on."""
+    about = {}
     conversations = {split: personalllm.conversations_of(*texts) for split, (*texts, _) in splits.items()}
     print(f"{sum(map(len, conversations.values())):,} responses to embed")
-    model, tokenizer = load_reward_model(args.model, attention=ATTENTION)
+    model, tokenizer = load_reward_model(args.model)
     embeddings = embed_conversations(sum(conversations.values(), []), model, tokenizer, args.dir / ".embedding_cache",
-                                     TOKEN_BUDGET, SHARD_SIZE, dtype=torch.bfloat16)
-    return dict(zip(conversations, embeddings.split([len(part) for part in conversations.values()])))
+                                     TOKEN_BUDGET, SHARD_SIZE, dtype=torch.bfloat16, about=about)
+    return dict(zip(conversations, embeddings.split([len(part) for part in conversations.values()]))), about
 
 
 def main():
@@ -55,16 +55,17 @@ def main():
     head = load_reward_head(args.model)
     outputs = [args.dir / name for name in personalllm.FILES]
     identity = {"model": "stand-in" if args.demo else args.model, "reward_head": digest_of(head.tolist()),
-                "data": digest_of([(*texts, scores.tolist()) for *texts, scores in splits.values()])}
+                "data": digest_of([(*texts, scores.tolist()) for *texts, scores in splits.values()]),
+                **model_identity(args.model, args.dir / ".embedding_cache")}
     if embeddings_are_finished(outputs, identity, args.overwrite):
         print(f"these embeddings are finished already, in {args.dir}; next: python train_basis.py")
         return
 
-    embeddings = embed(splits, args)
+    embeddings, about = embed(splits, args)
     if process_rank() > 0:
         return
     with new_embeddings(args.dir, head, identity, model=identity["model"], data=args.label or personalllm.DATASET,
-                        demo=args.demo) as folder:
+                        demo=args.demo, embedding=about) as folder:
         for path, (split, (_, _, scores)) in zip(outputs, splits.items()):
             save_tensors(folder / path.name, {"embeddings": embeddings[split], "scores": scores},
                          scorers=personalllm.SCORERS)

@@ -24,8 +24,7 @@ import tldr
 
 # ---------------------------------------------------------------------------------------------------------------------
 MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"
-ATTENTION = "sdpa"  # computes a post once for all its summaries; flash_attention_2 cannot. None: flash where installed
-TOKEN_BUDGET = 8192  # tokens in a batch
+TOKEN_BUDGET = None  # tokens in a batch; None: as the device takes
 SHARD_SIZE = 1024  # summaries per file of the cache, the most that an interruption loses
 test_share = 0.2  # of the prompts of own data in one file without a split, for validation
 test_seed = 0  # of the draw of these prompts
@@ -49,8 +48,9 @@ def read(args):
 
 
 def embed(splits, args):
-    """Add to every comparison of both splits its embeddings, one bfloat16 tensor per distinct (post, summary)."""
-    numbers, conversations = {}, []
+    """Add to every comparison of both splits its embeddings, one bfloat16 tensor per distinct (post, summary); returns
+    what they depend on."""
+    numbers, conversations, about = {}, [], {}
     pairs = [pair for by_worker in splits for comparisons in by_worker.values() for pair in comparisons]
 
     def key(pair, side):  # lists of messages as JSON, which can be looked up
@@ -62,12 +62,13 @@ def embed(splits, args):
             if numbers.setdefault(key(pair, side), len(conversations)) == len(conversations):
                 conversations.append(tldr.conversation(pair["text"], pair[f"{side}_summary"]))
     print(f"{2 * len(pairs):,} summaries to embed, {len(conversations):,} distinct ones")
-    model, tokenizer = load_reward_model(args.model, attention=ATTENTION)
-    embeddings = embed_conversations(conversations, model, tokenizer,
-                                     args.dir / ".embedding_cache", TOKEN_BUDGET, SHARD_SIZE)
+    model, tokenizer = load_reward_model(args.model)
+    embeddings = embed_conversations(conversations, model, tokenizer, args.dir / ".embedding_cache", TOKEN_BUDGET,
+                                     SHARD_SIZE, about=about)
     vectors = [vector.clone() for vector in embeddings.bfloat16()]  # each with memory of its own, as pickled
     for pair in pairs:
         pair["embeddings"] = {side: [vectors[numbers[key(pair, side)]]] for side in tldr.SIDES}
+    return about
 
 
 def main():
@@ -75,17 +76,17 @@ def main():
     own, splits = read(args)
     head = load_reward_head(args.model)
     outputs = [args.dir / name for name in tldr.FILES]
-    identity = {"model": "stand-in" if args.demo else args.model, "reward_head": digest_of(head.tolist()),
-                "data": digest_of(splits)}
+    identity = {"model": "stand-in" if args.demo else args.model, "data": digest_of(splits),
+                "reward_head": digest_of(head.tolist()), **model_identity(args.model, args.dir / ".embedding_cache")}
     if embeddings_are_finished(outputs, identity, args.overwrite):
         print(f"these embeddings are finished already, in {args.dir}; next: python train_basis.py")
         return
 
-    embed(splits, args)
+    about = embed(splits, args)
     if process_rank() > 0:
         return
     with new_embeddings(args.dir, head, identity, model=identity["model"], data=args.label or tldr.DATASET,
-                        demo=args.demo, own=own) as folder:
+                        demo=args.demo, own=own, embedding=about) as folder:
         for path, by_worker in zip(outputs, splits):
             with atomic_write(folder / path.name) as file:
                 pickle.dump(by_worker, file, protocol=4)

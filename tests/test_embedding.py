@@ -2,18 +2,22 @@
 
 import json
 import math
+import os
+import random
 import shutil
+import time
 
 import numpy as np
 import pytest
 import torch
-from demos import build_model
-from helpers import input_error
+import transformers
+from demos import build_model, start_code
+from helpers import ROOT, fresh_process, input_error, outcome
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, MistralConfig, MistralModel
+from transformers import AutoModelForSequenceClassification
 
 import utils
-from utils import (embed_conversations, load_released_reference, load_reward_head, load_reward_model,
+from utils import (embed_conversations, load_released_reference, load_reward_head, load_reward_model, model_identity,
                    tokenize_conversations)
 
 
@@ -77,57 +81,67 @@ def test_bfloat16_embeddings_point_the_same_way(checkpoint):
     assert torch.nn.functional.cosine_similarity(embeddings.float(), expected).min() > 0.999
 
 
-@pytest.mark.parametrize("attention", ["eager", "flash_attention_2"])
-def test_other_attention_implementations_give_the_same(checkpoint, reward_model, attention):
-    model, tokenizer = load_reward_model(str(checkpoint), device="cpu", attention="eager")
-    if attention == "flash_attention_2":  # its masks, which do not share prompts, under an attention that runs here
-        object.__setattr__(model.config, "_attn_implementation", "flash_attention_2")
-        masks = []
-        forward = model.forward
-
-        def watched(**inputs):
-            masks.append(inputs["attention_mask"])
-            object.__setattr__(model.config, "_attn_implementation", "eager")
-            out = forward(**inputs)
-            object.__setattr__(model.config, "_attn_implementation", "flash_attention_2")
-            return out
-
-        model.forward = watched
-    conversations = ragged_conversations()
-    embeddings = embed_conversations(conversations, model, tokenizer)
-    assert (embeddings - one_at_a_time(conversations, *reward_model)).abs().max() < 1e-5
-    if attention == "flash_attention_2":
-        assert all(mask.ndim == 2 for mask in masks)
-
-
-def test_a_shared_prompt_is_computed_once(reward_model):
-    model, tokenizer = reward_model
-    prompt = "A long story about a fence. " * 20
-    conversations = [conversation(prompt, answer) for answer in ("yes", "no", "move the fence", "yes")]
-    lengths = [len(ids) for ids in tokenize_conversations(conversations[:3], tokenizer)]
+def tokens_through(model, call):
+    """How many tokens, padding among them, go through the model while `call()` runs."""
     seen = []
-    hook = model.embed_tokens.register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0].numel()))
+    table = model.get_input_embeddings()
+    hook = table.register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0].numel()))
     try:
-        embed_conversations(conversations, model, tokenizer)
+        call()
     finally:
         hook.remove()
-    assert sum(seen) < lengths[0] + 60 < sum(lengths)
+    return sum(seen)
 
 
-def test_batch_beyond_the_gpus_memory_is_halved_down_to_single_responses(reward_model, monkeypatch):
-    forward, tried = utils._forward, []
+def prefixes(sequences):
+    """How many tokens are left when every token behind the same tokens is counted once."""
+    return len({tuple(ids[:end]) for ids in sequences for end in range(1, len(ids) + 1)})
 
-    def small_gpu(model, rows):
-        tried.append(sum(len(row.members) for row in rows))
-        if tried[-1] > 1:
-            raise torch.cuda.OutOfMemoryError
-        return forward(model, rows)
 
-    monkeypatch.setattr(utils, "_forward", small_gpu)
-    conversations = ragged_conversations()
-    embeddings = embed_conversations(conversations, *reward_model)
-    assert max(tried) > 3 and 1 in tried
+@pytest.mark.parametrize("attention, way", [("eager", "rows"), ("flash_attention_2", "shared"), ("sdpa", "shared")])
+def test_other_attention_implementations_give_the_same(checkpoint, reward_model, attention, way):
+    model, tokenizer = load_reward_model(str(checkpoint), device="cpu", attention=attention)
+    conversations, about = ragged_conversations(), {}
+    embeddings = embed_conversations(conversations, model, tokenizer, about=about)
     assert (embeddings - one_at_a_time(conversations, *reward_model)).abs().max() < 1e-5
+    assert about["way"] == way
+
+
+@pytest.mark.parametrize("budget", [None, 400])
+def test_what_conversations_begin_with_is_computed_once(reward_model, budget):
+    """Answers behind one post, and turns that repeat the dialogue before them, in batches that hold a family."""
+    model, tokenizer = reward_model
+    conversations = [conversation(f"A long story about fence {post}. " * 8, answer) for post in range(6)
+                     for answer in ("yes", "no", "move the fence", "yes", "yes we do")]
+    dialogue = [*conversation("hello", "there"), *conversation("why?", "because of it"), *conversation("so?", "so")]
+    conversations += [dialogue[:2], dialogue[:4], dialogue, [*dialogue[:5], {"role": "assistant", "content": "no"}]]
+    embed_conversations(conversations, model, tokenizer)  # the proof, once
+    computed = tokens_through(model, lambda: embed_conversations(conversations, model, tokenizer, token_budget=budget))
+    sequences = tokenize_conversations(conversations, tokenizer)
+    assert computed <= (1 if budget is None else 1.05) * prefixes(sequences) < sum(map(len, sequences)) / 2
+
+
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError(), RuntimeError("error: CUBLAS_STATUS_ALLOC_FAILED")])
+def test_a_batch_beyond_the_gpus_memory_is_halved_and_stays_so(reward_model, monkeypatch, error):
+    forward, failed, done = utils._forward, [], []
+
+    def small_gpu(model, ids, shared=None):
+        size = sum(map(len, ids))
+        if len(ids) > 1 and size > 250:
+            failed.append(len(done))
+            raise error
+        done.append(size)
+        return forward(model, ids, shared)
+
+    conversations = ragged_conversations()
+    expected = embed_conversations(conversations, *reward_model)
+    monkeypatch.setattr(utils, "_forward", small_gpu)
+    embeddings = embed_conversations(conversations, *reward_model, shard_size=4)
+    assert 0 < len(failed) < 8 and len(done) > 8 and max(failed) < len(done) / 2
+    assert (embeddings - expected).abs().max() < 1e-5
+    monkeypatch.setattr(utils, "_forward", lambda *arguments: forward(None))  # an error of another kind is not hidden
+    with pytest.raises(TypeError):
+        embed_conversations(conversations, *reward_model)
 
 
 def test_special_tokens_stand_once(reward_model):
@@ -203,6 +217,8 @@ def test_model_in_another_format_than_safetensors_loads(checkpoint, reward_model
     model, _ = load_reward_model(str(folder), device="cpu")
     for found, expected in zip(model.parameters(), reward_model[0].parameters(), strict=True):
         assert torch.equal(found, expected)
+    expected = embed_conversations(ragged_conversations(2), *reward_model)
+    assert torch.equal(embed_conversations(ragged_conversations(2), model, reward_model[1]), expected)
 
 
 @pytest.mark.parametrize("options", [{"max_length": 0}, {"max_length": -3}, {"batch_size": 0}, {"token_budget": 0},
@@ -279,31 +295,6 @@ def test_a_retrained_model_does_not_hit_the_cache(reward_model, checkpoint, tmp_
     assert cached(conversations, load_reward_model(str(checkpoint), device="cpu"), tmp_path)[1] == 0
 
 
-def test_sliding_window_is_kept_where_a_prompt_is_shared():
-    torch.manual_seed(0)
-    config = MistralConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                           num_attention_heads=2, num_key_value_heads=1, sliding_window=8, max_position_embeddings=512)
-    model, chance = MistralModel(config).eval(), np.random.default_rng(0)
-    prompt = chance.integers(300, size=40).tolist()
-    tokens = [prompt + chance.integers(300, size=n).tolist() for n in (5, 9, 3)]
-
-    class Tokenizer:
-        chat_template = "numbers"
-
-        def apply_chat_template(self, conversation, **options):
-            return conversation[-1]["content"]
-
-        def __call__(self, texts, **options):
-            return {"input_ids": [tokens[int(text)] for text in texts]}
-
-    conversations = [[{"role": "user", "content": "the same"}, {"role": "assistant", "content": str(i)}]
-                     for i in range(3)]
-    embeddings = embed_conversations(conversations, model, Tokenizer())
-    with torch.no_grad():
-        expected = torch.cat([model(torch.tensor([ids])).last_hidden_state[:, -1] for ids in tokens])
-    assert (embeddings - expected).abs().max() < 1e-5
-
-
 def test_damaged_shard_is_made_again(reward_model, tmp_path):
     conversations = ragged_conversations(4)
     embeddings, _ = cached(conversations, reward_model, tmp_path)
@@ -322,8 +313,8 @@ def test_shard_without_usable_embeddings_is_made_again(reward_model, tmp_path, s
     embeddings, _ = cached(conversations, reward_model, tmp_path)
     shard = next(tmp_path.glob("*/*.safetensors"))
     whole = shard.read_bytes()
-    about = utils.load_tensors(shard)[1]
-    utils.save_tensors(shard, {name: tensor[:len(about["keys"])] for name, tensor in spoilt.items()}, **about)
+    count = len(utils.load_tensors(shard)[0]["embeddings"])
+    utils.save_tensors(shard, {name: tensor[:count] for name, tensor in spoilt.items()})
     again, forwards = cached(conversations, reward_model, tmp_path)
     assert forwards == 1 and torch.equal(again, embeddings) and shard.read_bytes() == whole
 
@@ -334,7 +325,7 @@ def test_conversation_whose_embedding_is_not_finite_is_named(checkpoint, tmp_pat
     conversations = ragged_conversations(2)
     with input_error("NaN or infinite", repr(conversations[0][0]["content"][:60])[1:-1]):
         embed_conversations(conversations[:1], model, tokenizer, cache_dir=tmp_path)
-    assert not list(tmp_path.glob("*/*"))
+    assert not list(tmp_path.glob("*/*.safetensors"))
 
 
 def test_repeated_conversations_have_equal_rows_in_their_places(reward_model):
@@ -355,10 +346,296 @@ def test_embeddings_that_another_process_did_not_make_are_missed(reward_model, t
     model, tokenizer = reward_model
     monkeypatch.setattr(utils, "process_count", lambda: 2)
     monkeypatch.setattr(utils.dist, "barrier", lambda: None)
-    with input_error("cache_dir"):
-        embed_conversations(ragged_conversations(3), model, tokenizer)
+    embeddings = embed_conversations(ragged_conversations(3), model, tokenizer)  # each process all, without a folder
+    assert (embeddings - one_at_a_time(ragged_conversations(3), model, tokenizer)).abs().max() < 1e-5
     with input_error(str(tmp_path), "other processes"):
         embed_conversations(ragged_conversations(), model, tokenizer, cache_dir=tmp_path, shard_size=4)
     monkeypatch.undo()  # one process alone completes what is there
     embeddings = embed_conversations(ragged_conversations(), model, tokenizer, cache_dir=tmp_path, shard_size=4)
     assert (embeddings - one_at_a_time(ragged_conversations(), model, tokenizer)).abs().max() < 1e-5
+
+
+# ---- What a model's own scores say ----------------------------------------------------------------------------------
+
+
+SMALL = dict(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0)
+LLAMA = dict(SMALL, intermediate_size=48, num_key_value_heads=1, max_position_embeddings=512)
+GEMMA = dict(LLAMA, head_dim=16, sliding_window=400)
+ARCHITECTURES = {  # name -> its configuration and how its states are to be computed
+    "Llama": (LLAMA, "shared"),
+    "Mistral, its window shorter than the text": (dict(LLAMA, sliding_window=8), "rows"),
+    "Mistral, its window longer": (dict(LLAMA, sliding_window=400), "shared"),
+    "Gemma2, soft caps": (dict(GEMMA, attn_logit_softcapping=0.5), "rows"),
+    "Gemma3, settings nested under text_config": (dict(text_config=GEMMA, vision_config=dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)), "shared"),
+    "Phi3, rope that depends on the batch": (dict(LLAMA, original_max_position_embeddings=40, rope_scaling={
+        "type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}), "alone"),
+    "Jamba, recurrent": (dict(LLAMA, attn_layer_period=2, attn_layer_offset=1, num_experts=2, mamba_d_state=4,
+                              mamba_d_conv=2, use_mamba_kernels=False), "rows"),
+    "GPTNeo, local attention": (dict(vocab_size=300, hidden_size=32, num_layers=2, num_heads=2, window_size=8,
+                                     attention_types=[[["global", "local"], 1]]), "rows"),
+    "Bloom, ALiBi and no limit": (dict(vocab_size=300, hidden_size=32, n_layer=2, n_head=2), "rows"),
+    "Falcon, ALiBi": (dict(SMALL, alibi=True, multi_query=False, parallel_attn=False), "rows"),
+    "GPT2": (dict(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=512), "shared"),
+    "OPT, states of another width": (dict(SMALL, ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False,
+                                          max_position_embeddings=512), None)}
+
+
+class Numbers:
+    """A tokenizer of conversations that are numbers of prepared sequences."""
+    chat_template = "numbers"
+
+    def __init__(self, sequences):
+        self.sequences = sequences
+
+    def apply_chat_template(self, conversation, **options):
+        return conversation[-1]["content"]
+
+    def __call__(self, texts, **options):
+        return {"input_ids": [self.sequences[int(text)] for text in texts]}
+
+    def conversations(self):
+        return [conversation("the same", str(n)) for n in range(len(self.sequences))]
+
+
+def answers_behind_prompts(lengths=(40, 25, 3), answers=(5, 9, 3, 14), seed=0):
+    chance = np.random.default_rng(seed)
+    prompts = [chance.integers(3, 300, size=n).tolist() for n in lengths]
+    return Numbers([prompt + chance.integers(3, 300, size=n).tolist() for prompt in prompts for n in answers])
+
+
+def random_checkpoint(folder, name, settings, weights=AutoModelForSequenceClassification):
+    config = getattr(transformers, f"{name.split(',')[0]}Config", None)
+    if config is None:
+        pytest.skip("not in this version of transformers")
+    torch.manual_seed(0)
+    config = config(**settings)
+    config.num_labels = 1
+    model = weights.from_config(config)
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def loaded(folder):
+    """The backbone of a checkpoint that has no tokenizer, as load_reward_model would give it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *arguments, **options: Numbers([]))
+        return load_reward_model(folder, device="cpu")[0]
+
+
+def last_states(model, sequences):
+    with torch.no_grad():
+        return torch.cat([model(input_ids=torch.tensor([ids])).last_hidden_state[:, -1] for ids in sequences])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_models_states_come_out_as_one_by_one_however_it_attends(name, tmp_path, capsys):
+    settings, way = ARCHITECTURES[name]
+    model, tokenizer, about = loaded(random_checkpoint(tmp_path, name, settings)), answers_behind_prompts(), {}
+    embeddings = embed_conversations(tokenizer.conversations(), model, tokenizer, token_budget=300, about=about)
+    expected = last_states(model, tokenizer.sequences)
+    assert expected.std() > 0.1 and (embeddings - expected).abs().max() < 1e-5
+    assert way in (about["way"], None) and about["score"] < 1e-5
+    assert len(capsys.readouterr().out.splitlines()) == (about["way"] != "shared")
+
+
+def test_one_conversation_proves_sharing_for_those_to_come(tmp_path):
+    name = "Mistral, its window shorter than the text"
+    model, tokenizer = loaded(random_checkpoint(tmp_path, name, ARCHITECTURES[name][0])), answers_behind_prompts()
+    found = [embed_conversations(part, model, tokenizer) for conversations in [tokenizer.conversations()]
+             for part in (conversations[3:4], conversations)]
+    assert (found[1] - last_states(model, tokenizer.sequences)).abs().max() < 1e-5
+
+
+def test_a_proof_is_made_once_a_cache_and_for_longer_texts_again(reward_model, checkpoint, tmp_path, monkeypatch):
+    made, proof = [], utils._proof
+    monkeypatch.setattr(utils, "_proof", lambda model, sequences: made.append(1) or proof(model, sequences))
+    conversations, tokenizer = [*ragged_conversations(4), conversation("a longer one " * 99, "yes")], reward_model[1]
+    for some in (conversations[:-1], conversations[:-1], conversations[1:-1], conversations):
+        model, _ = load_reward_model(str(checkpoint), device="cpu")
+        embed_conversations(some, model, tokenizer, cache_dir=tmp_path)
+        embed_conversations(some[:1], model, tokenizer, cache_dir=tmp_path)
+    assert len(made) == 2
+
+
+def test_a_model_whose_own_score_is_another_is_refused(reward_model, monkeypatch, checkpoint):
+    model, tokenizer = load_reward_model(str(checkpoint), device="cpu")
+    forward = transformers.LlamaForSequenceClassification.forward
+
+    def biased(*arguments, **options):
+        found = forward(*arguments, **options)
+        found.logits = found.logits + 1
+        return found
+
+    monkeypatch.setattr(transformers.LlamaForSequenceClassification, "forward", biased)
+    with input_error(str(checkpoint), "score", "head"):
+        embed_conversations(ragged_conversations(2), model, tokenizer)
+
+
+def test_a_pad_token_that_ends_the_template_leaves_phi_the_last_tokens(checkpoint, reward_model, tmp_path, capsys):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["pad_token_id"] = reward_model[1].convert_tokens_to_ids("<|eot_id|>")
+    (folder / "config.json").write_text(json.dumps(config))
+    conversations = ragged_conversations(3)
+    embeddings = embed_conversations(conversations, *load_reward_model(str(folder), device="cpu"))
+    line, = capsys.readouterr().out.splitlines()
+    assert "pad token" in line and (embeddings - one_at_a_time(conversations, *reward_model)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("rename", [lambda name: f"module.{name}", lambda name: f"_orig_mod.{name}",
+                                    lambda name: name.replace("layers.1.mlp.up", "elsewhere")])
+def test_a_backbone_whose_weights_are_not_all_there_is_refused(checkpoint, tmp_path, rename):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    tensors = {rename(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with input_error(str(folder), "weights"):
+        load_reward_model(str(folder), device="cpu")
+
+
+def test_embeddings_record_what_they_depend_on(reward_model):
+    about = {}
+    embed_conversations(ragged_conversations(2), *reward_model, token_budget=77, about=about)
+    assert json.loads(json.dumps(about)) == about
+    assert about.items() >= {"device": "cpu", "torch": torch.__version__, "attention": "sdpa", "dtype": "torch.float32",
+                             "token_budget": 77, "date": "2024-07-26", "way": "shared"}.items()
+    assert 0 <= about["shared"] < 1e-5 and 0 < about["rows"] < 1e-5
+
+
+# ---- Templates and tokens -------------------------------------------------------------------------------------------
+
+
+def test_pieces_between_special_tokens_give_the_tokens_of_the_whole_text(reward_model):
+    tokenizer = reward_model[1]
+    texts = ["", " ", "x", "  two  spaces\n\n", "a <|eot_id|> in the text", "<|eot_id|><|pad|>", "\u00e9t\u00e9", "123"]
+    conversations = [conversation(a, b) for a in texts for b in texts] * 5  # more than a chunk
+    found = tokenize_conversations(conversations, tokenizer)
+    for ids, messages in zip(found, conversations, strict=True):
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        assert ids == tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_a_tokenizer_that_sees_beyond_special_tokens_gets_whole_texts():
+    class Lengths:
+        chat_template, added_tokens_decoder = "", {0: transformers.AddedToken("|")}
+
+        def apply_chat_template(self, conversation, **options):
+            return "|".join(message["content"] for message in conversation)
+
+        def __call__(self, texts, **options):
+            return {"input_ids": [[len(text)] for text in texts]}
+
+    assert tokenize_conversations([conversation("hello", "you"), conversation("a", "b")], Lengths()) == [[9], [3]]
+
+
+def test_todays_date_and_the_template_named_default_are_the_ones(reward_model, checkpoint):
+    _, tokenizer = load_reward_model(str(checkpoint), device="cpu")
+    expected = tokenize_conversations([conversation("26 Jul 2024, 2024-07-26", "x")], tokenizer)
+    dates = "strftime_now('%d %b %Y') + ', ' + strftime_now(\"%Y-%m-%d\")"
+    shout = tokenizer.chat_template.replace("message['content']", dates, 1)
+    tokenizer.chat_template = {"default": "{% set m = messages %}" + shout, "tools": "{{ 1 }}"}
+    dated, = tokenize_conversations([conversation("x", "y")], tokenizer)
+    assert tokenizer.decode(dated).count("26 Jul 2024, 2024-07-26") == 2 and expected[0][:8] == dated[:8]
+    tokenizer.chat_template = {"tools": shout}
+    with input_error("default"):
+        tokenize_conversations([conversation("x", "y")], tokenizer)
+
+
+def test_a_token_outside_the_embedding_table_is_named(reward_model, checkpoint):
+    model, tokenizer = load_reward_model(str(checkpoint), device="cpu")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+    with input_error("new", str(len(tokenizer) - 1), str(model.config.vocab_size)):
+        embed_conversations([conversation("hi", "you"), conversation("<|new|>", "it is")], model, tokenizer)
+
+
+# ---- Which checkpoint it is -----------------------------------------------------------------------------------------
+
+
+def test_identity_is_of_the_contents_and_says_which_part_differs(checkpoint, tmp_path, monkeypatch):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    known = model_identity("model")
+    assert known == model_identity(folder) == model_identity(str(checkpoint)) and set(known) == {"weights", "tokenizer"}
+    templates = [path for path in (folder / "chat_template.jinja", folder / "tokenizer_config.json") if path.exists()]
+    templates[0].write_text(templates[0].read_text().replace("assistant", "critic"))
+    edited = model_identity("model")
+    assert edited["weights"] == known["weights"] and edited["tokenizer"] != known["tokenizer"]
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][7] += 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    retrained = model_identity("model")
+    assert retrained["weights"] != known["weights"] and retrained["tokenizer"] == edited["tokenizer"]
+
+
+def test_digests_of_files_are_remembered_until_the_files_change(checkpoint, tmp_path, monkeypatch):
+    read, digest_of, folder = [], utils.digest_of, shutil.copytree(checkpoint, tmp_path / "model")
+    monkeypatch.setattr(utils, "digest_of", lambda content: read.append(content) or digest_of(content))
+    first = model_identity(folder, tmp_path)
+    assert folder / "model.safetensors" in read
+    read.clear()
+    monkeypatch.setattr(utils, "_DIGESTS", {})  # another process
+    assert model_identity(folder, tmp_path) == first and folder / "model.safetensors" not in read
+    os.utime(folder / "model.safetensors")
+    assert model_identity(folder, tmp_path) == first and folder / "model.safetensors" in read
+
+
+def test_a_checkpoint_in_the_hubs_cache_is_found_offline_and_named_by_its_blobs(checkpoint, tmp_path):
+    repository = tmp_path / "hub" / "models--some--model"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    for folder in (repository / "blobs", repository / "refs", snapshot):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    for number, path in enumerate(sorted(checkpoint.iterdir())):
+        shutil.copy(path, repository / "blobs" / f"{number:064}")
+        (snapshot / path.name).symlink_to(repository / "blobs" / f"{number:064}")
+    status, out, err = outcome(fresh_process("""if True:
+        from utils import *
+        model, tokenizer = load_reward_model("some/model", device="cpu")
+        chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "there"}]
+        about, first = {}, model_identity("some/model", sys.argv[1])
+        states = embed_conversations([chat], model, tokenizer, cache_dir=sys.argv[1], about=about)
+        reward = float(states.float() @ load_reward_head("some/model"))
+        print(reward, about["score"], load_json(Path(sys.argv[1], "digests.json")))
+        try:
+            load_reward_head("some/other")
+        except InputError as error:
+            print(error)""", tmp_path, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1"))
+    assert status == 0, err
+    found, missing = out.splitlines()
+    whole = AutoModelForSequenceClassification.from_pretrained(checkpoint)
+    ids = torch.tensor(tokenize_conversations([conversation("hello", "there")], load_reward_model(str(checkpoint))[1]))
+    assert float(found.split()[0]) == pytest.approx(whole(ids).logits.item(), abs=1e-4) and "0" * 63 in found
+    assert "some/other" in missing
+
+
+# ---- A run that is killed -------------------------------------------------------------------------------------------
+
+
+def test_a_run_killed_at_any_moment_loses_at_most_a_shard(checkpoint, reward_model, tmp_path):
+    code = """if True:
+        import json, sys, utils
+        model, tokenizer = utils.load_reward_model(sys.argv[1], device="cpu")
+        utils.embed_conversations(json.load(open(sys.argv[2])), model, tokenizer, sys.argv[3], shard_size=8)"""
+    conversations = ragged_conversations(100)
+    (tmp_path / "texts.json").write_text(json.dumps(conversations))
+    chance, cache = random.Random(0), tmp_path / "cache"
+
+    def shards():
+        return {path: path.read_bytes() for path in cache.glob("*/*.safetensors")}
+
+    for _ in range(3):
+        before = shards()
+        run = start_code(code, ROOT, checkpoint, tmp_path / "texts.json", cache)
+        more = len(before) + chance.randrange(1, 9)
+        while run.running() and len(shards()) < more:
+            time.sleep(0.001)
+        run.kill()
+        assert before.items() <= shards().items()
+    done = sum(len(utils.load_tensors(path)[0]["embeddings"]) for path in shards())
+    assert done >= 8 * 3
+    embeddings = embed_conversations(conversations, *reward_model, cache_dir=cache, shard_size=8)
+    assert (embeddings - one_at_a_time(conversations, *reward_model)).abs().max() < 1e-5
+    assert before.items() <= shards().items()  # none was made again

@@ -187,7 +187,7 @@ def test_a_basis_names_its_model_its_data_and_its_settings(ran):
     for K in range(7):
         with safe_open(ran.folder / "results" / f"K_{K}.safetensors", "pt") as file:
             about = json.loads(file.metadata()["about"])
-        assert about["identity"] == identity and set(identity) == {"model", "reward_head", "data"}
+        assert about["identity"] == identity and set(identity) == {"model", "weights", "tokenizer", "reward_head", "data"}
         kept = min((fit for fit in ran.results["fits"] if fit["K"] == K), key=lambda fit: fit["training_loss"] or 0)
         assert (about["K"], about["alpha"], about["seed"]) == (K, 0, kept["seed"])
         assert about["config"]["model"] == "stand-in" and about["config"]["data"] == "Reddit TL;DR (synthetic demo)"
@@ -496,12 +496,16 @@ def test_models_without_a_usable_head_are_named(monkeypatch, capsys, ran, tmp_pa
     assert not list(tmp_path.glob("*.pkl"))
 
 
-def test_finished_embeddings_are_recognised_and_replaced_only_with_overwrite(monkeypatch, capsys, ran, embeddings):
+def test_finished_embeddings_are_recognised_and_replaced_only_with_overwrite(monkeypatch, capsys, ran, embeddings, tmp_path):
     call(monkeypatch, script("prepare"), "--demo", "--dir", embeddings)
     assert "finished already" in capsys.readouterr().out
-    before = content_of(embeddings)
-    options = ["--data", ran.data, "--model", ran.model, "--dir", embeddings]
-    refused(monkeypatch, capsys, script("prepare"), options, TRAIN, "stand-in", "--overwrite")
+    before, model = content_of(embeddings), shutil.copytree(ran.model, tmp_path / "edited")
+    options = ["--data", ran.data, "--model", model, "--dir", embeddings]
+    call(monkeypatch, script("prepare"), *options)  # the same model elsewhere
+    assert "finished already" in capsys.readouterr().out
+    template = next(path for path in (model / "chat_template.jinja", model / "tokenizer_config.json") if path.exists())
+    template.write_text(template.read_text().replace("|eot_id|", "|end_header_id|"))
+    refused(monkeypatch, capsys, script("prepare"), options, TRAIN, "of other tokenizer (", "stand-in", "--overwrite")
     assert content_of(embeddings) == before
     (embeddings / VALIDATION).write_bytes(before[VALIDATION][:-100])  # damaged ones are not finished
     shutil.copytree(ran.folder / ".embedding_cache", embeddings / ".embedding_cache")
@@ -512,6 +516,17 @@ def test_finished_embeddings_are_recognised_and_replaced_only_with_overwrite(mon
     assert sum(map(len, pickles_in(embeddings)[0].values())) == 40
     (embeddings / utils.HEAD_FILE).unlink()  # pickles of the released script come without
     refused(monkeypatch, capsys, script("prepare"), options, "--overwrite")
+
+
+def test_finished_embeddings_from_before_digests_of_the_model_stay_valid(monkeypatch, capsys, ran, embeddings):
+    tensors, about = utils.load_tensors(embeddings / utils.HEAD_FILE)
+    del about["identity"]["weights"], about["identity"]["tokenizer"], about["embedding"]
+    utils.save_tensors(embeddings / utils.HEAD_FILE, tensors, **about)
+    call(monkeypatch, script("prepare"), "--demo", "--dir", embeddings)
+    assert "finished already" in capsys.readouterr().out
+    about["identity"]["data"] = "1" * 64
+    utils.save_tensors(embeddings / utils.HEAD_FILE, tensors, **about)
+    refused(monkeypatch, capsys, script("prepare"), ["--demo", "--dir", embeddings], "of other data (")
 
 
 # ---- What train_basis.py reads, refuses and writes ------------------------------------------------------------------
