@@ -24,6 +24,7 @@ if loading := threading.current_thread() is threading.main_thread():  # seconds,
 
 import argparse
 import contextlib
+import csv
 import dataclasses
 import datetime
 import functools
@@ -102,7 +103,7 @@ def check_settings(**settings):
 def run_script(main):
     """Call a script's main(). What the reader can mend ends in one line on stderr and exit status 2, Ctrl-C in 130;
     under torchrun only the first process prints."""
-    if process_rank() > 0:
+    if process_rank() > 0 or sys.stdout is None:  # None: closed by the shell
         sys.stdout = open(os.devnull, "w")
     status = 2
     try:
@@ -284,7 +285,7 @@ def load_pickle(path, written_by="prepare.py"):
         except Exception as error:  # a damaged pickle raises nearly anything
             found = re.search(r"[^\n.]*(refused|GLOBAL|class|TorchScript)[^\n]*?(?=\.\s|\n|$)", str(error))
             if not found and "weights_only" not in str(error):
-                remedy = "it is truncated or no pickle; delete it and write it again"
+                remedy = "it is truncated or no pickle; write it again"
             reason = found[0] if found else (str(error) or type(error).__name__).split(". ")[0]
             raise InputError(f"{path}: {' '.join(reason.split())[:200]}; {remedy}") from None
 
@@ -774,6 +775,9 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+DATA_FILE = re.compile(r"^[^.].*\.(parquet|jsonl|csv|jsonl\.gz|csv\.gz)$")
+
+
 def split_files(folder, **words):
     """The files of each split in a folder, one .parquet, .jsonl(.gz), .csv(.gz) or its shards: split -> list of paths.
     words: for each split, the words of which its files' names hold one, whole (train-00000-of-00002.parquet).
@@ -781,7 +785,7 @@ def split_files(folder, **words):
     folder, found = Path(folder), {}
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give the one that holds the data")
-    paths = [p for p in sorted(folder.iterdir()) if re.search(r"^[^.].*\.(parquet|jsonl|csv|jsonl\.gz|csv\.gz)$", p.name)]
+    paths = [path for path in sorted(folder.iterdir()) if DATA_FILE.search(path.name)]
     holds = f"it holds {', '.join(p.name for p in paths) or 'no parquet, jsonl or csv file'}"
     for split, names in words.items():
         found[split] = [p for p in paths if set(names) & set(re.split(r"[\W\d_]+", p.name.lower()))]
@@ -798,25 +802,30 @@ def split_files(folder, **words):
 
 def read_rows(path):
     """The rows of a parquet, JSON lines or CSV file, as (where, row) pairs, a few in memory at a time.
-    Raises InputError that names file and row: no such file, damaged, a line that is no JSON."""
+    Raises InputError that names file and row: no such file, of another format, damaged, a line that is no JSON."""
     path, i = Path(path), 0
+    if not DATA_FILE.search(path.name):
+        raise InputError(f"{path}: not a .parquet, .jsonl or .csv file, the last two also .gz; write it as one of these")
     try:
         if path.suffix == ".parquet":
             import pyarrow.parquet
             rows = (row for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024) for row in batch.to_pylist())
-        elif ".csv" in path.suffixes:
-            chunks = pd.read_csv(path, dtype=str, keep_default_na=False, chunksize=1024)
-            rows = (row for chunk in chunks for row in chunk.to_dict("records"))
         else:
-            file = (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig")
+            file = (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="")
             rows = (json.loads(line) for line in file if line.strip())
+            if ".csv" in path.suffixes:
+                rows = csv.DictReader(file, strict=True)
+                if len(set(rows.fieldnames or ())) < len(rows.fieldnames or ()):
+                    raise ValueError(f"its header names a field twice: {rows.fieldnames}")
         for i, row in enumerate(rows, 1):
+            if isinstance(row, dict) and None in row:
+                raise ValueError(f"{len(row[None])} more fields than its header names")
             yield f"{path}, row {i}", row
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; give the folder that holds it with --data") from None
-    except (ValueError, OSError, EOFError, RecursionError, zlib.error) as error:  # pyarrow's errors are ValueErrors
-        raise InputError(f"{path}, row {i + 1}: cannot be read ({error}), so the file is cut short, or an error page; "
-                         "download or write it again") from None
+    except (ValueError, OSError, EOFError, RecursionError, zlib.error, csv.Error) as error:  # pyarrow's are ValueErrors
+        raise InputError(f"{path}, row {i + 1}: cannot be read ({error}), so the file is cut short, of another "
+                         "format or encoding, or an error page; download or write it again") from None
 
 
 def hub_rows(dataset, **options):
@@ -1541,7 +1550,7 @@ def evidence(fits, data, V_final, tossed=()):
     leaks = leaks_of(data.get("prompts"))
     verdict, named, lines = judgement(*zip(*judged)) if judged else ("no", best or entries[-1], [
         f"No: {_name(best or entries[-1])} is one reward for everybody, it has no user weights."])
-    lines += explanations(entries, named, verdict, leaks[UNSEEN_TEST])
+    lines += explanations(entries, named, verdict, leaks[UNSEEN_TEST], len(data["test_unseen"]))
     if collapsed := [entry for entry, of_row in zip(entries, rows.values()) if entry["K"] and all(
             (cosine_similarity(fit.V, V_final.to(fit.V), 0).abs() >= COLLAPSED).all() for fit in of_row)]:
         lines += [f"Collapsed onto the reward head, all columns within a cosine of {COLLAPSED}: {_name(*collapsed)}. "
@@ -1570,17 +1579,19 @@ def judgement(entries, parts):
                  f" that holds for all {rows} models at once, so is wider than those in the tables." if rows > 1 else ".")]
     if rows > 1:
         lines += [f"This is the largest personal part; by such intervals it is above 0 at {_name(*above) or 'no rank'}."]
-    if verdict == "undecided":  # an interval shrinks with the root of the number of users
+    if N < FEWEST_USERS:
+        lines += [f"{N} unseen users are too few to tell, at least {FEWEST_USERS} are needed."]
+    elif verdict == "undecided":  # an interval shrinks with the root of the number of users
         users = N * ((high[i] - low[i]) / 2 / max(mean[i], NOTHING - mean[i])) ** 2
-        lines += [f"About {max(N + 1, FEWEST_USERS, float(f'{users:.2g}')):,.0f} unseen users with as many pairs as "
+        lines += [f"About {max(N + 1, float(f'{users:.2g}')):,.0f} unseen users with as many pairs as "
                   f"these {N} would decide it."]
     return verdict, entries[i], lines
 
 
-def explanations(entries, named, verdict, leak):
-    """Lines on what is the same for everybody, and on what may only look like a preference. leak: a share or None."""
+def explanations(entries, named, verdict, leak, users):
+    """Lines on what is the same for everybody, and on what may only look like a preference. leak: a share or None; users: how many."""
     at, lines = {entry["K"]: entry for entry in entries if entry["alpha"] == named["alpha"]}, []
-    if 0 in at and (reference := at[0]["accuracy"][UNSEEN_TEST])["low"] <= 0.5:
+    if users >= FEWEST_USERS and 0 in at and (reference := at[0]["accuracy"][UNSEEN_TEST])["low"] <= 0.5:
         lines += [f"The reference is at chance (K = 0, {INTERVAL.format(**reference)}): either this vector is not the "
                   "model's reward head, or that head knows nothing of these choices."]
     if 0 in at and 1 in at:
@@ -1856,7 +1867,9 @@ def find_reward_head(folder, model_name, title, width, outputs):
             if digest_of(output) != about["files"].get(output.name):
                 raise InputError(f"{output}: not the file that {HEAD_FILE} was written with, but changed, or of another "
                                  "run; make the embeddings again")
-        head = tensors.get("reward_head", torch.zeros(0))
+        head, identity = tensors.get("reward_head", torch.zeros(0)), about.get("identity", {})
+        if identity.get("reward_head", wanted := digest_of(head.tolist())) != wanted:
+            raise InputError(f"{path}: its head is not the one that it names; make the embeddings again")
     else:
         head = load_reward_head(model_name)
     if len(width) > 1 or head.shape != (next(iter(width)), 1) or not torch.isfinite(head).all():
@@ -2013,7 +2026,8 @@ def report(results):
         f"{'as none was' if chosen['by'] == 'none' else 'that was'} chosen by held-out pairs. The basis was learnt from "
         f"{counts['train pairs']:,} pairs of {counts['seen users']} seen users; the weights of {counts['unseen users']} "
         f"unseen users from {counts['train unseen pairs']:,} of their pairs, tested on {counts['test unseen pairs']:,} "
-        "other pairs of theirs. K is the rank: ref (K = 0) the pretrained reward head, the reference; K = 1 one direction "
+        f"other pairs of theirs. {counts.get('pairs with equal sides', 0):,} pairs in all have two equal sides, and count as "
+        "wrong under every reward. K is the rank: ref (K = 0) the pretrained reward head, the reference; K = 1 one direction "
         "for everybody; from K = 2 on a basis that users mix. alpha penalises the distance to the head. Figures: shares "
         "of pairs predicted right, means over users and seeds, with 95 % intervals over users, for each row alone; p: "
         "Wilcoxon signed-rank test.",
@@ -2147,12 +2161,13 @@ def save_few_shot_curves(folder, curves, of_users, data, about, config, groups=N
     curves: what it returned; of_users: what it has extended; groups: what it was given. data, about: as for
     `save_results`. config: what the reader set, with K_list, alpha_list, num_shots, trials. The training's checkpoint
     in `folder` goes. Returns the table of accuracies on unseen prompts: a row per number of shots, a column per model."""
-    about, shots, of_shot = _about_run(data, about, config), config["num_shots"], "conversations" if groups else "pairs"
+    about, shots = _about_run(data, about, config), list(map(int, config["num_shots"]))
+    of_shot = "conversations" if groups else "pairs"
     has = [int(group.max()) + 1 for group in groups] if groups else list(map(len, data["train_unseen"]))
     reached = [float(np.minimum(has, n).mean()) for n in shots]
     note = f"\nfrom {min(has) + 1} {of_shot} on not every unseen user has so many" * (max(shots) > min(has))
     if note:
-        print(f"{note}: of {max(shots)} the mean user has {reached[-1]:.1f}")
+        print(f"{note}: of {max(shots)} the mean user has {max(reached):.1f}")
     names = "few_shot_train_mean", "few_shot_train_std", "unseen_mean", "unseen_std"
     by_shots = zip(*(np.reshape(curve, (-1, len(shots))).tolist() for curve in curves))
     found = [{"K": K, "alpha": alpha, **dict(zip(names, of_model))} for (alpha, K), of_model in
@@ -2166,7 +2181,7 @@ def save_few_shot_curves(folder, curves, of_users, data, about, config, groups=N
     x = f"{of_shot} per unseen user"
     points = [{**row, "row": row["setting"].replace(" Performance", ""), "column": f"alpha {row['alpha']:g}",
                "line": f"K = {row['K']}" if row["K"] else "ref", x: row["shots"]} for row in frame.to_dict("records")]
-    with together(folder, [FEW_SHOT_CHECKPOINT_FILE]) as new:
+    with together(folder, [FEW_SHOT_CHECKPOINT_FILE, "vary_questions.*"]) as new:
         save_json(new / "vary_fewshot.json", {**about, "shots_are": of_shot, "shots_of_the_mean_user": reached,
                                               "curves": found})
         save_text(new / "vary_fewshot.csv", once.to_csv(index=False))
@@ -2375,6 +2390,7 @@ def question_curves(questions, trials, alpha_list, K_list, data, V_final, device
     alpha, fit, questions, mean, low, high: means over seeds, then over users, with their 95 % intervals."""
     check_settings(num_questions=questions, K_list=K_list, alpha_list=alpha_list, seeds=seeds, trials=trials,
                    num_iterations=num_iterations)
+    questions = min(questions, max(map(len, data["train_unseen"])))
     members, found = [member for member in _members(K_list, alpha_list, seeds) if member.K > 1], {}
     fits = fit_basis(data["train"], members, V_final, num_iterations, 0.5, device=device) if members else []
     for member, (W, V, _) in zip(members, fits):

@@ -207,9 +207,13 @@ def read_heads(args, d_of_model):
     if args.user_weights is not None:
         weights = read_matrix(args.user_weights, ["W", "W_unseen"], "user weights")
         check_same_model(args.user_weights, args.model)
-    if weights is not None and weights.shape[1] != heads.shape[1]:
+    if weights is not None and (weights.shape[1] != heads.shape[1] or (weights < 0).any() or (
+            (weights.sum(1) - 1).abs() > 1e-2).any()):
         raise InputError(f"{args.user_weights}: weights of shape {tuple(weights.shape)} for {heads.shape[1]} columns; "
-                         "they should be [users, K]")
+                         "they should be [users, K], shares of 1 in each row")
+    fits = [load_tensors(path)[1] for path in (args.rm_head, args.user_weights) if path and path.suffix == ".safetensors"]
+    if len({json.dumps([about.get(key) for key in ("K", "alpha", "seed")]) for about in fits}) > 1:
+        raise InputError(f"{args.user_weights}: weights of another fit than {args.rm_head}; give the same file twice")
     return heads, weights
 
 

@@ -47,12 +47,13 @@ def main():
     parser.add_argument("--overwrite", action="store_true", help="replace finished embeddings of another model or data")
     args = parser.parse_args()
     rows, split = prism.load_split(args.dir / prism.SPLIT_FOLDER)
-    args.model = args.model or (str(args.dir / ".standin") if split["demo"] else split["model"])
+    standin = split["demo"] and args.model is None
+    args.model = args.model or (str(args.dir / ".standin") if standin else split["model"])
     if args.model == MODEL_NAME:
         check_gpu(MODEL_NAME)
     head = load_reward_head(args.model)
     outputs = [args.dir / name for name in prism.FILES]
-    identity = {"model": "stand-in" if split["demo"] else args.model, "data": split["rows"],
+    identity = {"model": "stand-in" if standin else args.model, "data": split["rows"],
                 "reward_head": digest_of(head.tolist()), **model_identity(args.model, args.dir / ".embedding_cache")}
     if embeddings_are_finished(outputs, identity, args.overwrite):
         print(f"these embeddings are finished already, in {args.dir}; next: python train_basis.py")

@@ -35,8 +35,8 @@ class Conversation(BaseModel):
 def source_file(folder, name):
     """The path of survey.jsonl or conversations.jsonl in a folder (.gz there too), or downloaded where it is None."""
     if folder is not None:
-        packed = folder / f"{name}.gz"
-        return packed if packed.exists() else folder / name
+        word = name.split(".")[0]
+        return split_files(folder, **{word: [word]})[word][0]
     from huggingface_hub import hf_hub_download
     try:
         return Path(hf_hub_download(DATASET, name, repo_type="dataset"))

@@ -23,14 +23,14 @@ import prism
 K_list = [0, 1, 5, 10, 15, 20, 25, 50]
 alpha_list = [1e4]  # of the cosine anchor; a mean over columns, so the penalty on one column is alpha / K
 validation_share = 0  # of each seen user's training conversations, held out to choose K and alpha; 0: as released
-# The released alpha pulls all columns onto the reward head, and nothing personal is left. To choose another:
-# alpha_list, validation_share = [0, 1e-4, 1e-2, 1, 1e2, 1e4], 0.2
 num_iterations = 20000
 threshold = 1e-2  # columns whose largest user weight is below it are left out; 0 keeps all
 seeds = [0]  # of the training; with several, accuracies are averaged within a user, the seed of the lowest loss is kept
 controls = True  # also trains the largest rank on tossed choices, which must end at chance: a third more time
 demo_K_list, demo_num_iterations = [0, 1, 2, 3, 5], 1000
 demo_alpha_list = [0.1]  # at d = 64 the anchor of 1e4 would leave nothing but the stand-in's random reward head
+# The released alpha pulls all columns onto the reward head, and nothing personal is left. To choose another:
+# alpha_list = demo_alpha_list = [0, 1e-4, 1e-2, 1, 1e2, 1e4]; validation_share = 0.2
 MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"  # whose head is read where none stands beside the embeddings
 released_reference = False  # True: in place of the reward head the vector of the released scripts, to compare with
 # ---------------------------------------------------------------------------------------------------------------------
@@ -45,8 +45,8 @@ def sweep(demo):
 
 
 def save_checkpoints(folder, fits):
-    """Write V and W of the kept seed under the released names, PRISM_{V,W}_lore_K_{K}_alpha_{alpha}.pt."""
-    with together(folder) as new:
+    """Write V and W of the kept seed under the released names, in place of those of an earlier sweep."""
+    with together(folder, ["PRISM_[VW]_lore_K_*.pt"]) as new:
         for fit in map(best_fit, by_model(fits).values()):
             for name, tensor in (("V", fit.V), ("W", fit.W)):
                 save_torch(new / f"PRISM_{name}_lore_K_{fit.K}_alpha_{fit.alpha}.pt", tensor.cpu().clone())

@@ -3,7 +3,7 @@ embeddings files hold."""
 
 from typing import List, Literal, Optional, Union
 
-from pydantic import BaseModel, BeforeValidator, Field, StrictStr
+from pydantic import BaseModel, BeforeValidator, Field, StrictStr, model_validator
 from typing_extensions import Annotated, TypedDict
 
 from utils import *
@@ -47,7 +47,7 @@ class Comparison(BaseModel):
 
 
 class Message(TypedDict):
-    role: StrictStr
+    role: Literal["system", "user", "assistant"]
     content: StrictStr
 
 
@@ -61,6 +61,15 @@ class OwnComparison(BaseModel):
     chosen: Turns
     rejected: Turns
     split: Optional[Literal["train", "validation", "test"]] = None
+
+    @model_validator(mode="after")
+    def answers_are_an_assistants(self):
+        _, prompt, *answers = self.parts()
+        roles = [[message["role"] for message in as_messages("assistant", turns)] for turns in answers if turns]
+        if isinstance(prompt, list) and prompt[-1]["role"] == "assistant" or any(
+                role[0] != "assistant" or role[-1] != "assistant" for role in roles):
+            raise ValueError("the prompt must end before, and each answer begin and end with, an assistant's message")
+        return self
 
     def parts(self):
         """(user, prompt, chosen, rejected)"""
@@ -85,7 +94,7 @@ def read_comparisons(data, test_share, test_seed):
     if data is None:
         return Comparison, hub_rows(DATASET, revision="refs/convert/parquet", data_files={
             split: f"comparisons/{split}/*.parquet" for split in ("train", "validation")})
-    files = [data] if data.is_file() else list(data.glob("[!.]*.*"))
+    files = [data] if data.is_file() else [path for path in data.glob("*") if DATA_FILE.search(path.name)]
     if data.is_file() or len(files) == 1 and schema_of(files[0]) is OwnComparison:
         return OwnComparison, split_own(read_rows(files[0]), test_share, test_seed)
     files = split_files(data, train=["train"], validation=["validation", "test"])
@@ -110,6 +119,7 @@ def split_own(rows, test_share, test_seed):
         distinct = sorted(set(prompts))
         random.Random(test_seed).shuffle(distinct)
         chosen = set(distinct[:max(1, round(test_share * len(distinct)))])
+        print(f"one file without a split: {len(chosen):,} of {len(distinct):,} prompts drawn for validation")
         held = [prompt in chosen for prompt in prompts]
     if len(set(held)) < 2:
         raise InputError(f"{len(rows)} rows of {len(set(prompts))} prompts on one side only; training and test need "
@@ -192,7 +202,7 @@ def split_workers(train, validation, seed=0, leave_out=LEAVE_OUT):
     workers = sorted(kept(train) & kept(validation), key=str)
     if len(workers) < 2:
         raise InputError(f"{len(workers)} workers are in both the train and the validation file (after the {leave_out} "
-                         "smallest of each), at least 2 are needed; take both from one data set, without --limit")
+                         "smallest of each), at least 2 are needed; give rows of the same people for both")
     chance = random.Random(seed)
     chance.shuffle(workers)
     return workers[:len(workers) // 2], workers[len(workers) // 2:], chance

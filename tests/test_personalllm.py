@@ -422,7 +422,7 @@ def test_files_of_the_versions_before_load(monkeypatch, tmp_path, trainer):
         save_file({"embeddings": torch.randn(160, 4, generator=generator).bfloat16(),
                    "scores": torch.randn(20, 8, 10, generator=generator)}, tmp_path / name,
                   {"about": json.dumps({"scorers": SCORERS})})
-    about = {"identity": {"model": "m", "reward_head": "0" * 64, "data": "1" * 64}, "model": "m", "data": "d",
+    about = {"identity": {"model": "m", "reward_head": hashlib.sha256(json.dumps(torch.ones(4, 1).tolist()).encode()).hexdigest(), "data": "1" * 64}, "model": "m", "data": "d",
              "demo": True, "files": {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
                                      for name in FILES}}
     save_file({"reward_head": torch.ones(4, 1)}, tmp_path / utils.HEAD_FILE, {"about": json.dumps(about)})

@@ -461,7 +461,7 @@ def test_files_of_the_versions_before_load(monkeypatch, tmp_path, trainer, archi
             "chosen_conv_embedding": torch.randn(4, generator=generator).bfloat16(),
             "rejected_conv_embedding": torch.randn(1, 4, generator=generator).bfloat16()}} for user in range(5)],
             tmp_path / name, _use_new_zipfile_serialization=archive)
-    about = {"identity": {"model": "m", "reward_head": "0" * 64, "data": "1" * 64}, "model": "m", "data": "d",
+    about = {"identity": {"model": "m", "reward_head": hashlib.sha256(json.dumps(torch.ones(4, 1).tolist()).encode()).hexdigest(), "data": "1" * 64}, "model": "m", "data": "d",
              "demo": False, "files": {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
                                       for name in (TRAIN, TEST)}}
     save_file({"reward_head": torch.ones(4, 1)}, tmp_path / utils.HEAD_FILE, {"about": json.dumps(about)})

@@ -644,7 +644,7 @@ def test_files_of_the_versions_before_load(monkeypatch, tmp_path, trainer, proto
             for _ in range(2 + w)] for w in range(6)}
         (tmp_path / name).write_bytes(pickle.dumps(content, protocol))
     head = torch.randn(4, 1, generator=generator)
-    about = {"identity": {"model": "m", "reward_head": "0" * 64, "data": "1" * 64}, "model": "m", "data": "d",
+    about = {"identity": {"model": "m", "reward_head": hashlib.sha256(json.dumps(head.tolist()).encode()).hexdigest(), "data": "1" * 64}, "model": "m", "data": "d",
              "demo": False, "files": {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
                                       for name in (TRAIN, VALIDATION)}}
     save_file({"reward_head": head}, tmp_path / utils.HEAD_FILE, {"about": json.dumps(about)})
