@@ -1,15 +1,16 @@
 """LoRe: low-rank reward modelling for personalised language models (arXiv 2504.14439).
 
-What the scripts of the three data sets share, in eight parts, each using only those above it:
+What the scripts of the three data sets share, in nine parts, each using only those above it:
 
-    1. Errors and files                one line for what a user can mend; whole files; rows of others' files
-    2. Reward model and embedding      phi(prompt, response), one vector a conversation
-    3. Preference pairs                differences of embeddings, shots, simulated users
-    4. The models                      LoRe, LoRe_regularized, PersonalizeBatch over one training engine
-    5. Evaluation and evidence         accuracies of personalised rewards; is it personal, by how much
-    6. Pipelines                       run, run_regularized, run_few_shot_vary_shots
-    7. Results and plots               JSON, safetensors, CSV, report.md, pictures
-    8. Use                             export, rewards for trainers, a new user and what to ask
+    1. Errors and files           one line for what a user can mend; whole files; hostile ones refused (`load_pickle`)
+    2. Reward model               the frozen model, its head, its identity; files of embeddings
+    3. Embedding                  phi(prompt, response), every token once (`embed_conversations`); the model's proof
+    4. Preference pairs           rows of others' files; differences of embeddings, shots, simulated users
+    5. The models                 the loss (`Likelihood`), its kernel (`_gradients`), training and few-shot fit
+    6. Evaluation and evidence    accuracies of personalised rewards; is it personal, by how much
+    7. Pipelines                  run, run_regularized, run_few_shot_vary_shots; baselines; what prepare.py begins with
+    8. Results and plots          JSON, safetensors, CSV, report.md, pictures
+    9. Use                        exported reward models, rewards for trainers, new users, which question to ask
 
 In formulas: x = phi(chosen) - phi(rejected) is a preference pair of user i, V (d x K) the shared reward basis,
 w_i = softmax(W_i) that user's weights, m = x V w_i / 100 the margin, and P(chosen beats rejected) = sigmoid(m).
@@ -356,11 +357,9 @@ def script_parser(description, folder):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. Reward model and embedding
+# 2. Reward model
 # ---------------------------------------------------------------------------------------------------------------------
 
-ENGINE = 3  # in the cache's keys: how embeddings are computed
-TODAY = time.strptime("2024-07-26", "%Y-%m-%d")  # for templates that print the date; Llama 3.1's own default
 _DIGESTS = {}  # path, size and time of a file -> its digest
 
 
@@ -429,7 +428,7 @@ def load_reward_model(model_name, device=None, attention=None, dtype=None, token
     where that is exact. dtype: default bfloat16 on a GPU, as released, and float32 on the CPU. tokenizer_name: default
     the model's. Raises InputError: unknown model, weights missing in it, no chat template."""
     from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, logging
-    device = torch.device(device) if device is not None else default_device()
+    device = check_device(device) if device is not None else default_device()
     options = dict(torch_dtype=dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32), num_labels=1,
                    trust_remote_code=trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True)
     if attention not in (None, "flash_attention_2"):
@@ -479,6 +478,81 @@ def model_identity(model_name, folder=None):
     if folder and memory.parent.exists() and process_rank() == 0:
         save_json(memory, _DIGESTS)
     return {part: digest_of(files) for part, files in parts.items()}
+
+
+HEAD_FILE = "reward_head.safetensors"
+
+
+def check_gpu(model_name):
+    """Raise InputError unless there is a GPU for a model that does not fit the CPU."""
+    if not torch.cuda.is_available():
+        raise InputError(f"no CUDA GPU here, and {model_name} needs one with 18 GB; try --demo, or --model with a "
+                         "reward model that fits this machine")
+
+
+def embeddings_are_finished(outputs, identity, overwrite):
+    """Whether the files `outputs` already hold the embeddings of this model and data.
+    identity: a dict of JSON values; that of the files, and their digests, stand in the reward head's file beside
+    them. Digests are compared as far as both hold them; "model" is but a name. Files that are damaged or missing are not
+    finished. Raises InputError where they hold other embeddings and `overwrite` is not set."""
+    existing = [path for path in outputs if path.exists()]
+    if not existing or overwrite:
+        return False
+    head = existing[0].with_name(HEAD_FILE)
+    if not head.exists():
+        raise InputError(f"{existing[0]}: finished embeddings without the {HEAD_FILE} that says of which model; move "
+                         "them away, or make them again with --overwrite")
+    about = {}
+    with contextlib.suppress(InputError):  # damaged
+        about = load_tensors(head)[1]
+    theirs = about.get("identity") or dict.fromkeys(identity)
+    if other := [part for part in theirs if part in identity and part != "model" and theirs[part] != identity[part]]:
+        held = ", ".join(f"{key} {about.get(key, 'unknown')}" for key in ("model", "data"))
+        raise InputError(f"{existing[0]} holds finished embeddings of other {' and '.join(other)} ({held}); "
+                         "move it away, or replace it with --overwrite")
+    return all(path.exists() and digest_of(path) == about["files"].get(path.name) for path in outputs)
+
+
+@contextlib.contextmanager
+def new_embeddings(folder, head, identity, **about):
+    """Where to write embeddings that then, with the reward head beside them, replace those in `folder` together.
+    identity: see `embeddings_are_finished`; about: further JSON values."""
+    with together(folder) as new:
+        yield new
+        save_tensors(new / HEAD_FILE, {"reward_head": head}, identity=identity, **about,
+                     files={path.name: digest_of(path) for path in sorted(new.iterdir())})
+
+
+def find_reward_head(folder, model_name, title, width, outputs):
+    """The reward head beside the embeddings in the files `outputs`, else from `model_name`'s checkpoint.
+    width: d -> where an embedding of that width was found. Returns (float32 `[d, 1]`, a dict of what is known of model
+    and data, with a `title` for plots that begins with `title`). Raises InputError where one of the files is not that
+    which the head was written with, or is of another width."""
+    path, about = Path(folder) / HEAD_FILE, {"model": model_name}
+    if path.exists():
+        tensors, about = load_tensors(path)
+        for output in (Path(folder) / name for name in outputs if "files" in about):
+            if digest_of(output) != about["files"].get(output.name):
+                raise InputError(f"{output}: not the file that {HEAD_FILE} was written with, but changed, or of another "
+                                 "run; make the embeddings again")
+        head, identity = tensors.get("reward_head", torch.zeros(0)), about.get("identity", {})
+        if identity.get("reward_head", wanted := digest_of(head.tolist())) != wanted:
+            raise InputError(f"{path}: its head is not the one that it names; make the embeddings again")
+    else:
+        head = load_reward_head(model_name)
+    if len(width) > 1 or head.shape != (next(iter(width)), 1) or not torch.isfinite(head).all():
+        raise InputError(f"embeddings and reward head of different models: {tuple(head.shape)} in {path}, or "
+                         f"{about.get('model')}'s, " + ", ".join(f"d = {d} in {where}" for d, where in width.items())
+                         + "; prepare all files with one model")
+    return head, {**about, "title": f"{title} ({about['data']})" if "data" in about else title}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Embedding
+# ---------------------------------------------------------------------------------------------------------------------
+
+ENGINE = 3  # in the cache's keys: how embeddings are computed
+TODAY = time.strptime("2024-07-26", "%Y-%m-%d")  # for templates that print the date; Llama 3.1's own default
 
 
 def _fingerprint(model, folder):
@@ -771,7 +845,7 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. Preference pairs
+# 4. Preference pairs
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -784,7 +858,7 @@ def split_files(folder, **words):
     Raises InputError: no such folder, no file or several for a split, one for two."""
     folder, found = Path(folder), {}
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; give the one that holds the data")
+        raise InputError(f"{folder}: no such folder or file; give the one that holds the data")
     paths = [path for path in sorted(folder.iterdir()) if DATA_FILE.search(path.name)]
     holds = f"it holds {', '.join(p.name for p in paths) or 'no parquet, jsonl or csv file'}"
     for split, names in words.items():
@@ -846,7 +920,7 @@ def parse_rows(rows, schema, dataset):
         try:
             yield where, schema.model_validate(row)
         except pydantic.ValidationError as error:
-            first = error.errors()[0]
+            first = max(error.errors(), key=lambda one: len(one["loc"]))  # of a union the part that came furthest
             field, value = ".".join(map(str, first["loc"])) or "the row", repr(first["input"])
             raise InputError(f"{where}: {field}: {first['msg']}, and it is {value[:40]}; expected is the schema of "
                              f"{dataset}, repair the row or leave it out") from None
@@ -915,9 +989,9 @@ def check_matrix(X, what, rows=None, columns=None, finite=None):
     X = X if isinstance(X, Pairs) else table.float()
     if len(X.shape) != 2 or 0 in X.shape or rows not in (None, X.shape[0]) or columns not in (None, X.shape[1]):
         raise InputError(f"{what}: shape {tuple(X.shape)} where [{rows or 'rows >= 1'}, {columns or 'd'}] should be; "
-                         "leave out users without pairs, and take embeddings and reward head of one model")
+                         "give one of that shape, of the same model and users, none without pairs")
     if table is not finite and not is_finite(table):
-        raise InputError(f"{what}: NaN or infinite values; make these embeddings again")
+        raise InputError(f"{what}: NaN or infinite values; leave them out, or make them again")
     return X
 
 
@@ -1058,14 +1132,13 @@ def create_dataset_prism_shots(embeddings, shots, generator=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. The models
+# 5. The models
 # ---------------------------------------------------------------------------------------------------------------------
 
 TEMPERATURE = 100.0  # of the Bradley-Terry model, fixed
 FEW_SHOT_ITERATIONS = 500
 KERNEL_NUMBERS = 2**22  # in the pairs, from which on a CPU compiles the kernel: seconds, at its first use
 CHECKPOINT_SECONDS = 60  # of training that an interruption loses at most
-CHECKPOINT_FILE, FEW_SHOT_CHECKPOINT_FILE = ".training.pt", ".vary_fewshot.pt"  # beside results, until these are there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1075,8 +1148,7 @@ class Member:
     alpha: float = 0.0
     seed: int = 0
 
-    def generator(self, step):
-        """A generator of the member's own, so that its start does not depend on its neighbours in the sweep."""
+    def generator(self, step):  # of the member's own, so that its start does not depend on its neighbours
         state, = np.random.SeedSequence([self.seed, self.K, step]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(state) >> 1)
 
@@ -1282,22 +1354,19 @@ def fit_basis(features, members, V_sft, num_iterations, learning_rate, regulariz
     if not V.isfinite().all():
         if checkpoint:
             Path(checkpoint[0]).unlink(missing_ok=True)
-        raise InputError("the training has diverged, its basis is NaN or infinite; give a smaller alpha, or pairs of "
-                         "smaller numbers")
+        raise InputError("the training has diverged, its basis is not finite; give a smaller alpha, or smaller pairs")
     w = torch.zeros(N, sum(sizes), device=device)
     w[mine] = likelihood.weights(W)
     loss = likelihood.loss(X @ V.T, w[mine])
-    if ranks > 1:
-        dist.all_reduce(w)
-        dist.all_reduce(loss)
+    for total in (w, loss) if ranks > 1 else ():
+        dist.all_reduce(total)
     return list(zip(w.split(sizes, 1), (V_k.T for V_k in V.split(sizes)), loss.tolist()))
 
 
 @torch.no_grad()
 def fit_users(scores, members, sizes, num_iterations, learning_rate):
     """Few-shot fit of new users: their weights over each of several frozen bases -> list of w `[N, K]`.
-    scores: P_i = X_i V `[m_i, C]` of each user under all bases, a constant; members, sizes: Member and K of each basis.
-    """
+    scores: P_i = X_i V `[m_i, C]` of each user under all bases, constants; members, sizes: Member and K of each."""
     P, N = torch.cat(scores), len(scores)
     likelihood = Likelihood(list(map(len, scores)), sizes, P.device)
     W = torch.cat([torch.randn(N, K, generator=dataclasses.replace(member, K=K).generator(1))
@@ -1322,8 +1391,7 @@ class LoRe:
         self.member = Member(num_basis_vectors, float(alpha), seed)
 
     def train(self, X):
-        """X: list of float32 `[m_i, d]`, one per user -> (softmax(W) `[N, K]`, V `[d, K]`). Raises InputError: features
-        of other users or widths than announced, empty or not finite."""
+        """X: a float32 `[m_i, d]` per user -> (softmax(W) `[N, K]`, V `[d, K]`). Raises InputError: other users or widths."""
         X = check_features(X, "features", *self.shape)
         w, V, _ = fit_basis(X, [self.member], self.V_sft, *self.steps, self.regularized)[0]
         return prune(w, V, self.threshold)
@@ -1364,7 +1432,7 @@ class PersonalizeBatch(LoRe):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. Evaluation and evidence
+# 6. Evaluation and evidence
 # ---------------------------------------------------------------------------------------------------------------------
 
 SETTINGS = ("Train Performance", "Seen User Unseen Prompts", "Few Shot Train Performance", "Unseen User Unseen Prompts")
@@ -1548,9 +1616,13 @@ def evidence(fits, data, V_final, tossed=()):
     chosen = {key: best and best[key] for key in ("K", "alpha")} | {"by": "validation" if best else "none"}
     judged = [(entry, part) for entry, part in zip(entries, parts) if part is not None and best in (None, entry)]
     leaks = leaks_of(data.get("prompts"))
-    verdict, named, lines = judgement(*zip(*judged)) if judged else ("no", best or entries[-1], [
-        f"No: {_name(best or entries[-1])} is one reward for everybody, it has no user weights."])
-    lines += explanations(entries, named, verdict, leaks[UNSEEN_TEST], len(data["test_unseen"]))
+    users = len(data["test_unseen"])
+    verdict, named, lines = judgement(*zip(*judged)) if judged else ("no" if users >= FEWEST_USERS else "undecided",
+                                                                     best or entries[-1], [])
+    lines = lines or [f"{verdict.capitalize()}: {_name(named)} is one reward for everybody, it has no user weights."]
+    lines += explanations(entries, named, verdict, leaks[UNSEEN_TEST], users)
+    if not lines[-1].endswith("none in these checks."):
+        lines[0] += " But see the signs of an artefact below."
     if collapsed := [entry for entry, of_row in zip(entries, rows.values()) if entry["K"] and all(
             (cosine_similarity(fit.V, V_final.to(fit.V), 0).abs() >= COLLAPSED).all() for fit in of_row)]:
         lines += [f"Collapsed onto the reward head, all columns within a cosine of {COLLAPSED}: {_name(*collapsed)}. "
@@ -1562,7 +1634,9 @@ def evidence(fits, data, V_final, tossed=()):
 def judgement(entries, parts):
     """The verdict on rows with user weights -> ("yes" | "no" | "undecided", the row it names, lines of text).
     parts: the unseen users' personal parts, float64 `[N]` of each row. Intervals of several rows hold for all at once:
-    half-widths are the 95 % quantile of the largest deviation of any row from its mean, in units of standard errors."""
+    half-widths are the 95 % quantile of the largest deviation of any row from its mean, in units of standard errors.
+    All are widened as Student's t is against the normal, for a bootstrap of few users is too narrow."""
+    from scipy.stats import norm, t
     parts, N, rows = np.stack(parts, 1), len(parts[0]), len(entries)  # (N, rows)
     mean, draws = parts.mean(0), _resampling(N) @ parts
     low, high = np.percentile(draws, (2.5, 97.5), 0)
@@ -1570,15 +1644,21 @@ def judgement(entries, parts):
         error = draws.std(0)
         half = np.percentile((np.abs(draws - mean) / np.where(error > 0, error, np.inf)).max(1), 95) * error
         low, high = mean - half, mean + half
-    i, above = mean.argmax(), [entry for entry, end in zip(entries, low) if end > 0]
+    widen = (N / max(N - 1, 1)) ** 0.5 * t.ppf(0.975, max(N - 1, 1)) / norm.ppf(0.975)
+    low, high = mean + widen * (low - mean), mean + widen * (high - mean)
+    above = [entry for entry, end in zip(entries, low) if end > 0]
+    i = np.where(low > 0, mean, mean - 2).argmax()  # the largest, of those above 0 if any is
     verdict = "undecided" if N < FEWEST_USERS else "yes" if above else "no" if high.max() < NOTHING else "undecided"
     own, others = entries[i]["accuracy"][UNSEEN_TEST]["mean"], entries[i]["controls"]["mean_weights"]["mean"]
     lines = [f"{verdict.capitalize()}: at {_name(entries[i])} unseen users' own weights predict {own:.3f} of their "
              f"unseen pairs, everybody's mean weights {others:.3f}: a personal part of {mean[i]:+.3f}, with a 95 % "
-             f"interval over users of [{low[i]:+.3f}, {high[i]:+.3f}]" + (
-                 f" that holds for all {rows} models at once, so is wider than those in the tables." if rows > 1 else ".")]
+             f"interval over users of [{low[i]:+.3f}, {high[i]:+.3f}], " + (
+                 f"which holds for all {rows} models at once and is wider than those in the tables." if rows > 1 else
+                 "a little wider than in the tables, for the number of users.")]
     if rows > 1:
-        lines += [f"This is the largest personal part; by such intervals it is above 0 at {_name(*above) or 'no rank'}."]
+        lines += [f"By such intervals the personal part is above 0 at {_name(*above) or 'no rank'}."]
+    if own <= 0.5:
+        lines += ["But own weights predict no better than chance."]
     if N < FEWEST_USERS:
         lines += [f"{N} unseen users are too few to tell, at least {FEWEST_USERS} are needed."]
     elif verdict == "undecided":  # an interval shrinks with the root of the number of users
@@ -1592,7 +1672,7 @@ def explanations(entries, named, verdict, leak, users):
     """Lines on what is the same for everybody, and on what may only look like a preference. leak: a share or None; users: how many."""
     at, lines = {entry["K"]: entry for entry in entries if entry["alpha"] == named["alpha"]}, []
     if users >= FEWEST_USERS and 0 in at and (reference := at[0]["accuracy"][UNSEEN_TEST])["low"] <= 0.5:
-        lines += [f"The reference is at chance (K = 0, {INTERVAL.format(**reference)}): either this vector is not the "
+        lines += [f"The reference is at or below chance (K = 0, {INTERVAL.format(**reference)}): either this vector is not the "
                   "model's reward head, or that head knows nothing of these choices."]
     if 0 in at and 1 in at:
         gain, more = at[1]["minus_reference"][UNSEEN_TEST], named["minus_pooled"][UNSEEN_TEST]
@@ -1604,7 +1684,7 @@ def explanations(entries, named, verdict, leak, users):
     for key, name in ("tossed", "trained on choices swapped by a coin"), ("longer", "taking the longer answer"):
         if found := next(filter(None, (entry["controls"][key] for entry in entries)), None):
             lines += [f"Control, {name}: {INTERVAL.format(**found)}; chance is 0.5."]
-            signs += [name] if found["low"] > 0.5 else []
+            signs += [name] if found["low"] > 0.5 and users >= FEWEST_USERS else []
     return lines + ["Whether test prompts stand among the training prompts is not known." if leak is None else
                     f"Of the unseen users' test pairs {leak:.1%} have a prompt that stands among their training pairs.",
                     f"Signs of an artefact: {'; '.join(signs) or 'none in these checks'}."]
@@ -1617,8 +1697,11 @@ def _name(*entries):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. Pipelines
+# 7. Pipelines
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+CHECKPOINT_FILE, FEW_SHOT_CHECKPOINT_FILE = ".training.pt", ".vary_fewshot.pt"  # beside results, until these are there
 
 
 def _members(K_list, alpha_list, seeds):
@@ -1812,73 +1895,6 @@ def learn_multiple(train_features, num_iterations=1000, learning_rate=0.01, seed
     return [torch.ones(1) for _ in V], V
 
 
-HEAD_FILE = "reward_head.safetensors"
-
-
-def check_gpu(model_name):
-    """Raise InputError unless there is a GPU for a model that does not fit the CPU."""
-    if not torch.cuda.is_available():
-        raise InputError(f"no CUDA GPU here, and {model_name} needs one with 18 GB; try --demo, or --model with a "
-                         "reward model that fits this machine")
-
-
-def embeddings_are_finished(outputs, identity, overwrite):
-    """Whether the files `outputs` already hold the embeddings of this model and data.
-    identity: a dict of JSON values; that of the files, and their digests, stand in the reward head's file beside
-    them. Digests are compared as far as both hold them; "model" is but a name. Files that are damaged or missing are not
-    finished. Raises InputError where they hold other embeddings and `overwrite` is not set."""
-    existing = [path for path in outputs if path.exists()]
-    if not existing or overwrite:
-        return False
-    head = existing[0].with_name(HEAD_FILE)
-    if not head.exists():
-        raise InputError(f"{existing[0]}: finished embeddings without the {HEAD_FILE} that says of which model; move "
-                         "them away, or make them again with --overwrite")
-    about = {}
-    with contextlib.suppress(InputError):  # damaged
-        about = load_tensors(head)[1]
-    theirs = about.get("identity") or dict.fromkeys(identity)
-    if other := [part for part in theirs if part in identity and part != "model" and theirs[part] != identity[part]]:
-        held = ", ".join(f"{key} {about.get(key, 'unknown')}" for key in ("model", "data"))
-        raise InputError(f"{existing[0]} holds finished embeddings of other {' and '.join(other)} ({held}); "
-                         "move it away, or replace it with --overwrite")
-    return all(path.exists() and digest_of(path) == about["files"].get(path.name) for path in outputs)
-
-
-@contextlib.contextmanager
-def new_embeddings(folder, head, identity, **about):
-    """Where to write embeddings that then, with the reward head beside them, replace those in `folder` together.
-    identity: see `embeddings_are_finished`; about: further JSON values."""
-    with together(folder) as new:
-        yield new
-        save_tensors(new / HEAD_FILE, {"reward_head": head}, identity=identity, **about,
-                     files={path.name: digest_of(path) for path in sorted(new.iterdir())})
-
-
-def find_reward_head(folder, model_name, title, width, outputs):
-    """The reward head beside the embeddings in the files `outputs`, else from `model_name`'s checkpoint.
-    width: d -> where an embedding of that width was found. Returns (float32 `[d, 1]`, a dict of what is known of model
-    and data, with a `title` for plots that begins with `title`). Raises InputError where one of the files is not that
-    which the head was written with, or is of another width."""
-    path, about = Path(folder) / HEAD_FILE, {"model": model_name}
-    if path.exists():
-        tensors, about = load_tensors(path)
-        for output in (Path(folder) / name for name in outputs if "files" in about):
-            if digest_of(output) != about["files"].get(output.name):
-                raise InputError(f"{output}: not the file that {HEAD_FILE} was written with, but changed, or of another "
-                                 "run; make the embeddings again")
-        head, identity = tensors.get("reward_head", torch.zeros(0)), about.get("identity", {})
-        if identity.get("reward_head", wanted := digest_of(head.tolist())) != wanted:
-            raise InputError(f"{path}: its head is not the one that it names; make the embeddings again")
-    else:
-        head = load_reward_head(model_name)
-    if len(width) > 1 or head.shape != (next(iter(width)), 1) or not torch.isfinite(head).all():
-        raise InputError(f"embeddings and reward head of different models: {tuple(head.shape)} in {path}, or "
-                         f"{about.get('model')}'s, " + ", ".join(f"d = {d} in {where}" for d, where in width.items())
-                         + "; prepare all files with one model")
-    return head, {**about, "title": f"{title} ({about['data']})" if "data" in about else title}
-
-
 def prepare_arguments(description, folder, model_name, embeds=True):
     """Read and check the command line of a prepare.py; with --demo build the stand-in model, for the data in demo/.
     embeds: whether the script itself runs the model, which asks for a GPU unless a model was named.
@@ -1886,7 +1902,7 @@ def prepare_arguments(description, folder, model_name, embeds=True):
     data). Raises InputError: --limit below 1, --demo with other sources, no CUDA GPU for the default model."""
     parser = script_parser(description, folder)
     parser.add_argument("--data", type=Path, metavar="DIR", help="read the splits from here instead of downloading "
-                        "them: parquet, jsonl, csv, the last two also .gz; demo/ beside this script is an example")
+                        "them: parquet, jsonl, csv, the last two also .gz; as in demo/ beside this script")
     parser.add_argument("--model", metavar="ID_OR_PATH", help=f"the reward model (default: {model_name})")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each split, or users")
     parser.add_argument("--demo", action="store_true", help="the synthetic data in demo/ and a tiny stand-in model")
@@ -1963,7 +1979,7 @@ def build_standin_model(folder, texts, seed=0, hidden_size=64, layers=2, heads=4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7. Results and plots
+# 8. Results and plots
 # ---------------------------------------------------------------------------------------------------------------------
 
 RELEASED_BAND = False  # True: in the picture a quarter of the standard deviation over users, as released
@@ -2193,7 +2209,7 @@ def save_few_shot_curves(folder, curves, of_users, data, about, config, groups=N
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 8. Use
+# 9. Use
 # ---------------------------------------------------------------------------------------------------------------------
 
 PROBES = [[{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, texts)] for texts in (
@@ -2214,8 +2230,13 @@ def export_reward_model(folder, model_name, V, w=None, about=None, conversations
     if "auto_map" in config or config["model_type"] not in classes:
         raise InputError(f"model {model_name}: needs code of its own (trust_remote_code), which servers and trainers "
                          "do not run; take one that transformers has as a sequence classifier")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise InputError(f"{folder}: not empty; give a new folder")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"{folder}: a file, or not empty; give a new folder")
+    about = about or {}
+    learnt = (about.get("identity") or {}).get("reward_head")
+    if learnt not in (None, digest_of(load_reward_head(model_name).tolist())) or about.get("K", V.shape[1]) < V.shape[1]:
+        raise InputError(f"{folder}: the basis is of {about.get('config', {}).get('model')} at rank {about.get('K')}, not "
+                         f"{model_name}'s of {V.shape[1]} columns; give the model and `about` of this basis")
     model, tokenizer = load_reward_model(model_name, "cpu")
     expected = embed_conversations(conversations, model, tokenizer, batch_size=1).float() @ head  # (n, labels)
     pad, pad_name = _pad_token(model_name, tokenizer, conversations, model.get_input_embeddings().num_embeddings)
@@ -2228,7 +2249,7 @@ def export_reward_model(folder, model_name, V, w=None, about=None, conversations
         with together(folder) as new:
             save_json(new / "config.json", config)
             _write_checkpoint(new, model_name, tokenizer, pad_name, head)
-            save_text(new / "README.md", _model_card(model_name, V.shape[1], about or {}))
+            save_text(new / "README.md", _model_card(model_name, V.shape[1], w is not None, about))
             _prove_export(new, conversations, expected)
     finally:
         if folder.is_dir() and not any(folder.iterdir()):
@@ -2295,22 +2316,30 @@ def _prove_export(folder, conversations, expected):
                          "nothing was written; transformers computes this model otherwise than embed_conversations")
 
 
-def _model_card(model_name, K, about):
+def _model_card(model_name, K, personal, about):
     """The text of the export's README.md."""
     row = {"rank": about.get("K", K), "alpha": about.get("alpha")}
-    facts = {"reward model": model_name, "data": about.get("config", {}).get("data"), **row, "seed": about.get("seed")}
-    facts |= {UNSEEN_TEST: entry["accuracy"][UNSEEN_TEST] for entry in about.get("evidence", ())
+    facts = {"reward model": Path(model_name).name if os.path.isdir(model_name) else model_name,
+             "data": about.get("config", {}).get("data"), **row, "seed": about.get("seed")}
+    facts |= {f"accuracy, {UNSEEN_TEST}": entry["accuracy"][UNSEEN_TEST] for entry in about.get("evidence", ())
               if [entry["K"], entry["alpha"]] == list(row.values())}
     return "\n\n".join([
         "---\nlibrary_name: transformers\npipeline_tag: text-classification\n---", "# A low-rank reward model",
-        "Logits of a chat-formatted conversation are rewards, without a sigmoid or softmax: one user's, or one for each "
-        "direction of a basis. The head is in float32; in bfloat16 rewards lose digits that close answers may need.",
+        ("One user's reward: one logit" if personal else f"A basis of {K} rewards that users mix: {K} logits") +
+        " of a chat-formatted conversation, without a sigmoid or softmax. The head is in float32; in bfloat16 rewards "
+        "lose digits that close answers may need.",
+        "    tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        "    model = AutoModelForSequenceClassification.from_pretrained(folder)\n"
+        "    text = tokenizer.apply_chat_template(messages, tokenize=False)\n"
+        "    model(**tokenizer(text, add_special_tokens=False, return_tensors='pt')).logits",
         "\n".join(f"- {name}: {_cell(value)}" for name, value in facts.items() if value is not None),
-        about.get("verdict", {}).get("text", "")]) + "\n"
+        *(["The whole run's verdict:", about["verdict"]["text"]] if "verdict" in about else [])]) + "\n"
 
 
 def as_messages(role, content):
-    """A text as one message of this role; a list of messages as it is."""
+    """A text as one message of this role; a list of messages as it is. Raises InputError: neither."""
+    if not isinstance(content, (str, list, tuple)):
+        raise InputError(f"{content!r:.60}: neither a text nor a list of messages; give one of these")
     return [{"role": role, "content": content}] if isinstance(content, str) else list(content)
 
 
@@ -2321,9 +2350,11 @@ def personal_reward(model_name, V, weights, device=None, **options):
     model, tokenizer = load_reward_model(model_name, device)
     V = check_matrix(V, "V", model.config.hidden_size).cpu()
     W = {user: check_matrix(torch.as_tensor(w)[None], f"weights of {user}", 1, V.shape[1]).cpu()
-         for user, w in weights.items()}
+         for user, w in dict(weights if isinstance(weights, dict) else enumerate(weights)).items()}
 
     def personal_reward(prompts, completions, user, **columns):
+        if not len(prompts) == len(completions) == len(user):
+            raise InputError(f"{len(prompts)} prompts, {len(completions)} completions, {len(user)} users; give equally many")
         for unknown in set(user) - W.keys():
             raise InputError(f"user {unknown!r}: no weights; fit them from this user's choices with fit_new_user, and "
                              "give them to personal_reward")
@@ -2360,7 +2391,8 @@ def question_values(candidates, V, W, posterior):
     """What the answer to each candidate pair would tell of a new user, in nats `[n]`: ask the largest next.
     candidates: `[n, d]` (or Pairs), either answer minus the other; posterior: `[N]`, of `fit_new_user`. The value is
     the mutual information of answer and user, the entropy of the mean answer less the mean entropy."""
-    P, posterior = _log_likelihoods(candidates, V, W).exp(), torch.as_tensor(posterior).cpu().double()  # (n, N), (N,)
+    posterior = check_matrix(torch.as_tensor(posterior)[None], "posterior", 1, len(W))[0].cpu().double()  # (N,)
+    P = _log_likelihoods(candidates, V, W).exp()  # (n, N)
 
     def entropy(p):
         return torch.special.entr(p) + torch.special.entr(1 - p)
@@ -2428,4 +2460,6 @@ def vary_questions(folder, data, V_final, about, config, device):
         save_picture(new, "vary_questions", _picture(about, points, x, note=f"; {UNSEEN_TEST}"))
     cells = frame.assign(cell=list(map(_cell, frame[["mean", "low", "high"]].to_dict("records"))))
     table = cells.pivot(index="questions", columns=["model", "fit"], values="cell")
-    print(f"\n{UNSEEN_TEST}, mean over seeds {config['question_seeds']}, by questions asked:\n{table.to_string()}")
+    print(f"\n{UNSEEN_TEST}, mean over seeds {config['question_seeds']}, by questions asked: random pairs, or those that "
+          "question_values puts first; as released, or with the seen users as the prior (posterior, fit_new_user):\n"
+          f"{table.to_string()}")

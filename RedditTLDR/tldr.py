@@ -1,6 +1,7 @@
 """Reddit TL;DR, and comparisons of anybody's own: where they are from, how a row becomes conversations, what the
 embeddings files hold."""
 
+import ast
 from typing import List, Literal, Optional, Union
 
 from pydantic import BaseModel, BeforeValidator, Field, StrictStr, model_validator
@@ -51,7 +52,14 @@ class Message(TypedDict):
     content: StrictStr
 
 
-Turns = Optional[Union[StrictStr, Annotated[List[Message], Field(min_length=1)]]]
+def turns_of(value):
+    """Messages that a CSV file holds as text, in Python's notation or in JSON, as messages."""
+    with contextlib.suppress(ValueError, SyntaxError):
+        return ast.literal_eval(value) if isinstance(value, str) and value.startswith("[{") else value
+    return value
+
+
+Turns = Optional[Annotated[Union[StrictStr, Annotated[List[Message], Field(min_length=1)]], BeforeValidator(turns_of)]]
 
 
 class OwnComparison(BaseModel):
@@ -153,8 +161,9 @@ def conversation(post, summary):
 
 
 def prompt_of(post):
-    """A post or own prompt as one text, to be told from others."""
-    return json.dumps(as_messages("user", post or ""))
+    """A post or own prompt as one text, to be told from others that differ in more than white space."""
+    return json.dumps([[message["role"], " ".join(message["content"].split())] for message in
+                       as_messages("user", post or "")])
 
 
 def length_of(summary):

@@ -130,7 +130,7 @@ def test_the_card_names_data_rank_seed_and_evidence(single, basis, tmp_path):
         "evidence": [{"K": K, "alpha": alpha, "accuracy": {utils.UNSEEN_TEST: {**interval, "mean": mean}}}
                      for alpha, mean in ((0, 0.71), (0.5, 0.75))]})
     card = (tmp_path / "export" / "README.md").read_text()
-    for text in ("the data", str(single), "- rank: 3", "- seed: 17", "- alpha: 0.5", "0.750 [0.700, 0.800]",
+    for text in ("the data", "- reward model: single", "- rank: 3", "- seed: 17", "- alpha: 0.5", "0.750 [0.700, 0.800]",
                  "Undecided: so far."):
         assert text in card
     assert "0.710" not in card
