@@ -888,18 +888,25 @@ def read_rows(path):
             file = (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="")
             rows = (json.loads(line) for line in file if line.strip())
             if ".csv" in path.suffixes:
-                rows = csv.DictReader(file, strict=True)
-                if len(set(rows.fieldnames or ())) < len(rows.fieldnames or ()):
-                    raise ValueError(f"its header names a field twice: {rows.fieldnames}")
+                rows = _csv_rows(file)
         for i, row in enumerate(rows, 1):
-            if isinstance(row, dict) and None in row:
-                raise ValueError(f"{len(row[None])} more fields than its header names")
             yield f"{path}, row {i}", row
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; give the folder that holds it with --data") from None
     except (ValueError, OSError, EOFError, RecursionError, zlib.error, csv.Error) as error:  # pyarrow's are ValueErrors
         raise InputError(f"{path}, row {i + 1}: cannot be read ({error}), so the file is cut short, of another "
                          "format or encoding, or an error page; download or write it again") from None
+
+
+def _csv_rows(file):
+    """The rows of an open CSV file. Raises ValueError: a name twice in its header, fields without a name."""
+    table = csv.DictReader(file, strict=True)
+    if len(set(table.fieldnames or ())) < len(table.fieldnames or ()):
+        raise ValueError(f"its header names a field twice: {table.fieldnames}")
+    for row in table:
+        if None in row:
+            raise ValueError(f"{len(row[None])} more fields than its header names")
+        yield row
 
 
 def hub_rows(dataset, **options):
@@ -1635,17 +1642,14 @@ def judgement(entries, parts):
     """The verdict on rows with user weights -> ("yes" | "no" | "undecided", the row it names, lines of text).
     parts: the unseen users' personal parts, float64 `[N]` of each row. Intervals of several rows hold for all at once:
     half-widths are the 95 % quantile of the largest deviation of any row from its mean, in units of standard errors.
-    All are widened as Student's t is against the normal, for a bootstrap of few users is too narrow."""
+    These are taken from the normal distribution to Student's t, for a bootstrap of few users is too narrow."""
     from scipy.stats import norm, t
     parts, N, rows = np.stack(parts, 1), len(parts[0]), len(entries)  # (N, rows)
     mean, draws = parts.mean(0), _resampling(N) @ parts
-    low, high = np.percentile(draws, (2.5, 97.5), 0)
-    if rows > 1:
-        error = draws.std(0)
-        half = np.percentile((np.abs(draws - mean) / np.where(error > 0, error, np.inf)).max(1), 95) * error
-        low, high = mean - half, mean + half
-    widen = (N / max(N - 1, 1)) ** 0.5 * t.ppf(0.975, max(N - 1, 1)) / norm.ppf(0.975)
-    low, high = mean + widen * (low - mean), mean + widen * (high - mean)
+    error, freedom = draws.std(0), max(N - 1, 1)
+    errors = np.percentile((np.abs(draws - mean) / np.where(error > 0, error, np.inf)).max(1), 95)
+    half = (N / freedom) ** 0.5 * t.ppf(norm.cdf(errors), freedom) * error
+    low, high = mean - half, mean + half
     above = [entry for entry, end in zip(entries, low) if end > 0]
     i = np.where(low > 0, mean, mean - 2).argmax()  # the largest, of those above 0 if any is
     verdict = "undecided" if N < FEWEST_USERS else "yes" if above else "no" if high.max() < NOTHING else "undecided"

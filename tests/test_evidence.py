@@ -440,3 +440,12 @@ def test_held_out_posts_choose_the_row_that_is_judged(monkeypatch, capsys, tmp_p
     assert results["chosen"] == {"K": best["K"], "alpha": 0, "by": "validation"}
     assert best["K"] == 3 and "Validation" in printed and "the model, that was chosen by held-out pairs" in report
     assert all(entry["controls"]["tossed"] is None for entry in results["evidence"])
+
+
+def test_few_users_without_tastes_seldom_give_a_yes():
+    """Of six users a plain bootstrap would say yes in about every fifth such data set."""
+    yes = 0
+    for repeat in range(200):
+        parts = np.random.default_rng(repeat).normal(0, 0.1, (5, 6))
+        yes += judged(parts)[0] == "yes"
+    assert yes <= 14

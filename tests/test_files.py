@@ -636,3 +636,8 @@ def test_star_import_gives_every_public_name_and_prints_nothing():
     code = "import sys\nfrom utils import *\nsys.exit(repr([name for name in sys.argv[1:] if name not in globals()]))"
     status, out, err = outcome(fresh_process(code, *PUBLIC_NAMES))
     assert (out, err) == ("", "[]\n")
+
+
+def test_a_standard_output_that_the_shell_has_closed_is_none():
+    code = "import sys, utils; sys.stdout = None; utils.run_script(lambda: print('into nothing'))"
+    assert outcome(fresh_process(code)) == (0, "", "")

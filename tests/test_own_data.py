@@ -149,3 +149,29 @@ def test_a_file_that_cannot_be_split_is_refused(monkeypatch, capsys, rows, tmp_p
     (tmp_path / "mine.jsonl").write_text(json.dumps({"user": "a"}) + "\n")
     refused(monkeypatch, capsys, script("prepare"), ["--data", tmp_path / "mine.jsonl", "--model", "unread", "--dir",
                                                      tmp_path], "row 1: prompt", tldr.DATASET)
+
+
+SAID = {role: [{"role": role, "content": "Go on."}] for role in ("user", "assistant", "tool")}
+
+
+@pytest.mark.parametrize("changes", [
+    {"chosen": SAID["user"]}, {"chosen": SAID["tool"]}, {"chosen": SAID["assistant"] + SAID["user"]},
+    {"prompt": SAID["user"] + SAID["assistant"]}, {"rejected": [{"role": "user", "content": "question 0 of many ? "},
+                                                                *SAID["assistant"]]}])
+def test_messages_that_are_no_answer_to_the_prompt_are_refused(monkeypatch, capsys, rows, tmp_path, changes):
+    rows[3].update(changes)
+    path = write_rows(tmp_path / "mine.jsonl", rows)
+    refused(monkeypatch, capsys, script("prepare"), ["--data", path, "--model", "unread", "--dir", tmp_path / "out"], "row 4")
+
+
+@pytest.mark.parametrize("text_of", [json.dumps, repr])
+def test_messages_in_a_csv_file_are_messages(rows, text_of):
+    said = {"user": "ada", "prompt": text_of(SAID["user"]), "chosen": text_of(SAID["assistant"]), "rejected": "[sic] no"}
+    _, row = next(utils.parse_rows([("here", said)], tldr.OwnComparison, "own"))
+    assert row.parts() == ("ada", SAID["user"], SAID["assistant"], "[sic] no")
+
+
+def test_prompts_that_differ_in_white_space_alone_are_one(rows):
+    twins = [("here", {**row, "prompt": row["prompt"] + "\n" * (i % 2)}) for i, row in enumerate(rows)]
+    sides = [{tldr.prompt_of(row["prompt"]) for _, row in part} for part in tldr.split_own(twins, 0.2, 0).values()]
+    assert not set.intersection(*sides) and len(set.union(*sides)) == 60

@@ -117,6 +117,13 @@ def test_an_error_page_a_missing_file_and_a_broken_line_are_refused_by_row(tmp_p
         (tmp_path / "b.jsonl").write_text('{"a": 1}\n\n' + broken + '\n{"a": 3}\n')
         with input_error("b.jsonl, row 2"):
             list(utils.read_rows(tmp_path / "b.jsonl"))
+    for shifted, named in (("a,b\n1,2\n3,4,5\n", "row 2"), ("a,b\n1,2,3\n4,5,6\n", "row 1"), ("a,a\n1,2\n", "twice")):
+        (tmp_path / "b.csv").write_text(shifted)
+        with input_error("b.csv", named):
+            list(utils.read_rows(tmp_path / "b.csv"))
+    for name in ("b.tsv", "b.JSONL", "b.json"):
+        with input_error(name, ".jsonl"):
+            list(utils.read_rows(tmp_path / name))
     (tmp_path / "b.jsonl").write_bytes(b'{"a": "\xff"}\n')  # no UTF-8
     with input_error("b.jsonl, row 1"):
         list(utils.read_rows(tmp_path / "b.jsonl"))

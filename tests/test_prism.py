@@ -302,7 +302,7 @@ def test_an_error_page_and_a_short_line_are_named(monkeypatch, capsys, tmp_path,
 
 
 @pytest.mark.parametrize("arguments, named", [
-    (["--data", "/nowhere"], "survey.jsonl"), (["--limit", 0], "--limit: 0"), (["--demo", "--data", "/tmp"], "--demo"),
+    (["--data", "/nowhere"], "/nowhere"), (["--limit", 0], "--limit: 0"), (["--demo", "--data", "/tmp"], "--demo"),
     (["--sideways"], "--sideways")])
 def test_an_unusable_command_line_is_one_line(monkeypatch, capsys, tmp_path, arguments, named):
     refused(monkeypatch, capsys, script("prepare"), [*arguments, "--dir", tmp_path], named)
@@ -725,6 +725,8 @@ def test_the_demos_own_basis_is_scored_and_one_of_another_model_refused(monkeypa
     (["--rm_head", "nan.pt"], ["nan.pt"]), (["--truncation_side", "middle"], ["--truncation_side"]),
     (["--head_bias", "nan"], ["--head_bias"]), (["--device", "tpu"], ["tpu"]), (["--device", "cuda:7"], ["cuda:7"]),
     (["--rm_head", "complex.pt"], ["complex.pt"]), (["--rm_head", "empty.pt"], ["empty.pt"]),
+    (["--rm_head", "basis.pt", "--user_weights", "scaled.pt"], ["scaled.pt", "shares of 1"]),
+    (["--rm_head", "basis.safetensors", "--user_weights", "other_seed.safetensors"], ["other_seed", "another fit"]),
     (["--rm_head", "basis.pt", "--user_weights", "empty.pt"], ["empty.pt"]), (["--save_csv", "."], ["--save_csv"])])
 def test_unusable_heads_and_options_are_one_line(monkeypatch, capsys, tmp_path, benchmark, ran, arguments, named):
     for name in ("basis.pt", "basis.safetensors"):
@@ -733,6 +735,10 @@ def test_unusable_heads_and_options_are_one_line(monkeypatch, capsys, tmp_path, 
     utils.save_torch(tmp_path / "nan.pt", torch.full((64, 1), float("nan")))
     utils.save_torch(tmp_path / "complex.pt", torch.ones(64, 1, dtype=torch.complex64))
     utils.save_torch(tmp_path / "empty.pt", torch.ones(64, 0))
+    tensors, about = utils.load_tensors(tmp_path / "basis.safetensors")
+    columns = utils.load_pickle(tmp_path / "basis.pt").shape[1]
+    utils.save_torch(tmp_path / "scaled.pt", torch.full((5, columns), 2.0))
+    utils.save_tensors(tmp_path / "other_seed.safetensors", {"W": torch.full((5, columns), 1 / columns)}, seed=17)
     (tmp_path / "text.npy").write_text("no array")
     (tmp_path / "cut.safetensors").write_bytes((benchmark[0] / "basis.safetensors").read_bytes()[:100])
     arguments = [tmp_path / a if "." in str(a) and "/" not in str(a) else a for a in arguments]
@@ -761,3 +767,21 @@ def test_a_spoilt_row_of_the_benchmark_is_named(monkeypatch, capsys, tmp_path, b
 def test_without_a_gpu_a_model_is_asked_for(monkeypatch, capsys, tmp_path, ran):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused(monkeypatch, capsys, script("eval_rb2"), ["--data", ran.data, "--dir", tmp_path], "Skywork", "--model")
+
+
+def test_a_survey_twice_in_a_folder_is_refused(monkeypatch, capsys, ran, tmp_path):
+    for path in ran.data.glob("*.gz"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "survey.jsonl").write_bytes(gzip.decompress((tmp_path / "survey.jsonl.gz").read_bytes()))
+    refused(monkeypatch, capsys, script("prepare"), ["--data", tmp_path, "--model", ran.model, "--dir", tmp_path / "out"],
+            "survey.jsonl, survey.jsonl.gz")
+
+
+def test_checkpoints_of_an_earlier_sweep_go_with_it(monkeypatch, trainer, embeddings):
+    folder = embeddings / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    for name in ("PRISM_V_lore_K_9_alpha_1.0.pt", "PRISM_W_lore_K_9_alpha_1.0.pt", "mine.pt"):
+        (folder / name).write_bytes(b"")
+    call(monkeypatch, quick(monkeypatch, trainer, demo_K_list=[1], demo_num_iterations=5, controls=False), "--dir", embeddings)
+    assert {path.name for path in folder.iterdir()} == {
+        "mine.pt", "PRISM_V_lore_K_1_alpha_0.1.pt", "PRISM_W_lore_K_1_alpha_0.1.pt"}

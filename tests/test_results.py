@@ -319,3 +319,14 @@ def test_shots_of_groups_are_counted_in_groups(tmp_path, data, drawn, capsys):
     assert results["shots_are"] == "conversations" and results["shots_of_the_mean_user"] == [2, 3.5, 4.5]
     assert "from 4 conversations on" in capsys.readouterr().out
     assert drawn[0].get_supxlabel() == "conversations per unseen user"
+
+
+def test_shots_in_an_array_in_any_order_say_what_the_mean_user_has_of_the_most(tmp_path, data, capsys):
+    (tmp_path / "vary_questions.csv").write_text("of an earlier run")
+    shots = np.array([6, 4, 2])
+    save_few_shot_curves(tmp_path, curves(), OF_USERS, data, ABOUT, {**CONFIG, "num_shots": shots})
+    has = [len(X) for X in data["train_unseen"]]
+    expected = np.mean([min(6, m) for m in has])
+    assert f"of 6 the mean user has {expected:.1f}" in capsys.readouterr().out or min(has) >= 6
+    assert strict_json(tmp_path / "vary_fewshot.json")["shots_of_the_mean_user"][0] == expected
+    assert not (tmp_path / "vary_questions.csv").exists()

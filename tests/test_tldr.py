@@ -709,3 +709,9 @@ def test_real_text_goes_through_the_pipeline(monkeypatch, ran, tmp_path):
     call(monkeypatch, quick(monkeypatch, script("train_basis"), K_list=[0, 2], num_iterations=20), "--dir", tmp_path)
     workers = {row["worker"] for row in rows_in(REAL_TEXT / "comparisons_train.jsonl.gz")}
     assert set(results_in(tmp_path)["users"]) <= set(pickles_in(tmp_path)[0]) <= workers
+
+
+def test_a_head_other_than_the_one_it_names_is_refused(monkeypatch, capsys, embeddings):
+    tensors, about = utils.load_tensors(embeddings / utils.HEAD_FILE)
+    utils.save_tensors(embeddings / utils.HEAD_FILE, {"reward_head": -tensors["reward_head"]}, **about)
+    refused(monkeypatch, capsys, script("train_basis"), ["--dir", embeddings], utils.HEAD_FILE, "not the one that it names")

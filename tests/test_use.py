@@ -351,3 +351,29 @@ def test_chosen_questions_tell_more_than_random_ones():
     assert (mean["posterior, chosen"] > mean["posterior, random"])[1:].all()
     assert mean["posterior, chosen"][4] > 0.8 and mean["released fit, random"][4] > mean["released fit, random"][1]
     assert question_curves(4, 5, [0], [0, 1], data, None, "cpu").empty
+
+
+def test_what_does_not_fit_together_is_one_line(single, basis, tmp_path):
+    V, W = basis
+    reward = personal_reward(single, V, {"ada": W[0]})
+    for arguments in ((["a"], ["b", "c"], ["ada"]), (["a", "b"], ["c"], ["ada"]), (["a"], ["b"], ["ada"] * 2)):
+        with input_error("equally many"):
+            reward(*arguments[:2], user=arguments[2])
+    with input_error("neither a text nor"):
+        best_of_n(reward, "a", [None], "ada")
+    for posterior in (torch.ones(6) / 6, torch.full((7,), math.nan), W[0]):
+        with input_error("posterior"):
+            question_values(torch.ones(2, D), V, W, posterior)
+    for about in ({"identity": {"reward_head": "another's"}}, {"K": K - 1}):
+        with input_error("this basis"):
+            export_reward_model(tmp_path / "export", single, V, about=about)
+    (tmp_path / "file").write_text("")
+    with input_error("a file, or not empty"):
+        export_reward_model(tmp_path / "file", single, V)
+    assert not (tmp_path / "export").exists()
+
+
+def test_no_more_questions_are_asked_than_there_are(basis):
+    V, W = basis
+    data = {part: planted_pairs(V, W, 5, seed=i) for i, part in enumerate(("train", "train_unseen", "test_unseen"))}
+    assert question_curves(9, 2, [0], [2], data, torch.ones(D, 1), "cpu", [0], 5)["questions"].max() == 5
