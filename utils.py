@@ -535,15 +535,15 @@ def find_reward_head(folder, model_name, title, width, outputs):
             if digest_of(output) != about["files"].get(output.name):
                 raise InputError(f"{output}: not the file that {HEAD_FILE} was written with, but changed, or of another "
                                  "run; make the embeddings again")
-        head, identity = tensors.get("reward_head", torch.zeros(0)), about.get("identity", {})
-        if identity.get("reward_head", wanted := digest_of(head.tolist())) != wanted:
-            raise InputError(f"{path}: its head is not the one that it names; make the embeddings again")
+        head = tensors.get("reward_head", torch.zeros(0))
     else:
         head = load_reward_head(model_name)
     if len(width) > 1 or head.shape != (next(iter(width)), 1) or not torch.isfinite(head).all():
         raise InputError(f"embeddings and reward head of different models: {tuple(head.shape)} in {path}, or "
                          f"{about.get('model')}'s, " + ", ".join(f"d = {d} in {where}" for d, where in width.items())
                          + "; prepare all files with one model")
+    if about.get("identity", {}).get("reward_head", found := digest_of(head.tolist())) != found:
+        raise InputError(f"{path}: its head is not the one that it names; make the embeddings again")
     return head, {**about, "title": f"{title} ({about['data']})" if "data" in about else title}
 
 

@@ -1,11 +1,13 @@
 """Puts the repository root, the rooms and this folder on sys.path, so that the tests import utils, the rooms and each
 other; fixtures that several files use."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes run the files side by side
 ROOT = Path(__file__).parents[1]
 for folder in (ROOT / "RedditTLDR", ROOT / "PRISM", ROOT / "PersonalLLM", ROOT, ROOT / "tests"):
     sys.path.insert(0, str(folder))

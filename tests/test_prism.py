@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import gzip
 import hashlib
 import json
 import math
