@@ -1965,7 +1965,7 @@ def build_standin_model(folder, texts, seed=0, hidden_size=64, layers=2, heads=4
                          eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     config.architectures = ["LlamaForSequenceClassification"]
     with torch.device("meta"):
-        weights = dict(LlamaForSequenceClassification(config).named_parameters())
+        weights = dict(LlamaForSequenceClassification(LlamaConfig(**config.to_dict())).named_parameters())
     # Flat attention and a weak MLP keep the last state near a mean over the words read, which tells styles apart.
     gains, generator = {"v_proj": 1.0, "o_proj": 2.0, "score": 1.0}, torch.Generator().manual_seed(seed)
     for name, weight in sorted(weights.items()):
