@@ -32,7 +32,10 @@ def read(args):
         prompts, responses, scores = splits[split] = personalllm.parse(rows, split, args.limit)
         print(f"{split}: {len(prompts):,} prompts, {len(prompts) * personalllm.RESPONSES:,} responses with "
               f"{len(personalllm.SCORERS)} scores each")
-        warn_of_equal_sides(f"{split}, responses to one prompt", sum(len(texts) - len(set(texts)) for texts in responses), 8 * len(prompts))
+        equal = sum(len(texts) - len(set(texts)) for texts in responses)
+        warn_of_equal_sides(f"{split}, responses to one prompt", equal, personalllm.RESPONSES * len(prompts))
+        if blank := sum(not text.strip() for text in itertools.chain(prompts, *responses)):
+            print(f"warning: {blank:,} prompts or responses of {split} are blank, and stay as they are")
         if args.data is None and args.limit is None and len(prompts) != personalllm.FULL[split]:
             print(f"warning: the full {split} split has {personalllm.FULL[split]:,} prompts; the hub's data has changed")
     return splits

@@ -17,10 +17,11 @@ LEAVE_OUT = 2  # workers of the fewest pairs, in each file; of own data none
 
 
 def name_of(worker):
-    """A worker's id as text; a whole number, as a table may hold it, is its digits."""
+    """A worker's id as text; a whole number, as a table may hold it, is its digits; without white space around it."""
     if isinstance(worker, float) and worker.is_integer():
         worker = int(worker)
-    return str(worker) if isinstance(worker, int) and not isinstance(worker, bool) else worker
+    worker = str(worker) if isinstance(worker, int) and not isinstance(worker, bool) else worker
+    return worker.strip() if isinstance(worker, str) else worker
 
 
 Worker = Annotated[StrictStr, Field(min_length=1, pattern=r"\S"), BeforeValidator(name_of)]

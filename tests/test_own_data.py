@@ -175,3 +175,7 @@ def test_prompts_that_differ_in_white_space_alone_are_one(rows):
     twins = [("here", {**row, "prompt": row["prompt"] + "\n" * (i % 2)}) for i, row in enumerate(rows)]
     sides = [{tldr.prompt_of(row["prompt"]) for _, row in part} for part in tldr.split_own(twins, 0.2, 0).values()]
     assert not set.intersection(*sides) and len(set.union(*sides)) == 60
+
+
+def test_white_space_around_a_name_is_not_of_it():
+    assert [tldr.name_of(name) for name in (" u1 ", "u1", 7, 7.0)] == ["u1", "u1", "7", "7"]

@@ -315,10 +315,12 @@ def test_two_equal_responses_are_counted_and_warned_about(monkeypatch, capsys, r
     data = data_of(tmp_path / "data", ran, 4)
     rows = rows_of(ran, "test")[:4]
     rows[1]["response_7"] = rows[1]["response_2"]
+    rows[2]["response_1"], rows[3]["prompt"] = " ", ""
     write_rows(data / "test.jsonl", rows)
     call(monkeypatch, script("prepare"), "--data", data, "--model", ran.model, "--dir", tmp_path)
     train, test = capsys.readouterr().out.split("test: ", 1)
     assert "equal" not in train and "1 of 32" in test and "warning" in test
+    assert "blank" not in train and "warning: 2 prompts or responses of test are blank" in test
 
 
 def test_other_embeddings_are_replaced_only_with_overwrite(monkeypatch, capsys, ran, embeddings):

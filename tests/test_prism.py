@@ -258,7 +258,14 @@ def test_pairs_of_two_equal_texts_are_counted_and_warned_about(monkeypatch, caps
         c["conversation_history"][2]["content"] = c["conversation_history"][1]["content"]
     pairs = sum(len(rows) for rows in prepare(monkeypatch, tmp_path, small)[1:])
     out = capsys.readouterr().out
-    assert f"8 of {pairs} pairs have two equal texts" in out and "warning" in out
+    assert f"8 of {pairs} pairs have two equal texts" in out and "warning" in out and "blank" not in out
+
+
+def test_blank_responses_are_counted(monkeypatch, capsys, tmp_path, small):
+    for c in (c for c in small[1] if c["user_id"] == "user17"):
+        c["conversation_history"][2]["content"] = "  "
+    prepare(monkeypatch, tmp_path, small)
+    assert "warning: 8 responses are blank" in capsys.readouterr().out
 
 
 def test_full_data_that_differs_from_the_published_counts_is_warned_about(monkeypatch, capsys, tmp_path, small):
