@@ -6,7 +6,7 @@ What the scripts of the three data sets share, in nine parts, each using only th
     2. Reward model               the frozen model, its head, its identity; files of embeddings
     3. Embedding                  phi(prompt, response), every token once (`embed_conversations`); the model's proof
     4. Preference pairs           rows of others' files; differences of embeddings, shots, simulated users
-    5. The models                 the loss (`Likelihood`), its kernel (`_gradients`), training and few-shot fit
+    5. The models                 the loss (`Likelihood`), its kernel (`_gradients`), few-shot fit (`fit_users`)
     6. Evaluation and evidence    accuracies of personalised rewards; is it personal, by how much
     7. Pipelines                  run, run_regularized, run_few_shot_vary_shots; baselines; what prepare.py begins with
     8. Results and plots          JSON, safetensors, CSV, report.md, pictures
@@ -445,12 +445,13 @@ def load_reward_model(model_name, device=None, attention=None, dtype=None, token
         raise InputError(f"model {model_name}: cannot be loaded ({str(error) or type(error).__name__}); check the "
                          "name, the network and that it holds a model and a tokenizer") from None
     model = whole.base_model  # shares its weights with the whole
-    lost = {key for key, *_ in loading["mismatched_keys"]}.union(loading["missing_keys"])
+    lost = {key for key, *_ in loading["mismatched_keys"]}.union(loading["missing_keys"], (  # or for no layer of it
+        key for key in loading["unexpected_keys"] if key.startswith(f"{whole.base_model_prefix}.")))
     backbone = set(model.parameters())
     head = {name for name, parameter in whole.named_parameters() if parameter not in backbone}
     if missing := sorted(lost - head):  # which transformers fills at random
-        raise InputError(f"model {model_name}: {len(missing)} of its weights are not in it, as {missing[0]}; save it "
-                         "whole and without a wrapper, whose prefix (module., _orig_mod.) would stand before each name")
+        raise InputError(f"model {model_name}: {len(missing)} weights are not in it or not of its config, as "
+                         f"{missing[0]}; save it whole and without a wrapper, whose prefix (module., _orig_mod.) would stand before each name")
     if not tokenizer.chat_template:
         raise InputError(f"model {model_name}: its tokenizer has no chat template; give a chat model")
     model.reward_checkpoint, model.reward_scorer = str(_checkpoint_folder(model_name, "config.json")), []
@@ -508,7 +509,8 @@ def embeddings_are_finished(outputs, identity, overwrite):
     theirs = about.get("identity") or dict.fromkeys(identity)
     if other := [part for part in theirs if part in identity and part != "model" and theirs[part] != identity[part]]:
         held = ", ".join(f"{key} {about.get(key, 'unknown')}" for key in ("model", "data"))
-        raise InputError(f"{existing[0]} holds finished embeddings of other {' and '.join(other)} ({held}); "
+        names = {"weights": "weights or config", "tokenizer": "tokenizer or chat template"}
+        raise InputError(f"{existing[0]} holds finished embeddings of other {', '.join(names.get(o, o) for o in other)} ({held}); "
                          "move it away, or replace it with --overwrite")
     return all(path.exists() and digest_of(path) == about["files"].get(path.name) for path in outputs)
 
@@ -707,14 +709,14 @@ def _proof(model, sequences):
     """How the model's states are rightly computed, tried on some of the sorted sequences: the shortest, the middle one,
     its neighbour, a branch of it, and the longest; each by itself, all in padded rows, all with shared beginnings.
 
-    Returns {"way", "tokens": the longest; "rows", "shared", "score": relative differences to one by one}.
+    Returns {"way", "tokens": the shortest, the longest; "rows", "shared", "score": relative differences to one by one}.
     Raises InputError where phi @ head is not what the checkpoint's own class gives without a pad token."""
     by_length = sorted(sequences, key=len)
     middle, longest = by_length[len(by_length) // 2], by_length[-1]
     half, neighbour = len(middle) // 8 * 4, sequences[sequences.index(middle) - 1]
     sample = sorted({by_length[0], neighbour, middle, middle[:half] + middle[half + 4:] or middle, longest})
     alone, allowed = _states(model, sample, "alone", 1)[0].float(), torch.finfo(model.dtype).eps ** 0.5
-    proof = {"way": "alone", "tokens": len(longest) // 4 if alone.isfinite().all() else 0}
+    proof = {"way": "alone", "tokens": [len(by_length[0]) // 4, len(longest) // 4 if alone.isfinite().all() else 0]}
 
     def off(found, wanted):
         return ((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max().item()
@@ -734,6 +736,7 @@ def _proof(model, sequences):
     for way in ("rows", "shared"):
         with contextlib.suppress(TypeError, ValueError, IndexError, RuntimeError):  # it takes no such input
             proof[way] = off(_states(model, sample, way, len(sample) * len(longest))[0].float(), alone)
+            allowed = allowed if way == "rows" else min(allowed, max(0.03, 3 * proof.get("rows", 0)))  # the rows' noise
             proof["way"] = way if proof[way] <= allowed else proof["way"]
     if proof["way"] != "shared":
         print(f"note: this model takes conversations whole{' and alone' * (proof['way'] == 'alone')}: sharing would "
@@ -742,11 +745,12 @@ def _proof(model, sequences):
 
 
 def _proven(model, sequences, fingerprint, folder):
-    """The proof that is kept with the model and in the cache folder, made anew where it saw none of such length."""
+    """The proof that is kept with the model and in the cache folder, made anew for shorter or longer sequences."""
     proofs, path = model.__dict__.setdefault("reward_proofs", {}), folder and folder / "proof.json"
-    if path and path.exists():
-        proofs.setdefault(fingerprint, load_json(path))
-    if max(map(len, sequences), default=0) // 4 > proofs.get(fingerprint, {"tokens": 0})["tokens"]:
+    with contextlib.suppress(InputError):  # missing or damaged
+        proofs.setdefault(fingerprint, load_json(path, "way", "tokens") if path else {})
+    least, most = proofs.get(fingerprint, {}).get("tokens", (math.inf, 0))
+    if sequences and not least <= min(map(len, sequences)) // 4 <= max(map(len, sequences)) // 4 <= most:
         proofs[fingerprint] = _proof(model, sequences)
         if path and process_rank() == 0:
             save_json(path, proofs[fingerprint])
@@ -759,6 +763,9 @@ def _numbered(conversations, model, tokenizer, cut):
         raise InputError("no conversations to embed; give at least one")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     numbers, table = {}, model.get_input_embeddings().weight.shape[0]
+    for one in conversations:
+        if not one or not all(isinstance(message, dict) and isinstance(message.get("content"), str) for message in one):
+            raise InputError(f"the conversation {one!r:.80}: not a list of messages {{'role': .., 'content': a text}}")
     for n, sequence in enumerate(_tokenized(conversations, tokenizer)):
         ids = _ids(sequence[cut])
         if not 0 < len(ids) <= limit or ids.max() >= table:
@@ -810,13 +817,11 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
     """phi of each conversation: the state, after the final norm, of its last token.
     conversations: list of lists of {"role", "content"} messages, the last one the response that is judged.
     model, tokenizer: from `load_reward_model`. Returns a CPU tensor `[n, d]` of `dtype`, default the model's.
-
     Equal conversations are computed once, and so is what several begin with, unless `_proof` finds that this changes
     the model's states. A batch holds up to `token_budget` tokens (default 8192 on a GPU, 4096 on a CPU), or one
     conversation, and up to `batch_size` of them. max_length: cut longer ones, at their "left" or "right"
     `truncation_side`. about: a dict that is told what the embeddings depend on. With `cache_dir`, shards of that size
     are saved as they are made: a call for the same conversations resumes behind the last, and processes share them.
-
     Raises InputError: no conversation; an empty one, one beyond the model's context or vocabulary, or with an embedding
     that is not finite; a model whose own score is not phi @ head; a `cache_dir` that not all processes see."""
     for name, value in (("token_budget", token_budget), ("shard_size", shard_size), ("max_length", max_length),
@@ -1676,13 +1681,14 @@ def explanations(entries, named, verdict, leak, users):
     """Lines on what is the same for everybody, and on what may only look like a preference. leak: a share or None; users: how many."""
     at, lines = {entry["K"]: entry for entry in entries if entry["alpha"] == named["alpha"]}, []
     if users >= FEWEST_USERS and 0 in at and (reference := at[0]["accuracy"][UNSEEN_TEST])["low"] <= 0.5:
-        lines += [f"The reference is at or below chance (K = 0, {INTERVAL.format(**reference)}): either this vector is not the "
-                  "model's reward head, or that head knows nothing of these choices."]
+        is_at = "is at or below" if reference["mean"] <= 0.5 else "cannot be told from"
+        lines += [f"The reference {is_at} chance (K = 0, {INTERVAL.format(**reference)}): either this vector is not the "
+                  "model's reward head, or that head knows little of these choices."]
     if 0 in at and 1 in at:
         gain, more = at[1]["minus_reference"][UNSEEN_TEST], named["minus_pooled"][UNSEEN_TEST]
         lines += [f"One direction for everybody (K = 1) against the reference: {DIFFERENCE.format(**gain)}" + (
             f"; {_name(named)} against K = 1: {DIFFERENCE.format(**more)}." if named["K"] > 1 else ".")]
-        if gain["low"] > 0 and verdict != "yes":
+        if gain["low"] > 0 and verdict != "yes" and users >= FEWEST_USERS:
             lines += ["So one direction explains the gain over the reference: it is the same for everybody."]
     signs = ["shared prompts"] if leak else []
     for key, name in ("tossed", "trained on choices swapped by a coin"), ("longer", "taking the longer answer"):

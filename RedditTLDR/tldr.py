@@ -211,8 +211,8 @@ def split_workers(train, validation, seed=0, leave_out=LEAVE_OUT):
 
     workers = sorted(kept(train) & kept(validation), key=str)
     if len(workers) < 2:
-        raise InputError(f"{len(workers)} workers are in both the train and the validation file (after the {leave_out} "
-                         "smallest of each), at least 2 are needed; give rows of the same people for both")
+        raise InputError(f"workers in both the train and the validation part: {len(workers)}, and at least 2 are needed (the "
+                         f"{leave_out} smallest of each are left out); give more rows of the same people")
     chance = random.Random(seed)
     chance.shuffle(workers)
     return workers[:len(workers) // 2], workers[len(workers) // 2:], chance

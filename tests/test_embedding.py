@@ -419,11 +419,11 @@ def random_checkpoint(folder, name, settings, weights=AutoModelForSequenceClassi
     return folder
 
 
-def loaded(folder):
+def loaded(folder, dtype=None):
     """The backbone of a checkpoint that has no tokenizer, as load_reward_model would give it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *arguments, **options: Numbers([]))
-        return load_reward_model(folder, device="cpu")[0]
+        return load_reward_model(folder, device="cpu", dtype=dtype)[0]
 
 
 def last_states(model, sequences):
@@ -639,3 +639,46 @@ def test_a_run_killed_at_any_moment_loses_at_most_a_shard(checkpoint, reward_mod
     embeddings = embed_conversations(conversations, *reward_model, cache_dir=cache, shard_size=8)
     assert (embeddings - one_at_a_time(conversations, *reward_model)).abs().max() < 1e-5
     assert before.items() <= shards().items()  # none was made again
+
+
+def test_a_proof_of_long_texts_is_made_again_for_short_ones_among_them(tmp_path):
+    name = "Phi3, rope that depends on the batch"
+    tokenizer = answers_behind_prompts((60, 50, 3))
+    model, conversations = loaded(random_checkpoint(tmp_path, name, ARCHITECTURES[name][0])), tokenizer.conversations()
+    embed_conversations(conversations[:8], model, tokenizer)
+    found = embed_conversations(conversations, model, tokenizer)
+    assert (found - last_states(model, tokenizer.sequences)).abs().max() < 1e-5
+
+
+def test_in_bfloat16_a_window_that_the_text_just_exceeds_is_noticed(tmp_path):
+    name, tokenizer = "Mistral, its window shorter than the text", answers_behind_prompts((100, 90, 3))
+    model = loaded(random_checkpoint(tmp_path, name, dict(LLAMA, sliding_window=104)), torch.bfloat16)
+    found = embed_conversations(tokenizer.conversations(), model, tokenizer).float()
+    off = (found - last_states(model, tokenizer.sequences).float()).norm(dim=1) / found.norm(dim=1)
+    assert off.max() < 0.03
+
+
+def test_a_damaged_proof_is_made_again(reward_model, tmp_path):
+    model, tokenizer = reward_model
+    conversations, found = ragged_conversations(3), []
+    for content in ("", '{"way": "shared"}', '{"way'):
+        for path in tmp_path.glob("*/proof.json"):
+            path.write_text(content)
+        vars(model).pop("reward_proofs", None)
+        found.append(embed_conversations(conversations, model, tokenizer, cache_dir=tmp_path))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_a_config_of_fewer_layers_than_the_weights_is_refused(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    with input_error(str(folder), "layers.2"):
+        load_reward_model(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("conversations", [[[]], ["hello"], conversation("not", "in a list"), [[{"role": "user"}]],
+                                           [[{"role": "user", "content": None}]]], ids=str)
+def test_what_is_no_list_of_messages_is_refused(reward_model, conversations):
+    with input_error("not a list of messages"):
+        embed_conversations(conversations, *reward_model)

@@ -114,7 +114,7 @@ def test_the_split_is_the_published_one_whatever_the_global_generator(files):
 def test_files_without_two_common_workers_are_refused():
     train, validation = (comparisons(dict.fromkeys((*small, *workers), 9) | dict.fromkeys(small, 1), 0)
                          for small, workers in (("ab", "cd"), ("xy", "cz")))
-    with input_error("1 workers", "2 smallest"):
+    with input_error("part: 1", "2 smallest"):
         tldr.create_dataset(train, validation, 150, 50)
 
 
@@ -462,12 +462,12 @@ def test_workers_that_no_split_shares_are_refused_before_anything_is_embedded(mo
     data, module = data_of(tmp_path / "data", rows), script("prepare")
     monkeypatch.setattr(module, "load_reward_model", None)
     refused(monkeypatch, capsys, module, ["--data", data, "--model", ran.model, "--dir", tmp_path / "out"],
-            "0 workers are in both")
+            "validation part: 0")
 
 
 @pytest.mark.parametrize("content, named", [
     (b'{"info": 1}\n{"info"\n', "row 1"), (b"[1, 2]\n", "row 1"), (b"<html>\n", "row 1"), (b"\xff\xfe\n", "row 1"),
-    (b'{"info": ' + b"1" * 5001 + b"}\n", "row 1"), (b"\x1f\x8b\x08", "row 1"), (b"", "0 workers")])
+    (b'{"info": ' + b"1" * 5001 + b"}\n", "row 1"), (b"\x1f\x8b\x08", "row 1"), (b"", "part: 0")])
 def test_a_file_that_is_no_jsonl_is_named(monkeypatch, capsys, rows, tmp_path, content, named):
     data = data_of(tmp_path / "data", rows)
     (data / "train.jsonl").write_bytes(content)
@@ -505,7 +505,7 @@ def test_finished_embeddings_are_recognised_and_replaced_only_with_overwrite(mon
     assert "finished already" in capsys.readouterr().out
     template = next(path for path in (model / "chat_template.jinja", model / "tokenizer_config.json") if path.exists())
     template.write_text(template.read_text().replace("|eot_id|", "|end_header_id|"))
-    refused(monkeypatch, capsys, script("prepare"), options, TRAIN, "of other tokenizer (", "stand-in", "--overwrite")
+    refused(monkeypatch, capsys, script("prepare"), options, TRAIN, "of other tokenizer or chat template (", "stand-in", "--overwrite")
     assert content_of(embeddings) == before
     (embeddings / VALIDATION).write_bytes(before[VALIDATION][:-100])  # damaged ones are not finished
     shutil.copytree(ran.folder / ".embedding_cache", embeddings / ".embedding_cache")
@@ -556,7 +556,7 @@ def halve(content):
     (lambda content: next(reversed(content.values())).clear(), "worker"),
     (lambda content: a_pair(content).update(losing=[torch.zeros(32)]), "unequally long"),
     (lambda content: content.clear(), "not a dict of workers"), (halve, "d = 32"),
-    (lambda content: [content.update({f"new {w}": content.pop(w)}) for w in list(content)], "workers are in both")])
+    (lambda content: [content.update({f"new {w}": content.pop(w)}) for w in list(content)], "workers in both")])
 def test_spoilt_embeddings_are_named_and_nothing_written(monkeypatch, capsys, embeddings, trainer, change, named):
     spoil(embeddings, change)
     before = content_of(embeddings)
