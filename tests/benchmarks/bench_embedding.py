@@ -122,7 +122,7 @@ def bookkeeping(conversations=350_000, posts=23_000, width=64):
     with tempfile.TemporaryDirectory() as folder:
         model, tokenizer = utils.load_reward_model(str(build_model(Path(folder, "model"))), device="cpu")
         utils._forward = lambda model, ids, shared=None: torch.zeros(len(ids), width, dtype=torch.bfloat16)
-        utils._proof = lambda model, sequences: {"way": "shared", "tokens": 2 ** 30}
+        utils._proof = lambda model, sequences: {"way": "shared", "tokens": [0, 2 ** 30]}
         words = np.array([word for word in tokenizer.get_vocab() if word.isalpha()])
         words = words[np.random.default_rng(0).integers(len(words), size=2 ** 20)].tolist()
         posts = [" ".join(words[n:n + 250]) for n in range(posts)]
