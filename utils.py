@@ -558,13 +558,13 @@ TODAY = time.strptime("2024-07-26", "%Y-%m-%d")  # for templates that print the 
 
 
 def _fingerprint(model, folder):
-    """A digest of a loaded model and of what its states depend on besides the tokens."""
+    """A digest of what a loaded model's states depend on besides the tokens; of its weights only where states are kept."""
     checkpoint, settings = getattr(model, "reward_checkpoint", None), model.config.to_dict()
     settings.update(_name_or_path=None, transformers_version=None)  # another path or version is no other model
     runs = [ENGINE, model.dtype, model.config._attn_implementation, model.device.type, torch.__version__, settings,
-            checkpoint and model_identity(checkpoint, folder)["weights"]]
+            checkpoint and folder and model_identity(checkpoint, folder)["weights"]]
     digest = hashlib.sha256(json.dumps(runs, sort_keys=True, default=str).encode())
-    for name, values in model.state_dict().items():  # whole, or of a checkpoint's a sample: were they changed since?
+    for name, values in model.state_dict().items() if folder else ():  # of a checkpoint's a sample: changed since?
         values = values.flatten()[::values.numel() // 64 + 1 if checkpoint else 1].cpu().contiguous()
         digest.update(f"{name} {len(values)}".encode() + values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
