@@ -1550,12 +1550,12 @@ def _resampling(N):
 def interval(values, difference=False):
     """The mean over users of float64 `[N]` and its 95 % percentile interval, {mean, low, high}; None for None.
     A difference has p too, of the Wilcoxon signed-rank test that it is symmetric about 0."""
-    from scipy.stats import wilcoxon  # here: it takes a second to load
     if values is None:
         return None
     low, high = np.percentile(_resampling(len(values)) @ values, (2.5, 97.5)).tolist()
     found = {"mean": float(np.mean(values)), "low": low, "high": high}
     if difference:
+        from scipy.stats import wilcoxon  # here: it takes a second to load
         values = values.round(9)  # whether two users tie must not hang on the order of additions
         found["p"] = float(wilcoxon(values, method="approx").pvalue) if values.any() else 1.0
     return found
@@ -1629,12 +1629,15 @@ def evidence(fits, data, V_final, tossed=()):
     judged = [(entry, part) for entry, part in zip(entries, parts) if part is not None and best in (None, entry)]
     leaks = leaks_of(data.get("prompts"))
     users = len(data["test_unseen"])
-    verdict, named, lines = judgement(*zip(*judged)) if judged else ("no" if users >= FEWEST_USERS else "undecided",
-                                                                     best or entries[-1], [])
-    lines = lines or [f"{verdict.capitalize()}: {_name(named)} is one reward for everybody, it has no user weights."]
-    lines += explanations(entries, named, verdict, leaks[UNSEEN_TEST], users)
-    if not lines[-1].endswith("none in these checks."):
+    if judged:
+        verdict, named, lines = judgement(*zip(*judged))
+    else:
+        verdict, named = "no" if users >= FEWEST_USERS else "undecided", best or entries[-1]
+        lines = [f"{verdict.capitalize()}: {_name(named)} is one reward for everybody, it has no user weights."]
+    explained, signs = explanations(entries, named, verdict, leaks[UNSEEN_TEST], users)
+    if signs:
         lines[0] += " But see the signs of an artefact below."
+    lines += explained
     if collapsed := [entry for entry, of_row in zip(entries, rows.values()) if entry["K"] and all(
             (cosine_similarity(fit.V, V_final.to(fit.V), 0).abs() >= COLLAPSED).all() for fit in of_row)]:
         lines += [f"Collapsed onto the reward head, all columns within a cosine of {COLLAPSED}: {_name(*collapsed)}. "
@@ -1678,7 +1681,8 @@ def judgement(entries, parts):
 
 
 def explanations(entries, named, verdict, leak, users):
-    """Lines on what is the same for everybody, and on what may only look like a preference. leak: a share or None; users: how many."""
+    """Lines on what is the same for everybody, and on what may only look like a preference; the signs of an artefact.
+    leak: a share or None; users: how many unseen ones."""
     at, lines = {entry["K"]: entry for entry in entries if entry["alpha"] == named["alpha"]}, []
     if users >= FEWEST_USERS and 0 in at and (reference := at[0]["accuracy"][UNSEEN_TEST])["low"] <= 0.5:
         is_at = "is at or below" if reference["mean"] <= 0.5 else "cannot be told from"
@@ -1695,9 +1699,10 @@ def explanations(entries, named, verdict, leak, users):
         if found := next(filter(None, (entry["controls"][key] for entry in entries)), None):
             lines += [f"Control, {name}: {INTERVAL.format(**found)}; chance is 0.5."]
             signs += [name] if found["low"] > 0.5 and users >= FEWEST_USERS else []
-    return lines + ["Whether test prompts stand among the training prompts is not known." if leak is None else
-                    f"Of the unseen users' test pairs {leak:.1%} have a prompt that stands among their training pairs.",
-                    f"Signs of an artefact: {'; '.join(signs) or 'none in these checks'}."]
+    lines += ["Whether test prompts stand among the training prompts is not known." if leak is None else
+              f"Of the unseen users' test pairs {leak:.1%} have a prompt that stands among their training pairs.",
+              f"Signs of an artefact: {'; '.join(signs) or 'none in these checks'}."]
+    return lines, signs
 
 
 def _name(*entries):
