@@ -2239,7 +2239,8 @@ def export_reward_model(folder, model_name, V, w=None, about=None, conversations
     conversations, one by one or padded, are not phi @ V @ w within 1e-4, in float32 on the CPU; where the model needs
     code of its own or has no token to pad with."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as classes
-    V, folder = check_matrix(V, "V", len(load_reward_head(model_name))).cpu(), Path(folder)
+    old_head, folder = load_reward_head(model_name), Path(folder)
+    V = check_matrix(V, "V", len(old_head)).cpu()
     head = V if w is None else V @ check_matrix(torch.as_tensor(w).reshape(-1, 1), "w", V.shape[1], 1).cpu()
     config = load_json(_checkpoint_folder(model_name, "config.json") / "config.json", "model_type")
     if "auto_map" in config or config["model_type"] not in classes:
@@ -2249,7 +2250,7 @@ def export_reward_model(folder, model_name, V, w=None, about=None, conversations
         raise InputError(f"{folder}: a file, or not empty; give a new folder")
     about = about or {}
     learnt = (about.get("identity") or {}).get("reward_head")
-    if learnt not in (None, digest_of(load_reward_head(model_name).tolist())) or about.get("K", V.shape[1]) < V.shape[1]:
+    if learnt not in (None, digest_of(old_head.tolist())) or about.get("K", V.shape[1]) < V.shape[1]:
         raise InputError(f"{folder}: the basis is of {about.get('config', {}).get('model')} at rank {about.get('K')}, not "
                          f"{model_name}'s of {V.shape[1]} columns; give the model and `about` of this basis")
     model, tokenizer = load_reward_model(model_name, "cpu")
@@ -2365,7 +2366,7 @@ def personal_reward(model_name, V, weights, device=None, **options):
     model, tokenizer = load_reward_model(model_name, device)
     V = check_matrix(V, "V", model.config.hidden_size).cpu()
     W = {user: check_matrix(torch.as_tensor(w)[None], f"weights of {user}", 1, V.shape[1]).cpu()
-         for user, w in dict(weights if isinstance(weights, dict) else enumerate(weights)).items()}
+         for user, w in (weights if isinstance(weights, dict) else dict(enumerate(weights))).items()}
 
     def personal_reward(prompts, completions, user, **columns):
         if not len(prompts) == len(completions) == len(user):

@@ -193,11 +193,12 @@ def tables_of(rows, scores, weights):
 
 def read_heads(args, d_of_model):
     """The heads `[d, K]` and the user weights `[users, K]`, or None. Raises InputError: other shapes, another model."""
+    of_head = of_weights = None
     if args.rm_head is None:
         heads = load_reward_head(args.model)
     else:
         heads = read_matrix(args.rm_head, [args.head_key] if args.head_key else ["V", "reward_head", "score.weight"], "head")
-        check_same_model(args.rm_head, args.model)
+        of_head = check_same_model(args.rm_head, args.model)
     if heads.shape == (1, d_of_model):
         heads = heads.T
     if heads.shape[0] != d_of_model:
@@ -206,23 +207,24 @@ def read_heads(args, d_of_model):
     weights = None
     if args.user_weights is not None:
         weights = read_matrix(args.user_weights, ["W", "W_unseen"], "user weights")
-        check_same_model(args.user_weights, args.model)
+        of_weights = check_same_model(args.user_weights, args.model)
     if weights is not None and (weights.shape[1] != heads.shape[1] or (weights < 0).any() or (
             (weights.sum(1) - 1).abs() > 1e-2).any()):
         raise InputError(f"{args.user_weights}: weights of shape {tuple(weights.shape)} for {heads.shape[1]} columns; "
                          "they should be [users, K], shares of 1 in each row")
-    fits = [load_tensors(path)[1] for path in (args.rm_head, args.user_weights) if path and path.suffix == ".safetensors"]
-    if len({json.dumps([about.get(key) for key in ("K", "alpha", "seed")]) for about in fits}) > 1:
+    if None not in (of_head, of_weights) and any(of_head.get(key) != of_weights.get(key) for key in ("K", "alpha", "seed")):
         raise InputError(f"{args.user_weights}: weights of another fit than {args.rm_head}; give the same file twice")
     return heads, weights
 
 
 def check_same_model(path, model_name):
-    """Raise InputError where a basis says that it was learnt from another model's embeddings."""
-    identity = load_tensors(path)[1].get("identity") if path.suffix == ".safetensors" else None
+    """What a safetensors file says of itself, None of others. Raises InputError where that is another model's basis."""
+    about = load_tensors(path)[1] if path.suffix == ".safetensors" else None
+    identity = about and about.get("identity")
     if identity and identity["reward_head"] != digest_of(load_reward_head(model_name).tolist()):
         raise InputError(f"{path}: learnt from embeddings of {identity['model']}, whose reward head is not that of "
                          f"{model_name}; give --model the one it was learnt from")
+    return about
 
 
 def is_demo(folder):

@@ -112,12 +112,11 @@ def read_comparisons(data, test_share, test_seed):
 
 
 def split_own(rows, test_share, test_seed):
-    """Split the rows of own data in one file by their `split`, or else, seeded, by prompt: a prompt is on one side.
+    """Parse the rows of own data in one file and split them by their `split`, or else, seeded, by prompt: each on one side.
 
     test_share: of the prompts, for validation. Raises InputError: some rows without a split, or all on one side.
     """
     check_settings(test_share=test_share, test_seed=test_seed)
-    rows = list(rows)
     parsed = list(parse_rows(rows, OwnComparison, SCHEMAS))
     prompts = [prompt_of(row.prompt) for _, row in parsed]
     if any(row.split for _, row in parsed):
@@ -131,9 +130,9 @@ def split_own(rows, test_share, test_seed):
         print(f"one file without a split: {len(chosen):,} of {len(distinct):,} prompts drawn for validation")
         held = [prompt in chosen for prompt in prompts]
     if len(set(held)) < 2:
-        raise InputError(f"{len(rows)} rows of {len(set(prompts))} prompts on one side only; training and test need "
+        raise InputError(f"{len(parsed)} rows of {len(set(prompts))} prompts on one side only; training and test need "
                          "prompts of their own, give more rows, or a split of both kinds")
-    return {split: list(itertools.compress(rows, [is_held == (split == "validation") for is_held in held]))
+    return {split: list(itertools.compress(parsed, [is_held == (split == "validation") for is_held in held]))
             for split in ("train", "validation")}
 
 

@@ -173,7 +173,7 @@ def test_messages_in_a_csv_file_are_messages(rows, text_of):
 
 def test_prompts_that_differ_in_white_space_alone_are_one(rows):
     twins = [("here", {**row, "prompt": row["prompt"] + "\n" * (i % 2)}) for i, row in enumerate(rows)]
-    sides = [{tldr.prompt_of(row["prompt"]) for _, row in part} for part in tldr.split_own(twins, 0.2, 0).values()]
+    sides = [{tldr.prompt_of(row.prompt) for _, row in part} for part in tldr.split_own(twins, 0.2, 0).values()]
     assert not set.intersection(*sides) and len(set.union(*sides)) == 60
 
 
