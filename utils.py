@@ -248,10 +248,11 @@ class _MemoryUnpickler(pickle.Unpickler):
         self.data = data
 
     def load(self):
-        parts = [super(_MemoryUnpickler, self).load() for _ in range(4 if self.data.startswith(_LEGACY_MAGIC) else 0)]
-        if not parts:
+        if not self.data.startswith(_LEGACY_MAGIC):
             raise pickle.UnpicklingError("refused: a tensor whose memory is not in torch.save's format")
-        return parts[3]  # behind the magic number, the version and the system
+        for _ in range(3):  # the magic number, the version, the system
+            super().load()
+        return super().load()
 
     def find_class(self, module, name):
         if module != "torch" or not name.endswith("Storage"):
@@ -451,7 +452,8 @@ def load_reward_model(model_name, device=None, attention=None, dtype=None, token
     head = {name for name, parameter in whole.named_parameters() if parameter not in backbone}
     if missing := sorted(lost - head):  # which transformers fills at random
         raise InputError(f"model {model_name}: {len(missing)} weights are not in it or not of its config, as "
-                         f"{missing[0]}; save it whole and without a wrapper, whose prefix (module., _orig_mod.) would stand before each name")
+                         f"{missing[0]}; save it whole and without a wrapper, whose prefix (module., _orig_mod.) would "
+                         "stand before each name")
     if not tokenizer.chat_template:
         raise InputError(f"model {model_name}: its tokenizer has no chat template; give a chat model")
     model.reward_checkpoint, model.reward_scorer = str(_checkpoint_folder(model_name, "config.json")), []
@@ -685,7 +687,7 @@ def _states(model, sequences, way, budget, batch_size=None, update=lambda count:
     shared = np.array([0] + [len(s) if s.all() else int(s.argmin()) for s in same])
     lengths, parts, start = np.array(list(map(len, ids))), [], 0
     while start < len(ids):
-        kept = shared[start:] * (np.arange(start, len(ids)) > start)  # the first of a batch has none before it
+        kept = np.append(0, shared[start + 1:])  # the first of a batch has none before it
         tokens = np.cumsum(lengths[start:] - kept) if way == "shared" else lengths[start] * np.arange(1, len(kept) + 1)
         least, most = (max(1, int((tokens <= limit).sum())) for limit in (budget / 2, budget))
         if way == "shared" and most < len(kept):  # cut where least is shared, in the second half
@@ -1949,6 +1951,12 @@ def warn_of_equal_sides(what, equal, pairs):
     if equal:
         print(f"{what}: {equal:,} of {pairs:,} pairs have two equal texts and count as wrong under every reward"
               + (f"; warning: that is {equal / pairs:.1%}, leave them out" if equal > 0.01 * pairs else ""))
+
+
+def warn_of_blank_texts(what, texts):
+    """Say how many texts are blank, which are embedded as they are."""
+    if blank := sum(not text.strip() for text in texts):
+        print(f"warning: {blank:,} {what} are blank, and stay as they are")
 
 
 def build_standin_model(folder, texts, seed=0, hidden_size=64, layers=2, heads=4, key_value_heads=2, context=8192):

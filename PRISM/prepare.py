@@ -51,9 +51,8 @@ def report(counts, rows, full):
     infos = [row["extra_info"] for name in rows for row in rows[name]]
     warn_of_equal_sides("both splits", sum(info["rejected_utterance"].count(info["chosen_utterance"])
                                            for info in infos), counts["train pairs"] + counts["test pairs"])
-    blank = sum(not text.strip() for info in infos for text in (info["chosen_utterance"], *info["rejected_utterance"]))
-    if blank:
-        print(f"warning: {blank:,} responses are blank, and stay as they are")
+    warn_of_blank_texts("responses", (text for info in infos for text in (info["chosen_utterance"],
+                                                                          *info["rejected_utterance"])))
 
 
 def main():

@@ -34,8 +34,7 @@ def read(args):
               f"{len(personalllm.SCORERS)} scores each")
         equal = sum(len(texts) - len(set(texts)) for texts in responses)
         warn_of_equal_sides(f"{split}, responses to one prompt", equal, personalllm.RESPONSES * len(prompts))
-        if blank := sum(not text.strip() for text in itertools.chain(prompts, *responses)):
-            print(f"warning: {blank:,} prompts or responses of {split} are blank, and stay as they are")
+        warn_of_blank_texts(f"prompts or responses of {split}", itertools.chain(prompts, *responses))
         if args.data is None and args.limit is None and len(prompts) != personalllm.FULL[split]:
             print(f"warning: the full {split} split has {personalllm.FULL[split]:,} prompts; the hub's data has changed")
     return splits
