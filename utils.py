@@ -434,6 +434,8 @@ def load_reward_model(model_name, device=None, attention=None, dtype=None, token
                    trust_remote_code=trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True)
     if attention not in (None, "flash_attention_2"):
         options["attn_implementation"] = attention
+    if device.type == "cuda":  # else every process would hold the whole model on the host first
+        options["device_map"] = {"": device}
     logging.set_verbosity_error()  # what matters of its notes is said below
     logging.disable_progress_bar()
     try:
@@ -586,6 +588,7 @@ def _tokenized(conversations, tokenizer):
     template = re.sub(r"""strftime_now\((['"])(.*?)\1\)""", lambda call: repr(time.strftime(call[2], TODAY)), template)
     marks = sorted((token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values()), reverse=True)
     cut = re.compile(f"({'|'.join(map(re.escape, marks))})")
+    fast = getattr(getattr(tokenizer, "backend_tokenizer", None), "encode_batch_fast", None)  # ids without offsets
 
     def formatted(conversation):
         try:
@@ -595,19 +598,20 @@ def _tokenized(conversations, tokenizer):
             raise InputError(f"the model's chat template cannot format the conversation {_quoted(conversation)} "
                              f"({error}); repair it or leave it out") from None
 
-    def encode(texts):  # the template has written the special tokens: the tokenizer must not add its own again
-        ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
+    def encode(texts, fast=None):  # the template has written the special tokens: the tokenizer must not add its own again
+        ids = ([one.ids for one in fast(texts, add_special_tokens=False)] if fast or not texts else
+               tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"])
         return [np.array(sequence, ">u4").tobytes() for sequence in ids]
 
     def encode_pieces(texts):
         pieces = [[piece for piece in cut.split(text) if piece] for text in texts]
-        new = list({piece for of_text in pieces for piece in of_text} - known.keys())
-        known.update(zip(new, encode(new)))
+        new = list({piece for of_text in pieces for piece in of_text if piece not in known})
+        known.update(zip(new, encode(new, fast)))
         return [b"".join(map(known.get, of_text)) for of_text in pieces]
 
     for start in range(0, len(conversations), 256):
         texts = list(map(formatted, conversations[start:start + 256]))
-        whole = not marks or encode_pieces(texts) != encode(texts) if whole is None else whole
+        whole = not marks or encode(texts) != encode_pieces(texts) if whole is None else whole
         yield from encode(texts) if whole else encode_pieces(texts)
 
 
@@ -630,27 +634,35 @@ class _Paths(TorchFunctionMode):
     """Within it, causal attention over one row of tails, each what a sequence does not share with the one before, is
     that of the whole sequences: a tail asks the keys of its own path and no other. Nothing is padded or masked out."""
 
-    def __init__(self, ids, shared, device):
+    def __init__(self, ids, shared, model):
         super().__init__()
-        self.tails, path, end = [], np.zeros(0, np.int64), 0
-        for sequence, n in zip(ids, shared):  # path: where the row has the sequence's tokens
-            path = np.concatenate([path[:n], np.arange(end, end := end + len(sequence) - n)])
-            mask = torch.ones(len(sequence) - n, len(path), dtype=torch.bool, device=device).tril(n) if n else None
-            self.tails.append((slice(path[n], end), _on(device, path), mask))
-        if device.type == "cuda":
-            counts = [[tail.stop - tail.start for tail, *_ in self.tails], [len(keys) for _, keys, _ in self.tails]]
-            ends = [_on(device, np.cumsum([0, *n], dtype=np.int32)) for n in counts]
-            self.flash, self.keys = [*ends, *(int(max(n)) for n in counts)], torch.cat([tail[1] for tail in self.tails])
+        paths, path, lengths = [], np.zeros(0, np.int64), np.array(list(map(len, ids)))
+        new, device = lengths - shared, model.device
+        ends = np.cumsum(new)
+        for n, start, end in zip(shared, ends - new, ends):  # path: where the row has the sequence's tokens
+            paths.append(path := np.concatenate([path[:n], np.arange(start, end)]))
+        self.keys = _on(device, np.concatenate(paths))
+        self.key_heads, self.flash = getattr(model.config.get_text_config(), "num_key_value_heads", None), None
+        if device.type == "cuda" and model.dtype.itemsize == 2:
+            first = [_on(device, np.cumsum([0, *counts], dtype=np.int32)) for counts in (new, lengths)]
+            self.flash = *first, int(new.max()), int(lengths.max())
+        else:
+            masks = (torch.ones(n, m, dtype=torch.bool, device=device).tril(m - n) if n < m else None
+                     for n, m in zip(new.tolist(), lengths.tolist()))
+            self.tails = list(zip(map(slice, ends - new, ends), self.keys.split(lengths.tolist()), masks))
+
+    def gathered(self, x):  # (keys, heads, width): a head of keys that was repeated for several of queries once
+        x = x[0, ::max(1, x.shape[1] // (self.key_heads or x.shape[1]))].transpose(0, 1)
+        return x.flatten(1)[self.keys].view(-1, *x.shape[1:])
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is not scaled_dot_product_attention:
             return function(*args, **kwargs or {})
         q, k, v = args[:3]  # (1, heads, tokens, width)
         options = {name: value for name, value in (kwargs or {}).items() if name in ("scale", "enable_gqa")}
-        if q.is_cuda and q.element_size() == 2:
-            q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-            out = torch.ops.aten._flash_attention_forward(q, k[self.keys], v[self.keys], *self.flash, 0.0, True, False,
-                                                          scale=options.get("scale"))
+        if self.flash:
+            out = torch.ops.aten._flash_attention_forward(q[0].transpose(0, 1), self.gathered(k), self.gathered(v),
+                                                          *self.flash, 0.0, True, False, scale=options.get("scale"))
             return out[0].transpose(0, 1)[None]
         out = torch.empty_like(q)
         for tail, keys, mask in self.tails:
@@ -667,7 +679,7 @@ def _forward(model, ids, shared=None):
         width, last = lengths.max(), np.arange(len(ids)) * lengths.max() + lengths - 1
         tokens = np.stack([np.pad(sequence, (0, width - len(sequence))) for sequence in ids])
     else:
-        within, last = _Paths(ids, shared, device), np.cumsum(lengths - shared) - 1
+        within, last = _Paths(ids, shared, model), np.cumsum(lengths - shared) - 1
         tokens = np.concatenate([sequence[n:] for sequence, n in zip(ids, shared)])[None]
         position = np.concatenate([np.arange(n, length) for n, length in zip(shared, lengths)])[None]
         no_mask = torch.zeros(1, 1, 1, tokens.shape[1], dtype=model.dtype, device=device)  # 4-D: taken as it is
@@ -798,12 +810,13 @@ def _embedded(model, sequences, cache_dir, budget, shard_size, batch_size, about
         for shard in (shards[n] for n in mine):
             if (states := kept(shard)) is not None:
                 bar.update(len(shard))
-            else:
-                way = way or _proven(model, sequences, fingerprint, folder)["way"]
-                states, budget = _states(model, shard, way, budget, batch_size, bar.update)
-                if folder and states.isfinite().all():
-                    save_tensors(path(shard), {"embeddings": states})
-            yield shard, states
+                yield shard, states
+                continue
+            way = way or _proven(model, sequences, fingerprint, folder)["way"]
+            states, budget = _states(model, shard, way, budget, batch_size, bar.update)
+            yield shard, states  # where they are not finite, the caller raises, and they are not kept
+            if folder:
+                save_tensors(path(shard), {"embeddings": states})
     if ranks > 1:
         dist.barrier()
         for shard in (shards[n] for n in set(range(len(shards))) - set(mine)):
@@ -846,8 +859,9 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
                              f"{model.dtype}; leave it out, or check the model")
         if embeddings is None:
             embeddings = torch.empty(len(conversations), states.shape[1], dtype=dtype or states.dtype)
-        for sequence, state in zip(shard, states.to(embeddings.dtype)):
-            embeddings[numbers[sequence]] = state
+        rows = [numbers[sequence] for sequence in shard]
+        copies = torch.tensor(list(map(len, rows)))
+        embeddings[list(itertools.chain(*rows))] = states.to(embeddings.dtype).repeat_interleave(copies, 0)
     return embeddings
 
 

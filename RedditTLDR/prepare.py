@@ -15,6 +15,7 @@ left out.
 """
 
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -48,8 +49,8 @@ def read(args):
 
 
 def embed(splits, args):
-    """Add to every comparison of both splits its embeddings, one bfloat16 tensor per distinct (post, summary); returns
-    what they depend on."""
+    """Add to every comparison of both splits its embeddings, a row of one bfloat16 table per distinct (post, summary) ->
+    (what they depend on, one of these rows)."""
     numbers, conversations, about = {}, [], {}
     pairs = [pair for by_worker in splits for comparisons in by_worker.values() for pair in comparisons]
 
@@ -64,11 +65,27 @@ def embed(splits, args):
     print(f"{2 * len(pairs):,} summaries to embed, {len(conversations):,} distinct ones")
     model, tokenizer = load_reward_model(args.model)
     embeddings = embed_conversations(conversations, model, tokenizer, args.dir / ".embedding_cache", TOKEN_BUDGET,
-                                     SHARD_SIZE, about=about)
-    vectors = [vector.clone() for vector in embeddings.bfloat16()]  # each with memory of its own, as pickled
+                                     SHARD_SIZE, dtype=torch.bfloat16, about=about)
+    vectors = embeddings.unbind()  # (d,) each
     for pair in pairs:
         pair["embeddings"] = {side: [vectors[numbers[key(pair, side)]]] for side in tldr.SIDES}
-    return about
+    return about, vectors[0]
+
+
+class RowPickler(pickle.Pickler):
+    """Writes each row `[d]` of a table as torch pickles a tensor with memory of its own, without a copy of them all. What
+    stands before the memory is the same for every row, and asked of torch once."""
+
+    def __init__(self, file, row):
+        super().__init__(file, protocol=4)
+        self.rebuild, (storage, *_) = row.clone().__reduce_ex__(4)
+        self.load, (memory,) = storage.__reduce__()
+        self.begin = memory[:-row.nbytes]
+
+    def reducer_override(self, value):
+        if isinstance(value, torch.Tensor):
+            return self.rebuild, (value.view(torch.uint8).numpy(), 0, (len(value),), (1,), False, OrderedDict())
+        return (self.load, (self.begin + value.tobytes(),)) if isinstance(value, np.ndarray) else NotImplemented
 
 
 def main():
@@ -82,14 +99,14 @@ def main():
         print(f"these embeddings are finished already, in {args.dir}; next: python train_basis.py")
         return
 
-    about = embed(splits, args)
+    about, row = embed(splits, args)
     if process_rank() > 0:
         return
     with new_embeddings(args.dir, head, identity, model=identity["model"], data=args.label or tldr.DATASET,
                         demo=args.demo, own=own, embedding=about) as folder:
         for path, by_worker in zip(outputs, splits):
             with atomic_write(folder / path.name) as file:
-                pickle.dump(by_worker, file, protocol=4)
+                RowPickler(file, row).dump(by_worker)
     for path, by_worker in zip(outputs, splits):
         print(f"{path.name}: {len(by_worker)} workers, {sum(map(len, by_worker.values())):,} pairs, d = {len(head)}, "
               f"{path.stat().st_size / 1e6:,.1f} MB")
