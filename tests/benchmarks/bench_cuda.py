@@ -1,61 +1,185 @@
-"""Embedding on a GPU with a model of Skywork-Reward-Llama-3.1-8B's shape and random weights: is it right, and how fast.
+"""On a GPU, with a reward model of Skywork-Reward-Llama-3.1-8B's shape and random weights: is it right, and how fast.
 
-    python tests/benchmarks/bench_cuda.py [posts] [answers]     needs a CUDA GPU with 24 GB; two minutes
+    python tests/benchmarks/bench_cuda.py                       all of it: four minutes, 40 GB of disk, a GPU with 40 GB
+    python tests/benchmarks/bench_cuda.py training              only this: loading, embedding, training
 
-Prints how far shared beginnings (one varlen flash attention) and padded rows are from one by one in bfloat16, the
-proof's choice, seconds and tokens per second of each, and the host's own seconds. For the full Reddit TL;DR, 24.5
-million tokens, it says what the rate comes to; by arithmetic 2 * 7.0e9 operations a token are 3.4e17, at 450 to 550
-TFLOPS of an H100 10 to 13 minutes, and half a minute more for gathering keys. It has not been run yet.
+loading: the checkpoint is written to a temporary folder; seconds, and what the host and the GPU hold at most.
+embedding: how far shared beginnings (varlen flash attention over gathered keys) and padded rows are from one
+conversation at a time in bfloat16, the proof, seconds and tokens per second of each at several budgets, the whole
+`embed_conversations`, and the host's own seconds. Of a full Reddit TL;DR, 24.5 million tokens, it says what the rate
+comes to; by arithmetic 2 * 7.0e9 operations a token are 3.4e17, at 450 to 550 TFLOPS of an H100 10 to 13 minutes.
+training: the same sweep on the GPU and on the CPU, synthetic pairs of the sizes of TL;DR, and of PRISM on the GPU.
 """
 
+import os
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaModel
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import utils
-from bench_embedding import workload
 
 # ---------------------------------------------------------------------------------------------------------------------
 SHAPE = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
              num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192)
+POSTS, ANSWERS = 192, 15  # as of TL;DR
+WORDS = (88, 8)  # in a post and in an answer, the median; about 350 and 32 tokens
+FULL = 24.5e6  # distinct tokens of a full TL;DR, as counted by the design
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def main():
-    posts, answers = (int(number) for number in (*sys.argv[1:], 64, 15)[:2])
-    if not torch.cuda.is_available():
-        raise SystemExit("no CUDA GPU here")
+class HostMemory(threading.Thread):
+    """The most memory of its own, without files that are mapped, that this process held since the start, in GB."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.peak, self.over = 0.0, threading.Event()
+        self.start()
+
+    def run(self):
+        while not self.over.wait(0.02):
+            line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+            self.peak = max(self.peak, int(line.split()[1]) / 1e6)
+
+
+def timed(function, *arguments, **options):
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    found = function(*arguments, **options)
+    torch.cuda.synchronize()
+    return found, time.perf_counter() - began
+
+
+def write_checkpoint(folder):
+    """A checkpoint of SHAPE in bfloat16, with the stand-in's tokenizer -> words of its vocabulary."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+    texts = [str(row) for path in sorted((ROOT / "RedditTLDR" / "demo").glob("*.jsonl.gz"))
+             for _, row in utils.read_rows(path)]
+    utils.build_standin_model(folder / "standin", texts)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "standin")
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
-        model = LlamaModel(LlamaConfig(**SHAPE)).eval()
+        model = LlamaForSequenceClassification(LlamaConfig(**SHAPE, num_labels=1, pad_token_id=tokenizer.pad_token_id))
     torch.set_default_dtype(torch.float32)
-    sequences = sorted(utils.np.array(ids, ">u4").tobytes() for ids in workload(posts, answers, 350, 32, (1, 1)))
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {len(sequences)} conversations")
-    print(utils._proof(model, sequences))
+    model.save_pretrained(folder / "model", max_shard_size="4GB")
+    tokenizer.save_pretrained(folder / "model")
+    return [word for word in tokenizer.get_vocab() if word.isalpha()]
 
-    def run(way, budget):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        states, _ = utils._states(model, sequences, way, budget)
-        return states.float(), time.perf_counter() - began
 
-    run("shared", 4096)  # compiles and allocates
-    alone, seconds = run("alone", 1)
-    print(f"alone: {seconds:.1f} s")
-    unique = len({sequence[:end] for sequence in sequences for end in range(4, len(sequence) + 4, 4)})
-    for way in ("rows", "shared"):
-        for budget in (4096, 8192, 16384):
-            states, seconds = run(way, budget)
-            off = ((states - alone).norm(dim=1) / alone.norm(dim=1)).max().item()
-            print(f"{way}, budget {budget}: {seconds:.2f} s, {unique / seconds:,.0f} unique tokens/s, off {off:.1e}; "
-                  f"the full TL;DR would take {24.5e6 / unique * seconds / 60:.0f} minutes")
-    utils._forward = lambda model, ids, shared=None: torch.zeros(len(ids), 8, device="cuda")
-    print(f"the host alone, without a forward: {run('shared', 8192)[1]:.2f} s")
+def loading(folder):
+    memory = HostMemory()
+    torch.cuda.reset_peak_memory_stats()
+    (model, tokenizer), seconds = timed(utils.load_reward_model, str(folder / "model"))
+    memory.over.set()
+    print(f"loading: {seconds:.1f} s; the host holds at most {memory.peak:.1f} GB, the GPU "
+          f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB; scorer {len(model.reward_scorer)}, {model.dtype}")
+    print(f"identity of the weights: {timed(utils.model_identity, str(folder / 'model'))[1]:.1f} s")
+    return model, tokenizer
+
+
+def embedding(model, tokenizer, words):
+    chance = np.random.default_rng(0)
+
+    def text(count):
+        return " ".join(chance.choice(words, int(chance.lognormal(np.log(count), 0.4))))
+
+    posts = [text(WORDS[0]) for _ in range(POSTS)]
+    conversations = [[{"role": "user", "content": posts[n % POSTS]}, {"role": "assistant", "content": text(WORDS[1])}]
+                     for n in chance.permutation(POSTS * ANSWERS)]
+    sequences = list(utils._numbered(conversations, model, tokenizer, slice(None)))
+
+    def distinct(some):
+        return len({sequence[:end] for sequence in some for end in range(4, len(sequence) + 4, 4)})
+
+    print(f"{len(sequences):,} conversations, {sum(map(len, sequences)) // 4:,} tokens, {distinct(sequences):,} distinct")
+    proof, seconds = timed(utils._proof, model, sequences)
+    print(f"proof, {seconds:.1f} s: {proof}")
+    few = sequences[:len(sequences) // 8]
+    (alone, _), seconds = timed(utils._states, model, few, "alone", 1)
+    print(f"alone: {seconds * len(sequences) / len(few):.1f} s for all")
+    for way, some, budget in (("rows", few, 8192), ("rows", few, 16384), ("shared", few, 8192), *(
+            ("shared", sequences, budget) for budget in (4096, 8192, 16384, 32768))):
+        torch.cuda.reset_peak_memory_stats()
+        (states, _), seconds = min((timed(utils._states, model, some, way, budget) for _ in range(2)), key=lambda run: run[1])
+        tokens, off = distinct(some), (states[:len(few)].float() - alone.float()).norm(dim=1) / alone.float().norm(dim=1)
+        print(f"{way}, budget {budget}, {len(some):,}: {seconds:.2f} s, {tokens / seconds:,.0f} distinct tokens/s, "
+              f"{tokens / seconds * 14e9 / 1e12:.0f} TFLOPS for these; GPU {torch.cuda.max_memory_allocated() / 1e9:.1f} GB; a full "
+              f"TL;DR {FULL / tokens * seconds / 60:.1f} minutes; off one by one {off.median():.1e} to {off.max():.1e}")
+    with tempfile.TemporaryDirectory() as cache:
+        _, seconds = timed(utils.embed_conversations, conversations, model, tokenizer, cache_dir=cache)
+        _, again = timed(utils.embed_conversations, conversations, model, tokenizer, cache_dir=cache)
+    print(f"embed_conversations, with digests and proof: {seconds:.2f} s; all kept: {again:.2f} s")
+    profile(model, sequences)
+    forward, utils._forward = utils._forward, lambda model, ids, shared=None: torch.zeros(len(ids), 8, device="cuda")
+    print(f"the host alone, without a forward: {timed(utils._states, model, sequences, 'shared', 8192)[1]:.2f} s")
+    utils._forward = forward
+
+
+def profile(model, sequences):
+    """What the GPU's time goes to, by kernel."""
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        _, seconds = timed(utils._states, model, sequences[:512], "shared", 8192)
+    kernels = sorted(found.key_averages(), key=lambda kernel: -kernel.device_time_total)
+    total = sum(kernel.device_time_total for kernel in kernels)
+    print(f"profile: {seconds:.2f} s, kernels {total / 1e6:.2f} s")
+    for kernel in kernels[:9]:
+        print(f"  {kernel.device_time_total / total:6.1%} {kernel.count:6} {kernel.key[:90]}")
+
+
+def training():
+    def users(counts):
+        generator = torch.Generator().manual_seed(0)
+        return [30 * (torch.randn(m, 4096, generator=generator) + 0.3 * torch.randn(4096, generator=generator))
+                for m in counts]
+
+    def sweep(device, run, ranks, alphas, train, few, test, **options):
+        return run(ranks, alphas, torch.randn(4096, 1, generator=torch.Generator().manual_seed(1)), train, test, few, test,
+                   len(train), len(few), device, **options)
+
+    seen, unseen = users([450] * 38), users([350] * 38)
+    data = [X[:150] for X in seen], [X[:50] for X in unseen], [X[50:] for X in unseen]
+    found = {}
+    for device in ("cuda", "cuda", "cpu"):
+        with open(os.devnull, "w") as nowhere:
+            sys.stdout, shown = nowhere, sys.stdout
+            found[device], seconds = timed(sweep, device, utils.run, range(7), [0], *data)
+            sys.stdout = shown
+        print(f"training, TL;DR's size, {device}: {seconds:.1f} s; accuracies "
+              f"{', '.join(f'{value:.4f}' for value in found[device][3])}")
+    print(f"largest difference of an accuracy: {max(abs(a - b).max() for a, b in zip(*found.values())):.4f}")
+    with open(os.devnull, "w") as nowhere:
+        sys.stdout, shown = nowhere, sys.stdout
+        torch.cuda.reset_peak_memory_stats()
+        members = utils._members((0, 1, 5, 10, 15, 20, 25, 50), [1e4], [0])[1:]
+        features, V = users([19] * 1030), torch.randn(4096, 1)
+        seconds = [timed(utils.fit_basis, features, members, V, n, 0.5, True, "cuda")[1] for n in (20, 420)]
+        sys.stdout = shown
+    print(f"training, PRISM's size, cuda: {(seconds[1] - seconds[0]) / 400 * 1e3:.1f} ms an iteration, 20,000 take "
+          f"{(seconds[1] - seconds[0]) / 400 * 20000 / 60:.1f} minutes; GPU {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+
+
+def main():
+    parts = sys.argv[1:] or ["loading", "embedding", "training"]
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA GPU here")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
+    if "training" in parts:
+        training()
+    if {"loading", "embedding"} & set(parts):
+        with tempfile.TemporaryDirectory() as folder:
+            words, seconds = timed(write_checkpoint, Path(folder))
+            torch.cuda.empty_cache()
+            print(f"checkpoint written: {seconds:.0f} s", flush=True)
+            model, tokenizer = loading(Path(folder))
+            if "embedding" in parts:
+                embedding(model, tokenizer, words)
 
 
 if __name__ == "__main__":
