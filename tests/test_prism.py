@@ -527,7 +527,7 @@ def test_stale_truncated_and_hostile_embeddings_are_named(monkeypatch, capsys, e
     refused(monkeypatch, capsys, trainer, ["--dir", embeddings], path, GENERATE)
 
 
-# ---- RewardBench 2: the benchmark's rules ---------------------------------------------------------------------------
+# ---- RewardBench 2: the benchmark's rules -----------------------------------------------------------------------------
 
 
 def ties_by_the_formula(prompts):
@@ -578,9 +578,9 @@ def test_a_shared_top_score_counts_one_over_the_number_at_the_top():
 
 
 @pytest.fixture(scope="module")
-def benchmark(ran, tmp_path_factory):
+def rewardbench(ran, tmp_path_factory):
     """A folder with a random basis and weights of four users in every format; the rows, the basis, the weights."""
-    folder, generator = tmp_path_factory.mktemp("benchmark"), torch.Generator().manual_seed(1)
+    folder, generator = tmp_path_factory.mktemp("rewardbench"), torch.Generator().manual_seed(1)
     basis, weights = torch.randn(64, 3, generator=generator), torch.rand(4, 3, generator=generator).softmax(1)
     utils.save_torch(folder / "basis.pt", basis)
     np.save(folder / "basis.npy", basis.numpy())
@@ -591,9 +591,9 @@ def benchmark(ran, tmp_path_factory):
 
 
 @pytest.fixture
-def table(monkeypatch, benchmark, ran, tmp_path):
+def table(monkeypatch, rewardbench, ran, tmp_path):
     """A function: run eval_rb2.py with arguments -> its table, reward -> subset -> score."""
-    def evaluated(*arguments, dir=benchmark[0] / "cache"):
+    def evaluated(*arguments, dir=rewardbench[0] / "cache"):
         call(monkeypatch, script("eval_rb2"), "--data", ran.data, "--model", ran.model, "--device", "cpu", "--dir", dir,
              "--save_csv", tmp_path / "table.csv", *arguments)
         with open(tmp_path / "table.csv", newline="") as file:
@@ -603,7 +603,7 @@ def table(monkeypatch, benchmark, ran, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def states(benchmark, ran):
+def states(rewardbench, ran):
     """A function: subset -> for each of its rows the states of the answers, each computed alone.
 
     max_tokens: what is left of a conversation, `side` where it is cut.
@@ -613,7 +613,7 @@ def states(benchmark, ran):
     @functools.cache
     def computed(subset=None, max_tokens=None, side="left"):
         found = []
-        for row in (row for row in benchmark[1] if subset in (None, row["subset"])):
+        for row in (row for row in rewardbench[1] if subset in (None, row["subset"])):
             found.append([])
             for answer in (*row["chosen"], *row["rejected"]):
                 text = tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]},
@@ -643,8 +643,8 @@ def expected_table(rows, states, reward):
     return {**table, "Average": np.mean(list(table.values()))}
 
 
-def test_tables_are_those_of_conversations_scored_alone(table, benchmark, states, ran):
-    folder, rows, basis, weights = benchmark
+def test_tables_are_those_of_conversations_scored_alone(table, rewardbench, states, ran):
+    folder, rows, basis, weights = rewardbench
     head = load_file(ran.model / "model.safetensors")["score.weight"][0]
     assert table()["reward head"] == pytest.approx(expected_table(rows, states(), head), abs=1e-5)
     found = table("--rm_head", folder / "basis.pt", "--user_weights", folder / "weights.pt")
@@ -656,8 +656,8 @@ def test_tables_are_those_of_conversations_scored_alone(table, benchmark, states
     assert found["average over users"] == pytest.approx(average, abs=1e-5)
 
 
-def test_heads_are_read_from_pt_npy_and_safetensors_and_one_column_is_a_head(table, benchmark, ran, tmp_path):
-    folder, _, basis, _ = benchmark
+def test_heads_are_read_from_pt_npy_and_safetensors_and_one_column_is_a_head(table, rewardbench, ran, tmp_path):
+    folder, _, basis, _ = rewardbench
     expected = table("--rm_head", folder / "basis.pt", "--user_weights", folder / "weights.pt")
     for head, *more in (("basis.npy",), ("basis.safetensors",), ("named.safetensors", "--head_key", "other")):
         assert table("--rm_head", folder / head, *more, "--user_weights", folder / "basis.safetensors") == expected
@@ -669,8 +669,8 @@ def test_heads_are_read_from_pt_npy_and_safetensors_and_one_column_is_a_head(tab
     assert table("--rm_head", tmp_path / "zero.pt", "--subset", "Math")["reward head"]["Math"] == 0.25
 
 
-def test_padding_has_no_effect_on_the_score(table, benchmark, tmp_path):
-    folder = benchmark[0]
+def test_padding_has_no_effect_on_the_score(table, rewardbench, tmp_path):
+    folder = rewardbench[0]
     expected = table("--rm_head", folder / "basis.pt")
     found = table("--rm_head", folder / "basis.pt", "--batch_size", 2, dir=tmp_path / "other")
     for name, scores in found.items():
@@ -678,8 +678,8 @@ def test_padding_has_no_effect_on_the_score(table, benchmark, tmp_path):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_conversations_are_truncated_from_the_side_asked_for(table, benchmark, states, side):
-    folder, rows, basis, _ = benchmark
+def test_conversations_are_truncated_from_the_side_asked_for(table, rewardbench, states, side):
+    folder, rows, basis, _ = rewardbench
     rows = [row for row in rows if row["subset"] == "Safety"]
     found = table("--rm_head", folder / "basis.pt", "--subset", "Safety", "--max_length", 90, "--truncation_side", side)
     cut = states("Safety", 90, side)
@@ -688,8 +688,8 @@ def test_conversations_are_truncated_from_the_side_asked_for(table, benchmark, s
         assert found[f"column {k}"] == pytest.approx(expected_table(rows, cut, basis[:, k]), abs=1e-5)
 
 
-def test_subset_limit_top_k_and_failures(table, benchmark, capsys):
-    folder, rows, _, _ = benchmark
+def test_subset_limit_top_k_and_failures(table, rewardbench, capsys):
+    folder, rows, _, _ = rewardbench
     found = table("--subset", "Math", "--limit", 2, "--verbose_failures")
     out = capsys.readouterr().out
     assert list(found["reward head"]) == ["Math", "Average"] and "2 rows" in out
@@ -701,7 +701,7 @@ def test_subset_limit_top_k_and_failures(table, benchmark, capsys):
                     if scores["Average"] == max(other["Average"] for other in everything.values())}
 
 
-def test_the_demos_own_basis_is_scored_and_one_of_another_model_refused(monkeypatch, capsys, ran, benchmark, tmp_path):
+def test_the_demos_own_basis_is_scored_and_one_of_another_model_refused(monkeypatch, capsys, ran, rewardbench, tmp_path):
     own = ran.folder / "results" / f"K_{PLANTED_RANK}.safetensors"
     options = ["--subset", "Math", "--dir", ran.folder, "--save_csv", tmp_path / "table.csv"]
     module = quick(monkeypatch, script("eval_rb2"), HERE=ran.folder)
@@ -718,7 +718,7 @@ def test_the_demos_own_basis_is_scored_and_one_of_another_model_refused(monkeypa
     about["identity"].update(model="another/model", reward_head=hashlib.sha256(b"another").hexdigest())
     utils.save_tensors(tmp_path / "foreign.safetensors", tensors, **about)
     foreign = tmp_path / "foreign.safetensors"
-    for head in (["--rm_head", foreign], ["--rm_head", benchmark[0] / "basis.pt", "--user_weights", foreign]):
+    for head in (["--rm_head", foreign], ["--rm_head", rewardbench[0] / "basis.pt", "--user_weights", foreign]):
         refused(monkeypatch, capsys, module, [*options, *head], foreign, "another/model")
 
 
@@ -736,9 +736,9 @@ def test_the_demos_own_basis_is_scored_and_one_of_another_model_refused(monkeypa
     (["--rm_head", "basis.pt", "--user_weights", "scaled.pt"], ["scaled.pt", "shares of 1"]),
     (["--rm_head", "basis.safetensors", "--user_weights", "other_seed.safetensors"], ["other_seed", "another fit"]),
     (["--rm_head", "basis.pt", "--user_weights", "empty.pt"], ["empty.pt"]), (["--save_csv", "."], ["--save_csv"])])
-def test_unusable_heads_and_options_are_one_line(monkeypatch, capsys, tmp_path, benchmark, ran, arguments, named):
+def test_unusable_heads_and_options_are_one_line(monkeypatch, capsys, tmp_path, rewardbench, ran, arguments, named):
     for name in ("basis.pt", "basis.safetensors"):
-        shutil.copy(benchmark[0] / name, tmp_path)
+        shutil.copy(rewardbench[0] / name, tmp_path)
     utils.save_torch(tmp_path / "wide.pt", torch.ones(32, 2))
     utils.save_torch(tmp_path / "nan.pt", torch.full((64, 1), float("nan")))
     utils.save_torch(tmp_path / "complex.pt", torch.ones(64, 1, dtype=torch.complex64))
@@ -748,10 +748,10 @@ def test_unusable_heads_and_options_are_one_line(monkeypatch, capsys, tmp_path, 
     utils.save_torch(tmp_path / "scaled.pt", torch.full((5, columns), 2.0))
     utils.save_tensors(tmp_path / "other_seed.safetensors", {"W": torch.full((5, columns), 1 / columns)}, seed=17)
     (tmp_path / "text.npy").write_text("no array")
-    (tmp_path / "cut.safetensors").write_bytes((benchmark[0] / "basis.safetensors").read_bytes()[:100])
+    (tmp_path / "cut.safetensors").write_bytes((rewardbench[0] / "basis.safetensors").read_bytes()[:100])
     arguments = [tmp_path / a if "." in str(a) and "/" not in str(a) else a for a in arguments]
     before = content_of(tmp_path)
-    options = ["--data", ran.data, "--model", ran.model, "--dir", benchmark[0] / "c", "--save_csv", tmp_path / "t.csv"]
+    options = ["--data", ran.data, "--model", ran.model, "--dir", rewardbench[0] / "c", "--save_csv", tmp_path / "t.csv"]
     refused(monkeypatch, capsys, script("eval_rb2"), [*options, *arguments], *named)
     assert content_of(tmp_path) == before
 
@@ -760,8 +760,8 @@ def test_unusable_heads_and_options_are_one_line(monkeypatch, capsys, tmp_path, 
     ({"subset": "Poetry"}, "subset"), ({"chosen": []}, "chosen"), ({"rejected": []}, "rejected"),
     ({"chosen": None}, "chosen"), ({"prompt": ...}, "prompt"), ({"chosen": [1]}, "chosen.0"),
     ({"prompt": 5}, "prompt"), ({"id": 7}, "id")])
-def test_a_spoilt_row_of_the_benchmark_is_named(monkeypatch, capsys, tmp_path, benchmark, changes, named):
-    rows = [dict(row) for row in benchmark[1]]
+def test_a_spoilt_row_of_the_benchmark_is_named(monkeypatch, capsys, tmp_path, rewardbench, changes, named):
+    rows = [dict(row) for row in rewardbench[1]]
     for column, value in changes.items():
         rows[2][column] = value
         if value is ...:
