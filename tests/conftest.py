@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes run the files side by side
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests hold float32 against a CPU's; GPUs: benchmarks/bench_cuda.py
 ROOT = Path(__file__).parents[1]
 for folder in (ROOT / "RedditTLDR", ROOT / "PRISM", ROOT / "PersonalLLM", ROOT, ROOT / "tests"):
     sys.path.insert(0, str(folder))
