@@ -1165,6 +1165,7 @@ def create_dataset_prism_shots(embeddings, shots, generator=None):
 
 TEMPERATURE = 100.0  # of the Bradley-Terry model, fixed
 FEW_SHOT_ITERATIONS = 500
+BLOCK = 1024  # numbers of a pair that the kernel takes at a time; four pairs' lie in a core's first cache
 KERNEL_NUMBERS = 2**22  # in the pairs, from which on a CPU compiles the kernel: seconds, at its first use
 CHECKPOINT_SECONDS = 60  # of training that an interruption loses at most
 
@@ -1243,8 +1244,8 @@ except RuntimeError:
 
 
 @numba.njit(cache=KEPT)
-def _residual(margin, weight):
-    return -weight / (_one + math.exp(margin)) / _temperature
+def _four(X, p, last, j, end):  # a block of the numbers of four pairs; the last in place of those that are not there
+    return X[p, j:end], X[min(p + 1, last), j:end], X[min(p + 2, last), j:end], X[min(p + 3, last), j:end]
 
 
 @numba.njit(cache=KEPT, parallel=True, fastmath={"reassoc", "contract", "nsz", "arcp", "afn"})
@@ -1254,8 +1255,9 @@ def _gradients(X, start, weight, w, V, first, size, by_weights, by_basis, of_wei
     member g's columns first[g] to first[g] + size[g]. The margin x V w_i is taken as x (V w_i): one reward vector
     v_g = V w_i / 100 of a member meets the pairs; s_g, their sum weighted by the residuals, gives both derivatives."""
     threads, G, d = len(by_basis), len(size), X.shape[1]
+    block = BLOCK if G > 1 else d
     for thread in numba.prange(threads):
-        v, s = np.empty((G, d), np.float32), np.empty((G, d), np.float32)
+        v, s, m = np.empty((G, d), np.float32), np.empty((G, d), np.float32), np.empty((G, 4), np.float32)
         for i in range(thread, len(weight), threads):
             last = start[i + 1] - 1
             for g in range(G):
@@ -1264,21 +1266,27 @@ def _gradients(X, start, weight, w, V, first, size, by_weights, by_basis, of_wei
                     share = w[i, c] / _temperature
                     for j in range(d):
                         v[g, j] += share * V[c, j]
-            for p in range(start[i], last + 1, 4):  # four pairs stay in the cache for all members
-                x0, x1, x2, x3 = X[p], X[min(p + 1, last)], X[min(p + 2, last)], X[min(p + 3, last)]
-                for g in range(G):
-                    vg, sg, m0, m1, m2, m3 = v[g], s[g], _zero, _zero, _zero, _zero
-                    for j in range(d):
-                        m0 += x0[j] * vg[j]
-                        m1 += x1[j] * vg[j]
-                        m2 += x2[j] * vg[j]
-                        m3 += x3[j] * vg[j]
-                    r0 = _residual(m0, weight[i])  # where there are fewer than four, the last stands in, weighted 0
-                    r1 = _residual(m1, weight[i] if p + 1 <= last else _zero)
-                    r2 = _residual(m2, weight[i] if p + 2 <= last else _zero)
-                    r3 = _residual(m3, weight[i] if p + 3 <= last else _zero)
-                    for j in range(d):
-                        sg[j] += r0 * x0[j] + r1 * x1[j] + r2 * x2[j] + r3 * x3[j]
+            for p in range(start[i], last + 1, 4):  # four pairs, of which a block stays in the cache for all members
+                m[:] = _zero
+                for j in range(0, d, block):
+                    x0, x1, x2, x3 = _four(X, p, last, j, j + block)
+                    for g in range(G):
+                        vg, m0, m1, m2, m3 = v[g, j:j + block], m[g, 0], m[g, 1], m[g, 2], m[g, 3]
+                        for k in range(len(vg)):
+                            m0 += x0[k] * vg[k]
+                            m1 += x1[k] * vg[k]
+                            m2 += x2[k] * vg[k]
+                            m3 += x3[k] * vg[k]
+                        m[g, 0], m[g, 1], m[g, 2], m[g, 3] = m0, m1, m2, m3
+                for q in range(4):  # where there are fewer than four, the last stands in, weighted 0
+                    for g in range(G):
+                        m[g, q] = -(weight[i] if p + q <= last else _zero) / (_one + math.exp(m[g, q])) / _temperature
+                for j in range(0, d, block):
+                    x0, x1, x2, x3 = _four(X, p, last, j, j + block)
+                    for g in range(G):
+                        sg, r0, r1, r2, r3 = s[g, j:j + block], m[g, 0], m[g, 1], m[g, 2], m[g, 3]
+                        for k in range(len(sg)):
+                            sg[k] += r0 * x0[k] + r1 * x1[k] + r2 * x2[k] + r3 * x3[k]
             for g in range(G):
                 for c in range(first[g], first[g] + size[g]):
                     total = _zero
