@@ -362,6 +362,7 @@ def script_parser(description, folder):
 # ---------------------------------------------------------------------------------------------------------------------
 
 _DIGESTS = {}  # path, size and time of a file -> its digest
+ENGINE = 3  # of the embeddings' cache: how they are computed
 
 
 def _checkpoint_folder(model_name, *patterns):
@@ -485,6 +486,19 @@ def model_identity(model_name, folder=None):
     return {part: digest_of(files) for part, files in parts.items()}
 
 
+def _fingerprint(model, folder):
+    """A digest of what a loaded model's states depend on besides the tokens; of its weights only where states are kept."""
+    checkpoint, settings = getattr(model, "reward_checkpoint", None), model.config.to_dict()
+    settings.update(_name_or_path=None, transformers_version=None)  # another path or version is no other model
+    runs = [ENGINE, model.dtype, model.config._attn_implementation, model.device.type, torch.__version__, settings,
+            checkpoint and folder and model_identity(checkpoint, folder)["weights"]]
+    digest = hashlib.sha256(json.dumps(runs, sort_keys=True, default=str).encode())
+    for name, values in model.state_dict().items() if folder else ():  # of a checkpoint's a sample: changed since?
+        values = values.flatten()[::values.numel() // 64 + 1 if checkpoint else 1].cpu().contiguous()
+        digest.update(f"{name} {len(values)}".encode() + values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 HEAD_FILE = "reward_head.safetensors"
 
 
@@ -557,21 +571,7 @@ def find_reward_head(folder, model_name, title, width, outputs):
 # 3. Embedding
 # ---------------------------------------------------------------------------------------------------------------------
 
-ENGINE = 3  # in the cache's keys: how embeddings are computed
 TODAY = time.strptime("2024-07-26", "%Y-%m-%d")  # for templates that print the date; Llama 3.1's own default
-
-
-def _fingerprint(model, folder):
-    """A digest of what a loaded model's states depend on besides the tokens; of its weights only where states are kept."""
-    checkpoint, settings = getattr(model, "reward_checkpoint", None), model.config.to_dict()
-    settings.update(_name_or_path=None, transformers_version=None)  # another path or version is no other model
-    runs = [ENGINE, model.dtype, model.config._attn_implementation, model.device.type, torch.__version__, settings,
-            checkpoint and folder and model_identity(checkpoint, folder)["weights"]]
-    digest = hashlib.sha256(json.dumps(runs, sort_keys=True, default=str).encode())
-    for name, values in model.state_dict().items() if folder else ():  # of a checkpoint's a sample: changed since?
-        values = values.flatten()[::values.numel() // 64 + 1 if checkpoint else 1].cpu().contiguous()
-        digest.update(f"{name} {len(values)}".encode() + values.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _quoted(conversation):
@@ -599,8 +599,8 @@ def _tokenized(conversations, tokenizer):
                              f"({error}); repair it or leave it out") from None
 
     def encode(texts, fast=None):  # the template has written the special tokens: the tokenizer must not add its own again
-        ids = ([one.ids for one in fast(texts, add_special_tokens=False)] if fast or not texts else
-               tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"])
+        ids = ([one.ids for one in fast(texts, add_special_tokens=False)] if fast else
+               texts and tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"])
         return [np.array(sequence, ">u4").tobytes() for sequence in ids]
 
     def encode_pieces(texts):
@@ -634,10 +634,9 @@ class _Paths(TorchFunctionMode):
     """Within it, causal attention over one row of tails, each what a sequence does not share with the one before, is
     that of the whole sequences: a tail asks the keys of its own path and no other. Nothing is padded or masked out."""
 
-    def __init__(self, ids, shared, model):
+    def __init__(self, lengths, shared, model):
         super().__init__()
-        paths, path, lengths = [], np.zeros(0, np.int64), np.array(list(map(len, ids)))
-        new, device = lengths - shared, model.device
+        paths, path, new, device = [], np.zeros(0, np.int64), lengths - shared, model.device
         ends = np.cumsum(new)
         for n, start, end in zip(shared, ends - new, ends):  # path: where the row has the sequence's tokens
             paths.append(path := np.concatenate([path[:n], np.arange(start, end)]))
@@ -679,7 +678,7 @@ def _forward(model, ids, shared=None):
         width, last = lengths.max(), np.arange(len(ids)) * lengths.max() + lengths - 1
         tokens = np.stack([np.pad(sequence, (0, width - len(sequence))) for sequence in ids])
     else:
-        within, last = _Paths(ids, shared, model), np.cumsum(lengths - shared) - 1
+        within, last = _Paths(lengths, shared, model), np.cumsum(lengths - shared) - 1
         tokens = np.concatenate([sequence[n:] for sequence, n in zip(ids, shared)])[None]
         position = np.concatenate([np.arange(n, length) for n, length in zip(shared, lengths)])[None]
         no_mask = torch.zeros(1, 1, 1, tokens.shape[1], dtype=model.dtype, device=device)  # 4-D: taken as it is
@@ -808,14 +807,12 @@ def _embedded(model, sequences, cache_dir, budget, shard_size, batch_size, about
 
     with progress_bar("embedding", sum(len(shards[n]) for n in mine), unit="text") as bar:
         for shard in (shards[n] for n in mine):
-            if (states := kept(shard)) is not None:
-                bar.update(len(shard))
-                yield shard, states
-                continue
-            way = way or _proven(model, sequences, fingerprint, folder)["way"]
-            states, budget = _states(model, shard, way, budget, batch_size, bar.update)
+            if new := (states := kept(shard)) is None:
+                way = way or _proven(model, sequences, fingerprint, folder)["way"]
+                states, budget = _states(model, shard, way, budget, batch_size, bar.update)
+            bar.update(0 if new else len(shard))
             yield shard, states  # where they are not finite, the caller raises, and they are not kept
-            if folder:
+            if folder and new:
                 save_tensors(path(shard), {"embeddings": states})
     if ranks > 1:
         dist.barrier()
@@ -839,29 +836,26 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
     are saved as they are made: a call for the same conversations resumes behind the last, and processes share them.
     Raises InputError: no conversation; an empty one, one beyond the model's context or vocabulary, or with an embedding
     that is not finite; a model whose own score is not phi @ head; a `cache_dir` that not all processes see."""
-    for name, value in (("token_budget", token_budget), ("shard_size", shard_size), ("max_length", max_length),
-                        ("batch_size", batch_size)):
-        if value is not None:
-            check_settings(**{name: value})
+    given = dict(token_budget=token_budget, shard_size=shard_size, max_length=max_length, batch_size=batch_size)
+    check_settings(**{name: value for name, value in given.items() if value is not None})
     if truncation_side not in ("left", "right"):
         raise InputError(f"truncation_side = {truncation_side!r}: give left or right")
-    tokens, about, embeddings = max_length and 4 * max_length, {} if about is None else about, None
-    cut = slice(tokens and -tokens, None) if truncation_side == "left" else slice(tokens)
+    end, about, embeddings = max_length and 4 * max_length, {} if about is None else about, None
+    cut = slice(end and -end, None) if truncation_side == "left" else slice(end)
     numbers, on_gpu = _numbered(conversations, model, tokenizer, cut), model.device.type == "cuda"
     budget = token_budget or (8192 if on_gpu else 4096)
     about.update(device=torch.cuda.get_device_name(model.device) if on_gpu else "cpu", torch=torch.__version__,
                  attention=model.config._attn_implementation, dtype=str(model.dtype), token_budget=budget,
                  date=time.strftime("%Y-%m-%d", TODAY))
     for shard, states in _embedded(model, list(numbers), cache_dir, budget, shard_size, batch_size, about):
-        if not (finite := states.isfinite().all(1)).all():
-            worst = conversations[numbers[shard[int(finite.int().argmin())]][0]]
+        if not is_finite(states):
+            worst = conversations[numbers[shard[int(states.isfinite().all(1).int().argmin())]][0]]
             raise InputError(f"the model gives the conversation {_quoted(worst)} NaN or infinite values in "
                              f"{model.dtype}; leave it out, or check the model")
         if embeddings is None:
             embeddings = torch.empty(len(conversations), states.shape[1], dtype=dtype or states.dtype)
-        rows = [numbers[sequence] for sequence in shard]
-        copies = torch.tensor(list(map(len, rows)))
-        embeddings[list(itertools.chain(*rows))] = states.to(embeddings.dtype).repeat_interleave(copies, 0)
+        for sequence, state in zip(shard, states.to(embeddings.dtype)):
+            embeddings[numbers[sequence]] = state
     return embeddings
 
 
@@ -1227,8 +1221,7 @@ class Likelihood:
 
     def kernel(self, X, w, V, of_weights=True, of_basis=True):
         """The same for many pairs on a CPU: see `_gradients`."""
-        threads = min(self.threads, numba.config.NUMBA_NUM_THREADS)
-        numba.set_num_threads(threads)
+        numba.set_num_threads(threads := min(self.threads, numba.config.NUMBA_NUM_THREADS))
         size, start = np.array(self.sizes), np.concatenate([[0], np.cumsum(self.counts.numpy())])
         by_weights, by_basis = torch.zeros(w.shape), torch.zeros(threads, *V.shape)
         _gradients(X.numpy(), start, self.weight.numpy(), w.numpy(), V.numpy(), np.cumsum(size) - size, size,
@@ -1241,11 +1234,8 @@ try:  # machine code is kept on disk, or only in this process where no folder fo
     KEPT = bool(numba.njit(cache=True)(process_rank))
 except RuntimeError:
     KEPT = False
-
-
-@numba.njit(cache=KEPT)
-def _four(X, p, last, j, end):  # a block of the numbers of four pairs; the last in place of those that are not there
-    return X[p, j:end], X[min(p + 1, last), j:end], X[min(p + 2, last), j:end], X[min(p + 3, last), j:end]
+_four = numba.njit(lambda X, p, last, j, end: (  # a block of the numbers of four pairs, or less and the last again
+    X[p, j:end], X[min(p + 1, last), j:end], X[min(p + 2, last), j:end], X[min(p + 3, last), j:end]))
 
 
 @numba.njit(cache=KEPT, parallel=True, fastmath={"reassoc", "contract", "nsz", "arcp", "afn"})
@@ -1254,8 +1244,7 @@ def _gradients(X, start, weight, w, V, first, size, by_weights, by_basis, of_wei
     It reads X `[M, d]` once, users shared out among threads: user i's pairs are the rows start[i] to start[i + 1],
     member g's columns first[g] to first[g] + size[g]. The margin x V w_i is taken as x (V w_i): one reward vector
     v_g = V w_i / 100 of a member meets the pairs; s_g, their sum weighted by the residuals, gives both derivatives."""
-    threads, G, d = len(by_basis), len(size), X.shape[1]
-    block = BLOCK if G > 1 else d
+    threads, G, d, block = len(by_basis), len(size), X.shape[1], BLOCK if len(size) > 1 else X.shape[1]
     for thread in numba.prange(threads):
         v, s, m = np.empty((G, d), np.float32), np.empty((G, d), np.float32), np.empty((G, 4), np.float32)
         for i in range(thread, len(weight), threads):
@@ -1263,9 +1252,8 @@ def _gradients(X, start, weight, w, V, first, size, by_weights, by_basis, of_wei
             for g in range(G):
                 v[g], s[g] = _zero, _zero
                 for c in range(first[g], first[g] + size[g]):
-                    share = w[i, c] / _temperature
                     for j in range(d):
-                        v[g, j] += share * V[c, j]
+                        v[g, j] += w[i, c] / _temperature * V[c, j]
             for p in range(start[i], last + 1, 4):  # four pairs, of which a block stays in the cache for all members
                 m[:] = _zero
                 for j in range(0, d, block):
@@ -1317,7 +1305,8 @@ def _descend(likelihood, W, V, derivatives, num_iterations, learning_rate, penal
     derivatives(w, of_weights, of_basis) are the loss's, penalty(V, t) is `[C]`. Alternating: the step on V sees the new
     W. checkpoint: (path, identity) of the state to leave and to go on from."""
     variables = [W] if V is None else [W, V]
-    adams = [torch.optim.Adam([variable], lr=learning_rate) for variable in variables]
+    adams = [torch.optim.Adam([variable], lr=learning_rate, fused=ARCHIVES or None)  # in one pass, of contiguous tensors
+             for variable in variables]
     first, saved = 0, time.monotonic()
     with contextlib.suppress(InputError):  # there is none yet, or a damaged one
         state = load_pickle(checkpoint[0]) if checkpoint else None
@@ -1349,8 +1338,7 @@ def _descend(likelihood, W, V, derivatives, num_iterations, learning_rate, penal
 
 
 @torch.no_grad()
-def fit_basis(features, members, V_sft, num_iterations, learning_rate, regularized=False, device=None,
-              checkpoint=None):
+def fit_basis(features, members, V_sft, num_iterations, learning_rate, regularized=False, device=None, checkpoint=None):
     """Learn basis and user weights of every member of a sweep together -> list of (w `[N, K]`, V `[d, K]`, loss).
     features: list of float32 `[m_i, d]` (or Pairs), one per user. Members share nothing but the reading of X, as Adam is
     elementwise. V_sft: `[d, 1]`, needed where an alpha is not 0. regularized: as `LoRe_regularized`. checkpoint: a file
@@ -1369,7 +1357,7 @@ def fit_basis(features, members, V_sft, num_iterations, learning_rate, regulariz
         rows.copy_(of_user.dense() if isinstance(of_user, Pairs) else of_user)
     likelihood = Likelihood(counts, sizes, device, sum(map(len, features)) if regularized else None)
     W, V = zip(*(member.start(N, d, regularized) for member in members))
-    W, V = torch.cat(W, 1)[mine].to(device), torch.cat(V).to(device)  # (N, C), (C, d)
+    W, V = torch.cat(W, 1)[mine].contiguous().to(device), torch.cat(V).to(device)  # (N, C), (C, d)
     alpha = torch.tensor([m.alpha / (m.K if regularized else 1) for m in members], device=device)[likelihood.member]
 
     def penalty(V, t):  # (C,)
@@ -1429,8 +1417,7 @@ class LoRe:
     def train(self, X):
         """X: a float32 `[m_i, d]` per user -> (softmax(W) `[N, K]`, V `[d, K]`). Raises InputError: other users or widths."""
         X = check_features(X, "features", *self.shape)
-        w, V, _ = fit_basis(X, [self.member], self.V_sft, *self.steps, self.regularized)[0]
-        return prune(w, V, self.threshold)
+        return prune(*fit_basis(X, [self.member], self.V_sft, *self.steps, self.regularized)[0][:2], self.threshold)
 
 
 class LoRe_regularized(LoRe):
@@ -1448,8 +1435,7 @@ class LoRe_regularized(LoRe):
 
 def prune(w, V, threshold):
     """Keep the columns whose largest user weight reaches `threshold`, at least the largest -> (w, V)."""
-    largest = w.max(0).values
-    keep = (largest >= threshold) | (largest == largest.max())
+    keep = (largest := w.max(0).values) >= largest.max().clamp(max=threshold)
     return w[:, keep], V[:, keep]
 
 

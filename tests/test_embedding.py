@@ -531,6 +531,25 @@ def test_a_tokenizer_that_sees_beyond_special_tokens_gets_whole_texts():
     assert tokenize_conversations([conversation("hello", "you"), conversation("a", "b")], Lengths()) == [[9], [3]]
 
 
+def test_ids_are_those_of_whole_texts_with_a_slow_tokenizer_and_one_saved_with_truncation(checkpoint):
+    _, tokenizer = load_reward_model(str(checkpoint), device="cpu")
+    conversations = [conversation(f"hello {n % 3}", "there it is " * 9) for n in range(300)]
+    expected = [tokenizer(tokenizer.apply_chat_template(one, tokenize=False), add_special_tokens=False)["input_ids"]
+                for one in conversations]
+
+    class Slow:
+        chat_template, added_tokens_decoder = tokenizer.chat_template, tokenizer.added_tokens_decoder
+        apply_chat_template = staticmethod(tokenizer.apply_chat_template)
+
+        def __call__(self, texts, **options):
+            assert texts
+            return tokenizer(texts, **options)
+
+    assert tokenize_conversations(conversations, Slow()) == expected
+    tokenizer.backend_tokenizer.enable_truncation(8)
+    assert tokenize_conversations(conversations, tokenizer) == expected
+
+
 def test_todays_date_and_the_template_named_default_are_the_ones(reward_model, checkpoint):
     _, tokenizer = load_reward_model(str(checkpoint), device="cpu")
     expected = tokenize_conversations([conversation("26 Jul 2024, 2024-07-26", "x")], tokenizer)
