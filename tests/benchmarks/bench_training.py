@@ -43,8 +43,8 @@ TLDR_ITERATIONS, FEW_SHOT_ITERATIONS = 1000, 500
 PERSONAL_USERS, PERSONAL_PAIRS, PERSONAL_RANKS = 1000, 47, [1, 2, 3, 4, 5]
 PERSONAL_UNSEEN_USERS, PERSONAL_UNSEEN_PAIRS = 500, 9
 PERSONAL_PROMPTS = {"train": 9402, "test": 1000}
-PRISM_USERS, PRISM_PAIRS, PRISM_RANKS, PRISM_ALPHA = 1030, 19638, [1, 5, 10, 15, 20, 25, 50], 1e4
-PRISM_UNSEEN_USERS, PRISM_UNSEEN_PAIRS = 257, 4900
+PRISM_USERS, PRISM_PAIRS, PRISM_RANKS, PRISM_ALPHA = 1030, 19638 / 1030, [1, 5, 10, 15, 20, 25, 50], 1e4
+PRISM_UNSEEN_USERS, PRISM_UNSEEN_PAIRS = 257, 4900 / 257
 # ---------------------------------------------------------------------------------------------------------------------
 
 V_SFT = torch.randn(d, 1, generator=torch.Generator().manual_seed(0))
@@ -124,10 +124,9 @@ def silently(pipeline, ranks, features, alpha=0, few_shot_iterations=FEW_SHOT_IT
 
 
 def users_of(users, pairs):
-    """Features of so many users: `pairs` each, or where there are fewer users' worth, shared out evenly."""
-    sizes = [pairs] * users if pairs < users or pairs < 5000 else [pairs // users + (i < pairs % users)
-                                                                    for i in range(users)]
-    return list(torch.randn(sum(sizes), d).split(sizes))
+    """Features of so many users with so many pairs each, or on average."""
+    ends = [round(i * pairs) for i in range(users + 1)]
+    return list(torch.randn(ends[-1], d).split([after - before for before, after in zip(ends, ends[1:])]))
 
 
 def seconds(call, *arguments):
@@ -221,7 +220,7 @@ def seeds():
 
 
 def prism():
-    heading(f"PRISM, {PRISM_USERS} users, {PRISM_PAIRS} pairs, ranks {PRISM_RANKS}. Measured: one iteration of the sweep, "
+    heading(f"PRISM, {PRISM_USERS} users, 19,638 pairs, ranks {PRISM_RANKS}. Measured: one iteration of the sweep, "
             "a step on W\nand one on V, the mean of 6 (plain: 1)")
     features = users_of(PRISM_USERS, PRISM_PAIRS)
     compare("alternating sweep",
