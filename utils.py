@@ -40,6 +40,7 @@ import pickle
 import platform
 import random
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -151,6 +152,8 @@ def together(folder, replaces=()):
     replaces: patterns of names whose files in `folder` go when the new ones come."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".new-*"):  # by a run that was killed
+        shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as new:
         yield Path(new)
         names = [path.name for path in sorted(Path(new).iterdir())]
@@ -163,9 +166,13 @@ def together(folder, replaces=()):
 
 def check_writable(folder):
     """Create `folder` and prove that a file can be written there; raises OSError before any long work has begun."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(b"1")
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"1")
+    except OSError as error:
+        error.filename = str(folder)
+        raise
 
 
 def _json(content, **options):
@@ -582,13 +589,15 @@ def _quoted(conversation):
 def _tokenized(conversations, tokenizer):
     """Chat-format and tokenize: of each conversation the ids as bytes, four each, which sort as the ids do. What stands
     between special tokens, which a tokenizer takes out first, is tokenized once, if the first texts allow."""
-    template, known, whole = tokenizer.chat_template, {}, None
+    template, known = tokenizer.chat_template, {}
     if isinstance(template, dict):
         template = template.get("default", "{{ raise_exception('none of its templates is named default') }}")
     template = re.sub(r"""strftime_now\((['"])(.*?)\1\)""", lambda call: repr(time.strftime(call[2], TODAY)), template)
-    marks = sorted((token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values()), reverse=True)
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    marks = sorted((token.content for token in added), reverse=True)
     cut = re.compile(f"({'|'.join(map(re.escape, marks))})")
     fast = getattr(getattr(tokenizer, "backend_tokenizer", None), "encode_batch_fast", None)  # ids without offsets
+    whole = any(token.lstrip or token.rstrip or token.single_word for token in added) or not marks or None  # to be tried
 
     def formatted(conversation):
         try:
@@ -611,7 +620,7 @@ def _tokenized(conversations, tokenizer):
 
     for start in range(0, len(conversations), 256):
         texts = list(map(formatted, conversations[start:start + 256]))
-        whole = not marks or encode(texts) != encode_pieces(texts) if whole is None else whole
+        whole = encode(texts) != encode_pieces(texts) if whole is None else whole
         yield from encode(texts) if whole else encode_pieces(texts)
 
 
@@ -705,7 +714,8 @@ def _states(model, sequences, way, budget, batch_size=None, update=lambda count:
             most -= int(kept[least:most + 1][::-1].argmin())
         count = 1 if way == "alone" else min(most, batch_size or most)
         try:
-            parts.append(_forward(model, ids[start:start + count], kept[:count] if way == "shared" else None))
+            in_one_row = way == "shared" and tokens[count - 1] > 1  # a lone token's heads may be laid out otherwise
+            parts.append(_forward(model, ids[start:start + count], kept[:count] if in_one_row else None))
         except RuntimeError as error:
             out_of_memory = isinstance(error, torch.cuda.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
             if count == 1 or not out_of_memory:
@@ -909,12 +919,15 @@ def read_rows(path):
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; give the folder that holds it with --data") from None
     except (ValueError, OSError, EOFError, RecursionError, zlib.error, csv.Error) as error:  # pyarrow's are ValueErrors
-        raise InputError(f"{path}, row {i + 1}: cannot be read ({error}), so the file is cut short, of another "
-                         "format or encoding, or an error page; download or write it again") from None
+        raise InputError(f"{path}, row {i + 1}: cannot be read ({error}): the file is cut short, of another format or "
+                         "encoding, an error page, or closed to you; download or write it again") from None
+    if i == 0:
+        raise InputError(f"{path}: no row in it; download or write it again")
 
 
 def _csv_rows(file):
     """The rows of an open CSV file. Raises ValueError: a name twice in its header, fields without a name."""
+    csv.field_size_limit(2**31 - 1)  # a text may be long
     table = csv.DictReader(file, strict=True)
     if len(set(table.fieldnames or ())) < len(table.fieldnames or ()):
         raise ValueError(f"its header names a field twice: {table.fieldnames}")
@@ -2303,13 +2316,12 @@ def _pad_token(model_name, tokenizer, conversations, embeddings):
 def _write_checkpoint(folder, model_name, tokenizer, pad_name, head):
     """The checkpoint's own tokenizer files, which older versions of transformers can read too, with `pad_name` to pad;
     its shards, linked, or written anew where one held the old head; the new head in one of its own."""
-    from shutil import copyfile
     settings = "tokenizer_config.json", "special_tokens_map.json"
     names = {*tokenizer.vocab_files_names.values(), *settings, "tokenizer.json", "added_tokens.json",
              "chat_template.jinja", "chat_template.json"}
     shards, source = _shard_of_tensor(model_name), _checkpoint_folder(model_name, "*.safetensors", *names)
     for name in filter(lambda name: (source / name).exists(), names):
-        copyfile(source / name, folder / name)
+        shutil.copyfile(source / name, folder / name)
         if name in settings:
             save_json(folder / name, load_json(source / name) | {"pad_token": pad_name})
     old, = (name for name in shards if name.endswith("score.weight"))
@@ -2325,7 +2337,7 @@ def _write_checkpoint(folder, model_name, tokenizer, pad_name, head):
         try:
             os.link((source / file).resolve(), path)  # the hub's cache holds links
         except OSError:  # another disk
-            copyfile(source / file, path)
+            shutil.copyfile(source / file, path)
     file_of = dict(zip(files, (path.name for path in paths)))
     save_json(folder / "model.safetensors.index.json", {
         "metadata": {"total_size": sum(path.stat().st_size for path in paths)},

@@ -73,8 +73,8 @@ def embed(splits, args):
 
 
 class RowPickler(pickle.Pickler):
-    """Writes each row `[d]` of a table as torch pickles a tensor with memory of its own, without a copy of them all. What
-    stands before the memory is the same for every row, and asked of torch once."""
+    """Writes each row `[d]` of a table as torch pickles a tensor with memory of its own, without making it one. What stands
+    before the memory is the same for every row, and asked of torch once."""
 
     def __init__(self, file, row):
         super().__init__(file, protocol=4)

@@ -53,14 +53,7 @@ class Message(TypedDict):
     content: StrictStr
 
 
-def turns_of(value):
-    """Messages that a CSV file holds as text, in Python's notation or in JSON, as messages."""
-    with contextlib.suppress(ValueError, SyntaxError):
-        return ast.literal_eval(value) if isinstance(value, str) and value.startswith("[{") else value
-    return value
-
-
-Turns = Optional[Annotated[Union[StrictStr, Annotated[List[Message], Field(min_length=1)]], BeforeValidator(turns_of)]]
+Turns = Optional[Union[StrictStr, Annotated[List[Message], Field(min_length=1)]]]
 
 
 class OwnComparison(BaseModel):
@@ -87,11 +80,22 @@ class OwnComparison(BaseModel):
                                          for turns in (self.chosen, self.rejected))
 
 
+def rows_of(path):
+    """The rows of a file, as (where, row) pairs; what a CSV file holds of messages as text, in Python's notation or in
+    JSON, is messages again."""
+    for where, row in read_rows(path):
+        for field, value in row.items() if ".csv" in path.suffixes else ():
+            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+                found = ast.literal_eval(value) if isinstance(value, str) and value.startswith("[{") else None
+                row[field] = found if found and any("role" in message for message in found) else value
+        yield where, row
+
+
 def schema_of(path):
     """Of which of the two schemas the rows of a file are, by its first row."""
     row = None
     with contextlib.suppress(InputError):  # which reading it again will raise
-        _, row = next(read_rows(path), (None, None))
+        _, row = next(rows_of(path), (None, None))
     return OwnComparison if isinstance(row, dict) and {"chosen", "rejected"} & row.keys() else Comparison
 
 
@@ -105,9 +109,9 @@ def read_comparisons(data, test_share, test_seed):
             split: f"comparisons/{split}/*.parquet" for split in ("train", "validation")})
     files = [data] if data.is_file() else [path for path in data.glob("*") if DATA_FILE.search(path.name)]
     if data.is_file() or len(files) == 1 and schema_of(files[0]) is OwnComparison:
-        return OwnComparison, split_own(read_rows(files[0]), test_share, test_seed)
+        return OwnComparison, split_own(rows_of(files[0]), test_share, test_seed)
     files = split_files(data, train=["train"], validation=["validation", "test"])
-    return schema_of(files["train"][0]), {split: (row for path in paths for row in read_rows(path))
+    return schema_of(files["train"][0]), {split: (row for path in paths for row in rows_of(path))
                                           for split, paths in files.items()}
 
 

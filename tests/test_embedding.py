@@ -554,6 +554,21 @@ def test_ids_are_those_of_whole_texts_with_a_slow_tokenizer_and_one_saved_with_t
     assert tokenize_conversations(conversations, tokenizer) == expected
 
 
+@pytest.mark.parametrize("flag, text", [("single_word", "xfoo y"), ("lstrip", "a   foo b"), ("rstrip", "a foo   b")])
+def test_a_token_that_takes_in_what_stands_beside_it_is_met_late_as_well(checkpoint, flag, text):
+    _, tokenizer = load_reward_model(str(checkpoint), device="cpu")
+    tokenizer.add_tokens([transformers.AddedToken("foo", **{flag: True})])
+    late = conversation(text, "ok")
+    expected = tokenizer(tokenizer.apply_chat_template(late, tokenize=False), add_special_tokens=False)["input_ids"]
+    assert tokenize_conversations([*(conversation(f"q{n}", "ok") for n in range(256)), late], tokenizer)[-1] == expected
+
+
+def test_a_conversation_of_one_token_is_right_in_a_batch_of_its_own(reward_model):
+    model, alone = reward_model[0], np.array([3], ">u4").tobytes()
+    found, expected = (utils._states(model, [alone], way, 99)[0] for way in ("shared", "alone"))
+    assert torch.equal(found, expected)
+
+
 def test_todays_date_and_the_template_named_default_are_the_ones(reward_model, checkpoint):
     _, tokenizer = load_reward_model(str(checkpoint), device="cpu")
     expected = tokenize_conversations([conversation("26 Jul 2024, 2024-07-26", "x")], tokenizer)

@@ -451,6 +451,8 @@ def test_files_written_together_replace_the_old_ones_together_or_not_at_all(tmp_
             (new / "a").write_text("new")
             raise KeyboardInterrupt
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old", "b": "old"}
+    (tmp_path / ".new-killed").mkdir()
+    (tmp_path / ".new-killed" / "b").write_text("of a run that was killed")
     with utils.together(tmp_path) as new:
         (new / "a").write_text("new")
         (new / "c").write_text("new")
@@ -471,8 +473,9 @@ def test_a_folder_is_proved_writable_before_long_work_and_left_empty(tmp_path):
     utils.check_writable(tmp_path / "results")
     assert os.listdir(tmp_path / "results") == []
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(OSError):
+    with pytest.raises(OSError) as caught:
         utils.check_writable(tmp_path / "file" / "results")
+    assert caught.value.filename == str(tmp_path / "file" / "results")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import pickle
 import random
 
+import pandas as pd
 import pytest
 import tldr
 from demos import EMBEDDINGS, build_model, plain, quick, results_in, rows_in, state_alone, write_rows
@@ -145,7 +146,7 @@ def test_a_file_that_cannot_be_split_is_refused(monkeypatch, capsys, rows, tmp_p
     is_refused([{**row, "split": "train"} for row in rows], "on one side only")
     is_refused([*[{**row, "split": "train"} for row in rows[:5]], *rows[5:]], "row 6: no split")
     is_refused(rows, "test_share", test_share=1.5)
-    is_refused([], "0 rows")
+    is_refused([], "mine.jsonl", "no row in it")
     (tmp_path / "mine.jsonl").write_text(json.dumps({"user": "a"}) + "\n")
     refused(monkeypatch, capsys, script("prepare"), ["--data", tmp_path / "mine.jsonl", "--model", "unread", "--dir",
                                                      tmp_path], "row 1: prompt", tldr.DATASET)
@@ -165,10 +166,20 @@ def test_messages_that_are_no_answer_to_the_prompt_are_refused(monkeypatch, caps
 
 
 @pytest.mark.parametrize("text_of", [json.dumps, repr])
-def test_messages_in_a_csv_file_are_messages(rows, text_of):
+def test_messages_in_a_csv_file_are_messages_and_other_texts_stay(tmp_path, text_of):
     said = {"user": "ada", "prompt": text_of(SAID["user"]), "chosen": text_of(SAID["assistant"]), "rejected": "[sic] no"}
-    _, row = next(utils.parse_rows([("here", said)], tldr.OwnComparison, "own"))
-    assert row.parts() == ("ada", SAID["user"], SAID["assistant"], "[sic] no")
+    texts = {"user": "ada", "prompt": "[{" + "-" * 200_000 + "1", "chosen": '[{"name": "Ada"}]', "rejected": "[{1}]"}
+    pd.DataFrame([said, texts]).to_csv(tmp_path / "mine.csv", index=False)
+    one, two = (row for _, row in utils.parse_rows(tldr.rows_of(tmp_path / "mine.csv"), tldr.OwnComparison, "own"))
+    assert one.parts() == ("ada", SAID["user"], SAID["assistant"], "[sic] no")
+    assert two.parts() == tuple(texts.values())
+
+
+def test_a_text_in_json_lines_that_looks_like_messages_is_a_text(tmp_path):
+    said = {"user": "ada", "prompt": "As JSON?", "chosen": json.dumps(SAID["assistant"]), "rejected": '[{"name": "Ada"}]'}
+    path = write_rows(tmp_path / "mine.jsonl", [said])
+    (_, row), = utils.parse_rows(tldr.rows_of(path), tldr.OwnComparison, "own")
+    assert row.parts() == tuple(said.values())
 
 
 def test_prompts_that_differ_in_white_space_alone_are_one(rows):

@@ -111,6 +111,9 @@ def test_an_error_page_a_missing_file_and_a_broken_line_are_refused_by_row(tmp_p
         (tmp_path / name).write_bytes(b"<!DOCTYPE html><html>429 Too Many Requests</html>")
         with input_error(f"{tmp_path / name}, row 1", "error page"):
             list(utils.read_rows(tmp_path / name))
+    long = {"text": "x" * 200_000}
+    pd.DataFrame([long]).to_csv(tmp_path / "long.csv", index=False)
+    assert [row for _, row in utils.read_rows(tmp_path / "long.csv")] == [long]
     with input_error("nowhere.csv", "no such file", "--data"):
         list(utils.read_rows(tmp_path / "nowhere.csv"))
     for broken in ('{"a": 1,}', "[" * 100_000, '{"a": 1'):
