@@ -27,16 +27,13 @@ def read_prompts(folder=None):
     return {split: (row for path in paths for row in read_rows(path)) for split, paths in files.items()}
 
 
-def parse(rows, split, limit=None):
+def parse(rows, limit=None):
     """The first `limit` rows of a split -> (prompts, a list of n texts; responses, n lists of eight texts; scores,
-    float32 `[n, 8, 10]`, in the order of SCORERS). Raises InputError that names row and column, or a split without rows.
-    """
+    float32 `[n, 8, 10]`, in the order of SCORERS). Raises InputError that names row and column."""
     texts, scores = [], []
     for _, row in itertools.islice(parse_rows(rows, Row, DATASET), limit):
         texts.append([getattr(row, name) for name in TEXTS])
         scores.append([getattr(row, name) for name in SCORES])
-    if not texts:
-        raise InputError(f"the {split} split has no rows; give one with a prompt a row")
     scores = torch.tensor(scores, dtype=torch.float32).reshape(-1, RESPONSES, len(SCORERS))
     return [prompt for prompt, *_ in texts], [responses for _, *responses in texts], scores
 
@@ -77,7 +74,7 @@ def load_embeddings(folder, model_name, data=None):
         embeddings, scores = tensors.get("embeddings", torch.zeros(0)), tensors.get("scores")
         if scores is None:
             rows = rows or read_prompts(data)
-            scores = parse(rows[split], split)[2]
+            scores = parse(rows[split])[2]
         if embeddings.ndim != 2 or scores.shape != (len(embeddings) / RESPONSES, RESPONSES, len(SCORERS)):
             raise InputError(f"{path}: embeddings of shape {tuple(embeddings.shape)} and scores of shape "
                              f"{tuple(scores.shape)}, where each prompt has {RESPONSES} responses with {len(SCORERS)} "

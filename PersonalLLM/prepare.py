@@ -29,7 +29,7 @@ def read(args):
     """Prompts, responses and scores of each split; says what was read."""
     splits = {}
     for split, rows in personalllm.read_prompts(args.data).items():
-        prompts, responses, scores = splits[split] = personalllm.parse(rows, split, args.limit)
+        prompts, responses, scores = splits[split] = personalllm.parse(rows, args.limit)
         print(f"{split}: {len(prompts):,} prompts, {len(prompts) * personalllm.RESPONSES:,} responses with "
               f"{len(personalllm.SCORERS)} scores each")
         equal = sum(len(texts) - len(set(texts)) for texts in responses)

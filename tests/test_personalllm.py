@@ -357,7 +357,7 @@ def test_a_spoilt_row_is_named_and_nothing_is_lost(monkeypatch, capsys, ran, emb
     (lambda path: path.write_bytes(path.read_bytes()[:-20]), "row 6"),
     (lambda path: path.write_text("<html>429 Too Many Requests</html>"), "row 1"),
     (lambda path: path.write_text("[1, 2]\n"), "row 1"), (lambda path: path.unlink(), "test.jsonl"),
-    (lambda path: path.write_text(""), "no rows"),
+    (lambda path: path.write_text(""), "no row in it"),
     (lambda path: shutil.copy(path, path.with_name("train-2.jsonl")), "train-2.jsonl"),
     (lambda path: shutil.move(path, path.with_name("train_latest.jsonl")) and path.with_name("test.jsonl").unlink(),
      "train_latest.jsonl")])
