@@ -150,10 +150,10 @@ def atomic_write(path):
 def together(folder, replaces=()):
     """A folder to write files in, which move to `folder` once all are there: never do those of two runs stand mixed.
     replaces: patterns of names whose files in `folder` go when the new ones come."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".new-*"):  # by a run that was killed
-        shutil.rmtree(left)
+    (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".new-*"):
+        if time.time() - left.stat().st_mtime > 3600:  # of a run that was killed, not of one beside this
+            shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as new:
         yield Path(new)
         names = [path.name for path in sorted(Path(new).iterdir())]

@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -451,12 +452,15 @@ def test_files_written_together_replace_the_old_ones_together_or_not_at_all(tmp_
             (new / "a").write_text("new")
             raise KeyboardInterrupt
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old", "b": "old"}
-    (tmp_path / ".new-killed").mkdir()
-    (tmp_path / ".new-killed" / "b").write_text("of a run that was killed")
+    for name, hours in ((".new-killed", 2), (".new-beside", 0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "b").write_text("of another run")
+        os.utime(tmp_path / name, (time.time() - 3600 * hours,) * 2)
     with utils.together(tmp_path) as new:
         (new / "a").write_text("new")
         (new / "c").write_text("new")
         assert (tmp_path / "a").read_text() == "old"
+    shutil.rmtree(tmp_path / ".new-beside")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "new", "b": "old", "c": "new"}
 
 
