@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -121,15 +122,16 @@ def bookkeeping(conversations=350_000, posts=23_000, width=64):
     from demos import build_model
     with tempfile.TemporaryDirectory() as folder:
         model, tokenizer = utils.load_reward_model(str(build_model(Path(folder, "model"))), device="cpu")
-        utils._forward = lambda model, ids, shared=None: torch.zeros(len(ids), width, dtype=torch.bfloat16)
-        utils._proof = lambda model, sequences: {"way": "shared", "tokens": [0, 2 ** 30]}
         words = np.array([word[1:] for word in tokenizer.get_vocab() if word[0] == "Ġ" and word[1:].isalpha()])
         words = words[np.random.default_rng(0).integers(len(words), size=2 ** 20)].tolist()
         posts = [" ".join(words[n:n + 345]) for n in range(posts)]
         texts = [[{"role": "user", "content": posts[n % len(posts)]},
                   {"role": "assistant", "content": " ".join(words[n:n + 30])}] for n in range(conversations)]
         before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-        utils.embed_conversations(texts, model, tokenizer, cache_dir=Path(folder, "cache"), token_budget=8192)
+        free = {"_forward": lambda model, ids, shared=None: torch.zeros(len(ids), width, dtype=torch.bfloat16),
+                "_proof": lambda model, sequences: {"way": "shared", "tokens": [0, 2 ** 30]}}
+        with mock.patch.multiple(utils, **free):
+            utils.embed_conversations(texts, model, tokenizer, cache_dir=Path(folder, "cache"), token_budget=8192)
         print(f"bookkeeping: {conversations:,} conversations, {time.process_time() - began:.0f} CPU s (target 60), "
               f"{(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6:.1f} GB more (target 2)")
 
