@@ -13,11 +13,11 @@ training: the same sweep on the GPU and on the CPU, synthetic pairs of the sizes
 On an H200 (torch 2.11, transformers 5.17, 16 CPU cores), 2,880 conversations, 149,220 distinct tokens:
 
     loading                         2.7 s, 2.2 GB on the host, 15 GB on the GPU
-    one conversation at a time      161 s
+    one conversation at a time      161 s, from an eighth of them, as the rows
     rows, budget 8,192              4,400 distinct tokens/s, a full TL;DR 92 minutes
     shared, budget 4,096 to 32,768  29,500 to 31,000 distinct tokens/s, 13.8 to 13.2 minutes; 15.5 to 19 GB
     off one conversation at a time  rows 5 %, shared 5 %, bfloat16's noise in 32 random layers
-    kernels of the shared way       matrix products 72 %, flash attention 11 %, gathering keys 7 %
+    the nine largest kernels        matrix products 54 %, flash attention 11 %, gathering keys 7 %, elementwise 5 %
     training, TL;DR's size          1.8 s (the CPU 8.9 s); accuracies equal to four digits
     training, PRISM's size          4.4 ms an iteration, 20,000 in 1.5 minutes
 
