@@ -85,9 +85,10 @@ def rows_of(path):
     JSON, is messages again."""
     for where, row in read_rows(path):
         for field, value in row.items() if ".csv" in path.suffixes else ():
-            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-                found = ast.literal_eval(value) if isinstance(value, str) and value.startswith("[{") else None
-                row[field] = found if found and any("role" in message for message in found) else value
+            with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # no messages
+                found = ast.literal_eval(value) if isinstance(value, str) and value.startswith("[{") else ()
+                if any("role" in message for message in found):
+                    row[field] = found
         yield where, row
 
 
@@ -95,7 +96,7 @@ def schema_of(path):
     """Of which of the two schemas the rows of a file are, by its first row."""
     row = None
     with contextlib.suppress(InputError):  # which reading it again will raise
-        _, row = next(rows_of(path), (None, None))
+        _, row = next(read_rows(path), (None, None))
     return OwnComparison if isinstance(row, dict) and {"chosen", "rejected"} & row.keys() else Comparison
 
 

@@ -169,10 +169,11 @@ def test_messages_that_are_no_answer_to_the_prompt_are_refused(monkeypatch, caps
 def test_messages_in_a_csv_file_are_messages_and_other_texts_stay(tmp_path, text_of):
     said = {"user": "ada", "prompt": text_of(SAID["user"]), "chosen": text_of(SAID["assistant"]), "rejected": "[sic] no"}
     texts = {"user": "ada", "prompt": "[{" + "-" * 200_000 + "1", "chosen": '[{"name": "Ada"}]', "rejected": "[{1}]"}
-    pd.DataFrame([said, texts]).to_csv(tmp_path / "mine.csv", index=False)
-    one, two = (row for _, row in utils.parse_rows(tldr.rows_of(tmp_path / "mine.csv"), tldr.OwnComparison, "own"))
+    mixed = {**texts, "prompt": "[{'a': 1}, 5]"}
+    pd.DataFrame([said, texts, mixed]).to_csv(tmp_path / "mine.csv", index=False)
+    one, two, three = (row for _, row in utils.parse_rows(tldr.rows_of(tmp_path / "mine.csv"), tldr.OwnComparison, "own"))
     assert one.parts() == ("ada", SAID["user"], SAID["assistant"], "[sic] no")
-    assert two.parts() == tuple(texts.values())
+    assert two.parts() == tuple(texts.values()) and three.parts() == tuple(mixed.values())
 
 
 def test_a_text_in_json_lines_that_looks_like_messages_is_a_text(tmp_path):
