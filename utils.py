@@ -820,7 +820,8 @@ def _embedded(model, sequences, cache_dir, budget, shard_size, batch_size, about
             if new := (states := kept(shard)) is None:
                 way = way or _proven(model, sequences, fingerprint, folder)["way"]
                 states, budget = _states(model, shard, way, budget, batch_size, bar.update)
-            bar.update(0 if new else len(shard))
+            else:
+                bar.update(len(shard))
             yield shard, states  # where they are not finite, the caller raises, and they are not kept
             if folder and new:
                 save_tensors(path(shard), {"embeddings": states})
@@ -1314,12 +1315,12 @@ def _one_thread_of_torch():
 @_one_thread_of_torch()
 def _descend(likelihood, W, V, derivatives, num_iterations, learning_rate, penalty=None, alternating=False,
              checkpoint=None):
-    """Adam on the logits W `[N, C]` and, unless it is None, on the basis V `[C, d]`; both are changed in place.
+    """Adam on the logits W `[N, C]` and, unless it is None, on the basis V `[C, d]`; both are changed in place, and have to
+    be contiguous for torch's fused Adam, taken from torch 2.6 on (as ARCHIVES).
     derivatives(w, of_weights, of_basis) are the loss's, penalty(V, t) is `[C]`. Alternating: the step on V sees the new
     W. checkpoint: (path, identity) of the state to leave and to go on from."""
     variables = [W] if V is None else [W, V]
-    adams = [torch.optim.Adam([variable], lr=learning_rate, fused=ARCHIVES or None)  # in one pass, of contiguous tensors
-             for variable in variables]
+    adams = [torch.optim.Adam([variable], lr=learning_rate, fused=ARCHIVES or None) for variable in variables]
     first, saved = 0, time.monotonic()
     with contextlib.suppress(InputError):  # there is none yet, or a damaged one
         state = load_pickle(checkpoint[0]) if checkpoint else None
@@ -1430,7 +1431,8 @@ class LoRe:
     def train(self, X):
         """X: a float32 `[m_i, d]` per user -> (softmax(W) `[N, K]`, V `[d, K]`). Raises InputError: other users or widths."""
         X = check_features(X, "features", *self.shape)
-        return prune(*fit_basis(X, [self.member], self.V_sft, *self.steps, self.regularized)[0][:2], self.threshold)
+        w, V, _ = fit_basis(X, [self.member], self.V_sft, *self.steps, self.regularized)[0]
+        return prune(w, V, self.threshold)
 
 
 class LoRe_regularized(LoRe):

@@ -49,8 +49,8 @@ def read(args):
 
 
 def embed(splits, args):
-    """Add to every comparison of both splits its embeddings, a row of one bfloat16 table per distinct (post, summary) ->
-    (what they depend on, one of these rows)."""
+    """Add to every comparison of both splits its embeddings, a row of one bfloat16 table per distinct (post, summary);
+    returns what they depend on."""
     numbers, conversations, about = {}, [], {}
     pairs = [pair for by_worker in splits for comparisons in by_worker.values() for pair in comparisons]
 
@@ -69,23 +69,28 @@ def embed(splits, args):
     vectors = embeddings.unbind()  # (d,) each
     for pair in pairs:
         pair["embeddings"] = {side: [vectors[numbers[key(pair, side)]]] for side in tldr.SIDES}
-    return about, vectors[0]
+    return about
+
+
+@functools.cache
+def pickled(d):
+    """How torch pickles a bfloat16 tensor `[d]`: what rebuilds it, what loads its memory, what stands before the memory."""
+    rebuild, (storage, *_) = torch.zeros(d, dtype=torch.bfloat16).__reduce_ex__(4)
+    load, (memory,) = storage.__reduce__()
+    return rebuild, load, memory[:-2 * d]
 
 
 class RowPickler(pickle.Pickler):
-    """Writes each row `[d]` of a table as torch pickles a tensor with memory of its own, without making it one. What stands
-    before the memory is the same for every row, and asked of torch once."""
-
-    def __init__(self, file, row):
-        super().__init__(file, protocol=4)
-        self.rebuild, (storage, *_) = row.clone().__reduce_ex__(4)
-        self.load, (memory,) = storage.__reduce__()
-        self.begin = memory[:-row.nbytes]
+    """Writes each row of a bfloat16 table as torch pickles a tensor with memory of its own, without making it one."""
 
     def reducer_override(self, value):
         if isinstance(value, torch.Tensor):
-            return self.rebuild, (value.view(torch.uint8).numpy(), 0, (len(value),), (1,), False, OrderedDict())
-        return (self.load, (self.begin + value.tobytes(),)) if isinstance(value, np.ndarray) else NotImplemented
+            rebuild, _, _ = pickled(len(value))
+            return rebuild, (value.view(torch.uint8).numpy(), 0, (len(value),), (1,), False, OrderedDict())
+        if isinstance(value, np.ndarray):
+            _, load, begin = pickled(len(value) // 2)
+            return load, (begin + value.tobytes(),)
+        return NotImplemented
 
 
 def main():
@@ -99,14 +104,14 @@ def main():
         print(f"these embeddings are finished already, in {args.dir}; next: python train_basis.py")
         return
 
-    about, row = embed(splits, args)
+    about = embed(splits, args)
     if process_rank() > 0:
         return
     with new_embeddings(args.dir, head, identity, model=identity["model"], data=args.label or tldr.DATASET,
                         demo=args.demo, own=own, embedding=about) as folder:
         for path, by_worker in zip(outputs, splits):
             with atomic_write(folder / path.name) as file:
-                RowPickler(file, row).dump(by_worker)
+                RowPickler(file, protocol=4).dump(by_worker)
     for path, by_worker in zip(outputs, splits):
         print(f"{path.name}: {len(by_worker)} workers, {sum(map(len, by_worker.values())):,} pairs, d = {len(head)}, "
               f"{path.stat().st_size / 1e6:,.1f} MB")

@@ -527,7 +527,7 @@ def test_stale_truncated_and_hostile_embeddings_are_named(monkeypatch, capsys, e
     refused(monkeypatch, capsys, trainer, ["--dir", embeddings], path, GENERATE)
 
 
-# ---- RewardBench 2: the benchmark's rules -----------------------------------------------------------------------------
+# ---- RewardBench 2: the benchmark's rules ---------------------------------------------------------------------------
 
 
 def ties_by_the_formula(prompts):

@@ -26,12 +26,14 @@ There a proof took 0.57 s. With 0.5 GB free, the budget fell from 32,768 to 1,31
 is within 3e-6 of one by one, and four layers in bfloat16 are as far from float32 shared as alone (2.5 %, the median).
 """
 
-import os
+import contextlib
+import io
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -130,13 +132,12 @@ def embedding(model, tokenizer, words):
         _, seconds = timed(utils.embed_conversations, conversations, model, tokenizer, cache_dir=cache)
         _, again = timed(utils.embed_conversations, conversations, model, tokenizer, cache_dir=cache)
     print(f"embed_conversations, with digests and proof: {seconds:.2f} s; all kept: {again:.2f} s")
-    profile(model, sequences)
-    forward, utils._forward = utils._forward, lambda model, ids, shared=None: torch.zeros(len(ids), 8, device="cuda")
-    print(f"the host alone, without a forward: {timed(utils._states, model, sequences, 'shared', 8192)[1]:.2f} s")
-    utils._forward = forward
+    print_kernels(model, sequences)
+    with mock.patch.object(utils, "_forward", lambda model, ids, shared=None: torch.zeros(len(ids), 8, device="cuda")):
+        print(f"the host alone, without a forward: {timed(utils._states, model, sequences, 'shared', 8192)[1]:.2f} s")
 
 
-def profile(model, sequences):
+def print_kernels(model, sequences):
     """What the GPU's time goes to, by kernel."""
     from torch.profiler import ProfilerActivity, profile
     with profile(activities=[ProfilerActivity.CUDA]) as found:
@@ -154,28 +155,18 @@ def training():
         return [30 * (torch.randn(m, 4096, generator=generator) + 0.3 * torch.randn(4096, generator=generator))
                 for m in counts]
 
-    def sweep(device, run, ranks, alphas, train, few, test, **options):
-        return run(ranks, alphas, torch.randn(4096, 1, generator=torch.Generator().manual_seed(1)), train, test, few, test,
-                   len(train), len(few), device, **options)
-
     seen, unseen = users([450] * 38), users([350] * 38)
-    data = [X[:150] for X in seen], [X[:50] for X in unseen], [X[50:] for X in unseen]
-    found = {}
+    test, found, V = [X[50:] for X in unseen], {}, torch.randn(4096, 1, generator=torch.Generator().manual_seed(1))
+    data = [X[:150] for X in seen], test, [X[:50] for X in unseen], test, len(seen), len(unseen)
     for device in ("cuda", "cuda", "cpu"):
-        with open(os.devnull, "w") as nowhere:
-            sys.stdout, shown = nowhere, sys.stdout
-            found[device], seconds = timed(sweep, device, utils.run, range(7), [0], *data)
-            sys.stdout = shown
+        with contextlib.redirect_stdout(io.StringIO()):
+            found[device], seconds = timed(utils.run, range(7), [0], V, *data, device)
         print(f"training, TL;DR's size, {device}: {seconds:.1f} s; accuracies "
               f"{', '.join(f'{value:.4f}' for value in found[device][3])}")
     print(f"largest difference of an accuracy: {max(abs(a - b).max() for a, b in zip(*found.values())):.4f}")
-    with open(os.devnull, "w") as nowhere:
-        sys.stdout, shown = nowhere, sys.stdout
-        torch.cuda.reset_peak_memory_stats()
-        members = utils._members((0, 1, 5, 10, 15, 20, 25, 50), [1e4], [0])[1:]
-        features, V = users([19] * 1030), torch.randn(4096, 1)
-        seconds = [timed(utils.fit_basis, features, members, V, n, 0.5, True, "cuda")[1] for n in (20, 420)]
-        sys.stdout = shown
+    torch.cuda.reset_peak_memory_stats()
+    features, members = users([19] * 1030), [utils.Member(K, 1e4) for K in (1, 5, 10, 15, 20, 25, 50)]
+    seconds = [timed(utils.fit_basis, features, members, V, n, 0.5, True, "cuda")[1] for n in (20, 420)]
     print(f"training, PRISM's size, cuda: {(seconds[1] - seconds[0]) / 400 * 1e3:.1f} ms an iteration, 20,000 take "
           f"{(seconds[1] - seconds[0]) / 400 * 20000 / 60:.1f} minutes; GPU {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
 

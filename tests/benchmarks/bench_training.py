@@ -220,7 +220,7 @@ def seeds():
 
 
 def prism():
-    heading(f"PRISM, {PRISM_USERS} users, 19,638 pairs, ranks {PRISM_RANKS}. Measured: one iteration of the sweep, "
+    heading(f"PRISM, {PRISM_USERS} users, {PRISM_USERS * PRISM_PAIRS:,.0f} pairs, ranks {PRISM_RANKS}. Measured: one iteration of the sweep, "
             "a step on W\nand one on V, the mean of 6 (plain: 1)")
     features = users_of(PRISM_USERS, PRISM_PAIRS)
     compare("alternating sweep",
