@@ -370,6 +370,7 @@ def script_parser(description, folder):
 
 _DIGESTS = {}  # path, size and time of a file -> its digest
 ENGINE = 3  # of the embeddings' cache: how they are computed
+TODAY = time.strptime("2024-07-26", "%Y-%m-%d")  # for templates that print the date; Llama 3.1's own default
 
 
 def _checkpoint_folder(model_name, *patterns):
@@ -429,6 +430,19 @@ def load_released_reference(model_name):
     return found.popitem()[1][:, :1].float().contiguous()
 
 
+def load_tokenizer(model_name, trust_remote_code=False):
+    """The tokenizer of a checkpoint. Raises InputError: unknown model, none in it, no chat template."""
+    from transformers import AutoTokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # files missing, damaged or of another kind: a class of its own for each
+        raise InputError(f"model {model_name}: its tokenizer cannot be loaded ({str(error) or type(error).__name__}); "
+                         "check the name, the network and that it holds one") from None
+    if not tokenizer.chat_template:
+        raise InputError(f"model {model_name}: its tokenizer has no chat template; give a chat model")
+    return tokenizer
+
+
 def load_reward_model(model_name, device=None, attention=None, dtype=None, tokenizer_name=None,
                       trust_remote_code=False):
     """Load the frozen reward model without its head -> (backbone, tokenizer), in eval mode on `device`.
@@ -436,7 +450,8 @@ def load_reward_model(model_name, device=None, attention=None, dtype=None, token
     flash_attention_2, the architecture's own: PyTorch's ("sdpa"), which shares prompts and has flash kernels itself,
     where that is exact. dtype: default bfloat16 on a GPU, as released, and float32 on the CPU. tokenizer_name: default
     the model's. Raises InputError: unknown model, weights missing in it, no chat template."""
-    from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, logging
+    from transformers import AutoModel, AutoModelForSequenceClassification, logging
+    tokenizer = load_tokenizer(tokenizer_name or model_name, trust_remote_code)
     device = check_device(device) if device is not None else default_device()
     options = dict(torch_dtype=dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32), num_labels=1,
                    trust_remote_code=trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True)
@@ -447,14 +462,13 @@ def load_reward_model(model_name, device=None, attention=None, dtype=None, token
     logging.set_verbosity_error()  # what matters of its notes is said below
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or model_name, trust_remote_code=trust_remote_code)
         try:  # the class whose own score `_proof` compares with
             whole, loading = AutoModelForSequenceClassification.from_pretrained(model_name, **options)
         except ValueError:  # there is none for this architecture
             whole, loading = AutoModel.from_pretrained(model_name, **options)
     except Exception as error:  # files missing, damaged or of different models: a class of its own for each
         raise InputError(f"model {model_name}: cannot be loaded ({str(error) or type(error).__name__}); check the "
-                         "name, the network and that it holds a model and a tokenizer") from None
+                         "name, the network and that it holds a model") from None
     model = whole.base_model  # shares its weights with the whole
     lost = {key for key, *_ in loading["mismatched_keys"]}.union(loading["missing_keys"], (  # or for no layer of it
         key for key in loading["unexpected_keys"] if key.startswith(f"{whole.base_model_prefix}.")))
@@ -464,14 +478,65 @@ def load_reward_model(model_name, device=None, attention=None, dtype=None, token
         raise InputError(f"model {model_name}: {len(missing)} weights are not in it or not of its config, as "
                          f"{missing[0]}; save it whole and without a wrapper, whose prefix (module., _orig_mod.) would "
                          "stand before each name")
-    if not tokenizer.chat_template:
-        raise InputError(f"model {model_name}: its tokenizer has no chat template; give a chat model")
     model.reward_checkpoint, model.reward_scorer = str(_checkpoint_folder(model_name, "config.json")), []
     with contextlib.suppress(InputError):  # on a head that is not to be read from safetensors nothing rests
         if head and not lost & head:
             model.reward_scorer.append((whole, load_reward_head(model_name)))  # in a list, so no part of the backbone
     whole.eval().requires_grad_(False).to(device)
     return model, tokenizer
+
+
+def _quoted(conversation):
+    """How an error message names a conversation: its beginning and end."""
+    return " .. ".join(repr(message["content"][:60]) for message in (conversation[0], conversation[-1]))
+
+
+def _tokenized(conversations, tokenizer):
+    """Chat-format and tokenize: of each conversation the ids as bytes, four each, which sort as the ids do. What stands
+    between special tokens, which a tokenizer takes out first, is tokenized once, if the first texts allow."""
+    template, known = tokenizer.chat_template, {}
+    if isinstance(template, dict):
+        template = template.get("default", "{{ raise_exception('none of its templates is named default') }}")
+    template = re.sub(r"""strftime_now\((['"])(.*?)\1\)""", lambda call: repr(time.strftime(call[2], TODAY)), template)
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    marks = sorted((token.content for token in added), reverse=True)
+    cut = re.compile(f"({'|'.join(map(re.escape, marks))})")
+    fast = getattr(getattr(tokenizer, "backend_tokenizer", None), "encode_batch_fast", None)  # ids without offsets
+    whole = any(token.lstrip or token.rstrip or token.single_word for token in added) or not marks or None  # to be tried
+
+    def formatted(conversation):
+        try:
+            text = tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False)
+            text.encode()  # half a surrogate pair is no Unicode
+            return text
+        except Exception as error:  # the template is the checkpoint's program
+            raise InputError(f"the model's chat template cannot format the conversation {_quoted(conversation)} "
+                             f"({error}); repair it or leave it out") from None
+
+    def encode(texts, fast=None):  # the template has written the special tokens: the tokenizer must not add its own again
+        ids = ([one.ids for one in fast(texts, add_special_tokens=False)] if fast else
+               texts and tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"])
+        return [np.array(sequence, ">u4").tobytes() for sequence in ids]
+
+    def encode_pieces(texts):
+        pieces = [[piece for piece in cut.split(text) if piece] for text in texts]
+        new = list({piece for of_text in pieces for piece in of_text if piece not in known})
+        known.update(zip(new, encode(new, fast)))
+        return [b"".join(map(known.get, of_text)) for of_text in pieces]
+
+    for start in range(0, len(conversations), 256):
+        texts = list(map(formatted, conversations[start:start + 256]))
+        whole = encode(texts) != encode_pieces(texts) if whole is None else whole
+        yield from encode(texts) if whole else encode_pieces(texts)
+
+
+def _ids(sequence):
+    return np.frombuffer(sequence, ">u4").astype(np.int64)
+
+
+def tokenize_conversations(conversations, tokenizer):
+    """Chat-format and tokenize conversations -> one list of token ids each, special tokens once. Raises InputError."""
+    return [_ids(sequence).tolist() for sequence in _tokenized(conversations, tokenizer)]
 
 
 def model_identity(model_name, folder=None):
@@ -578,61 +643,6 @@ def find_reward_head(folder, model_name, title, width, outputs):
 # 3. Embedding
 # ---------------------------------------------------------------------------------------------------------------------
 
-TODAY = time.strptime("2024-07-26", "%Y-%m-%d")  # for templates that print the date; Llama 3.1's own default
-
-
-def _quoted(conversation):
-    """How an error message names a conversation: its beginning and end."""
-    return " .. ".join(repr(message["content"][:60]) for message in (conversation[0], conversation[-1]))
-
-
-def _tokenized(conversations, tokenizer):
-    """Chat-format and tokenize: of each conversation the ids as bytes, four each, which sort as the ids do. What stands
-    between special tokens, which a tokenizer takes out first, is tokenized once, if the first texts allow."""
-    template, known = tokenizer.chat_template, {}
-    if isinstance(template, dict):
-        template = template.get("default", "{{ raise_exception('none of its templates is named default') }}")
-    template = re.sub(r"""strftime_now\((['"])(.*?)\1\)""", lambda call: repr(time.strftime(call[2], TODAY)), template)
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    marks = sorted((token.content for token in added), reverse=True)
-    cut = re.compile(f"({'|'.join(map(re.escape, marks))})")
-    fast = getattr(getattr(tokenizer, "backend_tokenizer", None), "encode_batch_fast", None)  # ids without offsets
-    whole = any(token.lstrip or token.rstrip or token.single_word for token in added) or not marks or None  # to be tried
-
-    def formatted(conversation):
-        try:
-            text = tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False)
-            return text.encode().decode()
-        except Exception as error:  # the template is the checkpoint's program; half a surrogate pair is no Unicode
-            raise InputError(f"the model's chat template cannot format the conversation {_quoted(conversation)} "
-                             f"({error}); repair it or leave it out") from None
-
-    def encode(texts, fast=None):  # the template has written the special tokens: the tokenizer must not add its own again
-        ids = ([one.ids for one in fast(texts, add_special_tokens=False)] if fast else
-               texts and tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"])
-        return [np.array(sequence, ">u4").tobytes() for sequence in ids]
-
-    def encode_pieces(texts):
-        pieces = [[piece for piece in cut.split(text) if piece] for text in texts]
-        new = list({piece for of_text in pieces for piece in of_text if piece not in known})
-        known.update(zip(new, encode(new, fast)))
-        return [b"".join(map(known.get, of_text)) for of_text in pieces]
-
-    for start in range(0, len(conversations), 256):
-        texts = list(map(formatted, conversations[start:start + 256]))
-        whole = encode(texts) != encode_pieces(texts) if whole is None else whole
-        yield from encode(texts) if whole else encode_pieces(texts)
-
-
-def _ids(sequence):
-    return np.frombuffer(sequence, ">u4").astype(np.int64)
-
-
-def tokenize_conversations(conversations, tokenizer):
-    """Chat-format and tokenize conversations -> one list of token ids each, special tokens once. Raises InputError."""
-    return [_ids(sequence).tolist() for sequence in _tokenized(conversations, tokenizer)]
-
-
 def _on(device, array):
     """An array as a tensor on a device, without waiting for what that still computes."""
     tensor = torch.from_numpy(array)
@@ -698,34 +708,58 @@ def _forward(model, ids, shared=None):
 
 
 @torch.inference_mode()
-def _states(model, sequences, way, budget, batch_size=None, update=lambda count: None):
-    """The last tokens' states of sorted sequences, `[n, d]` on the CPU, and the budget, less where memory ran out.
-    way: "shared" (tails in one row), "rows" (longest first) or "alone". A batch holds at most `budget` tokens."""
-    order = sorted(range(len(sequences)), key=lambda n: -len(sequences[n])) if way == "rows" else range(len(sequences))
-    ids = [_ids(sequences[n]) for n in order]
-    same = [a[:len(b)] == b[:len(a)] for a, b in zip(ids, ids[1:])]
-    shared = np.array([0] + [len(s) if s.all() else int(s.argmin()) for s in same])
-    lengths, parts, start = np.array(list(map(len, ids))), [], 0
-    while start < len(ids):
-        kept = np.append(0, shared[start + 1:])  # the first of a batch has none before it
-        tokens = np.cumsum(lengths[start:] - kept) if way == "shared" else lengths[start] * np.arange(1, len(kept) + 1)
-        least, most = (max(1, int((tokens <= limit).sum())) for limit in (budget / 2, budget))
-        if way == "shared" and most < len(kept):  # cut where least is shared, in the second half
-            most -= int(kept[least:most + 1][::-1].argmin())
-        count = 1 if way == "alone" else min(most, batch_size or most)
-        try:
-            in_one_row = way == "shared" and tokens[count - 1] > 1  # a lone token's heads may be laid out otherwise
-            parts.append(_forward(model, ids[start:start + count], kept[:count] if in_one_row else None))
-        except RuntimeError as error:
-            out_of_memory = isinstance(error, torch.cuda.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
-            if count == 1 or not out_of_memory:
-                raise
-            torch.cuda.empty_cache()
-            budget = min(budget, int(tokens[count - 1])) // 2
-        else:
-            update(count)
-            start += count
-    return torch.cat(parts).cpu()[np.argsort(order)], budget
+def _launched(model, shards, way, budget, batch_size):
+    """Each batch of the shards of `_states` once it is on its way to be computed: (shard, its rows, their states on the
+    CPU, what tells when they are there). A batch holds at most `budget` tokens, less from where memory ran out."""
+    for shard in shards:
+        _, sequences, states = shard
+        if states is not None:
+            yield shard, range(len(sequences)), states, None
+            continue
+        order = range(len(sequences)) if way != "rows" else sorted(range(len(sequences)), key=lambda n: -len(sequences[n]))
+        ids = [_ids(sequences[n]) for n in order]
+        same = [a[:len(b)] == b[:len(a)] for a, b in zip(ids, ids[1:])]
+        shared = np.array([0] + [len(s) if s.all() else int(s.argmin()) for s in same])
+        lengths, start = np.array(list(map(len, ids))), 0
+        while start < len(ids):
+            kept = np.append(0, shared[start + 1:])  # the first of a batch has none before it
+            tokens = np.cumsum(lengths[start:] - kept) if way == "shared" else lengths[start] * np.arange(1, len(kept) + 1)
+            least, most = (max(1, int((tokens <= limit).sum())) for limit in (budget / 2, budget))
+            if way == "shared" and most < len(kept):  # cut where least is shared, in the second half
+                most -= int(kept[least:most + 1][::-1].argmin())
+            count = 1 if way == "alone" else min(most, batch_size or most)
+            try:
+                in_one_row = way == "shared" and tokens[count - 1] > 1  # a lone token's heads may be laid out otherwise
+                states = _forward(model, ids[start:start + count], kept[:count] if in_one_row else None)
+            except RuntimeError as error:
+                out_of_memory = isinstance(error, torch.cuda.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+                if count == 1 or not out_of_memory:
+                    raise
+                torch.cuda.empty_cache()
+                budget = min(budget, int(tokens[count - 1])) // 2
+            else:
+                states = states.to("cpu", non_blocking=True)
+                copied = torch.cuda.current_stream(model.device).record_event() if model.device.type == "cuda" else None
+                yield shard, order[start:start + count], states, copied
+                start += count
+
+
+def _states(model, shards, way, budget, batch_size=None, update=lambda count: None):
+    """(shard, the last tokens' states of its sequences, `[n, d]` on the CPU) of each; those of a batch are copied while the
+    next runs. shards: (path, sorted sequences, their states where these are known). way: "shared" (tails in one row),
+    "rows" (longest first) or "alone"."""
+    found, left = None, 0
+    for (shard, rows, states, copied), _ in itertools.pairwise(itertools.chain(
+            _launched(model, shards, way, budget, batch_size), [None])):
+        if copied:
+            copied.synchronize()
+        if not left:
+            found, left = states.new_empty(len(shard[1]), states.shape[1]), len(shard[1])
+        found[list(rows)] = states
+        left -= len(rows)
+        update(len(rows))
+        if not left:
+            yield shard, found
 
 
 def _proof(model, sequences):
@@ -738,18 +772,21 @@ def _proof(model, sequences):
     middle, longest = by_length[len(by_length) // 2], by_length[-1]
     half, neighbour = len(middle) // 8 * 4, sequences[sequences.index(middle) - 1]
     sample = sorted({by_length[0], neighbour, middle, middle[:half] + middle[half + 4:] or middle, longest})
-    alone, allowed = _states(model, sample, "alone", 1)[0].float(), torch.finfo(model.dtype).eps ** 0.5
+    (whole, head), = getattr(model, "reward_scorer", None) or [(model, None)]
+    config, alone, allowed = whole.config.get_text_config(), [], torch.finfo(model.dtype).eps ** 0.5
+    pad, config.pad_token_id = config.pad_token_id, None  # with one, its class may score an earlier token
+    hook = model.register_forward_hook(lambda model, inputs, output: alone.append(output[0][0, -1]))
+    with torch.inference_mode():
+        own = [whole(input_ids=_on(model.device, _ids(one)[None]))[0] for one in sample]
+    hook.remove()
+    config.pad_token_id, alone = pad, torch.stack(alone).float().cpu()
     proof = {"way": "alone", "tokens": [len(by_length[0]) // 4, len(longest) // 4 if alone.isfinite().all() else 0]}
 
     def off(found, wanted):
         return ((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max().item()
 
-    for whole, head in getattr(model, "reward_scorer", []):
-        config = whole.config.get_text_config()
-        pad, config.pad_token_id = config.pad_token_id, None  # with one, it may score an earlier token
-        with torch.inference_mode():
-            own = [whole(input_ids=_on(model.device, _ids(one)[None])).logits[0] for one in sample]
-        config.pad_token_id, own, scores = pad, torch.cat(own).float().cpu(), (alone @ head)[:, 0]
+    if head is not None:
+        own, scores = torch.cat(own)[:, 0].float().cpu(), (alone @ head)[:, 0]
         proof["score"] = off(scores, own)
         if proof["score"] > allowed:
             raise InputError(f"model {model.reward_checkpoint}: its own score of a conversation is {own[0]:.5g}, its "
@@ -758,7 +795,8 @@ def _proof(model, sequences):
             print("note: the model's pad token ends its chats: its class scores the token before, phi is the last")
     for way in ("rows", "shared"):
         with contextlib.suppress(TypeError, ValueError, IndexError, RuntimeError):  # it takes no such input
-            proof[way] = off(_states(model, sample, way, len(sample) * len(longest))[0].float(), alone)
+            (_, states), = _states(model, [(None, sample, None)], way, len(sample) * len(longest))
+            proof[way] = off(states.float(), alone)
             allowed = allowed if way == "rows" else min(allowed, max(0.03, 3 * proof.get("rows", 0)))  # the rows' noise
             proof["way"] = way if proof[way] <= allowed else proof["way"]
     if proof["way"] != "shared":
@@ -773,73 +811,82 @@ def _proven(model, sequences, fingerprint, folder):
     with contextlib.suppress(InputError):  # missing or damaged
         proofs.setdefault(fingerprint, load_json(path, "way", "tokens") if path else {})
     least, most = proofs.get(fingerprint, {}).get("tokens", (math.inf, 0))
-    if sequences and not least <= min(map(len, sequences)) // 4 <= max(map(len, sequences)) // 4 <= most:
+    if not least <= min(map(len, sequences)) // 4 <= max(map(len, sequences)) // 4 <= most:
         proofs[fingerprint] = _proof(model, sequences)
-        if path and process_rank() == 0:
-            save_json(path, proofs[fingerprint])
-    return proofs.get(fingerprint, {})
+    if path and process_rank() == 0:
+        save_json(path, proofs[fingerprint])
+    return proofs[fingerprint]
 
 
-def _numbered(conversations, model, tokenizer, cut):
-    """The distinct sequences of conversations, cut and sorted: bytes -> conversations' numbers. Raises InputError."""
+def _numbered(conversations, tokenizer, cut, ranks):
+    """The distinct sequences of conversations, cut and sorted: bytes -> conversations' numbers. Each of `ranks` processes
+    tokenizes its share. Raises InputError."""
     if not conversations:
         raise InputError("no conversations to embed; give at least one")
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    numbers, table = {}, model.get_input_embeddings().weight.shape[0]
     for one in conversations:
         if not one or not all(isinstance(message, dict) and isinstance(message.get("content"), str) for message in one):
             raise InputError(f"the conversation {one!r:.80}: not a list of messages {{'role': .., 'content': a text}}")
-    for n, sequence in enumerate(_tokenized(conversations, tokenizer)):
-        ids = _ids(sequence[cut])
-        if not 0 < len(ids) <= limit or ids.max() >= table:
-            raise InputError(f"the conversation {_quoted(conversations[n])} has {len(ids)} tokens up to id "
-                             f"{ids.max(initial=0)}, the model takes 1 to {limit} of {table}; leave it out or cut it")
-        numbers.setdefault(sequence[cut], []).append(n)
+    rank, parts, numbers = process_rank() if ranks > 1 else 0, [None] * ranks, {}
+    parts[rank] = [sequence[cut] for sequence in _tokenized(conversations[rank::ranks], tokenizer)]
+    if ranks > 1:
+        dist.all_gather_object(parts, parts[rank])
+    for n in range(len(conversations)):
+        numbers.setdefault(parts[n % ranks][n // ranks], []).append(n)
     return dict(sorted(numbers.items()))
 
 
-def _embedded(model, sequences, cache_dir, budget, shard_size, batch_size, about):
+def _check_sequences(numbers, model, conversations):
+    """Raise InputError for a sequence that the model does not take."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    table = model.get_input_embeddings().weight.shape[0]
+    for sequence, (n, *_) in numbers.items():
+        ids = _ids(sequence)
+        if not 0 < len(ids) <= limit or ids.max() >= table:
+            raise InputError(f"the conversation {_quoted(conversations[n])} has {len(ids)} tokens up to id "
+                             f"{ids.max(initial=0)}, the model takes 1 to {limit} of {table}; leave it out or cut it")
+
+
+def _embedded(model, sequences, cache_dir, ranks, budget, shard_size, batch_size, about):
     """(sequences, states) of each shard of sorted sequences, kept or made by this process, then those of the others."""
-    ranks, fingerprint = process_count() if cache_dir else 1, _fingerprint(model, cache_dir)
+    fingerprint = _fingerprint(model, cache_dir)
     if folder := cache_dir and Path(cache_dir, fingerprint[:16]):
         check_writable(folder)
-    shards = [sequences[start:start + shard_size] for start in range(0, len(sequences), shard_size)]
-    mine, way = range(process_rank() if ranks > 1 else 0, len(shards), ranks), None
+    about.update(_proven(model, sequences, fingerprint, folder))
 
-    def path(shard):
-        name = hashlib.sha256(b" end".join(shard)).hexdigest()[:24]  # as an id, above any vocabulary
-        return folder / f"{name}.safetensors"
-
-    def kept(shard):
+    def kept(path, count):
         with contextlib.suppress(InputError):  # it is missing or damaged
-            states = load_tensors(path(shard))[0].get("embeddings", torch.zeros(0)) if folder else torch.zeros(0)
-            return states if len(states) == len(shard) and states.isfinite().all() else None
+            states = load_tensors(path)[0].get("embeddings", torch.zeros(0)) if folder else torch.zeros(0)
+            return states if len(states) == count and states.isfinite().all() else None
 
-    with progress_bar("embedding", sum(len(shards[n]) for n in mine), unit="text") as bar:
-        for shard in (shards[n] for n in mine):
-            if new := (states := kept(shard)) is None:
-                way = way or _proven(model, sequences, fingerprint, folder)["way"]
-                states, budget = _states(model, shard, way, budget, batch_size, bar.update)
-            else:
-                bar.update(len(shard))
+    def shards(numbers):
+        for start in range(0, len(sequences), shard_size)[numbers]:
+            shard = sequences[start:start + shard_size]
+            name = hashlib.sha256(b" end".join(shard)).hexdigest()[:24] if folder else ""  # as an id, above any vocabulary
+            yield (path := folder and folder / f"{name}.safetensors"), shard, kept(path, len(shard))
+
+    mine = slice(process_rank() if ranks > 1 else 0, None, ranks)
+    total = sum(min(shard_size, len(sequences) - start) for start in range(0, len(sequences), shard_size)[mine])
+    with progress_bar("embedding", total, unit="text") as bar:
+        for (path, shard, old), states in _states(model, shards(mine), about["way"], budget, batch_size, bar.update):
             yield shard, states  # where they are not finite, the caller raises, and they are not kept
-            if folder and new:
-                save_tensors(path(shard), {"embeddings": states})
+            if folder and old is None:
+                save_tensors(path, {"embeddings": states})
     if ranks > 1:
         dist.barrier()
-        for shard in (shards[n] for n in set(range(len(shards))) - set(mine)):
-            if (states := kept(shard)) is None:
-                raise InputError(f"{path(shard)}: not made by the other processes; give all one folder, and run "
-                                 "the same command again")
-            yield shard, states
-    about.update(_proven(model, [], fingerprint, folder))
+        for other in set(range(ranks)) - {process_rank()}:
+            for path, shard, states in shards(slice(other, None, ranks)):
+                if states is None:
+                    raise InputError(f"{path}: not made by the other processes; give all one folder, and run "
+                                     "the same command again")
+                yield shard, states
 
 
-def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_budget=None, shard_size=1024,
+def embed_conversations(conversations, model, tokenizer=None, cache_dir=None, token_budget=None, shard_size=1024,
                         max_length=None, truncation_side="left", batch_size=None, dtype=None, about=None):
     """phi of each conversation: the state, after the final norm, of its last token.
     conversations: list of lists of {"role", "content"} messages, the last one the response that is judged.
-    model, tokenizer: from `load_reward_model`. Returns a CPU tensor `[n, d]` of `dtype`, default the model's.
+    model, tokenizer: from `load_reward_model`, or a checkpoint's name, loaded when all is tokenized. Returns a CPU tensor
+    `[n, d]` of `dtype`, default the model's.
     Equal conversations are computed once, and so is what several begin with, unless `_proof` finds that this changes
     the model's states. A batch holds up to `token_budget` tokens (default 8192 on a GPU, 4096 on a CPU), or one
     conversation, and up to `batch_size` of them. max_length: cut longer ones, at their "left" or "right"
@@ -853,20 +900,24 @@ def embed_conversations(conversations, model, tokenizer, cache_dir=None, token_b
         raise InputError(f"truncation_side = {truncation_side!r}: give left or right")
     end, about, embeddings = max_length and 4 * max_length, {} if about is None else about, None
     cut = slice(end and -end, None) if truncation_side == "left" else slice(end)
-    numbers, on_gpu = _numbered(conversations, model, tokenizer, cut), model.device.type == "cuda"
+    ranks = process_count() if cache_dir else 1
+    numbers = _numbered(conversations, tokenizer or load_tokenizer(model), cut, ranks)
+    model = model if tokenizer else load_reward_model(model)[0]
+    _check_sequences(numbers, model, conversations)
+    on_gpu = model.device.type == "cuda"
     budget = token_budget or (8192 if on_gpu else 4096)
     about.update(device=torch.cuda.get_device_name(model.device) if on_gpu else "cpu", torch=torch.__version__,
                  attention=model.config._attn_implementation, dtype=str(model.dtype), token_budget=budget,
                  date=time.strftime("%Y-%m-%d", TODAY))
-    for shard, states in _embedded(model, list(numbers), cache_dir, budget, shard_size, batch_size, about):
+    for shard, states in _embedded(model, list(numbers), cache_dir, ranks, budget, shard_size, batch_size, about):
         if not is_finite(states):
             worst = conversations[numbers[shard[int(states.isfinite().all(1).int().argmin())]][0]]
             raise InputError(f"the model gives the conversation {_quoted(worst)} NaN or infinite values in "
                              f"{model.dtype}; leave it out, or check the model")
         if embeddings is None:
             embeddings = torch.empty(len(conversations), states.shape[1], dtype=dtype or states.dtype)
-        for sequence, state in zip(shard, states.to(embeddings.dtype)):
-            embeddings[numbers[sequence]] = state
+        rows, places = zip(*((row, n) for row, sequence in enumerate(shard) for n in numbers[sequence]))
+        embeddings[list(places)] = states[list(rows)].to(embeddings.dtype)
     return embeddings
 
 

@@ -31,8 +31,7 @@ def embed(rows, args):
         for conversation in prism.conversations_of(row):
             numbers.setdefault(json.dumps(conversation), len(numbers))
     print(f"{len(numbers):,} distinct conversations to embed")
-    model, tokenizer = load_reward_model(args.model)
-    embeddings = embed_conversations([json.loads(text) for text in numbers], model, tokenizer,
+    embeddings = embed_conversations([json.loads(text) for text in numbers], args.model, None,
                                      args.dir / ".embedding_cache", TOKEN_BUDGET, SHARD_SIZE, about=about).bfloat16()
     for row in rows:
         chosen, *rejected = (numbers[json.dumps(conversation)] for conversation in prism.conversations_of(row))

@@ -45,8 +45,7 @@ def embed(splits, args):
     about = {}
     conversations = {split: personalllm.conversations_of(*texts) for split, (*texts, _) in splits.items()}
     print(f"{sum(map(len, conversations.values())):,} responses to embed")
-    model, tokenizer = load_reward_model(args.model)
-    embeddings = embed_conversations(sum(conversations.values(), []), model, tokenizer, args.dir / ".embedding_cache",
+    embeddings = embed_conversations(sum(conversations.values(), []), args.model, None, args.dir / ".embedding_cache",
                                      TOKEN_BUDGET, SHARD_SIZE, dtype=torch.bfloat16, about=about)
     return dict(zip(conversations, embeddings.split([len(part) for part in conversations.values()]))), about
 

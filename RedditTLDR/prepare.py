@@ -15,7 +15,6 @@ left out.
 """
 
 import sys
-from collections import OrderedDict
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -53,22 +52,20 @@ def embed(splits, args):
     returns what they depend on."""
     numbers, conversations, about = {}, [], {}
     pairs = [pair for by_worker in splits for comparisons in by_worker.values() for pair in comparisons]
-
-    def key(pair, side):  # lists of messages as JSON, which can be looked up
-        return tuple(text if isinstance(text, str) else json.dumps(text)
-                     for text in (pair["text"], pair[f"{side}_summary"]))
-
     for pair in pairs:
+        pair["embeddings"] = {}
         for side in tldr.SIDES:
-            if numbers.setdefault(key(pair, side), len(conversations)) == len(conversations):
-                conversations.append(tldr.conversation(pair["text"], pair[f"{side}_summary"]))
+            texts = pair["text"], pair[f"{side}_summary"]
+            key = tuple(text if isinstance(text, str) else json.dumps(text) for text in texts)  # messages, to be looked up
+            pair["embeddings"][side] = number = numbers.setdefault(key, len(conversations))
+            if number == len(conversations):
+                conversations.append(tldr.conversation(*texts))
     print(f"{2 * len(pairs):,} summaries to embed, {len(conversations):,} distinct ones")
-    model, tokenizer = load_reward_model(args.model)
-    embeddings = embed_conversations(conversations, model, tokenizer, args.dir / ".embedding_cache", TOKEN_BUDGET,
+    embeddings = embed_conversations(conversations, args.model, None, args.dir / ".embedding_cache", TOKEN_BUDGET,
                                      SHARD_SIZE, dtype=torch.bfloat16, about=about)
     vectors = embeddings.unbind()  # (d,) each
     for pair in pairs:
-        pair["embeddings"] = {side: [vectors[numbers[key(pair, side)]]] for side in tldr.SIDES}
+        pair["embeddings"] = {side: [vectors[number]] for side, number in pair["embeddings"].items()}
     return about
 
 
@@ -86,7 +83,7 @@ class RowPickler(pickle.Pickler):
     def reducer_override(self, value):
         if isinstance(value, torch.Tensor):
             rebuild, _, _ = pickled(len(value))
-            return rebuild, (value.view(torch.uint8).numpy(), 0, (len(value),), (1,), False, OrderedDict())
+            return rebuild, (value.view(torch.uint8).numpy(), 0, (len(value),), (1,), False, None)
         if isinstance(value, np.ndarray):
             _, load, begin = pickled(len(value) // 2)
             return load, (begin + value.tobytes(),)

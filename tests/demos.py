@@ -262,14 +262,14 @@ def quick(monkeypatch, script, **constants):
 
 def without_forward(monkeypatch, script):
     """Let a script load a model that cannot embed, so that each embedding must come from the cache."""
-    load = script.load_reward_model
+    load = utils.load_reward_model
 
     def loaded(*arguments, **options):
         model, tokenizer = load(*arguments, **options)
         model.forward = None
         return model, tokenizer
 
-    monkeypatch.setattr(script, "load_reward_model", loaded)
+    monkeypatch.setattr(utils, "load_reward_model", loaded)
     return script
 
 

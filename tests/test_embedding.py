@@ -344,15 +344,17 @@ def test_text_that_is_no_unicode_is_named(reward_model):
 
 def test_embeddings_that_another_process_did_not_make_are_missed(reward_model, tmp_path, monkeypatch):
     model, tokenizer = reward_model
+    twice = [one for one in ragged_conversations() for _ in range(2)]  # the other process's share is as this one's
     monkeypatch.setattr(utils, "process_count", lambda: 2)
     monkeypatch.setattr(utils.dist, "barrier", lambda: None)
+    monkeypatch.setattr(utils.dist, "all_gather_object", lambda parts, mine: parts.__setitem__(1, mine))
     embeddings = embed_conversations(ragged_conversations(3), model, tokenizer)  # each process all, without a folder
     assert (embeddings - one_at_a_time(ragged_conversations(3), model, tokenizer)).abs().max() < 1e-5
     with input_error(str(tmp_path), "other processes"):
-        embed_conversations(ragged_conversations(), model, tokenizer, cache_dir=tmp_path, shard_size=4)
+        embed_conversations(twice, model, tokenizer, cache_dir=tmp_path, shard_size=4)
     monkeypatch.undo()  # one process alone completes what is there
-    embeddings = embed_conversations(ragged_conversations(), model, tokenizer, cache_dir=tmp_path, shard_size=4)
-    assert (embeddings - one_at_a_time(ragged_conversations(), model, tokenizer)).abs().max() < 1e-5
+    embeddings = embed_conversations(twice, model, tokenizer, cache_dir=tmp_path, shard_size=4)
+    assert (embeddings - one_at_a_time(twice, model, tokenizer)).abs().max() < 1e-5
 
 
 # ---- What a model's own scores say ----------------------------------------------------------------------------------
@@ -565,7 +567,7 @@ def test_a_token_that_takes_in_what_stands_beside_it_is_met_late_as_well(checkpo
 
 def test_a_conversation_of_one_token_is_right_in_a_batch_of_its_own(reward_model):
     model, alone = reward_model[0], np.array([3], ">u4").tobytes()
-    found, expected = (utils._states(model, [alone], way, 99)[0] for way in ("shared", "alone"))
+    found, expected = (next(utils._states(model, [(None, [alone], None)], way, 99))[1] for way in ("shared", "alone"))
     assert torch.equal(found, expected)
 
 

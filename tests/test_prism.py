@@ -352,10 +352,10 @@ def test_other_rows_are_replaced_only_with_overwrite(monkeypatch, capsys, tmp_pa
 
 def test_every_response_reaches_the_tokenizer_as_prose_and_its_embedding_is_the_models(monkeypatch, ran, tmp_path):
     call(monkeypatch, script("prepare"), "--data", ran.data, "--dir", tmp_path, "--limit", 12)
-    module, texts = script(GENERATE), []
+    module, texts, load_tokenizer = script(GENERATE), [], utils.load_tokenizer
 
     def load(*arguments, **options):
-        model, tokenizer = utils.load_reward_model(*arguments, **options)
+        tokenizer = load_tokenizer(*arguments, **options)
         template = tokenizer.apply_chat_template
 
         def recorded(*arguments, **options):
@@ -363,9 +363,9 @@ def test_every_response_reaches_the_tokenizer_as_prose_and_its_embedding_is_the_
             return texts[-1]
 
         monkeypatch.setattr(tokenizer, "apply_chat_template", recorded)
-        return model, tokenizer
+        return tokenizer
 
-    monkeypatch.setattr(module, "load_reward_model", load)
+    monkeypatch.setattr(utils, "load_tokenizer", load)
     call(monkeypatch, module, "--dir", tmp_path, "--model", ran.model)
     assert texts and not any(bracket in text for text in texts for bracket in "[]")
     last = {text.split("<|end_header_id|>")[-1].strip().removesuffix("<|eot_id|>") for text in texts}

@@ -460,7 +460,7 @@ def test_workers_that_no_split_shares_are_refused_before_anything_is_embedded(mo
     for i, row in enumerate(rows[30:60]):
         row["worker"] = f"new {i % 5}"
     data, module = data_of(tmp_path / "data", rows), script("prepare")
-    monkeypatch.setattr(module, "load_reward_model", None)
+    monkeypatch.setattr(module, "embed_conversations", None)
     refused(monkeypatch, capsys, module, ["--data", data, "--model", ran.model, "--dir", tmp_path / "out"],
             "validation part: 0")
 
