@@ -745,39 +745,41 @@ def _launched(model, shards, way, budget, batch_size):
 
 
 def _states(model, shards, way, budget, batch_size=None, update=lambda count: None):
-    """(shard, the last tokens' states of its sequences, `[n, d]` on the CPU) of each; those of a batch are copied while the
-    next runs. shards: (path, sorted sequences, their states where these are known). way: "shared" (tails in one row),
+    """(shard, the last tokens' states of its sequences, `[n, d]` on the CPU) of each shard: (path, sorted sequences, their
+    states where these are known). Of a GPU's, a batch is copied while the next one runs. way: "shared" (tails in one row),
     "rows" (longest first) or "alone"."""
-    found, left = None, 0
-    for (shard, rows, states, copied), _ in itertools.pairwise(itertools.chain(
-            _launched(model, shards, way, budget, batch_size), [None])):
+    done, parts, batches = [], [], _launched(model, shards, way, budget, batch_size)
+    if model.device.type == "cuda":  # each is looked at when the next one is on its way
+        batches = (batch for batch, _ in itertools.pairwise(itertools.chain(batches, [None])))
+    for shard, rows, states, copied in batches:
         if copied:
             copied.synchronize()
-        if not left:
-            found, left = states.new_empty(len(shard[1]), states.shape[1]), len(shard[1])
-        found[list(rows)] = states
-        left -= len(rows)
+        done.extend(rows)
+        parts.append(states)
         update(len(rows))
-        if not left:
-            yield shard, found
+        if len(done) == len(shard[1]):
+            yield shard, torch.cat(parts)[np.argsort(done)]
+            done, parts = [], []
 
 
 def _proof(model, sequences):
     """How the model's states are rightly computed, tried on some of the sorted sequences: the shortest, the middle one,
-    its neighbour, a branch of it, and the longest; each by itself, all in padded rows, all with shared beginnings.
+    one that begins as it does, and the longest; each by itself, in padded rows, and with shared beginnings.
 
     Returns {"way", "tokens": the shortest, the longest; "rows", "shared", "score": relative differences to one by one}.
     Raises InputError where phi @ head is not what the checkpoint's own class gives without a pad token."""
     by_length = sorted(sequences, key=len)
     middle, longest = by_length[len(by_length) // 2], by_length[-1]
-    half, neighbour = len(middle) // 8 * 4, sequences[sequences.index(middle) - 1]
-    sample = sorted({by_length[0], neighbour, middle, middle[:half] + middle[half + 4:] or middle, longest})
+    half, branch = len(middle) // 8 * 4, sequences[sequences.index(middle) - 1]
+    if branch == middle or branch[:half] != middle[:half]:
+        branch = middle[:half] + middle[half + 4:] or middle
+    sample = sorted({by_length[0], branch, middle, longest})
     (whole, head), = getattr(model, "reward_scorer", None) or [(model, None)]
     config, alone, allowed = whole.config.get_text_config(), [], torch.finfo(model.dtype).eps ** 0.5
     pad, config.pad_token_id = config.pad_token_id, None  # with one, its class may score an earlier token
     hook = model.register_forward_hook(lambda model, inputs, output: alone.append(output[0][0, -1]))
     with torch.inference_mode():
-        own = [whole(input_ids=_on(model.device, _ids(one)[None]))[0] for one in sample]
+        own = [whole(input_ids=_on(model.device, _ids(one)[None]), use_cache=False)[0] for one in sample]
     hook.remove()
     config.pad_token_id, alone = pad, torch.stack(alone).float().cpu()
     proof = {"way": "alone", "tokens": [len(by_length[0]) // 4, len(longest) // 4 if alone.isfinite().all() else 0]}
@@ -795,7 +797,8 @@ def _proof(model, sequences):
             print("note: the model's pad token ends its chats: its class scores the token before, phi is the last")
     for way in ("rows", "shared"):
         with contextlib.suppress(TypeError, ValueError, IndexError, RuntimeError):  # it takes no such input
-            (_, states), = _states(model, [(None, sample, None)], way, len(sample) * len(longest))
+            budget = len(longest) // 4 * (2 if way == "rows" else len(sample))  # rows: of the longest and another, the others
+            (_, states), = _states(model, [(None, sample, None)], way, budget)
             proof[way] = off(states.float(), alone)
             allowed = allowed if way == "rows" else min(allowed, max(0.03, 3 * proof.get("rows", 0)))  # the rows' noise
             proof["way"] = way if proof[way] <= allowed else proof["way"]

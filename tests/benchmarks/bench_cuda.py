@@ -100,48 +100,65 @@ def loading(folder):
     return model, tokenizer
 
 
-def embedding(model, tokenizer, words):
+def states_of(model, sequences, way, budget):
+    (_, states), = utils._states(model, [(None, sequences, None)], way, budget)
+    return states
+
+
+def synthetic(words, posts):
+    """ANSWERS conversations behind each of `posts` prompts, in the shape of TL;DR."""
     chance = np.random.default_rng(0)
 
     def text(count):
         return " ".join(chance.choice(words, int(chance.lognormal(np.log(count), 0.4))))
 
-    posts = [text(WORDS[0]) for _ in range(POSTS)]
-    conversations = [[{"role": "user", "content": posts[n % POSTS]}, {"role": "assistant", "content": text(WORDS[1])}]
-                     for n in chance.permutation(POSTS * ANSWERS)]
-    sequences = list(utils._numbered(conversations, model, tokenizer, slice(None)))
+    prompts = [text(WORDS[0]) for _ in range(posts)]
+    return [[{"role": "user", "content": prompts[n % posts]}, {"role": "assistant", "content": text(WORDS[1])}]
+            for n in chance.permutation(posts * ANSWERS)]
 
-    def distinct(some):
-        return len({sequence[:end] for sequence in some for end in range(4, len(sequence) + 4, 4)})
 
+def distinct(sequences):
+    return len({sequence[:end] for sequence in sequences for end in range(4, len(sequence) + 4, 4)})
+
+
+def embedding(model, tokenizer, words):
+    sequences = list(utils._numbered(synthetic(words, POSTS), tokenizer, slice(None), 1))
     print(f"{len(sequences):,} conversations, {sum(map(len, sequences)) // 4:,} tokens, {distinct(sequences):,} distinct")
-    proof, seconds = timed(utils._proof, model, sequences)
-    print(f"proof, {seconds:.1f} s: {proof}")
     few = sequences[:len(sequences) // 8]
-    (alone, _), seconds = timed(utils._states, model, few, "alone", 1)
-    print(f"alone: {seconds * len(sequences) / len(few):.1f} s for all")
+    alone, one_by_one = timed(states_of, model, few, "alone", 1)
+    print(f"alone: {one_by_one * len(sequences) / len(few):.1f} s for all")
     for way, some, budget in (("rows", few, 8192), ("rows", few, 16384), ("shared", few, 8192), *(
             ("shared", sequences, budget) for budget in (4096, 8192, 16384, 32768))):
         torch.cuda.reset_peak_memory_stats()
-        (states, _), seconds = min((timed(utils._states, model, some, way, budget) for _ in range(2)), key=lambda run: run[1])
+        states, seconds = min((timed(states_of, model, some, way, budget) for _ in range(2)), key=lambda run: run[1])
         tokens, off = distinct(some), (states[:len(few)].float() - alone.float()).norm(dim=1) / alone.float().norm(dim=1)
         print(f"{way}, budget {budget}, {len(some):,}: {seconds:.2f} s, {tokens / seconds:,.0f} distinct tokens/s, "
               f"{tokens / seconds * 14e9 / 1e12:.0f} TFLOPS for these; GPU {torch.cuda.max_memory_allocated() / 1e9:.1f} GB; a full "
               f"TL;DR {FULL / tokens * seconds / 60:.1f} minutes; off one by one {off.median():.1e} to {off.max():.1e}")
+    proof, seconds = min((timed(utils._proof, model, sequences) for _ in range(3)), key=lambda run: run[1])
+    rate = timed(states_of, model, sequences, "shared", 8192)[1] / len(sequences)
+    print(f"proof: {seconds:.2f} s, {seconds / rate / 100:.1f} % of 10,000 such conversations: {proof}")
+    print_kernels(model, sequences)
+
+
+def whole(model, tokenizer, words):
+    """`embed_conversations` from texts to embeddings: how much of its time the GPU computes."""
+    conversations = synthetic(words, 4 * POSTS)
+    numbers, tokenizing = timed(utils._numbered, conversations, tokenizer, slice(None), 1)
+    sequences = list(numbers)
+    computing = min(timed(states_of, model, sequences, "shared", 8192)[1] for _ in range(2))
     with tempfile.TemporaryDirectory() as cache:
         _, seconds = timed(utils.embed_conversations, conversations, model, tokenizer, cache_dir=cache)
         _, again = timed(utils.embed_conversations, conversations, model, tokenizer, cache_dir=cache)
-    print(f"embed_conversations, with digests and proof: {seconds:.2f} s; all kept: {again:.2f} s")
-    print_kernels(model, sequences)
-    with mock.patch.object(utils, "_forward", lambda model, ids, shared=None: torch.zeros(len(ids), 8, device="cuda")):
-        print(f"the host alone, without a forward: {timed(utils._states, model, sequences, 'shared', 8192)[1]:.2f} s")
+    print(f"embed_conversations, {len(conversations):,}: {seconds:.2f} s, of which tokenizing {tokenizing:.2f}; the states alone, "
+          f"in one piece {computing:.2f}; all kept {again:.2f}")
 
 
 def print_kernels(model, sequences):
     """What the GPU's time goes to, by kernel."""
     from torch.profiler import ProfilerActivity, profile
     with profile(activities=[ProfilerActivity.CUDA]) as found:
-        _, seconds = timed(utils._states, model, sequences[:512], "shared", 8192)
+        _, seconds = timed(states_of, model, sequences[:512], "shared", 8192)
     kernels = sorted(found.key_averages(), key=lambda kernel: -kernel.device_time_total)
     total = sum(kernel.device_time_total for kernel in kernels)
     print(f"profile: {seconds:.2f} s, kernels {total / 1e6:.2f} s")
@@ -186,6 +203,7 @@ def main():
             model, tokenizer = loading(Path(folder))
             if "embedding" in parts:
                 embedding(model, tokenizer, words)
+                whole(model, tokenizer, words)
 
 
 if __name__ == "__main__":
