@@ -1,29 +1,36 @@
 """On a GPU, with a reward model of Skywork-Reward-Llama-3.1-8B's shape and random weights: is it right, and how fast.
 
-    python tests/benchmarks/bench_cuda.py                       all of it: four minutes, 40 GB of disk, a GPU with 40 GB
+    python tests/benchmarks/bench_cuda.py                       all of it: five minutes, 40 GB of disk, a GPU with 40 GB
     python tests/benchmarks/bench_cuda.py training              only this: loading, embedding, training
 
 loading: the checkpoint is written to a temporary folder; seconds, and what the host and the GPU hold at most.
 embedding: how far shared beginnings (varlen flash attention over gathered keys) and padded rows are from one
-conversation at a time in bfloat16, the proof, seconds and tokens per second of each at several budgets, the whole
-`embed_conversations`, and the host's own seconds. Of a full Reddit TL;DR, 24.5 million tokens, it says what the rate
+conversation at a time in bfloat16, seconds and tokens per second of each at several budgets, the proof, and the whole
+`embed_conversations`, from texts to embeddings. Of a full Reddit TL;DR, 24.5 million tokens, it says what the rate
 comes to; by arithmetic 2 * 7.0e9 operations a token are 3.4e17, at 450 to 550 TFLOPS of an H100 10 to 13 minutes.
 training: the same sweep on the GPU and on the CPU, synthetic pairs of the sizes of TL;DR, and of PRISM on the GPU.
 
-On an H200 (torch 2.11, transformers 5.17, 16 CPU cores), 2,880 conversations, 149,220 distinct tokens:
+With torch 2.11, transformers 5.17 and 16 CPU cores, 2,880 conversations of 149,000 distinct tokens:
 
-    loading                         2.7 s, 2.2 GB on the host, 15 GB on the GPU
-    one conversation at a time      161 s, from an eighth of them, as the rows
-    rows, budget 8,192              4,400 distinct tokens/s, a full TL;DR 92 minutes
-    shared, budget 4,096 to 32,768  29,500 to 31,000 distinct tokens/s, 13.8 to 13.2 minutes; 15.5 to 19 GB
-    off one conversation at a time  rows 5 %, shared 5 %, bfloat16's noise in 32 random layers
-    the nine largest kernels        matrix products 54 %, flash attention 11 %, gathering keys 7 %, elementwise 5 %
-    training, TL;DR's size          1.8 s (the CPU 8.9 s); accuracies equal to four digits
-    training, PRISM's size          4.4 ms an iteration, 20,000 in 1.5 minutes
+                                          H100 80GB                   H200
+    loading                               2.3 s                       2.4 s; 0.8 GB on the host, 15 GB on the GPU
+    one at a time, from an eighth         229 s                       161 and 243 s, by the host
+    rows, budget 8,192, from an eighth    4,000 distinct tokens/s     4,200
+    shared, budget 4,096 to 32,768        29,400 to 31,300            31,200 to 32,400; 15.5 to 19 GB
+    a full TL;DR at the default 8,192     13.4 minutes                12.8 minutes
+    off one at a time                     rows 4 %, shared 5 %, bfloat16's noise in 32 random layers
+    11,520 conversations, whole           21.4 s                      20.1 s
+      of which texts to tokens            0.7 s                       1.0 s
+      the states alone                    19.5 s                      18.8 s
+    training, TL;DR's size                                            1.8 s (the CPU 8.9 s); accuracies equal to four digits
+    training, PRISM's size                                            4.4 ms an iteration, 20,000 in 1.5 minutes
 
-Keys have been gathered in whole rows since: 4 % faster on 60,918 distinct tokens (31,400 to 32,700 a second), equal bits.
-There a proof took 0.57 s. With 0.5 GB free, the budget fell from 32,768 to 1,317, states equal. In float32 the shared way
-is within 3e-6 of one by one, and four layers in bfloat16 are as far from float32 shared as alone (2.5 %, the median).
+On the H200 the GPU computed 98.5 % of the time between its first and last kernel of 5,000 conversations. Of the kernels'
+time, matrix products take 60 %, flash attention 11 %. A proof took 0.32 s there and 0.47 s beside the H100, 1.9 and 2.8 %
+of 10,000 such conversations; it has become shorter since: two batches of rows where it was one, four conversations by
+themselves where they were five. With 0.5 GB free, batches of a budget of 32,768 came down to 2,025 tokens, states equal.
+In float32 the shared way is within 3e-6 of one by one, and four layers in bfloat16 are as far from float32 shared as
+alone (2.5 %, the median).
 """
 
 import contextlib
