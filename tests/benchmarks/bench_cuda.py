@@ -40,7 +40,6 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
