@@ -707,47 +707,55 @@ def _forward(model, ids, shared=None):
     return states.flatten(0, 1)[_on(device, last)]
 
 
+def _next_batch(lengths, shared, way, budget, batch_size):
+    """How many of sorted sequences the next batch holds, at most `budget` tokens or one sequence, and its tokens."""
+    tokens = np.cumsum(lengths - shared) if way == "shared" else lengths[0] * np.arange(1, len(lengths) + 1)
+    least, most = (max(1, int((tokens <= limit).sum())) for limit in (budget / 2, budget))
+    if way == "shared" and most < len(tokens):  # cut where least is shared, in the second half
+        most -= int(shared[least:most + 1][::-1].argmin())
+    count = 1 if way == "alone" else min(most, batch_size or most)
+    return count, int(tokens[count - 1])
+
+
 @torch.inference_mode()
 def _launched(model, shards, way, budget, batch_size):
     """Each batch of the shards of `_states` once it is on its way to be computed: (shard, its rows, their states on the
-    CPU, what tells when they are there). A batch holds at most `budget` tokens, less from where memory ran out."""
+    CPU, what tells when they are there). The budget is halved where memory runs out, and stays so."""
+    on_gpu = model.device.type == "cuda"
     for shard in shards:
         _, sequences, states = shard
+        order, start = list(range(len(sequences))), 0
         if states is not None:
-            yield shard, range(len(sequences)), states, None
+            yield shard, order, states, None
             continue
-        order = range(len(sequences)) if way != "rows" else sorted(range(len(sequences)), key=lambda n: -len(sequences[n]))
+        if way == "rows":  # longest first
+            order.sort(key=lambda n: -len(sequences[n]))
         ids = [_ids(sequences[n]) for n in order]
         same = [a[:len(b)] == b[:len(a)] for a, b in zip(ids, ids[1:])]
         shared = np.array([0] + [len(s) if s.all() else int(s.argmin()) for s in same])
-        lengths, start = np.array(list(map(len, ids))), 0
+        lengths = np.array(list(map(len, ids)))
         while start < len(ids):
             kept = np.append(0, shared[start + 1:])  # the first of a batch has none before it
-            tokens = np.cumsum(lengths[start:] - kept) if way == "shared" else lengths[start] * np.arange(1, len(kept) + 1)
-            least, most = (max(1, int((tokens <= limit).sum())) for limit in (budget / 2, budget))
-            if way == "shared" and most < len(kept):  # cut where least is shared, in the second half
-                most -= int(kept[least:most + 1][::-1].argmin())
-            count = 1 if way == "alone" else min(most, batch_size or most)
+            count, tokens = _next_batch(lengths[start:], kept, way, budget, batch_size)
+            in_one_row = way == "shared" and tokens > 1  # a lone token's heads may be laid out otherwise
             try:
-                in_one_row = way == "shared" and tokens[count - 1] > 1  # a lone token's heads may be laid out otherwise
                 states = _forward(model, ids[start:start + count], kept[:count] if in_one_row else None)
             except RuntimeError as error:
-                out_of_memory = isinstance(error, torch.cuda.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
-                if count == 1 or not out_of_memory:
+                if count == 1 or not (isinstance(error, torch.cuda.OutOfMemoryError)
+                                      or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)):
                     raise
                 torch.cuda.empty_cache()
-                budget = min(budget, int(tokens[count - 1])) // 2
+                budget = min(budget, tokens) // 2
             else:
-                states = states.to("cpu", non_blocking=True)
-                copied = torch.cuda.current_stream(model.device).record_event() if model.device.type == "cuda" else None
+                states = states.to("cpu", non_blocking=on_gpu)
+                copied = torch.cuda.current_stream(model.device).record_event() if on_gpu else None
                 yield shard, order[start:start + count], states, copied
                 start += count
 
 
 def _states(model, shards, way, budget, batch_size=None, update=lambda count: None):
-    """(shard, the last tokens' states of its sequences, `[n, d]` on the CPU) of each shard: (path, sorted sequences, their
-    states where these are known). Of a GPU's, a batch is copied while the next one runs. way: "shared" (tails in one row),
-    "rows" (longest first) or "alone"."""
+    """(shard, the last tokens' states of its sequences, `[n, d]` on the CPU) of each shard: (path, sorted sequences, states
+    where these are known). A GPU's are copied while the next batch runs. way: "shared" (tails in one row), "rows" or "alone"."""
     done, parts, batches = [], [], _launched(model, shards, way, budget, batch_size)
     if model.device.type == "cuda":  # each is looked at when the next one is on its way
         batches = (batch for batch, _ in itertools.pairwise(itertools.chain(batches, [None])))
@@ -797,7 +805,7 @@ def _proof(model, sequences):
             print("note: the model's pad token ends its chats: its class scores the token before, phi is the last")
     for way in ("rows", "shared"):
         with contextlib.suppress(TypeError, ValueError, IndexError, RuntimeError):  # it takes no such input
-            budget = len(longest) // 4 * (2 if way == "rows" else len(sample))  # rows: of the longest and another, the others
+            budget = len(longest) // 4 * (2 if way == "rows" else len(sample))  # two batches of rows, or one
             (_, states), = _states(model, [(None, sample, None)], way, budget)
             proof[way] = off(states.float(), alone)
             allowed = allowed if way == "rows" else min(allowed, max(0.03, 3 * proof.get("rows", 0)))  # the rows' noise
@@ -822,8 +830,8 @@ def _proven(model, sequences, fingerprint, folder):
 
 
 def _numbered(conversations, tokenizer, cut, ranks):
-    """The distinct sequences of conversations, cut and sorted: bytes -> conversations' numbers. Each of `ranks` processes
-    tokenizes its share. Raises InputError."""
+    """The distinct sequences of conversations, cut and sorted: bytes -> conversations' numbers. Each of `ranks`
+    processes tokenizes a share. Raises InputError."""
     if not conversations:
         raise InputError("no conversations to embed; give at least one")
     for one in conversations:
@@ -864,7 +872,7 @@ def _embedded(model, sequences, cache_dir, ranks, budget, shard_size, batch_size
     def shards(numbers):
         for start in range(0, len(sequences), shard_size)[numbers]:
             shard = sequences[start:start + shard_size]
-            name = hashlib.sha256(b" end".join(shard)).hexdigest()[:24] if folder else ""  # as an id, above any vocabulary
+            name = folder and hashlib.sha256(b" end".join(shard)).hexdigest()[:24]  # as an id, above any vocabulary
             yield (path := folder and folder / f"{name}.safetensors"), shard, kept(path, len(shard))
 
     mine = slice(process_rank() if ranks > 1 else 0, None, ranks)
@@ -888,8 +896,8 @@ def embed_conversations(conversations, model, tokenizer=None, cache_dir=None, to
                         max_length=None, truncation_side="left", batch_size=None, dtype=None, about=None):
     """phi of each conversation: the state, after the final norm, of its last token.
     conversations: list of lists of {"role", "content"} messages, the last one the response that is judged.
-    model, tokenizer: from `load_reward_model`, or a checkpoint's name, loaded when all is tokenized. Returns a CPU tensor
-    `[n, d]` of `dtype`, default the model's.
+    model, tokenizer: from `load_reward_model`; or a checkpoint's name, which is loaded when all is tokenized; the tokenizer
+    is the model's by default. Returns a CPU tensor `[n, d]` of `dtype`, default the model's.
     Equal conversations are computed once, and so is what several begin with, unless `_proof` finds that this changes
     the model's states. A batch holds up to `token_budget` tokens (default 8192 on a GPU, 4096 on a CPU), or one
     conversation, and up to `batch_size` of them. max_length: cut longer ones, at their "left" or "right"
@@ -903,9 +911,10 @@ def embed_conversations(conversations, model, tokenizer=None, cache_dir=None, to
         raise InputError(f"truncation_side = {truncation_side!r}: give left or right")
     end, about, embeddings = max_length and 4 * max_length, {} if about is None else about, None
     cut = slice(end and -end, None) if truncation_side == "left" else slice(end)
+    tokenizer = tokenizer or load_tokenizer(getattr(model, "reward_checkpoint", model))
     ranks = process_count() if cache_dir else 1
-    numbers = _numbered(conversations, tokenizer or load_tokenizer(model), cut, ranks)
-    model = model if tokenizer else load_reward_model(model)[0]
+    numbers = _numbered(conversations, tokenizer, cut, ranks)
+    model = load_reward_model(model)[0] if isinstance(model, (str, Path)) else model
     _check_sequences(numbers, model, conversations)
     on_gpu = model.device.type == "cuda"
     budget = token_budget or (8192 if on_gpu else 4096)

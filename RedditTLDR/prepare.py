@@ -56,7 +56,7 @@ def embed(splits, args):
         pair["embeddings"] = {}
         for side in tldr.SIDES:
             texts = pair["text"], pair[f"{side}_summary"]
-            key = tuple(text if isinstance(text, str) else json.dumps(text) for text in texts)  # messages, to be looked up
+            key = tuple(text if isinstance(text, str) else json.dumps(text) for text in texts)  # as messages cannot be
             pair["embeddings"][side] = number = numbers.setdefault(key, len(conversations))
             if number == len(conversations):
                 conversations.append(tldr.conversation(*texts))

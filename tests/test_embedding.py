@@ -336,6 +336,18 @@ def test_repeated_conversations_have_equal_rows_in_their_places(reward_model):
     assert (embeddings - one_at_a_time(conversations, model, tokenizer)[order]).abs().max() < 1e-5
 
 
+def test_a_checkpoint_is_loaded_when_all_is_tokenized(checkpoint, reward_model, monkeypatch):
+    loaded, load, conversations = [], utils.load_reward_model, ragged_conversations(3)
+    monkeypatch.setattr(utils, "load_reward_model", lambda name: loaded.append(name) or load(name, "cpu"))
+    with input_error("half a \\ud83d"):
+        embed_conversations([*conversations, conversation("half a \ud83d", "yes")], str(checkpoint))
+    assert not loaded
+    expected = one_at_a_time(conversations, *reward_model)
+    for model in (str(checkpoint), checkpoint, reward_model[0]):  # a name, a path, a model that knows its tokenizer
+        assert (embed_conversations(conversations, model) - expected).abs().max() < 1e-5
+    assert loaded == [str(checkpoint), checkpoint]
+
+
 def test_text_that_is_no_unicode_is_named(reward_model):
     model, tokenizer = reward_model
     with input_error("half a \\ud83d"):
