@@ -866,21 +866,22 @@ def _embedded(model, sequences, cache_dir, ranks, budget, shard_size, batch_size
 
     def kept(path, count):
         with contextlib.suppress(InputError):  # it is missing or damaged
-            states = load_tensors(path)[0].get("embeddings", torch.zeros(0)) if folder else torch.zeros(0)
+            states = load_tensors(path)[0].get("embeddings", torch.zeros(0))
             return states if len(states) == count and states.isfinite().all() else None
 
     def shards(numbers):
         for start in range(0, len(sequences), shard_size)[numbers]:
             shard = sequences[start:start + shard_size]
-            name = folder and hashlib.sha256(b" end".join(shard)).hexdigest()[:24]  # as an id, above any vocabulary
-            yield (path := folder and folder / f"{name}.safetensors"), shard, kept(path, len(shard))
+            digest = hashlib.sha256(b" end".join(shard)).hexdigest()  # " end" as an id is above any vocabulary
+            path = folder and folder / f"{digest[:24]}.safetensors"
+            yield path, shard, path and kept(path, len(shard))
 
     mine = slice(process_rank() if ranks > 1 else 0, None, ranks)
     total = sum(min(shard_size, len(sequences) - start) for start in range(0, len(sequences), shard_size)[mine])
     with progress_bar("embedding", total, unit="text") as bar:
         for (path, shard, old), states in _states(model, shards(mine), about["way"], budget, batch_size, bar.update):
             yield shard, states  # where they are not finite, the caller raises, and they are not kept
-            if folder and old is None:
+            if path and old is None:
                 save_tensors(path, {"embeddings": states})
     if ranks > 1:
         dist.barrier()
