@@ -130,7 +130,7 @@ def atomic_write(path):
     """Open `path` for writing bytes. The file appears under its name complete or not at all.
     Raises OSError that names `path` (disk full, read-only); the file that stood there before is then untouched."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # another run may write the same
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
@@ -433,6 +433,7 @@ def load_released_reference(model_name):
 def load_tokenizer(model_name, trust_remote_code=False):
     """The tokenizer of a checkpoint. Raises InputError: unknown model, none in it, no chat template."""
     from transformers import AutoTokenizer
+    _checkpoint_folder(model_name, "tokenizer_config.json")  # says in one line where it is unknown
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_name, trust_remote_code=trust_remote_code)
     except Exception as error:  # files missing, damaged or of another kind: a class of its own for each
@@ -735,11 +736,11 @@ def _launched(model, shards, way, budget, batch_size):
         shared = np.array([0] + [len(s) if s.all() else int(s.argmin()) for s in same])
         lengths = np.array(list(map(len, ids)))
         while start < len(ids):
-            kept = np.append(0, shared[start + 1:])  # the first of a batch has none before it
-            count, tokens = _next_batch(lengths[start:], kept, way, budget, batch_size)
+            before = np.append(0, shared[start + 1:])  # the first of a batch has none before it
+            count, tokens = _next_batch(lengths[start:], before, way, budget, batch_size)
             in_one_row = way == "shared" and tokens > 1  # a lone token's heads may be laid out otherwise
             try:
-                states = _forward(model, ids[start:start + count], kept[:count] if in_one_row else None)
+                states = _forward(model, ids[start:start + count], before[:count] if in_one_row else None)
             except RuntimeError as error:
                 if count == 1 or not (isinstance(error, torch.cuda.OutOfMemoryError)
                                       or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)):
@@ -772,24 +773,27 @@ def _states(model, shards, way, budget, batch_size=None, update=lambda count: No
 
 def _proof(model, sequences):
     """How the model's states are rightly computed, tried on some of the sorted sequences: the shortest, the middle one,
-    one that begins as it does, and the longest; each by itself, in padded rows, and with shared beginnings.
+    its neighbour, one token behind half of it, which will stand behind its other half, and the longest; each by itself,
+    in padded rows, and with shared beginnings.
 
     Returns {"way", "tokens": the shortest, the longest; "rows", "shared", "score": relative differences to one by one}.
     Raises InputError where phi @ head is not what the checkpoint's own class gives without a pad token."""
     by_length = sorted(sequences, key=len)
     middle, longest = by_length[len(by_length) // 2], by_length[-1]
-    half, branch = len(middle) // 8 * 4, sequences[sequences.index(middle) - 1]
-    if branch == middle or branch[:half] != middle[:half]:
-        branch = middle[:half] + middle[half + 4:] or middle
-    sample = sorted({by_length[0], branch, middle, longest})
+    neighbour, ids = sequences[sequences.index(middle) - 1], [middle[n:n + 4] for n in range(0, len(middle), 4)]
+    half = next((n for n in range(len(ids) // 2, len(ids)) if ids[n] < max(ids)), 0)
+    sample = sorted({by_length[0], neighbour, middle, b"".join(ids[:half]) + max(ids), longest})
     (whole, head), = getattr(model, "reward_scorer", None) or [(model, None)]
-    config, alone, allowed = whole.config.get_text_config(), [], torch.finfo(model.dtype).eps ** 0.5
+    config, alone, eps = whole.config.get_text_config(), [], torch.finfo(model.dtype).eps
     pad, config.pad_token_id = config.pad_token_id, None  # with one, its class may score an earlier token
     hook = model.register_forward_hook(lambda model, inputs, output: alone.append(output[0][0, -1]))
-    with torch.inference_mode():
-        own = [whole(input_ids=_on(model.device, _ids(one)[None]), use_cache=False)[0] for one in sample]
-    hook.remove()
-    config.pad_token_id, alone = pad, torch.stack(alone).float().cpu()
+    try:
+        with torch.inference_mode():
+            own = [whole(input_ids=_on(model.device, _ids(one)[None]), use_cache=False)[0] for one in sample]
+    finally:
+        hook.remove()
+        config.pad_token_id = pad
+    alone = torch.stack(alone).float().cpu()
     proof = {"way": "alone", "tokens": [len(by_length[0]) // 4, len(longest) // 4 if alone.isfinite().all() else 0]}
 
     def off(found, wanted):
@@ -798,18 +802,22 @@ def _proof(model, sequences):
     if head is not None:
         own, scores = torch.cat(own)[:, 0].float().cpu(), (alone @ head)[:, 0]
         proof["score"] = off(scores, own)
-        if proof["score"] > allowed:
+        if proof["score"] > eps ** 0.5:
             raise InputError(f"model {model.reward_checkpoint}: its own score of a conversation is {own[0]:.5g}, its "
                              f"last state times its head {scores[0]:.5g}: more than that is in it; give another model")
         if pad == _ids(longest)[-1]:
             print("note: the model's pad token ends its chats: its class scores the token before, phi is the last")
     for way in ("rows", "shared"):
-        with contextlib.suppress(TypeError, ValueError, IndexError, RuntimeError):  # it takes no such input
-            budget = len(longest) // 4 * (2 if way == "rows" else len(sample))  # two batches of rows, or one
+        budget = len(longest) // 4 * (2 if way == "rows" else len(sample))  # two batches of rows, or one
+        try:
             (_, states), = _states(model, [(None, sample, None)], way, budget)
-            proof[way] = off(states.float(), alone)
-            allowed = allowed if way == "rows" else min(allowed, max(0.03, 3 * proof.get("rows", 0)))  # the rows' noise
-            proof["way"] = way if proof[way] <= allowed else proof["way"]
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, IndexError, RuntimeError):  # it takes no such input
+            continue
+        proof[way] = off(states.float(), alone)
+        noise = eps ** 0.5 if way == "rows" else min(eps ** 0.5, max(eps ** 0.7, 3 * proof.get("rows", 0)))
+        proof["way"] = way if proof[way] <= noise else proof["way"]
     if proof["way"] != "shared":
         print(f"note: this model takes conversations whole{' and alone' * (proof['way'] == 'alone')}: sharing would "
               f"change its states by {proof.get('shared', math.nan):.0%}, rows by {proof.get('rows', math.nan):.0%}")

@@ -50,22 +50,21 @@ def read(args):
 def embed(splits, args):
     """Add to every comparison of both splits its embeddings, a row of one bfloat16 table per distinct (post, summary);
     returns what they depend on."""
-    numbers, conversations, about = {}, [], {}
+    numbers, conversations, rows, about = {}, [], [], {}  # rows: of the winning and the losing summary of each pair
     pairs = [pair for by_worker in splits for comparisons in by_worker.values() for pair in comparisons]
     for pair in pairs:
-        pair["embeddings"] = {}
         for side in tldr.SIDES:
             texts = pair["text"], pair[f"{side}_summary"]
-            key = tuple(text if isinstance(text, str) else json.dumps(text) for text in texts)  # as messages cannot be
-            pair["embeddings"][side] = number = numbers.setdefault(key, len(conversations))
-            if number == len(conversations):
+            key = tuple(text if isinstance(text, str) else (json.dumps(text),) for text in texts)
+            rows.append(numbers.setdefault(key, len(conversations)))
+            if rows[-1] == len(conversations):
                 conversations.append(tldr.conversation(*texts))
     print(f"{2 * len(pairs):,} summaries to embed, {len(conversations):,} distinct ones")
     embeddings = embed_conversations(conversations, args.model, None, args.dir / ".embedding_cache", TOKEN_BUDGET,
                                      SHARD_SIZE, dtype=torch.bfloat16, about=about)
     vectors = embeddings.unbind()  # (d,) each
-    for pair in pairs:
-        pair["embeddings"] = {side: [vectors[number]] for side, number in pair["embeddings"].items()}
+    for pair, *of_pair in zip(pairs, rows[::2], rows[1::2]):
+        pair["embeddings"] = {side: [vectors[row]] for side, row in zip(tldr.SIDES, of_pair)}
     return about
 
 

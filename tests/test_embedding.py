@@ -460,6 +460,38 @@ def test_a_models_states_come_out_as_one_by_one_however_it_attends(name, tmp_pat
     assert len(capsys.readouterr().out.splitlines()) == (about["way"] != "shared")
 
 
+def test_short_answers_show_what_a_recurrent_model_remembers_of_others(tmp_path):
+    """Those few that share a prompt are short behind it; all others are long, and forget what was before them."""
+    settings = dict(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4, num_heads=8, head_dim=8, n_groups=1)
+    model = loaded(random_checkpoint(tmp_path, "Mamba2", settings, transformers.AutoModel), torch.bfloat16)
+    chance = np.random.default_rng(0)
+    of = {n: chance.integers(3, 300, size=n).tolist() for n in range(60, 400, 20)}
+    tokenizer, about = Numbers([*of.values(), *(of[380] + [answer] for answer in range(3, 9))]), {}
+    found = embed_conversations(tokenizer.conversations(), model, tokenizer, about=about).float()
+    off = (found - last_states(model, tokenizer.sequences).float()).norm(dim=1) / found.norm(dim=1)
+    assert about["way"] == "rows" and off.max() < 0.1
+
+
+def test_a_trial_that_fails_leaves_the_model_as_it_was(checkpoint, monkeypatch):
+    model, tokenizer = load_reward_model(str(checkpoint), device="cpu")
+    forward, config = model.forward, model.config.to_dict()
+
+    def full(*arguments, **options):
+        raise torch.cuda.OutOfMemoryError
+
+    model.forward = full
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        embed_conversations(ragged_conversations(2), model, tokenizer)
+    model.forward = forward
+    assert model.config.to_dict() == config and not model._forward_hooks
+    monkeypatch.setattr(utils, "_forward", full)  # of the rows: no reason to take each conversation alone for ever
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        embed_conversations(ragged_conversations(2), model, tokenizer)
+    monkeypatch.undo()
+    embed_conversations(ragged_conversations(2), model, tokenizer, about=(about := {}))
+    assert about["way"] == "shared"
+
+
 def test_one_conversation_proves_sharing_for_those_to_come(tmp_path):
     name = "Mistral, its window shorter than the text"
     model, tokenizer = loaded(random_checkpoint(tmp_path, name, ARCHITECTURES[name][0])), answers_behind_prompts()
