@@ -444,6 +444,17 @@ def test_a_failure_half_way_leaves_the_old_file_and_nothing_else(tmp_path, failu
     assert os.listdir(tmp_path) == ["file.bin"]
 
 
+def test_two_runs_may_write_one_file_at_once(tmp_path):
+    """Another process writes the same file from beginning to end between this one's first and second half."""
+    path = tmp_path / "file.bin"
+    with utils.atomic_write(path) as file:
+        file.write(b"half ")
+        code = "import sys, utils\nwith utils.atomic_write(sys.argv[1]) as file: file.write(b'theirs')"
+        assert outcome(fresh_process(code, str(path)))[0] == 0 and path.read_bytes() == b"theirs"
+        file.write(b"and half")
+    assert path.read_bytes() == b"half and half" and os.listdir(tmp_path) == ["file.bin"]
+
+
 def test_files_written_together_replace_the_old_ones_together_or_not_at_all(tmp_path):
     for name in "ab":
         (tmp_path / name).write_text("old")
