@@ -112,8 +112,8 @@ def run_script(main):
         main()
         sys.stdout.flush()
         return
-    except InputError as error:
-        message = str(error)
+    except (InputError, torch.cuda.OutOfMemoryError) as error:
+        message = " ".join(str(error).split())
     except KeyboardInterrupt:
         status = 130
         message = "interrupted: finished files and embeddings are kept, run the same command again to resume"
@@ -130,7 +130,7 @@ def atomic_write(path):
     """Open `path` for writing bytes. The file appears under its name complete or not at all.
     Raises OSError that names `path` (disk full, read-only); the file that stood there before is then untouched."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # another run may write the same
+    part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")  # others may write the same
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
@@ -920,7 +920,7 @@ def embed_conversations(conversations, model, tokenizer=None, cache_dir=None, to
         raise InputError(f"truncation_side = {truncation_side!r}: give left or right")
     end, about, embeddings = max_length and 4 * max_length, {} if about is None else about, None
     cut = slice(end and -end, None) if truncation_side == "left" else slice(end)
-    tokenizer = tokenizer or load_tokenizer(getattr(model, "reward_checkpoint", model))
+    conversations, tokenizer = list(conversations), tokenizer or load_tokenizer(getattr(model, "reward_checkpoint", model))
     ranks = process_count() if cache_dir else 1
     numbers = _numbered(conversations, tokenizer, cut, ranks)
     model = load_reward_model(model)[0] if isinstance(model, (str, Path)) else model

@@ -507,6 +507,8 @@ MAINS = {  # name -> (body of main, end of the line on stderr, exit status)
     "a full disk": ("resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
                     "    utils.save_tensors(sys.argv[1], {'V': torch.zeros(100_000)})",
                     "File too large; free or choose another place\n", 2),
+    "a full GPU": ("raise torch.cuda.OutOfMemoryError('CUDA out of memory. Tried\\nto allocate')",
+                   "error: CUDA out of memory. Tried to allocate\n", 2),
     "a full standard output": ("sys.stdout = open('/dev/full', 'w')\n    print('x' * 10**5)", "error: standard output: "
                                "No space left on device; free or choose another place\n", 2)}
 FORKS = """
