@@ -535,6 +535,12 @@ def _ids(sequence):
     return np.frombuffer(sequence, ">u4").astype(np.int64)
 
 
+def _on(device, array):
+    """An array as a tensor on a device, without waiting for what that still computes."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 def tokenize_conversations(conversations, tokenizer):
     """Chat-format and tokenize conversations -> one list of token ids each, special tokens once. Raises InputError."""
     return [_ids(sequence).tolist() for sequence in _tokenized(conversations, tokenizer)]
@@ -643,11 +649,6 @@ def find_reward_head(folder, model_name, title, width, outputs):
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Embedding
 # ---------------------------------------------------------------------------------------------------------------------
-
-def _on(device, array):
-    """An array as a tensor on a device, without waiting for what that still computes."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class _Paths(TorchFunctionMode):
