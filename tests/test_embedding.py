@@ -384,6 +384,8 @@ ARCHITECTURES = {  # name -> its configuration and how its states are to be comp
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)), "shared"),
     "Phi3, rope that depends on the batch": (dict(LLAMA, original_max_position_embeddings=40, rope_scaling={
         "type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}), "alone"),
+    "Phi3, the same, with a bound among the short": (dict(LLAMA, original_max_position_embeddings=36, rope_scaling={
+        "type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}), "alone"),
     "Jamba, recurrent": (dict(LLAMA, attn_layer_period=2, attn_layer_offset=1, num_experts=2, mamba_d_state=4,
                               mamba_d_conv=2, use_mamba_kernels=False), "rows"),
     "Qwen3Next, linear attention": (dict(LLAMA, head_dim=16, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
