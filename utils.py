@@ -820,7 +820,7 @@ def _proof(model, sequences):
         noise = eps ** 0.5 if way == "rows" else min(eps ** 0.5, max(eps ** 0.7, 3 * proof.get("rows", 0)))
         proof["way"] = way if proof[way] <= noise else proof["way"]
     if proof["way"] != "shared":
-        changed = {way: f"changes its states by {proof[way]:.0%}" if way in proof else "fails" for way in ("rows", "shared")}
+        changed = {way: f"changes its states by {proof[way]:.1e}" if way in proof else "fails" for way in ("rows", "shared")}
         print(f"note: this model takes conversations whole{' and alone' * (proof['way'] == 'alone')}: sharing what they "
               f"begin with {changed['shared']}, a batch of rows {changed['rows']}")
     return proof
