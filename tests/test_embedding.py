@@ -474,6 +474,15 @@ def test_short_answers_show_what_a_recurrent_model_remembers_of_others(tmp_path)
     assert about["way"] == "rows" and off.max() < 0.1
 
 
+def test_a_config_that_takes_no_empty_pad_token_is_left_as_it_was(tmp_path):
+    settings = dict(LLAMA, num_attention_heads=2, local_attention=16, bos_token_id=1, eos_token_id=2, cls_token_id=1,
+                    sep_token_id=2)
+    del settings["num_key_value_heads"]
+    model, tokenizer = loaded(random_checkpoint(tmp_path, "ModernBertDecoder", settings)), answers_behind_prompts()
+    found = embed_conversations(tokenizer.conversations(), model, tokenizer)
+    assert (found - last_states(model, tokenizer.sequences)).abs().max() < 1e-5 and model.config.pad_token_id == 0
+
+
 def test_a_trial_that_fails_leaves_the_model_as_it_was(checkpoint, monkeypatch):
     model, tokenizer = load_reward_model(str(checkpoint), device="cpu")
     forward, config = model.forward, model.config.to_dict()

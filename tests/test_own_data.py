@@ -103,6 +103,15 @@ def test_messages_are_embedded_as_conversations_and_may_repeat_the_prompt(monkey
     assert longer == 0  # "Four." is chosen over "No more."
 
 
+def test_a_text_is_not_taken_for_the_messages_whose_json_it_is(monkeypatch, model, tmp_path):
+    messages = [[{"role": "user", "content": "Why?"}], [{"role": "assistant", "content": "So."}]]
+    rows = [{"user": user, "prompt": prompt, "chosen": chosen, "rejected": "No.", "split": split} for user in "ab"
+            for split in ("train", "test") for prompt, chosen in (messages, map(json.dumps, messages))]
+    train, _ = prepared(monkeypatch, model, write_rows(tmp_path / "mine.jsonl", rows), tmp_path)
+    as_messages, as_text = (pair["embeddings"]["winning"][0].float() for pair in train["a"])
+    assert (as_messages - as_text).norm() > 0.1 * as_text.norm()
+
+
 def test_the_example_is_of_this_kind_and_goes_to_a_report(monkeypatch, model, tmp_path):
     path, = EXAMPLE.iterdir()
     rows = rows_in(path)
