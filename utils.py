@@ -541,6 +541,11 @@ def _on(device, array):
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+def _out_of_memory(error):
+    """Whether an error says that a GPU's memory ran out."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+
+
 def tokenize_conversations(conversations, tokenizer):
     """Chat-format and tokenize conversations -> one list of token ids each, special tokens once. Raises InputError."""
     return [_ids(sequence).tolist() for sequence in _tokenized(conversations, tokenizer)]
@@ -743,8 +748,7 @@ def _launched(model, shards, way, budget, batch_size):
             try:
                 states = _forward(model, ids[start:start + count], before[:count] if in_one_row else None)
             except RuntimeError as error:
-                if count == 1 or not (isinstance(error, torch.cuda.OutOfMemoryError)
-                                      or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)):
+                if count == 1 or not _out_of_memory(error):
                     raise
                 torch.cuda.empty_cache()
                 budget = min(budget, tokens) // 2
@@ -812,9 +816,9 @@ def _proof(model, sequences):
     for way in ("rows", "shared"):
         try:  # all in one batch, as one's neighbours may change it
             (_, states), = _states(model, [(None, sample, None)], way, len(sample) * len(longest))
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except (TypeError, ValueError, IndexError, RuntimeError):  # it takes no such input
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:  # it takes no such input
+            if _out_of_memory(error):
+                raise
             continue
         proof[way] = off(states.float(), alone)
         noise = eps ** 0.5 if way == "rows" else min(eps ** 0.5, max(eps ** 0.7, 3 * proof.get("rows", 0)))
