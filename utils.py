@@ -432,7 +432,8 @@ def load_released_reference(model_name):
 
 def load_tokenizer(model_name, trust_remote_code=False):
     """The tokenizer of a checkpoint. Raises InputError: unknown model, none in it, no chat template."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, logging
+    logging.set_verbosity_error()  # what matters of its notes is said in errors of ours
     _checkpoint_folder(model_name, "tokenizer_config.json")  # says in one line where it is unknown
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_name, trust_remote_code=trust_remote_code)
@@ -460,7 +461,6 @@ def load_reward_model(model_name, device=None, attention=None, dtype=None, token
         options["attn_implementation"] = attention
     if device.type == "cuda":  # else every process would hold the whole model on the host first
         options["device_map"] = {"": device}
-    logging.set_verbosity_error()  # what matters of its notes is said below
     logging.disable_progress_bar()
     try:
         try:  # the class whose own score `_proof` compares with
@@ -836,9 +836,9 @@ def _proven(model, sequences, fingerprint, folder):
     with contextlib.suppress(InputError):  # missing or damaged
         proofs.setdefault(fingerprint, load_json(path, "way", "tokens") if path else {})
     least, most = proofs.get(fingerprint, {}).get("tokens", (math.inf, 0))
-    if not least <= min(map(len, sequences)) // 4 <= max(map(len, sequences)) // 4 <= most:
+    if new := not least <= min(map(len, sequences)) // 4 <= max(map(len, sequences)) // 4 <= most:
         proofs[fingerprint] = _proof(model, sequences)
-    if path and process_rank() == 0:
+    if path and process_rank() == 0 and (new or not path.exists()):
         save_json(path, proofs[fingerprint])
     return proofs[fingerprint]
 
@@ -881,17 +881,18 @@ def _embedded(model, sequences, cache_dir, ranks, budget, shard_size, batch_size
     def kept(path, count):
         with contextlib.suppress(InputError):  # it is missing or damaged
             states = load_tensors(path)[0].get("embeddings", torch.zeros(0))
-            return states if len(states) == count and states.isfinite().all() else None
+            return states if len(states) == count and is_finite(states) else None
 
-    def shards(numbers):
-        for start in range(0, len(sequences), shard_size)[numbers]:
+    def shards(starts):
+        for start in starts:
             shard = sequences[start:start + shard_size]
             digest = hashlib.sha256(b" end".join(shard)).hexdigest()  # " end" as an id is above any vocabulary
             path = folder and folder / f"{digest[:24]}.safetensors"
             yield path, shard, path and kept(path, len(shard))
 
-    mine = slice(process_rank() if ranks > 1 else 0, None, ranks)
-    total = sum(min(shard_size, len(sequences) - start) for start in range(0, len(sequences), shard_size)[mine])
+    starts = range(0, len(sequences), shard_size)
+    mine = starts[process_rank() if ranks > 1 else 0::ranks]
+    total = sum(min(shard_size, len(sequences) - start) for start in mine)
     with progress_bar("embedding", total, unit="text") as bar:
         for (path, shard, old), states in _states(model, shards(mine), about["way"], budget, batch_size, bar.update):
             yield shard, states  # where they are not finite, the caller raises, and they are not kept
@@ -900,7 +901,7 @@ def _embedded(model, sequences, cache_dir, ranks, budget, shard_size, batch_size
     if ranks > 1:
         dist.barrier()
         for other in set(range(ranks)) - {process_rank()}:
-            for path, shard, states in shards(slice(other, None, ranks)):
+            for path, shard, states in shards(starts[other::ranks]):
                 if states is None:
                     raise InputError(f"{path}: not made by the other processes; give all one folder, and run "
                                      "the same command again")
@@ -926,7 +927,8 @@ def embed_conversations(conversations, model, tokenizer=None, cache_dir=None, to
         raise InputError(f"truncation_side = {truncation_side!r}: give left or right")
     end, about, embeddings = max_length and 4 * max_length, {} if about is None else about, None
     cut = slice(end and -end, None) if truncation_side == "left" else slice(end)
-    conversations, tokenizer = list(conversations), tokenizer or load_tokenizer(getattr(model, "reward_checkpoint", model))
+    conversations = list(conversations)
+    tokenizer = tokenizer or load_tokenizer(getattr(model, "reward_checkpoint", model))
     ranks = process_count() if cache_dir else 1
     numbers = _numbered(conversations, tokenizer, cut, ranks)
     model = load_reward_model(model)[0] if isinstance(model, (str, Path)) else model
