@@ -260,8 +260,8 @@ def quick(monkeypatch, script, **constants):
     return script
 
 
-def without_forward(monkeypatch, script):
-    """Let a script load a model that cannot embed, so that each embedding must come from the cache."""
+def without_forward(monkeypatch):
+    """Let scripts load a model that cannot embed, so that each embedding must come from the cache."""
     load = utils.load_reward_model
 
     def loaded(*arguments, **options):
@@ -270,7 +270,6 @@ def without_forward(monkeypatch, script):
         return model, tokenizer
 
     monkeypatch.setattr(utils, "load_reward_model", loaded)
-    return script
 
 
 def interrupted(monkeypatch, capsys, script, *arguments):

@@ -387,7 +387,8 @@ def test_embedding_resumes_from_its_cache_and_finished_files_are_recognised(monk
     for name in ("data", ".embedding_cache"):
         shutil.copytree(ran.folder / name, tmp_path / name)
     options = ["--dir", tmp_path, "--model", ran.model]
-    module = without_forward(monkeypatch, script(GENERATE))
+    module = script(GENERATE)
+    without_forward(monkeypatch)
     call(monkeypatch, module, *options)
     assert plain(rows_of(tmp_path)) == plain(rows_of(ran.folder))
     finished = content_of(tmp_path)

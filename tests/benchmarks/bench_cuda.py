@@ -28,9 +28,9 @@ With torch 2.11, transformers 5.17 and 16 CPU cores, 2,880 conversations of 149,
 On the H200 the GPU computed 98.5 % of the time between its first and last kernel of 5,000 conversations. Of the kernels'
 time, matrix products take 60 %, flash attention 11 %. A proof took 0.32 s there and 0.47 s beside the H100, 1.9 and 2.8 %
 of 10,000 such conversations, most of it what the host takes to start five forward passes; one of the five has become
-another since, and no key cache is filled. With 0.5 GB free, batches of a budget of 32,768 came down to 2,025 tokens, states equal.
-In float32 the shared way is within 3e-6 of one by one, and four layers in bfloat16 are as far from float32 shared as
-alone (2.5 %, the median).
+another since, and no key cache is filled. With 0.5 GB free, batches of a budget of 32,768 came down to 2,025 tokens,
+states equal. In float32 the shared way is within 3e-6 of one by one, and four layers in bfloat16 are as far from float32
+shared as alone (2.5 %, the median).
 """
 
 import contextlib

@@ -157,9 +157,10 @@ def main():
     model = LlamaModel(LlamaConfig(**MODEL)).eval()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, budget {BUDGET}, float32")
     for name in sys.argv[1:] or [*SHAPES, "bookkeeping"]:
-        for rows in BOOKKEEPING if name == "bookkeeping" else ():
-            bookkeeping(rows)
-        if name != "bookkeeping":
+        if name == "bookkeeping":
+            for rows in BOOKKEEPING:
+                bookkeeping(rows)
+        else:
             compare(name, model)
 
 
