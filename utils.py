@@ -16,13 +16,6 @@ In formulas: x = phi(chosen) - phi(rejected) is a preference pair of user i, V (
 w_i = softmax(W_i) that user's weights, m = x V w_i / 100 the margin, and P(chosen beats rejected) = sigmoid(m).
 """
 
-import os
-import signal
-import threading
-
-if loading := threading.current_thread() is threading.main_thread():  # seconds, in which Ctrl-C is one line too
-    handler = signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"error: interrupted\n"), os._exit(130)))
-
 import argparse
 import contextlib
 import csv
@@ -36,6 +29,7 @@ import io
 import itertools
 import json
 import math
+import os
 import pickle
 import platform
 import random
@@ -43,6 +37,7 @@ import re
 import shutil
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import zlib
@@ -60,9 +55,6 @@ import torch.distributed as dist
 from torch.nn.functional import cosine_similarity, logsigmoid, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
-
-if loading:
-    signal.signal(signal.SIGINT, handler)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Errors and files
@@ -231,7 +223,6 @@ ARCHIVES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
 _LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # how torch.save's files without an archive begin
 _PLAIN_GLOBALS = {("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"), ("torch", "Size"),
                   ("collections", "OrderedDict"), ("builtins", "set"), ("__builtin__", "set"), ("_codecs", "encode")}
-warnings.filterwarnings("ignore", "The given buffer is not writable")  # the memory is of bytes that no one else holds
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -269,7 +260,9 @@ class _MemoryUnpickler(pickle.Unpickler):
     def persistent_load(self, saved):
         _, storage, _, _, count, *_ = saved
         start, dtype = len(self.data) - count * storage._dtype.itemsize, storage._dtype
-        memory = torch.frombuffer(self.data, dtype=dtype, count=count, offset=start) if count else torch.empty(0, dtype=dtype)
+        with warnings.catch_warnings():  # the memory is of bytes that no one else holds
+            warnings.filterwarnings("ignore", "The given buffer is not writable")
+            memory = torch.frombuffer(self.data, dtype=dtype, count=count, offset=start) if count else torch.empty(0, dtype=dtype)
         return torch.storage.TypedStorage(wrap_storage=memory.untyped_storage(), dtype=memory.dtype, _internal=True)
 
 
@@ -305,6 +298,29 @@ def save_torch(path, content):
         memory = io.BytesIO()
         torch.save(content, memory, _use_new_zipfile_serialization=ARCHIVES)
         file.write(memory.getbuffer())
+
+
+class TrainingCheckpoint:
+    """The state of an unfinished training in a file, so that a run that is started again goes on from there."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+
+    def load(self, identity):
+        """The state that `save` was given last with this identity; None if there is none, or it is damaged."""
+        with contextlib.suppress(InputError):
+            state = load_pickle(self.path)
+            if isinstance(state, dict) and state.get("identity") == identity:
+                return state
+        return None
+
+    def save(self, identity, state):
+        """Replace the file. state: a dict of tensors and plain containers."""
+        save_torch(self.path, {"identity": identity, **state})
+
+    def clear(self):
+        """Remove the file, if there is one."""
+        self.path.unlink(missing_ok=True)
 
 
 def digest_of(content):
@@ -1394,22 +1410,20 @@ def _one_thread_of_torch():
 
 @_one_thread_of_torch()
 def _descend(likelihood, W, V, derivatives, num_iterations, learning_rate, penalty=None, alternating=False,
-             checkpoint=None):
+             checkpoint=None, identity=None):
     """Adam on the logits W `[N, C]` and, unless it is None, on the basis V `[C, d]`; both are changed in place, and have to
     be contiguous for torch's fused Adam, taken from torch 2.6 on (as ARCHIVES).
     derivatives(w, of_weights, of_basis) are the loss's, penalty(V, t) is `[C]`. Alternating: the step on V sees the new
-    W. checkpoint: (path, identity) of the state to leave and to go on from."""
+    W. checkpoint: a `TrainingCheckpoint` to leave the state in and to go on from, which belongs to `identity`."""
     variables = [W] if V is None else [W, V]
     adams = [torch.optim.Adam([variable], lr=learning_rate, fused=ARCHIVES or None) for variable in variables]
     first, saved = 0, time.monotonic()
-    with contextlib.suppress(InputError):  # there is none yet, or a damaged one
-        state = load_pickle(checkpoint[0]) if checkpoint else None
-        if isinstance(state, dict) and state.get("identity") == checkpoint[1]:
-            for variable, adam, variable_saved, adam_saved in zip(variables, adams, state["variables"], state["adams"]):
-                variable.copy_(variable_saved)
-                adam.load_state_dict(adam_saved)
-            first = state["iterations"]
-            print(f"resuming the training after {first:,} iterations")
+    if checkpoint and (state := checkpoint.load(identity)):
+        for variable, adam, variable_saved, adam_saved in zip(variables, adams, state["variables"], state["adams"]):
+            variable.copy_(variable_saved)
+            adam.load_state_dict(adam_saved)
+        first = state["iterations"]
+        print(f"resuming the training after {first:,} iterations")
     bar = progress_bar("few-shot" if V is None else "training", num_iterations, initial=first, unit="it", leave=False)
     for t in range(first, num_iterations):
         w = likelihood.weights(W)
@@ -1424,7 +1438,7 @@ def _descend(likelihood, W, V, derivatives, num_iterations, learning_rate, penal
             V.grad = by_basis if penalty is None else by_basis + torch.func.grad(lambda V: penalty(V, t).sum())(V)
             adams[1].step()
         if checkpoint and (t + 1 == num_iterations or time.monotonic() - saved > CHECKPOINT_SECONDS):
-            save_torch(checkpoint[0], {"identity": checkpoint[1], "iterations": t + 1, "variables": variables,
+            checkpoint.save(identity, {"iterations": t + 1, "variables": variables,
                                        "adams": [adam.state_dict() for adam in adams]})
             saved = time.monotonic()
         bar.update()
@@ -1435,8 +1449,8 @@ def _descend(likelihood, W, V, derivatives, num_iterations, learning_rate, penal
 def fit_basis(features, members, V_sft, num_iterations, learning_rate, regularized=False, device=None, checkpoint=None):
     """Learn basis and user weights of every member of a sweep together -> list of (w `[N, K]`, V `[d, K]`, loss).
     features: list of float32 `[m_i, d]` (or Pairs), one per user. Members share nothing but the reading of X, as Adam is
-    elementwise. V_sft: `[d, 1]`, needed where an alpha is not 0. regularized: as `LoRe_regularized`. checkpoint: a file
-    for the training's state, to go on from when it is started again, which the caller removes. loss: without penalty.
+    elementwise. V_sft: `[d, 1]`, needed where an alpha is not 0. regularized: as `LoRe_regularized`. checkpoint: a
+    `TrainingCheckpoint`, to go on from when it is started again, which the caller clears. loss: without penalty.
     Under torchrun each process holds a part of the users, all return the whole, and nothing is saved on the way."""
     ranks, N, d = process_count(), len(features), features[0].shape[1]
     mine = slice(process_rank(), None, ranks)
@@ -1463,15 +1477,16 @@ def fit_basis(features, members, V_sft, num_iterations, learning_rate, regulariz
 
     on_kernel = device.type == "cpu" and X.numel() >= KERNEL_NUMBERS
     derivatives = functools.partial(likelihood.kernel if on_kernel else likelihood.plain, X)
-    if checkpoint := None if ranks > 1 else checkpoint:
+    identity, checkpoint = None, None if ranks > 1 else checkpoint
+    if checkpoint:
         settings = (torch.__version__, str(device), list(map(len, features)), members, num_iterations, learning_rate,
                     regularized, None if V_sft is None else V_sft.tolist())
-        checkpoint = checkpoint, digest_of(repr(settings)) + hashlib.sha256(X.cpu().numpy()).hexdigest()
+        identity = hashlib.sha256(repr(settings).encode()).hexdigest() + hashlib.sha256(X.cpu().numpy()).hexdigest()
     _descend(likelihood, W, V, lambda w, *of: derivatives(w, V, *of), num_iterations, learning_rate,
-             penalty if alpha.any() else None, regularized, checkpoint)
+             penalty if alpha.any() else None, regularized, checkpoint, identity)
     if not V.isfinite().all():
         if checkpoint:
-            Path(checkpoint[0]).unlink(missing_ok=True)
+            checkpoint.clear()
         raise InputError("the training has diverged, its basis is not finite; give a smaller alpha, or smaller pairs")
     w = torch.zeros(N, sum(sizes), device=device)
     w[mine] = likelihood.weights(W)

@@ -72,7 +72,7 @@ def main():
     run_regularized(config["K_list"], config["alpha_list"], V_final, data["train"], data["test"], data["train_unseen"],
                     data["test_unseen"], N, N_unseen, default_device(), seed=seeds,
                     num_iterations=config["num_iterations"], threshold=threshold, fits=fits,
-                    checkpoint=args.dir / "results" / CHECKPOINT_FILE, validation_share=validation_share,
+                    checkpoint=TrainingCheckpoint(args.dir / "results" / CHECKPOINT_FILE), validation_share=validation_share,
                     prompts=[dialogs.tolist() for dialogs in data["dialogs"]], tossed=tossed)
     seconds = time.perf_counter() - start
 

@@ -40,7 +40,7 @@ def main():
     curves = run_few_shot_vary_shots(
         trials, alpha_list, K_list, num_shots, data["train"], data["train_unseen"], data["test_unseen"], V_final,
         len(data["seen"]), len(data["unseen"]), default_device(), seed=seed, num_iterations=num_iterations,
-        groups=data["dialogs_unseen"], checkpoint=args.dir / "results" / FEW_SHOT_CHECKPOINT_FILE, of_users=of_users)
+        groups=data["dialogs_unseen"], checkpoint=TrainingCheckpoint(args.dir / "results" / FEW_SHOT_CHECKPOINT_FILE), of_users=of_users)
     if process_rank() == 0:
         table = save_few_shot_curves(args.dir / "results", curves, of_users, data, about, config,
                                      data["dialogs_unseen"])

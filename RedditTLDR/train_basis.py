@@ -57,7 +57,7 @@ def main():
     fits, tossed, start = [], [] if controls else None, time.perf_counter()
     run(K_list, alpha_list, V_final, data["train"], data["test"], data["train_unseen"], data["test_unseen"],
         N, N_unseen, default_device(), seed=seeds, num_iterations=num_iterations, fits=fits,
-        checkpoint=args.dir / "results" / CHECKPOINT_FILE, validation_share=validation_share,
+        checkpoint=TrainingCheckpoint(args.dir / "results" / CHECKPOINT_FILE), validation_share=validation_share,
         prompts=data["prompts"].get("train"), tossed=tossed)
     seconds = time.perf_counter() - start
 

@@ -10,7 +10,6 @@ import os
 import pickle
 import random
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -573,21 +572,20 @@ def test_a_script_that_ends_well_and_an_error_of_ours_pass_through():
             utils.run_script(wrong)
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="no /proc")
-@pytest.mark.parametrize("library, seconds", [("_multiarray_umath", 0), ("_multiarray_umath", 0.4),
-                                              ("libtorch_python", 0)])
-def test_ctrl_c_while_the_libraries_load_is_one_line(library, seconds, tmp_path):
-    """Pressed some time after the process has mapped a library."""
-    script = ROOT / "RedditTLDR" / "train_basis.py"
-    process = subprocess.Popen([sys.executable, script, "--dir", tmp_path], text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
-    while process.poll() is None and library not in Path(f"/proc/{process.pid}/maps").read_text():
-        time.sleep(0.005)
-    time.sleep(seconds)
-    process.send_signal(signal.SIGINT)
-    status, out, err = outcome(process)
-    assert (status, out) == (130, "")
-    assert len(err.splitlines()) == 1 and err.startswith("error: interrupted")
+def test_importing_utils_changes_no_signal_handler_and_no_global_setting():
+    """An interrupt in a notebook stops the cell, not the kernel."""
+    code = """
+import signal, warnings
+import numba, numpy, pandas, pydantic, safetensors.torch, torch, tqdm, torch.distributed
+def settings():
+    return ([signal.getsignal(number) for number in signal.valid_signals()], list(warnings.filters),
+            torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), numba.get_num_threads())
+before = settings()
+import utils
+assert settings() == before
+"""
+    status, _, err = outcome(fresh_process(code))
+    assert status == 0, err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -294,16 +294,6 @@ def test_ctrl_c_says_that_a_second_run_resumes(ran, tmp_path):
     assert "Traceback" not in err and not list(tmp_path.glob("*.pkl"))
 
 
-def test_ctrl_c_while_the_libraries_load_is_one_line(ran):
-    process = subprocess.Popen([sys.executable, "train_basis.py"], cwd=ran.folder, stderr=subprocess.PIPE,
-                               stdout=subprocess.DEVNULL, text=True)
-    while process.poll() is None and "libtorch_cpu" not in Path(f"/proc/{process.pid}/maps").read_text():
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    err = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and len(err.splitlines()) == 1 and err.startswith("error: interrupted")
-
-
 def test_a_full_disk_is_one_line_and_keeps_what_was_there(ran, embeddings):
     before = content_of(embeddings)
     status, _, err = start(SCRIPTS, "prepare", "--data", ran.data, "--model", ran.model, "--dir", embeddings,
