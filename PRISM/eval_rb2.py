@@ -20,7 +20,18 @@ from typing_extensions import Annotated
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-from utils import *
+import math
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lore.embedding import embed_conversations
+from lore.files import atomic_write, check_writable, digest_of, load_json, load_pickle, load_tensors
+from lore.reward_model import check_gpu, load_reward_head, load_reward_model
+from lore.rows import hub_rows, parse_rows, read_rows, split_files
+from lore.scripts import run_script, script_parser
+from utils import InputError, check_device, check_matrix, check_settings
 import prism
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,14 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-from utils import *
+import json
+
+from lore.embedding import embed_conversations
+from lore.embedding_files import embeddings_are_finished, new_embeddings
+from lore.files import digest_of, save_torch
+from lore.reward_model import check_gpu, load_reward_head, model_identity
+from lore.scripts import run_script, script_parser
+from utils import process_rank
 import prism
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-from utils import *
+from lore.files import digest_of, load_json
+from lore.rows import warn_of_blank_texts, warn_of_equal_sides
+from lore.scripts import prepare_arguments, run_script
+from utils import InputError, check_settings
 import prism
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,16 @@ from typing import List, Literal, Optional
 
 from pydantic import BaseModel, Field, StrictStr
 
-from utils import *
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lore.embedding_files import find_reward_head
+from lore.files import atomic_write, digest_of, load_json, load_pickle, save_json, together
+from lore.rows import parse_rows, read_rows, split_files
+from utils import InputError, create_dataset_prism, group_by_dialog, is_finite, turn_pairs
 
 DATASET = "HannahRoseKirk/prism-alignment"
 FILES = ("train_embeddings.pkl", "test_embeddings.pkl")

@@ -4,7 +4,17 @@ from typing import Annotated
 
 from pydantic import AllowInfNan, Field, StrictStr, create_model
 
-from utils import *
+import itertools
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lore.embedding_files import find_reward_head
+from lore.files import load_tensors
+from lore.rows import hub_rows, parse_rows, read_rows, split_files
+from lore.scripts import script_parser
+from utils import InputError, Pairs, best_and_worst, check_settings, generate_population, is_finite, share_of
 
 DATASET = "namkoong-lab/PersonalLLM"
 FILES = ("train.safetensors", "test.safetensors")

@@ -15,7 +15,17 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-from utils import *
+import itertools
+
+import torch
+
+from lore.embedding import embed_conversations
+from lore.embedding_files import embeddings_are_finished, new_embeddings
+from lore.files import digest_of, save_tensors
+from lore.reward_model import load_reward_head, model_identity
+from lore.rows import warn_of_blank_texts, warn_of_equal_sides
+from lore.scripts import prepare_arguments, run_script
+from utils import process_rank
 import personalllm
 
 # ---------------------------------------------------------------------------------------------------------------------

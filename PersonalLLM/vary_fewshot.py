@@ -13,7 +13,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-from utils import *
+from lore.files import FEW_SHOT_CHECKPOINT_FILE, TrainingCheckpoint, check_writable
+from lore.results import save_few_shot_curves, vary_questions
+from lore.scripts import run_script
+from utils import UNSEEN_TEST, check_settings, default_device, process_rank, run_few_shot_vary_shots
 import personalllm
 
 # ---------------------------------------------------------------------------------------------------------------------

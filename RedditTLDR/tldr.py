@@ -7,7 +7,19 @@ from typing import List, Literal, Optional, Union
 from pydantic import BaseModel, BeforeValidator, Field, StrictStr, model_validator
 from typing_extensions import Annotated, TypedDict
 
-from utils import *
+import contextlib
+import itertools
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lore.embedding_files import find_reward_head
+from lore.files import load_pickle
+from lore.rows import DATA_FILE, as_messages, hub_rows, parse_rows, read_rows, split_files
+from utils import InputError, check_settings, is_finite
 
 DATASET = "openai/summarize_from_feedback"
 SCHEMAS = f"{DATASET}, or {{user, prompt, chosen, rejected}} for data of your own"

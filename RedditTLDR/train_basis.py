@@ -19,7 +19,12 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-from utils import *
+from lore.evidence import evidence
+from lore.files import CHECKPOINT_FILE, TrainingCheckpoint, check_writable
+from lore.results import print_results, save_results
+from lore.reward_model import load_released_reference
+from lore.scripts import run_script, script_parser
+from utils import check_settings, default_device, process_rank, run
 import tldr
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,9 @@ import pytest
 import torch
 from helpers import ROOT, call, copy_of_tree
 
-import utils
+import lore.embedding_files
+import lore.reward_model
+import lore.standin
 
 REAL_TEXT = ROOT.parent / "shared" / "data"
 EMBEDDINGS = {"RedditTLDR": ("tldr_embeddings_train.pkl", "tldr_embeddings_val.pkl"),
@@ -157,7 +159,7 @@ class Demo:
 
     @property
     def files(self):
-        return (*EMBEDDINGS[self.folder.name], utils.HEAD_FILE)
+        return (*EMBEDDINGS[self.folder.name], lore.embedding_files.HEAD_FILE)
 
     def copy_to(self, folder):
         """Copy the embeddings and the head (and PRISM's split) to a folder, to be spoilt."""
@@ -190,7 +192,7 @@ def demo(data_set, session):
 def build_model(folder, data_set="RedditTLDR", **sizes):
     """The stand-in reward model, its tokenizer trained on a demo's texts -> its folder."""
     texts = [json.dumps(row) for path in sorted((ROOT / data_set / "demo").glob("*.gz")) for row in rows_in(path)]
-    utils.build_standin_model(folder, texts, **sizes)
+    lore.standin.build_standin_model(folder, texts, **sizes)
     return folder
 
 
@@ -262,14 +264,15 @@ def quick(monkeypatch, script, **constants):
 
 def without_forward(monkeypatch):
     """Let scripts load a model that cannot embed, so that each embedding must come from the cache."""
-    load = utils.load_reward_model
+    load = lore.reward_model.load_reward_model
 
     def loaded(*arguments, **options):
         model, tokenizer = load(*arguments, **options)
         model.forward = None
         return model, tokenizer
 
-    monkeypatch.setattr(utils, "load_reward_model", loaded)
+    monkeypatch.setattr(lore.reward_model, "load_reward_model", loaded)  # where a script that is loaded now looks
+    monkeypatch.setattr(lore.embedding, "load_reward_model", loaded)
 
 
 def interrupted(monkeypatch, capsys, script, *arguments):

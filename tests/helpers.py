@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+import lore.embedding_files
+import lore.files
+import lore.scripts
 import utils
 
 ROOT = Path(__file__).parents[1]
@@ -77,16 +80,16 @@ def outcome(process, timeout=120):
 
 def sign_again(folder):
     """Have the reward head's file in `folder` vouch for the embeddings that now lie there, changed as they are."""
-    head = folder / utils.HEAD_FILE
+    head = folder / lore.embedding_files.HEAD_FILE
     if head.exists():
-        tensors, about = utils.load_tensors(head)
+        tensors, about = lore.files.load_tensors(head)
         about["files"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in about["files"]}
-        utils.save_tensors(head, tensors, **about)
+        lore.files.save_tensors(head, tensors, **about)
 
 
 def copy_of_tree(target):
     """A copy of what is committed of the product, without results of anybody's runs -> its root."""
-    for name in ("utils.py", "RedditTLDR", "PRISM", "PersonalLLM"):
+    for name in ("utils.py", "lore", "RedditTLDR", "PRISM", "PersonalLLM"):
         if (ROOT / name).is_file():
             shutil.copy(ROOT / name, target)
         else:
@@ -108,7 +111,7 @@ def load_script(folder, name):
 def call(monkeypatch, module, *arguments):
     """Call a script's main with a command line, as `python script.py` does."""
     monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
-    utils.run_script(module.main)
+    lore.scripts.run_script(module.main)
 
 
 def refused(monkeypatch, capsys, module, arguments, *named):

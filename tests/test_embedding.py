@@ -16,9 +16,13 @@ from helpers import ROOT, fresh_process, input_error, outcome
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
+import lore.embedding
+import lore.files
+import lore.reward_model
 import utils
-from utils import (embed_conversations, load_released_reference, load_reward_head, load_reward_model, model_identity,
-                   tokenize_conversations)
+from lore.conversations import tokenize_conversations
+from lore.embedding import embed_conversations
+from lore.reward_model import load_released_reference, load_reward_head, load_reward_model, model_identity
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +130,7 @@ OUT_OF_MEMORY = torch.cuda.OutOfMemoryError(), RuntimeError("error: CUBLAS_STATU
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
 def test_a_batch_beyond_the_gpus_memory_is_halved_and_stays_so(reward_model, monkeypatch, error):
-    forward, failed, done = utils._forward, [], []
+    forward, failed, done = lore.embedding._forward, [], []
 
     def small_gpu(model, ids, shared=None):
         size = sum(map(len, ids))
@@ -138,11 +142,11 @@ def test_a_batch_beyond_the_gpus_memory_is_halved_and_stays_so(reward_model, mon
 
     conversations = ragged_conversations()
     expected = embed_conversations(conversations, *reward_model)
-    monkeypatch.setattr(utils, "_forward", small_gpu)
+    monkeypatch.setattr(lore.embedding, "_forward", small_gpu)
     embeddings = embed_conversations(conversations, *reward_model, shard_size=4)
     assert 0 < len(failed) < 8 and len(done) > 8 and max(failed) < len(done) / 2
     assert (embeddings - expected).abs().max() < 1e-5
-    monkeypatch.setattr(utils, "_forward", lambda *arguments: forward(None))  # an error of another kind is not hidden
+    monkeypatch.setattr(lore.embedding, "_forward", lambda *arguments: forward(None))  # an error of another kind is not hidden
     with pytest.raises(TypeError):
         embed_conversations(conversations, *reward_model)
 
@@ -316,8 +320,8 @@ def test_shard_without_usable_embeddings_is_made_again(reward_model, tmp_path, s
     embeddings, _ = cached(conversations, reward_model, tmp_path)
     shard = next(tmp_path.glob("*/*.safetensors"))
     whole = shard.read_bytes()
-    count = len(utils.load_tensors(shard)[0]["embeddings"])
-    utils.save_tensors(shard, {name: tensor[:count] for name, tensor in spoilt.items()})
+    count = len(lore.files.load_tensors(shard)[0]["embeddings"])
+    lore.files.save_tensors(shard, {name: tensor[:count] for name, tensor in spoilt.items()})
     again, forwards = cached(conversations, reward_model, tmp_path)
     assert forwards == 1 and torch.equal(again, embeddings) and shard.read_bytes() == whole
 
@@ -335,13 +339,13 @@ def test_repeated_conversations_have_equal_rows_in_their_places(reward_model):
     conversations = ragged_conversations(3)
     order = [0, 1, 0, 2, 2, 1, 0]
     model, tokenizer = reward_model
-    embeddings = utils.embed_conversations([conversations[i] for i in order], model, tokenizer)
+    embeddings = lore.embedding.embed_conversations([conversations[i] for i in order], model, tokenizer)
     assert (embeddings - one_at_a_time(conversations, model, tokenizer)[order]).abs().max() < 1e-5
 
 
 def test_a_checkpoint_is_loaded_when_all_is_tokenized(checkpoint, reward_model, monkeypatch):
-    loaded, load, conversations = [], utils.load_reward_model, ragged_conversations(3)
-    monkeypatch.setattr(utils, "load_reward_model", lambda name: loaded.append(name) or load(name, "cpu"))
+    loaded, load, conversations = [], lore.reward_model.load_reward_model, ragged_conversations(3)
+    monkeypatch.setattr(lore.embedding, "load_reward_model", lambda name: loaded.append(name) or load(name, "cpu"))
     with input_error("half a \\ud83d"):
         embed_conversations([*conversations, conversation("half a \ud83d", "yes")], str(checkpoint))
     assert not loaded
@@ -354,15 +358,15 @@ def test_a_checkpoint_is_loaded_when_all_is_tokenized(checkpoint, reward_model, 
 def test_text_that_is_no_unicode_is_named(reward_model):
     model, tokenizer = reward_model
     with input_error("half a \\ud83d"):
-        utils.embed_conversations([[{"role": "user", "content": "half a \ud83d"}]], model, tokenizer)
+        lore.embedding.embed_conversations([[{"role": "user", "content": "half a \ud83d"}]], model, tokenizer)
 
 
 def test_embeddings_that_another_process_did_not_make_are_missed(reward_model, tmp_path, monkeypatch):
     model, tokenizer = reward_model
     twice = [one for one in ragged_conversations() for _ in range(2)]  # the other process's share is as this one's
-    monkeypatch.setattr(utils, "process_count", lambda: 2)
-    monkeypatch.setattr(utils.dist, "barrier", lambda: None)
-    monkeypatch.setattr(utils.dist, "all_gather_object", lambda parts, mine: parts.__setitem__(1, mine))
+    monkeypatch.setattr(lore.embedding, "process_count", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda parts, mine: parts.__setitem__(1, mine))
     embeddings = embed_conversations(ragged_conversations(3), model, tokenizer)  # each process all, without a folder
     assert (embeddings - one_at_a_time(ragged_conversations(3), model, tokenizer)).abs().max() < 1e-5
     with input_error(str(tmp_path), "other processes"):
@@ -499,7 +503,7 @@ def test_a_trial_that_fails_leaves_the_model_as_it_was(checkpoint, monkeypatch, 
         embed_conversations(ragged_conversations(2), model, tokenizer)
     model.forward = forward
     assert model.config.to_dict() == config and not model._forward_hooks
-    monkeypatch.setattr(utils, "_forward", full)  # of the rows: no reason to take each conversation alone for ever
+    monkeypatch.setattr(lore.embedding, "_forward", full)  # of the rows: no reason to take each conversation alone for ever
     with pytest.raises(type(error)):
         embed_conversations(ragged_conversations(2), model, tokenizer)
     monkeypatch.undo()
@@ -516,8 +520,8 @@ def test_one_conversation_proves_sharing_for_those_to_come(tmp_path):
 
 
 def test_a_proof_is_made_once_a_cache_and_for_longer_texts_again(reward_model, checkpoint, tmp_path, monkeypatch):
-    made, proof = [], utils._proof
-    monkeypatch.setattr(utils, "_proof", lambda model, sequences: made.append(1) or proof(model, sequences))
+    made, proof = [], lore.embedding._proof
+    monkeypatch.setattr(lore.embedding, "_proof", lambda model, sequences: made.append(1) or proof(model, sequences))
     conversations, tokenizer = [*ragged_conversations(4), conversation("a longer one " * 99, "yes")], reward_model[1]
     for some in (conversations[:-1], conversations[:-1], conversations[1:-1], conversations):
         model, _ = load_reward_model(str(checkpoint), device="cpu")
@@ -626,7 +630,7 @@ def test_a_token_that_takes_in_what_stands_beside_it_is_met_late_as_well(checkpo
 
 def test_a_conversation_of_one_token_is_right_in_a_batch_of_its_own(reward_model):
     model, alone = reward_model[0], np.array([3], ">u4").tobytes()
-    found, expected = (next(utils._states(model, [(None, [alone], None)], way, 99))[1] for way in ("shared", "alone"))
+    found, expected = (next(lore.embedding._states(model, [(None, [alone], None)], way, 99))[1] for way in ("shared", "alone"))
     assert torch.equal(found, expected)
 
 
@@ -670,12 +674,12 @@ def test_identity_is_of_the_contents_and_says_which_part_differs(checkpoint, tmp
 
 
 def test_digests_of_files_are_remembered_until_the_files_change(checkpoint, tmp_path, monkeypatch):
-    read, digest_of, folder = [], utils.digest_of, shutil.copytree(checkpoint, tmp_path / "model")
-    monkeypatch.setattr(utils, "digest_of", lambda content: read.append(content) or digest_of(content))
+    read, digest_of, folder = [], lore.files.digest_of, shutil.copytree(checkpoint, tmp_path / "model")
+    monkeypatch.setattr(lore.reward_model, "digest_of", lambda content: read.append(content) or digest_of(content))
     first = model_identity(folder, tmp_path)
     assert folder / "model.safetensors" in read
     read.clear()
-    monkeypatch.setattr(utils, "_DIGESTS", {})  # another process
+    monkeypatch.setattr(lore.reward_model, "_DIGESTS", {})  # another process
     assert model_identity(folder, tmp_path) == first and folder / "model.safetensors" not in read
     os.utime(folder / "model.safetensors")
     assert model_identity(folder, tmp_path) == first and folder / "model.safetensors" in read
@@ -691,7 +695,12 @@ def test_a_checkpoint_in_the_hubs_cache_is_found_offline_and_named_by_its_blobs(
         shutil.copy(path, repository / "blobs" / f"{number:064}")
         (snapshot / path.name).symlink_to(repository / "blobs" / f"{number:064}")
     status, out, err = outcome(fresh_process("""if True:
-        from utils import *
+        import sys
+        from pathlib import Path
+        from lore.embedding import embed_conversations
+        from lore.files import load_json
+        from lore.reward_model import load_reward_head, load_reward_model, model_identity
+        from utils import InputError
         model, tokenizer = load_reward_model("some/model", device="cpu")
         chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "there"}]
         about, first = {}, model_identity("some/model", sys.argv[1])
@@ -715,9 +724,9 @@ def test_a_checkpoint_in_the_hubs_cache_is_found_offline_and_named_by_its_blobs(
 
 def test_a_run_killed_at_any_moment_loses_at_most_a_shard(checkpoint, reward_model, tmp_path):
     code = """if True:
-        import json, sys, utils
-        model, tokenizer = utils.load_reward_model(sys.argv[1], device="cpu")
-        utils.embed_conversations(json.load(open(sys.argv[2])), model, tokenizer, sys.argv[3], shard_size=8)"""
+        import json, sys, lore.embedding, lore.reward_model, utils
+        model, tokenizer = lore.reward_model.load_reward_model(sys.argv[1], device="cpu")
+        lore.embedding.embed_conversations(json.load(open(sys.argv[2])), model, tokenizer, sys.argv[3], shard_size=8)"""
     conversations = ragged_conversations(100)
     (tmp_path / "texts.json").write_text(json.dumps(conversations))
     chance, cache = random.Random(0), tmp_path / "cache"
@@ -733,7 +742,7 @@ def test_a_run_killed_at_any_moment_loses_at_most_a_shard(checkpoint, reward_mod
             time.sleep(0.001)
         run.kill()
         assert before.items() <= shards().items()
-    done = sum(len(utils.load_tensors(path)[0]["embeddings"]) for path in shards())
+    done = sum(len(lore.files.load_tensors(path)[0]["embeddings"]) for path in shards())
     assert done >= 8 * 3
     embeddings = embed_conversations(conversations, *reward_model, cache_dir=cache, shard_size=8)
     assert (embeddings - one_at_a_time(conversations, *reward_model)).abs().max() < 1e-5

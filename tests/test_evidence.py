@@ -11,9 +11,12 @@ import pytest
 import torch
 from helpers import call, load_script, planted_basis, planted_pairs, planted_weights
 
+import lore.embedding_files
+import lore.evidence
+import lore.files
 import utils
-from utils import (SETTINGS, VALIDATION, Fit, Pairs, best_fit, evidence, exchanged_accuracies, hold_out, interval,
-                   judgement, leaks_of, toss)
+from lore.evidence import best_fit, evidence, exchanged_accuracies, interval, judgement, leaks_of
+from utils import Fit, Pairs, SETTINGS, VALIDATION, hold_out, toss
 
 UNSEEN = SETTINGS[3]
 d, N = 16, 24
@@ -75,7 +78,7 @@ def random_fit(K, seed, N=N, alpha=0, accuracies=None):
 
 def test_the_interval_is_that_of_plain_means_over_the_users_drawn():
     of_user = np.random.default_rng(1).random(7)
-    counts = np.random.default_rng(0).multinomial(7, np.full(7, 1 / 7), utils.DRAWS)
+    counts = np.random.default_rng(0).multinomial(7, np.full(7, 1 / 7), lore.evidence.DRAWS)
     draws = [np.mean([of_user[i] for i, count in enumerate(draw) for _ in range(count)]) for draw in counts]
     found = interval(of_user)
     assert [found["low"], found["high"]] == pytest.approx(np.percentile(draws, (2.5, 97.5)))
@@ -212,7 +215,7 @@ def test_the_effective_rank_of_a_known_basis():
     fit = random_fit(4, 0)
     for w, expected in (((1, 1, 1, 1), 4), ((1, 1, 0, 0), 2), ((1, 0, 0, 0), 1)):
         fit.V, fit.W = V, torch.tensor([w]) / sum(w)
-        basis = utils.basis_of([fit], V[:, :1])
+        basis = lore.evidence.basis_of([fit], V[:, :1])
         assert basis["effective_rank"] == pytest.approx(expected, rel=1e-5)
         assert basis["mean_weight_entropy"] == pytest.approx(np.log(expected), abs=1e-6)
     assert basis["largest_cosine_to_head"] == pytest.approx(1) and basis["columns"] == 4
@@ -225,7 +228,7 @@ def test_cosines_and_angles_are_those_that_were_planted():
     fits = [random_fit(2, seed) for seed in range(2)]
     for fit, V in zip(fits, turned):
         fit.V = V
-    basis = utils.basis_of(fits, axes[:, :1] + axes[:, 1:2])
+    basis = lore.evidence.basis_of(fits, axes[:, :1] + axes[:, 1:2])
     np.testing.assert_allclose(basis["angles_between_seeds"], [0, 45], atol=1e-4)
     assert basis["largest_cosine_to_head"] == pytest.approx(0.5 ** 0.5)
 
@@ -260,8 +263,8 @@ def test_prompts_of_prism_leak_by_their_text_in_whatever_conversation(tmp_path):
     test = [row("a", True, "test", "3", "Hello"), row("a", True, "test", "1", "Why?"),
             row("b", False, "test", "2", "How?")]
     for name, rows in zip(prism.FILES, (train, test)):
-        utils.save_torch(tmp_path / name, rows)
-    utils.save_tensors(tmp_path / utils.HEAD_FILE, {"reward_head": torch.ones(4, 1)})
+        lore.files.save_torch(tmp_path / name, rows)
+    lore.files.save_tensors(tmp_path / lore.embedding_files.HEAD_FILE, {"reward_head": torch.ones(4, 1)})
     data, _, _ = prism.load_embeddings(tmp_path, "no model")
     assert leaks_of(data["prompts"]) == {SETTINGS[1]: 0.5, UNSEEN: 0.0}  # of two pairs a turn
 
@@ -387,11 +390,11 @@ def write_pickles(folder, wrong=None):
             "text": f"{seed} {i} {j}", "winning_summary": "a" * (1 + j % 3), "losing_summary": "aa",
             "embeddings": {"winning": [x], "losing": [bracket]}} for j, x in enumerate(X)]
             for i, X in enumerate(features)}
-        utils.save_torch(folder / name, files[name])
+        lore.files.save_torch(folder / name, files[name])
     head = PLANTED.sum(1, keepdim=True)
     if wrong == "reference":
         head = torch.linalg.qr(torch.cat([PLANTED, torch.ones(D, 1)], 1)).Q[:, 3:]
-    utils.save_tensors(folder / utils.HEAD_FILE, {"reward_head": head})
+    lore.files.save_tensors(folder / lore.embedding_files.HEAD_FILE, {"reward_head": head})
 
 
 def ran(monkeypatch, capsys, folder, wrong=None, **constants):

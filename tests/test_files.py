@@ -12,23 +12,23 @@ import random
 import shutil
 import struct
 import subprocess
-import sys
 import time
 import warnings
 import zipfile
-from pathlib import Path
 from typing import Tuple
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, fresh_process, input_error, outcome
+from helpers import fresh_process, input_error, outcome
 
+import lore.files
+import lore.scripts
 import utils
-from utils import load_pickle, load_tensors, save_tensors
+from lore.files import load_pickle, load_tensors, save_tensors
 
 PROTOCOLS = [2, 3, 4, 5]
-needs_archives = pytest.mark.skipif(not utils.ARCHIVES, reason="this torch's archives are not read")
+needs_archives = pytest.mark.skipif(not lore.files.ARCHIVES, reason="this torch's archives are not read")
 
 
 def vector(seed):
@@ -108,7 +108,7 @@ def test_tensors_of_every_kind_load(path, write):
 @every_format
 def test_plain_containers_of_every_kind_load(path, write):
     content = [("two", 3), collections.OrderedDict(four=4), torch.Size([2, 3]), None, 5.5]
-    content += [{1, "two"}, b"three"] * utils.ARCHIVES  # which an older torch does not take from a file of its own
+    content += [{1, "two"}, b"three"] * lore.files.ARCHIVES  # which an older torch does not take from a file of its own
     path.write_bytes(write(content))
     assert load_pickle(path) == content
 
@@ -159,7 +159,7 @@ def test_random_bytes_are_refused(path):
         with input_error(str(path)):
             load_pickle(path)
     texts = [b"<!DOCTYPE html><html>429 Too Many Requests</html>", b"version https://git-lfs.github.com/spec/v1\n",
-             b"\x1f\x8b\x08\x00gzip"] + [b"PK\x03\x04 not a zip"] * utils.ARCHIVES
+             b"\x1f\x8b\x08\x00gzip"] + [b"PK\x03\x04 not a zip"] * lore.files.ARCHIVES
     for text in texts:
         path.write_bytes(text)
         with input_error(str(path), "write it again"):
@@ -229,7 +229,7 @@ def test_a_hostile_pickle_is_refused_by_name_and_runs_nothing(path, tmp_path, na
     marker = tmp_path / "marker"
     path.write_bytes(HIDING_PLACES[place](PAYLOADS[name](marker)))
     named = [name, "do not trust"]
-    if place == "storage" or not utils.ARCHIVES and place in ("torch", "torch zip"):  # refused before it is read
+    if place == "storage" or not lore.files.ARCHIVES and place in ("torch", "torch zip"):  # refused before it is read
         named = ["refused"]
     elif place == "storage in storage":
         named = ["_load_from_bytes", "do not trust"]
@@ -349,7 +349,7 @@ def test_an_archive_with_a_torchscript_program_is_refused_and_runs_nothing(path,
     assert code_in(path) in ([True] if name == "a program" else [False, None])
     for content in (path.read_bytes(), fake_storage(path.read_bytes())):
         path.write_bytes(content)
-        with input_error(str(path), "do not trust" if utils.ARCHIVES else "refused"):
+        with input_error(str(path), "do not trust" if lore.files.ARCHIVES else "refused"):
             load_pickle(path)
         assert not marker.exists()
     path.write_bytes(ARCHIVES[name](marker))
@@ -358,16 +358,16 @@ def test_an_archive_with_a_torchscript_program_is_refused_and_runs_nothing(path,
 
 
 def test_a_torch_whose_archives_can_be_passed_reads_none_and_writes_what_it_reads(path, monkeypatch):
-    monkeypatch.setattr(utils, "ARCHIVES", False)
+    monkeypatch.setattr(lore.files, "ARCHIVES", False)
     for content in (saved(tldr_content()), saved([]), b"PK\3\4", b"PK"):
         path.write_bytes(content)
         with input_error(str(path), "refused", f"torch {torch.__version__}", "torch 2.6 or newer"):
             load_pickle(path)
-    utils.save_torch(path, prism_content())
+    lore.files.save_torch(path, prism_content())
     assert_equal_content(load_pickle(path), prism_content())
     monkeypatch.undo()
     assert_equal_content(load_pickle(path), prism_content())
-    utils.save_torch(path, prism_content())
+    lore.files.save_torch(path, prism_content())
     assert_equal_content(load_pickle(path), prism_content())
 
 
@@ -421,7 +421,7 @@ def test_a_damaged_tensor_file_is_refused(tmp_path):
 
 def test_a_file_appears_whole_and_its_folder_with_it(tmp_path):
     path = tmp_path / "a" / "b" / "file.bin"
-    with utils.atomic_write(path) as file:
+    with lore.files.atomic_write(path) as file:
         file.write(b"first half, ")
         file.flush()
         assert not path.exists()
@@ -435,7 +435,7 @@ def test_a_failure_half_way_leaves_the_old_file_and_nothing_else(tmp_path, failu
     path = tmp_path / "file.bin"
     path.write_bytes(b"old")
     with pytest.raises(failure):
-        with utils.atomic_write(path) as file:
+        with lore.files.atomic_write(path) as file:
             file.write(b"new")
             file.flush()
             raise failure
@@ -446,9 +446,9 @@ def test_a_failure_half_way_leaves_the_old_file_and_nothing_else(tmp_path, failu
 def test_two_runs_may_write_one_file_at_once(tmp_path):
     """Another process writes the same file from beginning to end between this one's first and second half."""
     path = tmp_path / "file.bin"
-    with utils.atomic_write(path) as file:
+    with lore.files.atomic_write(path) as file:
         file.write(b"half ")
-        code = "import sys, utils\nwith utils.atomic_write(sys.argv[1]) as file: file.write(b'theirs')"
+        code = "import sys, lore.files\nwith lore.files.atomic_write(sys.argv[1]) as file: file.write(b'theirs')"
         assert outcome(fresh_process(code, str(path)))[0] == 0 and path.read_bytes() == b"theirs"
         file.write(b"and half")
     assert path.read_bytes() == b"half and half" and os.listdir(tmp_path) == ["file.bin"]
@@ -458,7 +458,7 @@ def test_files_written_together_replace_the_old_ones_together_or_not_at_all(tmp_
     for name in "ab":
         (tmp_path / name).write_text("old")
     with pytest.raises(KeyboardInterrupt):
-        with utils.together(tmp_path) as new:
+        with lore.files.together(tmp_path) as new:
             (new / "a").write_text("new")
             raise KeyboardInterrupt
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old", "b": "old"}
@@ -466,7 +466,7 @@ def test_files_written_together_replace_the_old_ones_together_or_not_at_all(tmp_
         (tmp_path / name).mkdir()
         (tmp_path / name / "b").write_text("of another run")
         os.utime(tmp_path / name, (time.time() - 3600 * hours,) * 2)
-    with utils.together(tmp_path) as new:
+    with lore.files.together(tmp_path) as new:
         (new / "a").write_text("new")
         (new / "c").write_text("new")
         assert (tmp_path / "a").read_text() == "old"
@@ -477,18 +477,18 @@ def test_files_written_together_replace_the_old_ones_together_or_not_at_all(tmp_
 def test_files_that_the_new_ones_replace_go_when_these_come(tmp_path):
     for name in ("K_1.txt", "K_2.txt", "other"):
         (tmp_path / name).write_text("old")
-    with utils.together(tmp_path, ["K_*.txt", "nothing"]) as new:
+    with lore.files.together(tmp_path, ["K_*.txt", "nothing"]) as new:
         (new / "K_2.txt").write_text("new")
         assert (tmp_path / "K_1.txt").exists()
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"K_2.txt": "new", "other": "old"}
 
 
 def test_a_folder_is_proved_writable_before_long_work_and_left_empty(tmp_path):
-    utils.check_writable(tmp_path / "results")
+    lore.files.check_writable(tmp_path / "results")
     assert os.listdir(tmp_path / "results") == []
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(OSError) as caught:
-        utils.check_writable(tmp_path / "file" / "results")
+        lore.files.check_writable(tmp_path / "file" / "results")
     assert caught.value.filename == str(tmp_path / "file" / "results")
 
 
@@ -504,14 +504,14 @@ MAINS = {  # name -> (body of main, end of the line on stderr, exit status)
     "a folder that is a file": ("open(sys.argv[1] + '/results', 'w')",
                                 "file.bin/results: Not a directory; free or choose another place\n", 2),
     "a full disk": ("resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
-                    "    utils.save_tensors(sys.argv[1], {'V': torch.zeros(100_000)})",
+                    "    lore.files.save_tensors(sys.argv[1], {'V': torch.zeros(100_000)})",
                     "File too large; free or choose another place\n", 2),
     "a full GPU": ("raise torch.cuda.OutOfMemoryError('CUDA out of memory. Tried\\nto allocate')",
                    "error: CUDA out of memory. Tried to allocate\n", 2),
     "a full standard output": ("sys.stdout = open('/dev/full', 'w')\n    print('x' * 10**5)", "error: standard output: "
                                "No space left on device; free or choose another place\n", 2)}
 FORKS = """
-import json, os, resource, sys, torch, utils
+import json, os, resource, sys, torch, lore.files, lore.scripts, utils
 ended = []
 for body, path in json.loads(sys.argv[1]):
     if os.fork() == 0:
@@ -520,7 +520,7 @@ for body, path in json.loads(sys.argv[1]):
         sys.argv[1] = path
         exec("def main():\\n    print('started')\\n    " + body)
         try:
-            utils.run_script(main)
+            lore.scripts.run_script(main)
         finally:
             sys.__stdout__.flush()
             sys.stderr.flush()
@@ -565,11 +565,11 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one_and_nothing_else(ende
 
 def test_a_script_that_ends_well_and_an_error_of_ours_pass_through():
     ran = []
-    utils.run_script(lambda: ran.append(1))
+    lore.scripts.run_script(lambda: ran.append(1))
     assert ran == [1]
     for wrong in (lambda: 1 / 0, lambda: torch.ones(2) @ torch.ones(3)):
         with pytest.raises((ZeroDivisionError, RuntimeError)):
-            utils.run_script(wrong)
+            lore.scripts.run_script(wrong)
 
 
 def test_importing_utils_changes_no_signal_handler_and_no_global_setting():
@@ -580,6 +580,7 @@ import numba, numpy, pandas, pydantic, safetensors.torch, torch, tqdm, torch.dis
 def settings():
     return ([signal.getsignal(number) for number in signal.valid_signals()], list(warnings.filters),
             torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), numba.get_num_threads())
+settings()  # numba starts its threads at the first question, and torch counts others from then on
 before = settings()
 import utils
 assert settings() == before
@@ -618,7 +619,7 @@ def test_a_device_that_is_not_there_is_refused(device):
 
 
 def test_a_wrong_option_of_a_script_is_an_input_error_and_help_is_none(capsys, monkeypatch):
-    parser = utils.script_parser("what it does", "/folder")
+    parser = lore.scripts.script_parser("what it does", "/folder")
     assert isinstance(parser, argparse.ArgumentParser) and str(parser.parse_args([]).dir) == "/folder"
     with input_error("--no-such", "--help"):
         parser.parse_args(["--no-such"])
@@ -629,17 +630,17 @@ def test_a_wrong_option_of_a_script_is_an_input_error_and_help_is_none(capsys, m
 
 def test_json_comes_back_with_arrays_as_lists_and_a_damaged_or_missing_one_is_refused(tmp_path):
     path = tmp_path / "a.json"
-    utils.save_json(path, {"a": np.arange(2), "b": torch.ones(1), "c": range(2), "é": np.float32(0.5)})
-    assert utils.load_json(path, "a") == {"a": [0, 1], "b": [1.0], "c": [0, 1], "é": 0.5}
+    lore.files.save_json(path, {"a": np.arange(2), "b": torch.ones(1), "c": range(2), "é": np.float32(0.5)})
+    assert lore.files.load_json(path, "a") == {"a": [0, 1], "b": [1.0], "c": [0, 1], "é": 0.5}
     assert json.loads(path.read_text())["c"] == [0, 1]
     with input_error(str(path), "nowhere"):
-        utils.load_json(path, "nowhere")
+        lore.files.load_json(path, "nowhere")
     for damaged in (path.read_text()[:-5], "[1]", ""):
         path.write_text(damaged)
         with input_error(str(path), "write it again"):
-            utils.load_json(path, "a")
+            lore.files.load_json(path, "a")
     with input_error("no such file", "prepare.py"):
-        utils.load_json(tmp_path / "b.json")
+        lore.files.load_json(tmp_path / "b.json")
 
 
 PUBLIC_NAMES = """
@@ -647,7 +648,7 @@ PUBLIC_NAMES = """
     solve_regularized solve_regularized_simplex learn_multiple_few_shot learn_multiple learn_single_reward
     learn_single_reward_regularized evaluate_model eval_multiple sample_shots simulate_user simulate_population
     generate_population generate_popupulation create_sparse_tensor create_dataset_prism create_dataset_prism_shots
-    load_reward_model load_reward_head embed_conversations Pairs load_pickle""".split()
+    Pairs""".split()
 
 
 def test_star_import_gives_every_public_name_and_prints_nothing():
@@ -657,5 +658,5 @@ def test_star_import_gives_every_public_name_and_prints_nothing():
 
 
 def test_a_standard_output_that_the_shell_has_closed_is_none():
-    code = "import sys, utils; sys.stdout = None; utils.run_script(lambda: print('into nothing'))"
+    code = "import sys, lore.scripts; sys.stdout = None; lore.scripts.run_script(lambda: print('into nothing'))"
     assert outcome(fresh_process(code)) == (0, "", "")

@@ -16,6 +16,7 @@ from helpers import (ROOT, fresh_process, input_error, load_script, outcome, pla
                      planted_weights, random_users)
 from torch.nn.functional import logsigmoid
 
+import lore.files
 import utils
 from utils import Likelihood, LoRe, LoRe_regularized, Member, Pairs, PersonalizeBatch, fit_basis
 
@@ -614,7 +615,7 @@ def test_features_that_cannot_be_used_are_refused_everywhere(features):
 def test_a_training_that_diverges_is_refused(features, V_sft, tmp_path):
     path = tmp_path / "state.pt"
     with input_error("diverged", "alpha"):
-        fit_basis([X * 1e38 for X in features], [Member(2, 1e15)], V_sft, 30, 1e9, checkpoint=utils.TrainingCheckpoint(path))
+        fit_basis([X * 1e38 for X in features], [Member(2, 1e15)], V_sft, 30, 1e9, checkpoint=lore.files.TrainingCheckpoint(path))
     assert not path.exists()
 
 
@@ -653,21 +654,21 @@ def test_an_interrupted_training_goes_on_where_it_was_and_ends_the_same(regulari
     monkeypatch.setattr(utils, "CHECKPOINT_SECONDS", 0)
     monkeypatch.setattr(Likelihood, "by_logits", killed_in_iteration_20)
     with pytest.raises(Killed):
-        train(utils.TrainingCheckpoint(path))
+        train(lore.files.TrainingCheckpoint(path))
     assert path.exists()
-    resumed = train(utils.TrainingCheckpoint(path))
+    resumed = train(lore.files.TrainingCheckpoint(path))
     assert len(calls) == 20 + 30 - 19  # the 19 finished iterations were not done again
     assert "after 19 iterations" in capsys.readouterr().out
     for found, expected in zip(resumed, unbroken):
         assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1]) and found[2] == expected[2]
-    train(utils.TrainingCheckpoint(path))  # of a pipeline that was interrupted after the training
+    train(lore.files.TrainingCheckpoint(path))  # of a pipeline that was interrupted after the training
     assert "after 30 iterations" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("other", ["pairs", "users", "learning rate", "damaged", "another file"])
 def test_the_state_of_another_training_is_not_used(other, tmp_path):
     features, path = random_users(COUNTS, d), tmp_path / "state.pt"
-    fit_basis(features, [Member(2)], None, 5, 0.5, checkpoint=utils.TrainingCheckpoint(path))
+    fit_basis(features, [Member(2)], None, 5, 0.5, checkpoint=lore.files.TrainingCheckpoint(path))
     learning_rate = 0.4 if other == "learning rate" else 0.5
     if other == "pairs":
         features = random_users(COUNTS, d, seed=1)
@@ -676,8 +677,8 @@ def test_the_state_of_another_training_is_not_used(other, tmp_path):
     if other == "damaged":
         path.write_bytes(path.read_bytes()[:-100])
     if other == "another file":
-        utils.save_torch(path, [1, 2])
-    (w, V, _), = fit_basis(features, [Member(2)], None, 5, learning_rate, checkpoint=utils.TrainingCheckpoint(path))
+        lore.files.save_torch(path, [1, 2])
+    (w, V, _), = fit_basis(features, [Member(2)], None, 5, learning_rate, checkpoint=lore.files.TrainingCheckpoint(path))
     (w_expected, V_expected, _), = fit_basis(features, [Member(2)], None, 5, learning_rate)
     assert torch.equal(w, w_expected) and torch.equal(V, V_expected)
 
@@ -687,8 +688,8 @@ def test_an_interruption_after_the_training_keeps_its_state(tmp_path, monkeypatc
     monkeypatch.setattr(utils, "fit_users", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         utils.run([2], [0], torch.ones(d, 1), *features, 3, 2, "cpu", num_iterations=4,
-                  checkpoint=utils.TrainingCheckpoint(tmp_path / utils.CHECKPOINT_FILE))
-    assert utils.load_pickle(tmp_path / utils.CHECKPOINT_FILE)["iterations"] == 4
+                  checkpoint=lore.files.TrainingCheckpoint(tmp_path / lore.files.CHECKPOINT_FILE))
+    assert lore.files.load_pickle(tmp_path / lore.files.CHECKPOINT_FILE)["iterations"] == 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -726,7 +727,7 @@ def test_two_processes_of_torchrun_learn_what_one_learns(tmp_path):
     (status, out, err), (status_two, out_two, err_two) = map(outcome, running)
     assert (status, out) == (0, ""), err
     assert status_two == 0 and out_two.count("1 users for 2 processes") == 2, err_two
-    one, first, second = (utils.load_pickle(tmp_path / name) if utils.ARCHIVES else torch.load(tmp_path / name)
+    one, first, second = (lore.files.load_pickle(tmp_path / name) if lore.files.ARCHIVES else torch.load(tmp_path / name)
                           for name in ("one.0", "two.0", "two.1"))
     for key, fits in one.items():
         for (w, V, loss), of_first, of_second in zip(fits, first[key], second[key], strict=True):

@@ -12,6 +12,8 @@ import tldr
 from demos import EMBEDDINGS, build_model, plain, quick, results_in, rows_in, state_alone, write_rows
 from helpers import ROOT, call, load_script, refused
 
+import lore.reward_model
+import lore.rows
 import utils
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -90,7 +92,7 @@ def test_messages_are_embedded_as_conversations_and_may_repeat_the_prompt(monkey
             for user in "abcd" for split in ("train", "test") for prompt, chosen, rejected in (
                 (asked, answers[0], answers[1]), (asked, asked + answers[0], "No more."), ("One?", "Two.", "No more."))]
     train, _ = prepared(monkeypatch, model, write_rows(tmp_path / "mine.jsonl", rows), tmp_path)
-    backbone, tokenizer = utils.load_reward_model(str(model), "cpu")
+    backbone, tokenizer = lore.reward_model.load_reward_model(str(model), "cpu")
     conversations = [said("One?", "Two.", "Three?", "Four.")] * 2 + [said("One?", "Two.")]
     for pair, conversation in zip(train["a"], conversations, strict=True):
         for side, alone in (("winning", conversation), ("losing", [*conversation[:-1], *answers[1]])):
@@ -180,7 +182,7 @@ def test_messages_in_a_csv_file_are_messages_and_other_texts_stay(tmp_path, text
     texts = {"user": "ada", "prompt": "[{" + "-" * 200_000 + "1", "chosen": '[{"name": "Ada"}]', "rejected": "[{1}]"}
     mixed = {**texts, "prompt": "[{'a': 1}, 5]"}
     pd.DataFrame([said, texts, mixed]).to_csv(tmp_path / "mine.csv", index=False)
-    one, two, three = (row for _, row in utils.parse_rows(tldr.rows_of(tmp_path / "mine.csv"), tldr.OwnComparison, "own"))
+    one, two, three = (row for _, row in lore.rows.parse_rows(tldr.rows_of(tmp_path / "mine.csv"), tldr.OwnComparison, "own"))
     assert one.parts() == ("ada", SAID["user"], SAID["assistant"], "[sic] no")
     assert two.parts() == tuple(texts.values()) and three.parts() == tuple(mixed.values())
 
@@ -188,7 +190,7 @@ def test_messages_in_a_csv_file_are_messages_and_other_texts_stay(tmp_path, text
 def test_a_text_in_json_lines_that_looks_like_messages_is_a_text(tmp_path):
     said = {"user": "ada", "prompt": "As JSON?", "chosen": json.dumps(SAID["assistant"]), "rejected": '[{"name": "Ada"}]'}
     path = write_rows(tmp_path / "mine.jsonl", [said])
-    (_, row), = utils.parse_rows(tldr.rows_of(path), tldr.OwnComparison, "own")
+    (_, row), = lore.rows.parse_rows(tldr.rows_of(path), tldr.OwnComparison, "own")
     assert row.parts() == tuple(said.values())
 
 

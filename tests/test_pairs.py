@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import input_error, random_users
 
+import lore.rows
 import utils
 from utils import Pairs
 
@@ -34,7 +35,7 @@ def found_in(folder, *names):
     """The names of the files of each split in a folder that holds these."""
     for name in names:
         (folder / name).write_bytes(b"")
-    return {split: [path.name for path in paths] for split, paths in utils.split_files(folder, **WORDS).items()}
+    return {split: [path.name for path in paths] for split, paths in lore.rows.split_files(folder, **WORDS).items()}
 
 
 @pytest.mark.parametrize("names", [
@@ -66,7 +67,7 @@ def test_an_empty_folder_and_one_that_is_none_are_refused(tmp_path):
         found_in(tmp_path, "readme.md")
     for nowhere in (tmp_path / "nowhere", tmp_path / "readme.md"):
         with input_error(str(nowhere), "no such folder"):
-            utils.split_files(nowhere, **WORDS)
+            lore.rows.split_files(nowhere, **WORDS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,7 +86,7 @@ FORMATS = {
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_gives_the_same_rows_and_says_where_each_stands(tmp_path, name):
     FORMATS[name](tmp_path / name)
-    found = list(utils.read_rows(tmp_path / name))
+    found = list(lore.rows.read_rows(tmp_path / name))
     assert [row for _, row in found] == ROWS
     assert [where for where, _ in found] == [f"{tmp_path / name}, row {i}" for i in range(1, len(ROWS) + 1)]
 
@@ -99,7 +100,7 @@ def test_a_file_that_was_cut_short_is_refused_with_the_row_and_only_where_it_is_
         path.write_bytes(whole[:whole.rindex(b'"')])  # within quotes
     else:
         path.write_bytes(whole[:-5])
-    rows = utils.read_rows(path)
+    rows = lore.rows.read_rows(path)
     if name in ("a.csv", "a.jsonl", "a.jsonl.gz"):  # parquet's directory stands at its end, pandas reads blocks
         assert next(rows)[1] == ROWS[0]
     with input_error(f"{path}, row", "cut short"):
@@ -110,26 +111,26 @@ def test_an_error_page_a_missing_file_and_a_broken_line_are_refused_by_row(tmp_p
     for name in ("a.parquet", "a.jsonl", "a.jsonl.gz", "a.csv.gz"):
         (tmp_path / name).write_bytes(b"<!DOCTYPE html><html>429 Too Many Requests</html>")
         with input_error(f"{tmp_path / name}, row 1", "error page"):
-            list(utils.read_rows(tmp_path / name))
+            list(lore.rows.read_rows(tmp_path / name))
     long = {"text": "x" * 200_000}
     pd.DataFrame([long]).to_csv(tmp_path / "long.csv", index=False)
-    assert [row for _, row in utils.read_rows(tmp_path / "long.csv")] == [long]
+    assert [row for _, row in lore.rows.read_rows(tmp_path / "long.csv")] == [long]
     with input_error("nowhere.csv", "no such file", "--data"):
-        list(utils.read_rows(tmp_path / "nowhere.csv"))
+        list(lore.rows.read_rows(tmp_path / "nowhere.csv"))
     for broken in ('{"a": 1,}', "[" * 100_000, '{"a": 1'):
         (tmp_path / "b.jsonl").write_text('{"a": 1}\n\n' + broken + '\n{"a": 3}\n')
         with input_error("b.jsonl, row 2"):
-            list(utils.read_rows(tmp_path / "b.jsonl"))
+            list(lore.rows.read_rows(tmp_path / "b.jsonl"))
     for shifted, named in (("a,b\n1,2\n3,4,5\n", "row 2"), ("a,b\n1,2,3\n4,5,6\n", "row 1"), ("a,a\n1,2\n", "twice")):
         (tmp_path / "b.csv").write_text(shifted)
         with input_error("b.csv", named):
-            list(utils.read_rows(tmp_path / "b.csv"))
+            list(lore.rows.read_rows(tmp_path / "b.csv"))
     for name in ("b.tsv", "b.JSONL", "b.json"):
         with input_error(name, ".jsonl"):
-            list(utils.read_rows(tmp_path / name))
+            list(lore.rows.read_rows(tmp_path / name))
     (tmp_path / "b.jsonl").write_bytes(b'{"a": "\xff"}\n')  # no UTF-8
     with input_error("b.jsonl, row 1"):
-        list(utils.read_rows(tmp_path / "b.jsonl"))
+        list(lore.rows.read_rows(tmp_path / "b.jsonl"))
 
 
 class Inner(pydantic.BaseModel):
@@ -145,7 +146,7 @@ class Outer(pydantic.BaseModel):
     ({"inner": {"n": "x"}, "name": "a"}, "inner.n"), ({"inner": {}, "name": "a"}, "inner.n"), ([1], "the row"),
     ({"inner": {"n": 1}, "name": 5}, "name"), ({"inner": None, "name": "a\nb" * 500}, "inner")], ids=str)
 def test_a_row_of_another_schema_is_refused_by_file_row_and_field(row, field):
-    rows = utils.parse_rows([("file.csv, row 1", {"inner": {"n": "3"}, "name": "a"}), ("file.csv, row 2", row)], Outer,
+    rows = lore.rows.parse_rows([("file.csv, row 1", {"inner": {"n": "3"}, "name": "a"}), ("file.csv, row 2", row)], Outer,
                             "some/dataset")
     assert next(rows) == ("file.csv, row 1", Outer(inner=Inner(n=3), name="a"))
     with input_error("file.csv, row 2: " + field + ":", "some/dataset"):
@@ -160,7 +161,7 @@ def test_rows_of_the_hub_are_named_after_their_own_split(monkeypatch):
         return {"train": [{"a": 1}, {"a": 2}], "test": [{"a": 3}]}
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    rows = utils.hub_rows("some/dataset", revision="x")
+    rows = lore.rows.hub_rows("some/dataset", revision="x")
     assert {split: list(of_split) for split, of_split in rows.items()} == {
         "train": [("some/dataset, train, row 1", {"a": 1}), ("some/dataset, train, row 2", {"a": 2})],
         "test": [("some/dataset, test, row 1", {"a": 3})]}
@@ -171,7 +172,7 @@ def test_rows_of_the_hub_are_named_after_their_own_split(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=not_served))
     with pytest.raises(utils.InputError, match="some/dataset.*ConnectionError.*--data"):
-        utils.hub_rows("some/dataset")
+        lore.rows.hub_rows("some/dataset")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,11 +292,11 @@ def test_features_of_one_array_are_its_users_and_a_number_is_none():
 
 
 def test_many_pairs_with_equal_sides_are_warned_about(capsys):
-    utils.warn_of_equal_sides("train", 0, 1000)
+    lore.rows.warn_of_equal_sides("train", 0, 1000)
     assert capsys.readouterr().out == ""
-    utils.warn_of_equal_sides("train", 10, 1000)
+    lore.rows.warn_of_equal_sides("train", 10, 1000)
     assert "train: 10 of 1,000 pairs" in (out := capsys.readouterr().out) and "warning" not in out
-    utils.warn_of_equal_sides("train", 11, 1000)
+    lore.rows.warn_of_equal_sides("train", 11, 1000)
     assert "warning" in capsys.readouterr().out
 
 

@@ -18,6 +18,9 @@ from helpers import ROOT, call, load_script, refused, sign_again
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import lore.embedding_files
+import lore.files
+import lore.reward_model
 import utils
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -149,12 +152,12 @@ def test_files_hold_the_scores_of_the_rows_and_the_head(ran):
         with safe_open(ran.folder / f"{split}.safetensors", "pt") as file:
             assert json.loads(file.metadata()["about"])["scorers"] == list(SCORERS)
         assert f"{split}: {prompts:,} prompts, {8 * prompts:,} responses" in ran.printed["prepare"]
-    head = load_file(ran.folder / utils.HEAD_FILE)["reward_head"]
+    head = load_file(ran.folder / lore.embedding_files.HEAD_FILE)["reward_head"]
     assert torch.equal(head, load_file(ran.model / "model.safetensors")["score.weight"].T.float())
 
 
 def test_response_j_of_prompt_i_is_row_8_i_plus_j(ran):
-    model, tokenizer = utils.load_reward_model(ran.model, device="cpu")
+    model, tokenizer = lore.reward_model.load_reward_model(ran.model, device="cpu")
     for split, prompts in (("train", (0, 239)), ("test", (59,))):
         rows, table = rows_of(ran, split), load_file(ran.folder / f"{split}.safetensors")["embeddings"].float()
         for i in prompts:
@@ -195,7 +198,7 @@ def test_bases_have_a_column_a_rank_and_weights_that_sum_to_one(ran):
             "V": (D, columns), "W": (N, columns), "W_unseen": (N_UNSEEN, columns)}
         for name in ("W", "W_unseen"):
             torch.testing.assert_close(tensors[name].sum(1), torch.ones(len(tensors[name])))
-    head = load_file(ran.folder / utils.HEAD_FILE)["reward_head"]
+    head = load_file(ran.folder / lore.embedding_files.HEAD_FILE)["reward_head"]
     assert torch.equal(load_file(ran.folder / "results" / "K_0.safetensors")["V"], head)
     with safe_open(ran.folder / "results" / "K_3.safetensors", "pt") as file:
         about = json.loads(file.metadata()["about"])
@@ -304,7 +307,7 @@ def test_a_hub_of_another_size_is_warned_about_and_its_rows_are_named(monkeypatc
     out = capsys.readouterr().out
     assert "warning: the full train split has 9,402 prompts" in out
     assert "warning: the full test split has 1,000 prompts" in out
-    with safe_open(tmp_path / utils.HEAD_FILE, "pt") as file:
+    with safe_open(tmp_path / lore.embedding_files.HEAD_FILE, "pt") as file:
         assert json.loads(file.metadata()["about"])["data"] == personalllm.DATASET
     for split in splits:
         serve_hub(monkeypatch, **{**splits, split: [splits[split][0], {**splits[split][1], "prompt": None}]})
@@ -332,7 +335,7 @@ def test_other_embeddings_are_replaced_only_with_overwrite(monkeypatch, capsys, 
     call(monkeypatch, script("prepare"), *options, "--overwrite")
     assert load_file(embeddings / "train.safetensors")["scores"].shape == (3, 8, 10)
     refused(monkeypatch, capsys, script("prepare"), options[:-2], "--overwrite")
-    (embeddings / utils.HEAD_FILE).unlink()  # files of the released script come without
+    (embeddings / lore.embedding_files.HEAD_FILE).unlink()  # files of the released script come without
     refused(monkeypatch, capsys, script("prepare"), options, "--overwrite")
 
 
@@ -392,7 +395,7 @@ def released(monkeypatch, ran, embeddings, trainer):
     """Embeddings alone, in files without metadata, and the demo's sizes, of which they do not speak."""
     for name in FILES:
         save_file({"embeddings": load_file(embeddings / name)["embeddings"]}, embeddings / name)
-    (embeddings / utils.HEAD_FILE).unlink()
+    (embeddings / lore.embedding_files.HEAD_FILE).unlink()
     quick(monkeypatch, trainer, MODEL_NAME=str(ran.model), N=N, N_unseen=N_UNSEEN, fractions=(0.1, 0.05, 1.0))
     return embeddings
 
@@ -428,7 +431,7 @@ def test_files_of_the_versions_before_load(monkeypatch, tmp_path, trainer):
     about = {"identity": {"model": "m", "reward_head": hashlib.sha256(json.dumps(torch.ones(4, 1).tolist()).encode()).hexdigest(), "data": "1" * 64}, "model": "m", "data": "d",
              "demo": True, "files": {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
                                      for name in FILES}}
-    save_file({"reward_head": torch.ones(4, 1)}, tmp_path / utils.HEAD_FILE, {"about": json.dumps(about)})
+    save_file({"reward_head": torch.ones(4, 1)}, tmp_path / lore.embedding_files.HEAD_FILE, {"about": json.dumps(about)})
     call(monkeypatch, trainer, "--dir", tmp_path)
     results = results_in(tmp_path)
     assert results["config"]["data"] == "PersonalLLM (d)" and results["identity"] == about["identity"]
@@ -440,10 +443,10 @@ def test_files_of_the_versions_before_load(monkeypatch, tmp_path, trainer):
 
 def spoil(folder, name, change):
     """Apply `change` to the dict of tensors in a file; what the file says of itself stays."""
-    tensors, about = utils.load_tensors(folder / name)
+    tensors, about = lore.files.load_tensors(folder / name)
     change(tensors)
-    utils.save_tensors(folder / name, tensors, **about)
-    if name != utils.HEAD_FILE:
+    lore.files.save_tensors(folder / name, tensors, **about)
+    if name != lore.embedding_files.HEAD_FILE:
         sign_again(folder)
 
 
@@ -466,19 +469,19 @@ def test_spoilt_embeddings_are_named_and_nothing_written(monkeypatch, capsys, em
 
 def test_embeddings_of_another_run_and_heads_of_another_width_or_with_nan_are_named(monkeypatch, capsys, embeddings,
                                                                                    trainer):
-    path, head = embeddings / "test.safetensors", embeddings / utils.HEAD_FILE
+    path, head = embeddings / "test.safetensors", embeddings / lore.embedding_files.HEAD_FILE
     whole = head.read_bytes()
     for change, named in ((lambda t: t.update(reward_head=t["reward_head"][:32]), ["(32, 1)", "d = 64"]),
-                          (lambda t: t["reward_head"][5].fill_(float("nan")), [utils.HEAD_FILE])):
-        spoil(embeddings, utils.HEAD_FILE, change)
+                          (lambda t: t["reward_head"][5].fill_(float("nan")), [lore.embedding_files.HEAD_FILE])):
+        spoil(embeddings, lore.embedding_files.HEAD_FILE, change)
         refused(monkeypatch, capsys, trainer, ["--dir", embeddings], "reward head", *named)
         head.write_bytes(whole)
-    tensors, about = utils.load_tensors(path)
-    utils.save_tensors(path, {**tensors, "embeddings": tensors["embeddings"] + 1}, **about)
+    tensors, about = lore.files.load_tensors(path)
+    lore.files.save_tensors(path, {**tensors, "embeddings": tensors["embeddings"] + 1}, **about)
     refused(monkeypatch, capsys, trainer, ["--dir", embeddings], path, "another run")
 
 
-@pytest.mark.parametrize("name", [*FILES, utils.HEAD_FILE])
+@pytest.mark.parametrize("name", [*FILES, lore.embedding_files.HEAD_FILE])
 def test_truncated_and_missing_files_are_named(monkeypatch, capsys, embeddings, trainer, name):
     path = embeddings / name
     content = path.read_bytes()
@@ -486,7 +489,7 @@ def test_truncated_and_missing_files_are_named(monkeypatch, capsys, embeddings, 
     refused(monkeypatch, capsys, trainer, ["--dir", embeddings], path, "write it again")
     assert path.read_bytes() == content[:len(content) // 2]
     path.unlink()
-    if name != utils.HEAD_FILE:  # without it the head is read from the checkpoint
+    if name != lore.embedding_files.HEAD_FILE:  # without it the head is read from the checkpoint
         refused(monkeypatch, capsys, trainer, ["--dir", embeddings], path, "prepare.py")
     assert not (embeddings / "results").exists()
 
@@ -531,7 +534,7 @@ def test_tied_prompts_are_dropped_and_counted(monkeypatch, capsys, ran, embeddin
     results = results_in(embeddings)
     assert results["config"]["pairs_dropped"] == 2 * (N + N_UNSEEN)
     reward = load_file(embeddings / "test.safetensors")["embeddings"].double() @ load_file(
-        embeddings / utils.HEAD_FILE)["reward_head"].double()[:, 0]
+        embeddings / lore.embedding_files.HEAD_FILE)["reward_head"].double()[:, 0]
     rows = rows_of(ran, "test")
     for i, w in enumerate(load_file(embeddings / "results" / "population.safetensors")["unseen"][:5]):
         right = [float(reward[best] > reward[worst]) for place, (best, worst) in

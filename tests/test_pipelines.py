@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import input_error, planted_basis, planted_pairs, planted_weights
 
+import lore.files
 import utils
 from utils import LoRe, LoRe_regularized, Pairs, PersonalizeBatch, evaluate_model, run, run_few_shot_vary_shots
 
@@ -415,12 +416,13 @@ def test_an_interruption_keeps_the_state_of_the_training_that_was_done(tmp_path,
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    unbroken, path = sweep()[2], tmp_path / utils.CHECKPOINT_FILE
+    unbroken, path = sweep()[2], tmp_path / lore.files.CHECKPOINT_FILE
+    checkpoint = lore.files.TrainingCheckpoint(path)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(utils, "fit_users", killed)
-        sweep(checkpoint=path)
-    assert utils.load_pickle(path)["iterations"] == 60
-    _, printed, fits = sweep(checkpoint=path)
+        sweep(checkpoint=checkpoint)
+    assert lore.files.load_pickle(path)["iterations"] == 60
+    _, printed, fits = sweep(checkpoint=checkpoint)
     assert "resuming the training after 60 iterations" in printed
     assert all(torch.equal(fit.V, same.V) and torch.equal(fit.W, same.W) for fit, same in zip(fits, unbroken))
 
@@ -501,9 +503,7 @@ ARGUMENTS = {  # of design.md, section 2: in this order, by these names; others 
     "simulate_population": "reward_tensor features W", "generate_population": "alpha N",
     "generate_popupulation": "alpha N", "create_sparse_tensor": "dense_tensor sample_percentage",
     "create_dataset_prism": "embeddings", "create_dataset_prism_shots": "embeddings shots",
-    "load_reward_model": "model_name device", "load_reward_head": "model_name",
-    "embed_conversations": "conversations model tokenizer", "Pairs": "embeddings chosen rejected",
-    "load_pickle": "path"}
+    "Pairs": "embeddings chosen rejected"}
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)

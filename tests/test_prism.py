@@ -21,7 +21,9 @@ from demos import (EMBEDDINGS, FINAL, content_of, interrupted, plain, printed, q
 from helpers import ROOT, call, fresh_process, input_error, load_script, outcome, refused, sign_again
 from safetensors.torch import load_file, save_file
 
-import utils
+import lore.embedding_files
+import lore.files
+import lore.reward_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SCRIPTS = ROOT / "PRISM"
@@ -352,7 +354,7 @@ def test_other_rows_are_replaced_only_with_overwrite(monkeypatch, capsys, tmp_pa
 
 def test_every_response_reaches_the_tokenizer_as_prose_and_its_embedding_is_the_models(monkeypatch, ran, tmp_path):
     call(monkeypatch, script("prepare"), "--data", ran.data, "--dir", tmp_path, "--limit", 12)
-    module, texts, load_tokenizer = script(GENERATE), [], utils.load_tokenizer
+    module, texts, load_tokenizer = script(GENERATE), [], lore.reward_model.load_tokenizer
 
     def load(*arguments, **options):
         tokenizer = load_tokenizer(*arguments, **options)
@@ -365,14 +367,15 @@ def test_every_response_reaches_the_tokenizer_as_prose_and_its_embedding_is_the_
         monkeypatch.setattr(tokenizer, "apply_chat_template", recorded)
         return tokenizer
 
-    monkeypatch.setattr(utils, "load_tokenizer", load)
+    monkeypatch.setattr(lore.reward_model, "load_tokenizer", load)
+    monkeypatch.setattr(lore.embedding, "load_tokenizer", load)
     call(monkeypatch, module, "--dir", tmp_path, "--model", ran.model)
     assert texts and not any(bracket in text for text in texts for bracket in "[]")
     last = {text.split("<|end_header_id|>")[-1].strip().removesuffix("<|eot_id|>") for text in texts}
     rows = [row for rows in rows_of(tmp_path) for row in rows]
     for row in rows:
         assert {row["extra_info"]["chosen_utterance"], *row["extra_info"]["rejected_utterance"]} <= last
-    backbone, tokenizer = utils.load_reward_model(ran.model, device="cpu")
+    backbone, tokenizer = lore.reward_model.load_reward_model(ran.model, device="cpu")
     row = max(rows, key=lambda row: len(row["extra_info"]["rejected_utterance"]))
     info = row["extra_info"]
     assert info["pair_format"] == prism.PAIR_FORMAT and info["rejected_conv_embedding"].shape == (3, 64)
@@ -394,7 +397,7 @@ def test_embedding_resumes_from_its_cache_and_finished_files_are_recognised(monk
     finished = content_of(tmp_path)
     call(monkeypatch, module, *options)
     assert "finished already" in capsys.readouterr().out
-    (tmp_path / utils.HEAD_FILE).unlink()  # files of the released script come without
+    (tmp_path / lore.embedding_files.HEAD_FILE).unlink()  # files of the released script come without
     refused(monkeypatch, capsys, module, options, TRAIN, "--overwrite")
     assert {**finished, **content_of(tmp_path)} == finished
 
@@ -434,7 +437,7 @@ def spoil(folder, change, name=TRAIN):
     """Apply `change` to the rows of one of the embedding files."""
     rows = torch.load(folder / name, weights_only=True)
     change(rows)
-    utils.save_torch(folder / name, rows)
+    lore.files.save_torch(folder / name, rows)
     sign_again(folder)
 
 
@@ -447,7 +450,7 @@ def as_released(rows):
 def test_released_embeddings_are_read_and_called_malformed(monkeypatch, capsys, ran, embeddings, trainer):
     for name in (TRAIN, TEST):
         spoil(embeddings, as_released, name)
-    (embeddings / utils.HEAD_FILE).unlink()
+    (embeddings / lore.embedding_files.HEAD_FILE).unlink()
     quick(monkeypatch, trainer, MODEL_NAME=str(ran.model), K_list=[0, 2], num_iterations=5)
     call(monkeypatch, trainer, "--dir", embeddings)
     train, test = rows_of(embeddings)
@@ -459,7 +462,7 @@ def test_released_embeddings_are_read_and_called_malformed(monkeypatch, capsys, 
 
 
 @pytest.mark.parametrize("archive", [pytest.param(True, marks=pytest.mark.skipif(
-    not utils.ARCHIVES, reason="archives are refused on this torch")), False])
+    not lore.files.ARCHIVES, reason="archives are refused on this torch")), False])
 def test_files_of_the_versions_before_load(monkeypatch, tmp_path, trainer, archive):
     """A head with its metadata and rows as an earlier version's torch.save wrote them."""
     generator = torch.Generator().manual_seed(0)
@@ -473,7 +476,7 @@ def test_files_of_the_versions_before_load(monkeypatch, tmp_path, trainer, archi
     about = {"identity": {"model": "m", "reward_head": hashlib.sha256(json.dumps(torch.ones(4, 1).tolist()).encode()).hexdigest(), "data": "1" * 64}, "model": "m", "data": "d",
              "demo": False, "files": {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
                                       for name in (TRAIN, TEST)}}
-    save_file({"reward_head": torch.ones(4, 1)}, tmp_path / utils.HEAD_FILE, {"about": json.dumps(about)})
+    save_file({"reward_head": torch.ones(4, 1)}, tmp_path / lore.embedding_files.HEAD_FILE, {"about": json.dumps(about)})
     call(monkeypatch, trainer, "--dir", tmp_path)
     results = results_in(tmp_path)
     assert results["config"]["data"] == "PRISM (d)" and results["identity"] == about["identity"]
@@ -583,11 +586,11 @@ def rewardbench(ran, tmp_path_factory):
     """A folder with a random basis and weights of four users in every format; the rows, the basis, the weights."""
     folder, generator = tmp_path_factory.mktemp("rewardbench"), torch.Generator().manual_seed(1)
     basis, weights = torch.randn(64, 3, generator=generator), torch.rand(4, 3, generator=generator).softmax(1)
-    utils.save_torch(folder / "basis.pt", basis)
+    lore.files.save_torch(folder / "basis.pt", basis)
     np.save(folder / "basis.npy", basis.numpy())
-    utils.save_tensors(folder / "basis.safetensors", {"V": basis, "W": weights})  # as before a basis named its model
-    utils.save_tensors(folder / "named.safetensors", {"other": basis, "V": basis * 0})
-    utils.save_torch(folder / "weights.pt", weights)
+    lore.files.save_tensors(folder / "basis.safetensors", {"V": basis, "W": weights})  # as before a basis named its model
+    lore.files.save_tensors(folder / "named.safetensors", {"other": basis, "V": basis * 0})
+    lore.files.save_torch(folder / "weights.pt", weights)
     return folder, rows_in(ran.data / "rewardbench_test.jsonl.gz"), basis, weights
 
 
@@ -609,7 +612,7 @@ def states(rewardbench, ran):
 
     max_tokens: what is left of a conversation, `side` where it is cut.
     """
-    backbone, tokenizer = utils.load_reward_model(ran.model, device="cpu")
+    backbone, tokenizer = lore.reward_model.load_reward_model(ran.model, device="cpu")
 
     @functools.cache
     def computed(subset=None, max_tokens=None, side="left"):
@@ -662,11 +665,11 @@ def test_heads_are_read_from_pt_npy_and_safetensors_and_one_column_is_a_head(tab
     expected = table("--rm_head", folder / "basis.pt", "--user_weights", folder / "weights.pt")
     for head, *more in (("basis.npy",), ("basis.safetensors",), ("named.safetensors", "--head_key", "other")):
         assert table("--rm_head", folder / head, *more, "--user_weights", folder / "basis.safetensors") == expected
-    utils.save_torch(tmp_path / "column.pt", basis[:, 1].clone())
+    lore.files.save_torch(tmp_path / "column.pt", basis[:, 1].clone())
     assert table("--rm_head", tmp_path / "column.pt")["reward head"] == pytest.approx(expected["column 1"], abs=1e-5)
-    utils.save_torch(tmp_path / "head.pt", load_file(ran.model / "model.safetensors")["score.weight"])
+    lore.files.save_torch(tmp_path / "head.pt", load_file(ran.model / "model.safetensors")["score.weight"])
     assert table("--mode", "seqclf") == table("--mode", "lmhead", "--rm_head", tmp_path / "head.pt") == table()
-    utils.save_torch(tmp_path / "zero.pt", torch.zeros(64))  # all four answers share the top
+    lore.files.save_torch(tmp_path / "zero.pt", torch.zeros(64))  # all four answers share the top
     assert table("--rm_head", tmp_path / "zero.pt", "--subset", "Math")["reward head"]["Math"] == 0.25
 
 
@@ -715,9 +718,9 @@ def test_the_demos_own_basis_is_scored_and_one_of_another_model_refused(monkeypa
     printed_rows = [line.split() for line in out.splitlines()[-len(rows):]]
     assert [[" ".join(cells[:-2]), *cells[-2:]] for cells in printed_rows] == [
         [row[0], *(f"{float(score):.4f}" for score in row[1:])] for row in rows]
-    tensors, about = utils.load_tensors(own)
+    tensors, about = lore.files.load_tensors(own)
     about["identity"].update(model="another/model", reward_head=hashlib.sha256(b"another").hexdigest())
-    utils.save_tensors(tmp_path / "foreign.safetensors", tensors, **about)
+    lore.files.save_tensors(tmp_path / "foreign.safetensors", tensors, **about)
     foreign = tmp_path / "foreign.safetensors"
     for head in (["--rm_head", foreign], ["--rm_head", rewardbench[0] / "basis.pt", "--user_weights", foreign]):
         refused(monkeypatch, capsys, module, [*options, *head], foreign, "another/model")
@@ -740,14 +743,14 @@ def test_the_demos_own_basis_is_scored_and_one_of_another_model_refused(monkeypa
 def test_unusable_heads_and_options_are_one_line(monkeypatch, capsys, tmp_path, rewardbench, ran, arguments, named):
     for name in ("basis.pt", "basis.safetensors"):
         shutil.copy(rewardbench[0] / name, tmp_path)
-    utils.save_torch(tmp_path / "wide.pt", torch.ones(32, 2))
-    utils.save_torch(tmp_path / "nan.pt", torch.full((64, 1), float("nan")))
-    utils.save_torch(tmp_path / "complex.pt", torch.ones(64, 1, dtype=torch.complex64))
-    utils.save_torch(tmp_path / "empty.pt", torch.ones(64, 0))
-    tensors, about = utils.load_tensors(tmp_path / "basis.safetensors")
-    columns = utils.load_pickle(tmp_path / "basis.pt").shape[1]
-    utils.save_torch(tmp_path / "scaled.pt", torch.full((5, columns), 2.0))
-    utils.save_tensors(tmp_path / "other_seed.safetensors", {"W": torch.full((5, columns), 1 / columns)}, seed=17)
+    lore.files.save_torch(tmp_path / "wide.pt", torch.ones(32, 2))
+    lore.files.save_torch(tmp_path / "nan.pt", torch.full((64, 1), float("nan")))
+    lore.files.save_torch(tmp_path / "complex.pt", torch.ones(64, 1, dtype=torch.complex64))
+    lore.files.save_torch(tmp_path / "empty.pt", torch.ones(64, 0))
+    tensors, about = lore.files.load_tensors(tmp_path / "basis.safetensors")
+    columns = lore.files.load_pickle(tmp_path / "basis.pt").shape[1]
+    lore.files.save_torch(tmp_path / "scaled.pt", torch.full((5, columns), 2.0))
+    lore.files.save_tensors(tmp_path / "other_seed.safetensors", {"W": torch.full((5, columns), 1 / columns)}, seed=17)
     (tmp_path / "text.npy").write_text("no array")
     (tmp_path / "cut.safetensors").write_bytes((rewardbench[0] / "basis.safetensors").read_bytes()[:100])
     arguments = [tmp_path / a if "." in str(a) and "/" not in str(a) else a for a in arguments]

@@ -13,8 +13,14 @@ import torch
 from helpers import fresh_process, outcome, random_users
 from matplotlib.figure import Figure
 
+import lore.files
+import lore.pictures
+import lore.results
 import utils
-from utils import SETTINGS, evidence, load_tensors, save_few_shot_curves
+from lore.evidence import evidence
+from lore.files import load_tensors
+from lore.results import save_few_shot_curves
+from utils import SETTINGS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,7 +51,7 @@ def fits(data):
 
 
 def save_results(folder, fits, data, config, seconds=1.0):
-    return utils.save_results(folder, fits, data, ABOUT, config, seconds, evidence(fits, data, torch.ones(d, 1)))
+    return lore.results.save_results(folder, fits, data, ABOUT, config, seconds, evidence(fits, data, torch.ones(d, 1)))
 
 
 def strict_json(path):
@@ -116,7 +122,7 @@ def test_a_saved_basis_gives_the_accuracies_again_and_names_its_model_and_data(t
 
 
 def test_files_of_an_earlier_sweep_and_the_state_of_the_training_go_and_others_stay(tmp_path, data, fits):
-    for name in ("K_7.safetensors", "K_3_seed_1.safetensors", "notes.txt", "vary_fewshot.json", utils.CHECKPOINT_FILE):
+    for name in ("K_7.safetensors", "K_3_seed_1.safetensors", "notes.txt", "vary_fewshot.json", lore.files.CHECKPOINT_FILE):
         (tmp_path / name).write_text("old")
     save_results(tmp_path, fits, data, {})
     assert set(os.listdir(tmp_path)) == {"K_0.safetensors", "K_1.safetensors", "K_3.safetensors", "results.json",
@@ -155,7 +161,7 @@ def test_a_failure_leaves_the_results_of_before_and_nothing_else(tmp_path, data,
 def test_the_closing_table_has_the_reference_once_and_means_over_users_and_seeds(tmp_path, data, capsys):
     fits = swept(data, [0, 2], [0, 0.5], [0, 1])
     results = save_results(tmp_path, fits, data, {})
-    utils.print_results(results)
+    lore.results.print_results(results)
     head, *rows = capsys.readouterr().out.strip().split("\n\n")[0].splitlines()
     assert head.split()[:2] == ["K", "alpha"]
     expected = [["ref", "-"], ["2", "0"], ["2", "0.5"]]
@@ -184,7 +190,7 @@ def test_the_report_says_the_verdict_first_and_the_csv_has_a_row_per_model(tmp_p
 
 @pytest.mark.parametrize("released", [False, True])
 def test_the_picture_shows_the_mean_and_the_band_of_every_setting(tmp_path, data, fits, drawn, monkeypatch, released):
-    monkeypatch.setattr(utils, "RELEASED_BAND", released)
+    monkeypatch.setattr(lore.pictures, "RELEASED_BAND", released)
     results = save_results(tmp_path, fits, data, {})
     for name in ("accuracy_by_rank", "personal_part"):
         assert is_a_picture(tmp_path / f"{name}.png") and (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
@@ -216,7 +222,7 @@ ABOUT_A_PICTURE = {"config": {"data": "of"}, "counts": {"seen users": 3, "unseen
 
 def picture_of(*means):
     """A picture of curves that are level."""
-    return utils._picture(ABOUT_A_PICTURE, [{"row": "accuracy", "column": "a", "line": str(i), "x": x, "mean": mean,
+    return lore.pictures._picture(ABOUT_A_PICTURE, [{"row": "accuracy", "column": "a", "line": str(i), "x": x, "mean": mean,
                                              "low": mean - 0.1, "high": mean + 0.1}
                                             for i, mean in enumerate(means) for x in (0, 1)], "x")
 
@@ -230,14 +236,14 @@ def test_names_in_a_picture_do_not_lie_over_each_other():
 
 
 NOTEBOOK = """
-import os, sys, utils
+import os, sys, lore.pictures, lore.results, utils
 assert not {"matplotlib", "scipy.stats", "scipy.optimize", "sklearn"} & sys.modules.keys()  # each takes a second
 for name in ("module://of_a_notebook", "no backend"):
     if os.fork() == 0:
         os.environ["MPLBACKEND"] = name
         about = {"config": {"data": "of"}, "counts": {"seen users": 3, "unseen users": 2}, "seeds": [0]}
         point = {"row": "accuracy", "column": "a", "line": "b", "rank K": 2, "mean": 0.5, "low": 0.4, "high": 0.75}
-        utils.save_picture(sys.argv[1], name[:6], utils._picture(about, [point], "rank K"))
+        lore.pictures.save_picture(sys.argv[1], name[:6], lore.pictures._picture(about, [point], "rank K"))
         break
     os.wait()
 """
@@ -267,7 +273,7 @@ OF_USERS = [{"K": K, "alpha": alpha, "shots": shots, **{s: np.random.default_rng
 
 
 def test_the_curves_are_told_apart_and_say_what_they_are_of(tmp_path, data, drawn, capsys):
-    (tmp_path / utils.FEW_SHOT_CHECKPOINT_FILE).write_text("state")
+    (tmp_path / lore.files.FEW_SHOT_CHECKPOINT_FILE).write_text("state")
     (tmp_path / "results.json").write_text("of the sweep")
     save_few_shot_curves(tmp_path, curves(), OF_USERS, data, ABOUT, CONFIG)
     assert set(os.listdir(tmp_path)) == {"results.json", *map("vary_fewshot.{}".format, (

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -27,7 +26,9 @@ from helpers import ROOT, call, input_error, load_script, refused, sign_again
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import utils
+import lore.embedding_files
+import lore.files
+import lore.reward_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SCRIPTS = ROOT / "RedditTLDR"
@@ -52,7 +53,7 @@ def pickles_in(folder):
 
 def found_in(folder):
     """The pickles and the head of a folder, to be compared."""
-    return plain([*pickles_in(folder), load_file(folder / utils.HEAD_FILE)])
+    return plain([*pickles_in(folder), load_file(folder / lore.embedding_files.HEAD_FILE)])
 
 
 def data_of(folder, rows, train="train.jsonl", validation="validation.jsonl"):
@@ -138,7 +139,7 @@ def test_pickles_have_the_released_format_and_the_models_embeddings(ran, rows):
     train, validation = pickles_in(ran.folder)
     assert {worker: [tuple(pair[key] for key in ("text", "winning_summary", "losing_summary")) for pair in pairs]
             for worker, pairs in train.items()} == expected
-    model, tokenizer = utils.load_reward_model(ran.model, device="cpu")
+    model, tokenizer = lore.reward_model.load_reward_model(ran.model, device="cpu")
     for by_worker in (train, validation):
         counts = list(map(len, by_worker.values()))
         assert counts == sorted(counts)
@@ -180,8 +181,8 @@ def test_results_and_closing_table_agree_with_the_saved_tensors_and_the_pickles(
 
 
 def test_a_basis_names_its_model_its_data_and_its_settings(ran):
-    head = load_file(ran.folder / utils.HEAD_FILE)["reward_head"]
-    with safe_open(ran.folder / utils.HEAD_FILE, "pt") as file:
+    head = load_file(ran.folder / lore.embedding_files.HEAD_FILE)["reward_head"]
+    with safe_open(ran.folder / lore.embedding_files.HEAD_FILE, "pt") as file:
         identity = json.loads(file.metadata()["about"])["identity"]
     assert identity["reward_head"] == hashlib.sha256(json.dumps(head.tolist()).encode()).hexdigest()
     for K in range(7):
@@ -330,10 +331,10 @@ def test_a_failed_save_leaves_the_results_of_the_run_before_and_the_training(mon
         def full(path, content):
             raise OSError(28, "No space left on device", str(path))
 
-        patch.setattr(utils, "save_json", full)
+        patch.setattr(lore.results, "save_json", full)
         refused(monkeypatch, capsys, module, ["--dir", embeddings], "results.json", "No space")
     after = content_of(embeddings / "results")
-    assert after.pop(utils.CHECKPOINT_FILE) and after == before
+    assert after.pop(lore.files.CHECKPOINT_FILE) and after == before
     call(monkeypatch, module, "--dir", embeddings)
     assert "after 20 iterations" in capsys.readouterr().out
     assert content_of(embeddings / "results").keys() == before.keys()
@@ -504,18 +505,18 @@ def test_finished_embeddings_are_recognised_and_replaced_only_with_overwrite(mon
     assert found_in(embeddings) == found_in(ran.folder)
     call(monkeypatch, script("prepare"), *options, "--limit", "40", "--overwrite")
     assert sum(map(len, pickles_in(embeddings)[0].values())) == 40
-    (embeddings / utils.HEAD_FILE).unlink()  # pickles of the released script come without
+    (embeddings / lore.embedding_files.HEAD_FILE).unlink()  # pickles of the released script come without
     refused(monkeypatch, capsys, script("prepare"), options, "--overwrite")
 
 
 def test_finished_embeddings_from_before_digests_of_the_model_stay_valid(monkeypatch, capsys, ran, embeddings):
-    tensors, about = utils.load_tensors(embeddings / utils.HEAD_FILE)
+    tensors, about = lore.files.load_tensors(embeddings / lore.embedding_files.HEAD_FILE)
     del about["identity"]["weights"], about["identity"]["tokenizer"], about["embedding"]
-    utils.save_tensors(embeddings / utils.HEAD_FILE, tensors, **about)
+    lore.files.save_tensors(embeddings / lore.embedding_files.HEAD_FILE, tensors, **about)
     call(monkeypatch, script("prepare"), "--demo", "--dir", embeddings)
     assert "finished already" in capsys.readouterr().out
     about["identity"]["data"] = "1" * 64
-    utils.save_tensors(embeddings / utils.HEAD_FILE, tensors, **about)
+    lore.files.save_tensors(embeddings / lore.embedding_files.HEAD_FILE, tensors, **about)
     refused(monkeypatch, capsys, script("prepare"), ["--demo", "--dir", embeddings], "of other data (")
 
 
@@ -612,7 +613,7 @@ def test_the_released_reference_takes_the_heads_place_where_asked_for(monkeypatc
 
 
 def test_released_pickles_without_a_head_and_workers_with_one_pair_are_fine(monkeypatch, ran, embeddings, trainer):
-    (embeddings / utils.HEAD_FILE).unlink()
+    (embeddings / lore.embedding_files.HEAD_FILE).unlink()
     first = ran.results["unseen_users"][0]
     for name in (TRAIN, VALIDATION):
         spoil(embeddings, lambda content: content.update({"tiny 1": content[first][:1], "tiny 2": content[first][:1],
@@ -637,7 +638,7 @@ def test_files_of_the_versions_before_load(monkeypatch, tmp_path, trainer, proto
     about = {"identity": {"model": "m", "reward_head": hashlib.sha256(json.dumps(head.tolist()).encode()).hexdigest(), "data": "1" * 64}, "model": "m", "data": "d",
              "demo": False, "files": {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
                                       for name in (TRAIN, VALIDATION)}}
-    save_file({"reward_head": head}, tmp_path / utils.HEAD_FILE, {"about": json.dumps(about)})
+    save_file({"reward_head": head}, tmp_path / lore.embedding_files.HEAD_FILE, {"about": json.dumps(about)})
     call(monkeypatch, trainer, "--dir", tmp_path)
     assert results_in(tmp_path)["config"]["data"] == "Reddit TL;DR (d)"
     train, *_, found, known = tldr.load_embeddings(tmp_path, None)
@@ -667,7 +668,7 @@ def test_reading_takes_at_most_a_third_more_memory_than_the_files(tmp_path):
                                        for _ in range(100)] for w in range(workers)}
             (tmp_path / kind).mkdir(exist_ok=True)
             size += (tmp_path / kind / name).write_bytes(pickle.dumps(content, 4)) * (kind == "large")
-        utils.save_tensors(tmp_path / kind / utils.HEAD_FILE, {"reward_head": torch.ones(8192, 1)})
+        lore.files.save_tensors(tmp_path / kind / lore.embedding_files.HEAD_FILE, {"reward_head": torch.ones(8192, 1)})
     peak = printed(start_code(PEAK, ROOT, SCRIPTS, tmp_path / "small", tmp_path / "large"))
     assert 0.7 * size < int(peak) < 1.3 * size
 
@@ -702,6 +703,6 @@ def test_real_text_goes_through_the_pipeline(monkeypatch, ran, tmp_path):
 
 
 def test_a_head_other_than_the_one_it_names_is_refused(monkeypatch, capsys, embeddings):
-    tensors, about = utils.load_tensors(embeddings / utils.HEAD_FILE)
-    utils.save_tensors(embeddings / utils.HEAD_FILE, {"reward_head": -tensors["reward_head"]}, **about)
-    refused(monkeypatch, capsys, script("train_basis"), ["--dir", embeddings], utils.HEAD_FILE, "not the one that it names")
+    tensors, about = lore.files.load_tensors(embeddings / lore.embedding_files.HEAD_FILE)
+    lore.files.save_tensors(embeddings / lore.embedding_files.HEAD_FILE, {"reward_head": -tensors["reward_head"]}, **about)
+    refused(monkeypatch, capsys, script("train_basis"), ["--dir", embeddings], lore.embedding_files.HEAD_FILE, "not the one that it names")

@@ -10,9 +10,14 @@ import torch
 from demos import build_model, state_alone
 from helpers import fresh_process, input_error, outcome, planted_basis, planted_pairs, planted_weights
 
+import lore.embedding
+import lore.export
 import utils
-from utils import (Pairs, best_of_n, export_reward_model, fit_new_user, load_reward_model, personal_reward,
-                   question_curves, question_values)
+from lore.export import export_reward_model
+from lore.questions import fit_new_user, question_curves, question_values
+from lore.reward_model import load_reward_model
+from lore.rewards import best_of_n, personal_reward
+from utils import Pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 D, K = 64, 3
@@ -161,7 +166,7 @@ def test_an_interrupted_export_leaves_nothing(monkeypatch, single, basis, tmp_pa
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(utils, "_prove_export", interrupt)
+    monkeypatch.setattr(lore.export, "_prove_export", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export_reward_model(tmp_path / "export", single, basis[0])
     assert not list(tmp_path.iterdir())
@@ -170,7 +175,7 @@ def test_an_interrupted_export_leaves_nothing(monkeypatch, single, basis, tmp_pa
 @pytest.mark.parametrize("damage", ["head", "pad", "backbone"])
 def test_an_export_whose_logits_are_not_the_rewards_is_refused_and_leaves_nothing(monkeypatch, single, basis, tmp_path,
                                                                                   damage):
-    write = utils._write_checkpoint
+    write = lore.export._write_checkpoint
 
     def spoil(folder, model, tokenizer, pad_name, head):
         write(folder, model, tokenizer, pad_name, head * (1.001 if damage == "head" else 1))
@@ -179,7 +184,7 @@ def test_an_export_whose_logits_are_not_the_rewards_is_refused_and_leaves_nothin
         if damage == "backbone":
             changed(folder / "config.json", num_hidden_layers=1)
 
-    monkeypatch.setattr(utils, "_write_checkpoint", spoil)
+    monkeypatch.setattr(lore.export, "_write_checkpoint", spoil)
     with input_error("nothing was written"):
         export_reward_model(tmp_path / "export", single, basis[0])
     assert not list(tmp_path.iterdir())
@@ -205,8 +210,8 @@ def conversational(text, role):
 
 def test_a_personal_reward_scores_every_completion_for_its_user(monkeypatch, single, basis):
     V, W = basis
-    calls, embed = [], utils.embed_conversations
-    monkeypatch.setattr(utils, "embed_conversations", lambda *arguments, **options: calls.append(options) or embed(
+    calls, embed = [], lore.embedding.embed_conversations
+    monkeypatch.setattr(lore.rewards, "embed_conversations", lambda *arguments, **options: calls.append(options) or embed(
         *arguments, **options))
     reward = personal_reward(single, V, {"ada": W[0], 7: W[1].tolist()}, token_budget=64)
     prompts, completions, users = ["One?", "One?", "Two?"], ["yes", "no", "it is so"], ["ada", 7, "ada"]

@@ -46,6 +46,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import lore.embedding
+import lore.reward_model
+import lore.rows
+import lore.standin
 import utils
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,8 +87,8 @@ def write_checkpoint(folder):
     """A checkpoint of SHAPE in bfloat16, with the stand-in's tokenizer -> words of its vocabulary."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
     texts = [str(row) for path in sorted((ROOT / "RedditTLDR" / "demo").glob("*.jsonl.gz"))
-             for _, row in utils.read_rows(path)]
-    utils.build_standin_model(folder / "standin", texts)
+             for _, row in lore.rows.read_rows(path)]
+    lore.standin.build_standin_model(folder / "standin", texts)
     tokenizer = AutoTokenizer.from_pretrained(folder / "standin")
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
@@ -98,16 +102,16 @@ def write_checkpoint(folder):
 def loading(folder):
     memory = HostMemory()
     torch.cuda.reset_peak_memory_stats()
-    (model, tokenizer), seconds = timed(utils.load_reward_model, str(folder / "model"))
+    (model, tokenizer), seconds = timed(lore.reward_model.load_reward_model, str(folder / "model"))
     memory.over.set()
     print(f"loading: {seconds:.1f} s; the host holds at most {memory.peak:.1f} GB, the GPU "
           f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB; scorer {len(model.reward_scorer)}, {model.dtype}")
-    print(f"identity of the weights: {timed(utils.model_identity, str(folder / 'model'))[1]:.1f} s")
+    print(f"identity of the weights: {timed(lore.reward_model.model_identity, str(folder / 'model'))[1]:.1f} s")
     return model, tokenizer
 
 
 def states_of(model, sequences, way, budget):
-    (_, states), = utils._states(model, [(None, sequences, None)], way, budget)
+    (_, states), = lore.embedding._states(model, [(None, sequences, None)], way, budget)
     return states
 
 
@@ -128,7 +132,7 @@ def distinct(sequences):
 
 
 def embedding(model, tokenizer, words):
-    sequences = list(utils._numbered(synthetic(words, POSTS), tokenizer, slice(None), 1))
+    sequences = list(lore.embedding._numbered(synthetic(words, POSTS), tokenizer, slice(None), 1))
     print(f"{len(sequences):,} conversations, {sum(map(len, sequences)) // 4:,} tokens, {distinct(sequences):,} distinct")
     few = sequences[:len(sequences) // 8]
     alone, one_by_one = timed(states_of, model, few, "alone", 1)
@@ -141,7 +145,7 @@ def embedding(model, tokenizer, words):
         print(f"{way}, budget {budget}, {len(some):,}: {seconds:.2f} s, {tokens / seconds:,.0f} distinct tokens/s, "
               f"{tokens / seconds * 14e9 / 1e12:.0f} TFLOPS for these; GPU {torch.cuda.max_memory_allocated() / 1e9:.1f} GB; a full "
               f"TL;DR {FULL / tokens * seconds / 60:.1f} minutes; off one by one {off.median():.1e} to {off.max():.1e}")
-    proof, seconds = min((timed(utils._proof, model, sequences) for _ in range(3)), key=lambda run: run[1])
+    proof, seconds = min((timed(lore.embedding._proof, model, sequences) for _ in range(3)), key=lambda run: run[1])
     rate = timed(states_of, model, sequences, "shared", 8192)[1] / len(sequences)
     print(f"proof: {seconds:.2f} s, {seconds / rate / 100:.1f} % of 10,000 such conversations: {proof}")
     print_kernels(model, sequences)
@@ -150,12 +154,12 @@ def embedding(model, tokenizer, words):
 def whole(model, tokenizer, words):
     """`embed_conversations` from texts to embeddings: how much of its time the GPU computes."""
     conversations = synthetic(words, 4 * POSTS)
-    numbers, tokenizing = timed(utils._numbered, conversations, tokenizer, slice(None), 1)
+    numbers, tokenizing = timed(lore.embedding._numbered, conversations, tokenizer, slice(None), 1)
     sequences = list(numbers)
     computing = min(timed(states_of, model, sequences, "shared", 8192)[1] for _ in range(2))
     with tempfile.TemporaryDirectory() as cache:
-        _, seconds = timed(utils.embed_conversations, conversations, model, tokenizer, cache_dir=cache)
-        _, again = timed(utils.embed_conversations, conversations, model, tokenizer, cache_dir=cache)
+        _, seconds = timed(lore.embedding.embed_conversations, conversations, model, tokenizer, cache_dir=cache)
+        _, again = timed(lore.embedding.embed_conversations, conversations, model, tokenizer, cache_dir=cache)
     print(f"embed_conversations, {len(conversations):,}: {seconds:.2f} s, of which tokenizing {tokenizing:.2f}; the states alone, "
           f"in one piece {computing:.2f}; all kept {again:.2f}")
 

@@ -25,6 +25,8 @@ from transformers import LlamaConfig, LlamaModel
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import lore.embedding
+import lore.reward_model
 import utils
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,7 +98,7 @@ def compare(name, model):
     conversations = [[{"role": "user", "content": str(n)}] for n in range(len(sequences))]
 
     def ours():
-        return utils.embed_conversations(conversations, model, Tokenizer(sequences), token_budget=BUDGET)
+        return lore.embedding.embed_conversations(conversations, model, Tokenizer(sequences), token_budget=BUDGET)
 
     def seconds(way, *arguments):
         began = time.process_time()
@@ -129,7 +131,7 @@ def bookkeeping(rows, width=4096):
     with tempfile.TemporaryDirectory() as folder:
         model, data, out = (Path(folder, name) for name in ("model", "data", "out"))
         data.mkdir()
-        _, tokenizer = utils.load_reward_model(str(build_model(model)), device="cpu")
+        _, tokenizer = lore.reward_model.load_reward_model(str(build_model(model)), device="cpu")
         words = [word[1:] for word in tokenizer.get_vocab() if word[0] == "Ġ" and word[1:].isalpha()]
         words = np.array(words)[chance.integers(len(words), size=2 ** 20)].tolist()
         for split, first in (("train", 0), ("validation", posts)):

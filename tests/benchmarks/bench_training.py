@@ -31,6 +31,8 @@ from torch.nn.functional import cosine_similarity, logsigmoid
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "PersonalLLM")]
+import lore.embedding_files
+import lore.files
 import utils
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,8 +267,8 @@ def write_personalllm(folder):
         embeddings = torch.empty(8 * prompts, d, dtype=torch.bfloat16)
         for part in embeddings.split(8192):
             part.copy_(torch.randn(part.shape))
-        utils.save_tensors(folder / name, {"embeddings": embeddings, "scores": torch.randn(prompts, 8, 10)})
-    utils.save_tensors(folder / utils.HEAD_FILE, {"reward_head": V_SFT}, model="random", data="synthetic benchmark")
+        lore.files.save_tensors(folder / name, {"embeddings": embeddings, "scores": torch.randn(prompts, 8, 10)})
+    lore.files.save_tensors(folder / lore.embedding_files.HEAD_FILE, {"reward_head": V_SFT}, model="random", data="synthetic benchmark")
 
 
 def train_personalllm(folder):

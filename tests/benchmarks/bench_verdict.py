@@ -21,7 +21,8 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 from helpers import planted_basis, planted_pairs, planted_weights
-from utils import Fit, evidence, exchanged_accuracies, interval, run
+from lore.evidence import evidence, exchanged_accuracies, interval
+from utils import Fit, run
 
 # ---------------------------------------------------------------------------------------------------------------------
 d, N = 16, 40  # users, as many seen as unseen
