@@ -26,13 +26,13 @@ import numpy as np
 import pandas as pd
 import torch
 
+import prism
 from lore.embedding import embed_conversations
 from lore.files import atomic_write, check_writable, digest_of, load_json, load_pickle, load_tensors
 from lore.reward_model import check_gpu, load_reward_head, load_reward_model
 from lore.rows import hub_rows, parse_rows, read_rows, split_files
 from lore.scripts import run_script, script_parser
 from utils import InputError, check_device, check_matrix, check_settings
-import prism
 
 # ---------------------------------------------------------------------------------------------------------------------
 MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"
@@ -44,6 +44,7 @@ TOKEN_BUDGET = None  # tokens in a batch; None: as the device takes
 
 class Row(BaseModel):
     """A row of the benchmark, of whose columns these are needed."""
+
     id: StrictStr
     prompt: StrictStr
     chosen: Annotated[List[StrictStr], Field(min_length=1)]
@@ -53,14 +54,29 @@ class Row(BaseModel):
 
 def arguments():
     parser = script_parser(__doc__, HERE)
-    parser.add_argument("--model", default=None, metavar="ID_OR_PATH", help=f"default: {MODEL_NAME}")
+    parser.add_argument(
+        "--model", default=None, metavar="ID_OR_PATH", help=f"default: {MODEL_NAME}"
+    )
     parser.add_argument("--tokenizer", metavar="ID_OR_PATH", help="default: the model's")
-    parser.add_argument("--mode", choices=("auto", "seqclf", "lmhead"), default="auto",
-                        help="seqclf: the checkpoint's score head; lmhead: --rm_head; auto: --rm_head where given")
-    parser.add_argument("--rm_head", type=Path, metavar="FILE", help="head or basis [d, K]: .pt, .npy or .safetensors")
+    parser.add_argument(
+        "--mode",
+        choices=("auto", "seqclf", "lmhead"),
+        default="auto",
+        help="seqclf: the checkpoint's score head; lmhead: --rm_head; auto: --rm_head where given",
+    )
+    parser.add_argument(
+        "--rm_head",
+        type=Path,
+        metavar="FILE",
+        help="head or basis [d, K]: .pt, .npy or .safetensors",
+    )
     parser.add_argument("--head_bias", type=float, default=0.0, help="added to every score")
-    parser.add_argument("--head_key", help="the tensor's name in a file of several (default: V or reward_head)")
-    parser.add_argument("--user_weights", type=Path, metavar="FILE", help="weights [users, K] over the columns")
+    parser.add_argument(
+        "--head_key", help="the tensor's name in a file of several (default: V or reward_head)"
+    )
+    parser.add_argument(
+        "--user_weights", type=Path, metavar="FILE", help="weights [users, K] over the columns"
+    )
     parser.add_argument("--split", default="test")
     parser.add_argument("--subset", metavar="NAME", help=f"one of {', '.join(SUBSETS)}")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
@@ -69,11 +85,15 @@ def arguments():
     parser.add_argument("--max_length", type=int, help="truncate conversations to so many tokens")
     parser.add_argument("--truncation_side", choices=("left", "right"), default="left")
     parser.add_argument("--device", help="default: the GPU, else the CPU")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16 on a GPU")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16 on a GPU"
+    )
     parser.add_argument("--trust_remote_code", action="store_true")
     parser.add_argument("--save_csv", type=Path, metavar="FILE")
     parser.add_argument("--top_k", type=int, metavar="N", help="print only the N best lines")
-    parser.add_argument("--verbose_failures", action="store_true", help="list the rows that column 0 gets wrong")
+    parser.add_argument(
+        "--verbose_failures", action="store_true", help="list the rows that column 0 gets wrong"
+    )
     args = parser.parse_args()
     for name in ("limit", "batch_size", "max_length", "top_k"):
         if getattr(args, name) is not None:
@@ -90,7 +110,9 @@ def arguments():
     if args.mode == "lmhead" and args.rm_head is None:
         raise InputError("--mode lmhead needs --rm_head, the head to score with")
     if args.mode == "seqclf" and args.rm_head is not None:
-        raise InputError("--mode seqclf takes the checkpoint's own head; leave out --rm_head, or use --mode lmhead")
+        raise InputError(
+            "--mode seqclf takes the checkpoint's own head; leave out --rm_head, or use --mode lmhead"
+        )
     return args
 
 
@@ -104,14 +126,20 @@ def read_matrix(path, keys, what):
         try:
             content = torch.from_numpy(np.load(path, allow_pickle=False))
         except (ValueError, OSError, TypeError, EOFError) as error:
-            raise InputError(f"{path}: no array of numbers ({error}); save it with numpy.save") from None
+            raise InputError(
+                f"{path}: no array of numbers ({error}); save it with numpy.save"
+            ) from None
     else:
         content = load_pickle(path)
     if isinstance(content, dict):
-        found = [key for key in keys if key in content] or (list(content) if len(content) == 1 else [])
+        found = [key for key in keys if key in content] or (
+            list(content) if len(content) == 1 else []
+        )
         if not found:
-            raise InputError(f"{path}: holds {', '.join(map(str, content))}, and none of {', '.join(keys)}; "
-                             f"{'name one with --head_key' if what == 'head' else f'give a file with the {what}'}")
+            raise InputError(
+                f"{path}: holds {', '.join(map(str, content))}, and none of {', '.join(keys)}; "
+                f"{'name one with --head_key' if what == 'head' else f'give a file with the {what}'}"
+            )
         content = content[found[0]]
     if isinstance(content, torch.Tensor) and content.ndim == 1:
         content = content.reshape(-1, 1)
@@ -126,10 +154,18 @@ def read_benchmark(args):
             raise InputError(f"--split {args.split}: {DATASET} has {', '.join(splits)}")
         rows = splits[args.split]
     else:
-        rows = (row for path in split_files(args.data, **{args.split: [args.split]})[args.split] for row in read_rows(path))
-    found = [row for _, row in parse_rows(rows, Row, DATASET) if args.subset in (None, row.subset)][:args.limit]
+        rows = (
+            row
+            for path in split_files(args.data, **{args.split: [args.split]})[args.split]
+            for row in read_rows(path)
+        )
+    found = [row for _, row in parse_rows(rows, Row, DATASET) if args.subset in (None, row.subset)][
+        : args.limit
+    ]
     if not found:
-        raise InputError(f"no rows of subset {args.subset or 'any'} in split {args.split}; choose another")
+        raise InputError(
+            f"no rows of subset {args.subset or 'any'} in split {args.split}; choose another"
+        )
     return found
 
 
@@ -145,7 +181,9 @@ def ties_score(prompts):
     for name, correct, incorrect in prompts:
         kind, _, prompt = name.partition(":")
         if kind not in kinds:
-            raise InputError(f"Ties row {name}: its id should begin with ref: or tied:; take the benchmark's own file")
+            raise InputError(
+                f"Ties row {name}: its id should begin with ref: or tied:; take the benchmark's own file"
+            )
         if prompt in kinds[kind]:
             raise InputError(f"Ties row {name}: its id stands there twice; leave one out")
         kinds[kind][prompt] = (min(correct) - max(incorrect), max(correct) - min(correct))
@@ -154,18 +192,26 @@ def ties_score(prompts):
         values = list(values)
         return sum(values) / len(values) if values else 0.0
 
-    def safely(margin, spread):  # a quotient that the benchmark counts as 0 where it is not a number
+    def safely(
+        margin, spread
+    ):  # a quotient that the benchmark counts as 0 where it is not a number
         if spread == 0:
             return 0.0 if margin == 0 else math.copysign(1.0, margin)
         return math.tanh(margin / spread - 1)
 
     tied, ref = kinds["tied"], kinds["ref"]
-    both = [(margin, min(ref[prompt][0], margin), spread) for prompt, (margin, spread) in tied.items() if prompt in ref]
-    return (0.30 * share(margin > 0 for margin, _ in tied.values())
-            + 0.30 * share(margin > 0 for margin, _ in ref.values())
-            + 0.20 * share(margin > spread for margin, _, spread in both)
-            + 0.20 * share(smaller > spread for _, smaller, spread in both)
-            + 0.01 * share(safely(smaller, spread) for _, smaller, spread in both))
+    both = [
+        (margin, min(ref[prompt][0], margin), spread)
+        for prompt, (margin, spread) in tied.items()
+        if prompt in ref
+    ]
+    return (
+        0.30 * share(margin > 0 for margin, _ in tied.values())
+        + 0.30 * share(margin > 0 for margin, _ in ref.values())
+        + 0.20 * share(margin > spread for margin, _, spread in both)
+        + 0.20 * share(smaller > spread for _, smaller, spread in both)
+        + 0.01 * share(safely(smaller, spread) for _, smaller, spread in both)
+    )
 
 
 def evaluate(rows, scores):
@@ -174,9 +220,13 @@ def evaluate(rows, scores):
     scores: float64 `[answers]`, of each row's chosen and then its rejected answers. A row outside Ties counts 1 where
     its chosen answer beats every rejected one, and 1 / n where it shares the top score with n - 1 others.
     """
-    by_subset, failures, ends = {}, [], np.cumsum([len(row.chosen) + len(row.rejected) for row in rows])
+    by_subset, failures, ends = (
+        {},
+        [],
+        np.cumsum([len(row.chosen) + len(row.rejected) for row in rows]),
+    )
     for row, of_row in zip(rows, np.split(scores, ends[:-1])):
-        chosen, rejected = of_row[:len(row.chosen)], of_row[len(row.chosen):]
+        chosen, rejected = of_row[: len(row.chosen)], of_row[len(row.chosen) :]
         if row.subset == "Ties":
             by_subset.setdefault("Ties", []).append((row.id, chosen.tolist(), rejected.tolist()))
             right = chosen.min() > rejected.max()
@@ -185,8 +235,11 @@ def evaluate(rows, scores):
             by_subset.setdefault(row.subset, []).append(right)
         if right < 1:
             failures.append(row.id)
-    table = {subset: ties_score(by_subset[subset]) if subset == "Ties" else np.mean(by_subset[subset])
-             for subset in SUBSETS if subset in by_subset}
+    table = {
+        subset: ties_score(by_subset[subset]) if subset == "Ties" else np.mean(by_subset[subset])
+        for subset in SUBSETS
+        if subset in by_subset
+    }
     return {**table, "Average": np.mean(list(table.values()))}, failures
 
 
@@ -194,7 +247,10 @@ def tables_of(rows, scores, weights):
     """A line per column of the basis, then of the mean user and the average over users -> (DataFrame, failures of the
     first). scores: float64 `[answers, K]`; weights: `[users, K]` or None."""
     columns = [evaluate(rows, column) for column in scores.T]
-    tables = {f"column {k}" if len(columns) > 1 else "reward head": table for k, (table, _) in enumerate(columns)}
+    tables = {
+        f"column {k}" if len(columns) > 1 else "reward head": table
+        for k, (table, _) in enumerate(columns)
+    }
     if weights is not None:
         tables["mean user"] = evaluate(rows, scores @ weights.mean(0))[0]
         users = pd.DataFrame([evaluate(rows, scores @ w)[0] for w in weights])
@@ -208,23 +264,38 @@ def read_heads(args, d_of_model):
     if args.rm_head is None:
         heads = load_reward_head(args.model)
     else:
-        heads = read_matrix(args.rm_head, [args.head_key] if args.head_key else ["V", "reward_head", "score.weight"], "head")
+        heads = read_matrix(
+            args.rm_head,
+            [args.head_key] if args.head_key else ["V", "reward_head", "score.weight"],
+            "head",
+        )
         of_head = check_same_model(args.rm_head, args.model)
     if heads.shape == (1, d_of_model):
         heads = heads.T
     if heads.shape[0] != d_of_model:
-        raise InputError(f"{args.rm_head}: a matrix of shape {tuple(heads.shape)}, and {args.model} has d = {d_of_model}; "
-                         "it should be [d, K]")
+        raise InputError(
+            f"{args.rm_head}: a matrix of shape {tuple(heads.shape)}, and {args.model} has d = {d_of_model}; "
+            "it should be [d, K]"
+        )
     weights = None
     if args.user_weights is not None:
         weights = read_matrix(args.user_weights, ["W", "W_unseen"], "user weights")
         of_weights = check_same_model(args.user_weights, args.model)
-    if weights is not None and (weights.shape[1] != heads.shape[1] or (weights < 0).any() or (
-            (weights.sum(1) - 1).abs() > 1e-2).any()):
-        raise InputError(f"{args.user_weights}: weights of shape {tuple(weights.shape)} for {heads.shape[1]} columns; "
-                         "they should be [users, K], shares of 1 in each row")
-    if None not in (of_head, of_weights) and any(of_head.get(key) != of_weights.get(key) for key in ("K", "alpha", "seed")):
-        raise InputError(f"{args.user_weights}: weights of another fit than {args.rm_head}; give the same file twice")
+    if weights is not None and (
+        weights.shape[1] != heads.shape[1]
+        or (weights < 0).any()
+        or ((weights.sum(1) - 1).abs() > 1e-2).any()
+    ):
+        raise InputError(
+            f"{args.user_weights}: weights of shape {tuple(weights.shape)} for {heads.shape[1]} columns; "
+            "they should be [users, K], shares of 1 in each row"
+        )
+    if None not in (of_head, of_weights) and any(
+        of_head.get(key) != of_weights.get(key) for key in ("K", "alpha", "seed")
+    ):
+        raise InputError(
+            f"{args.user_weights}: weights of another fit than {args.rm_head}; give the same file twice"
+        )
     return heads, weights
 
 
@@ -233,8 +304,10 @@ def check_same_model(path, model_name):
     about = load_tensors(path)[1] if path.suffix == ".safetensors" else None
     identity = about and about.get("identity")
     if identity and identity["reward_head"] != digest_of(load_reward_head(model_name).tolist()):
-        raise InputError(f"{path}: learnt from embeddings of {identity['model']}, whose reward head is not that of "
-                         f"{model_name}; give --model the one it was learnt from")
+        raise InputError(
+            f"{path}: learnt from embeddings of {identity['model']}, whose reward head is not that of "
+            f"{model_name}; give --model the one it was learnt from"
+        )
     return about
 
 
@@ -247,29 +320,47 @@ def is_demo(folder):
 def main():
     args = arguments()
     if is_demo(args.dir) and args.model is None and args.data is None:
-        print("demo: a stand-in model with random weights and a synthetic benchmark; the scores say nothing")
+        print(
+            "demo: a stand-in model with random weights and a synthetic benchmark; the scores say nothing"
+        )
         args.model, args.data = str(args.dir / ".standin"), HERE / "demo"
     if args.model is None and args.device is None:
         check_gpu(MODEL_NAME)
     args.model = args.model or MODEL_NAME
     rows = read_benchmark(args)
-    model, tokenizer = load_reward_model(args.model, args.device, tokenizer_name=args.tokenizer,
-                                         dtype=getattr(torch, args.dtype) if args.dtype else None,
-                                         trust_remote_code=args.trust_remote_code)
+    model, tokenizer = load_reward_model(
+        args.model,
+        args.device,
+        tokenizer_name=args.tokenizer,
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        trust_remote_code=args.trust_remote_code,
+    )
     heads, weights = read_heads(args, model.config.hidden_size)
-    conversations = [[{"role": "user", "content": row.prompt}, {"role": "assistant", "content": answer}]
-                     for row in rows for answer in (*row.chosen, *row.rejected)]
-    embeddings = embed_conversations(conversations, model, tokenizer, args.dir / ".embedding_cache", TOKEN_BUDGET,
-                                     max_length=args.max_length, truncation_side=args.truncation_side,
-                                     batch_size=args.batch_size)
+    conversations = [
+        [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": answer}]
+        for row in rows
+        for answer in (*row.chosen, *row.rejected)
+    ]
+    embeddings = embed_conversations(
+        conversations,
+        model,
+        tokenizer,
+        args.dir / ".embedding_cache",
+        TOKEN_BUDGET,
+        max_length=args.max_length,
+        truncation_side=args.truncation_side,
+        batch_size=args.batch_size,
+    )
     scores = (embeddings.float() @ heads).double().numpy() + args.head_bias  # (answers, K)
     table, failures = tables_of(rows, scores, None if weights is None else weights.double().numpy())
     if args.top_k:
         table = table.nlargest(args.top_k, "Average")
     print(f"{args.model}, {len(rows):,} rows\n" + table.to_string(float_format="{:.4f}".format))
     if args.verbose_failures:
-        print(f"rows that {'column 0' if heads.shape[1] > 1 else 'reward head'} gets wrong: "
-              f"{', '.join(failures) or 'none'}")
+        print(
+            f"rows that {'column 0' if heads.shape[1] > 1 else 'reward head'} gets wrong: "
+            f"{', '.join(failures) or 'none'}"
+        )
     if args.save_csv:
         with atomic_write(args.save_csv) as file:
             table.to_csv(file, index_label="reward")

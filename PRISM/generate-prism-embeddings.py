@@ -16,13 +16,13 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import json
 
+import prism
 from lore.embedding import embed_conversations
 from lore.embedding_files import embeddings_are_finished, new_embeddings
 from lore.files import digest_of, save_torch
 from lore.reward_model import check_gpu, load_reward_head, model_identity
 from lore.scripts import run_script, script_parser
 from utils import process_rank
-import prism
 
 # ---------------------------------------------------------------------------------------------------------------------
 MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"
@@ -38,19 +38,37 @@ def embed(rows, args):
         for conversation in prism.conversations_of(row):
             numbers.setdefault(json.dumps(conversation), len(numbers))
     print(f"{len(numbers):,} distinct conversations to embed")
-    embeddings = embed_conversations([json.loads(text) for text in numbers], args.model, None,
-                                     args.dir / ".embedding_cache", TOKEN_BUDGET, SHARD_SIZE, about=about).bfloat16()
+    embeddings = embed_conversations(
+        [json.loads(text) for text in numbers],
+        args.model,
+        None,
+        args.dir / ".embedding_cache",
+        TOKEN_BUDGET,
+        SHARD_SIZE,
+        about=about,
+    ).bfloat16()
     for row in rows:
-        chosen, *rejected = (numbers[json.dumps(conversation)] for conversation in prism.conversations_of(row))
-        row["extra_info"].update(chosen_conv_embedding=embeddings[chosen].clone(),
-                                 rejected_conv_embedding=embeddings[rejected], pair_format=prism.PAIR_FORMAT)
+        chosen, *rejected = (
+            numbers[json.dumps(conversation)] for conversation in prism.conversations_of(row)
+        )
+        row["extra_info"].update(
+            chosen_conv_embedding=embeddings[chosen].clone(),
+            rejected_conv_embedding=embeddings[rejected],
+            pair_format=prism.PAIR_FORMAT,
+        )
     return about
 
 
 def main():
     parser = script_parser(__doc__, HERE)
-    parser.add_argument("--model", metavar="ID_OR_PATH", help="the reward model (default: the one prepare.py names)")
-    parser.add_argument("--overwrite", action="store_true", help="replace finished embeddings of another model or data")
+    parser.add_argument(
+        "--model", metavar="ID_OR_PATH", help="the reward model (default: the one prepare.py names)"
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace finished embeddings of another model or data",
+    )
     args = parser.parse_args()
     rows, split = prism.load_split(args.dir / prism.SPLIT_FOLDER)
     standin = split["demo"] and args.model is None
@@ -59,8 +77,12 @@ def main():
         check_gpu(MODEL_NAME)
     head = load_reward_head(args.model)
     outputs = [args.dir / name for name in prism.FILES]
-    identity = {"model": "stand-in" if standin else args.model, "data": split["rows"],
-                "reward_head": digest_of(head.tolist()), **model_identity(args.model, args.dir / ".embedding_cache")}
+    identity = {
+        "model": "stand-in" if standin else args.model,
+        "data": split["rows"],
+        "reward_head": digest_of(head.tolist()),
+        **model_identity(args.model, args.dir / ".embedding_cache"),
+    }
     if embeddings_are_finished(outputs, identity, args.overwrite):
         print(f"these embeddings are finished already, in {args.dir}; next: python train_basis.py")
         return
@@ -68,12 +90,21 @@ def main():
     about = embed([row for name in rows for row in rows[name]], args)
     if process_rank() > 0:
         return
-    with new_embeddings(args.dir, head, identity, model=identity["model"], data=split["data"],
-                        demo=split["demo"], embedding=about) as folder:
+    with new_embeddings(
+        args.dir,
+        head,
+        identity,
+        model=identity["model"],
+        data=split["data"],
+        demo=split["demo"],
+        embedding=about,
+    ) as folder:
         for path, name in zip(outputs, rows):
             save_torch(folder / path.name, rows[name])
     for path, name in zip(outputs, rows):
-        print(f"{path.name}: {len(rows[name]):,} turns, d = {len(head)}, {path.stat().st_size / 1e6:,.1f} MB")
+        print(
+            f"{path.name}: {len(rows[name]):,} turns, d = {len(head)}, {path.stat().st_size / 1e6:,.1f} MB"
+        )
     print("next: python train_basis.py")
 
 

@@ -1,31 +1,49 @@
 """PersonalLLM: where the scored responses are from, what the embeddings files hold, how users are simulated."""
 
-from typing import Annotated
-
-from pydantic import AllowInfNan, Field, StrictStr, create_model
-
 import itertools
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import AllowInfNan, Field, StrictStr, create_model
 
 from lore.embedding_files import find_reward_head
 from lore.files import load_tensors
 from lore.rows import hub_rows, parse_rows, read_rows, split_files
 from lore.scripts import script_parser
-from utils import InputError, Pairs, best_and_worst, check_settings, generate_population, is_finite, share_of
+from utils import (
+    InputError,
+    Pairs,
+    best_and_worst,
+    check_settings,
+    generate_population,
+    is_finite,
+    share_of,
+)
 
 DATASET = "namkoong-lab/PersonalLLM"
 FILES = ("train.safetensors", "test.safetensors")
 FULL = {"train": 9402, "test": 1000}  # prompts of the full data set
 RESPONSES = 8  # to each prompt
-SCORERS = ("gemma_2b", "gemma_7b", "mistral_raft", "llama3_sfairx", "oasst_deberta_v3", "beaver_7b", "oasst_pythia_7b",
-           "oasst_pythia_1b", "mistral_ray", "mistral_weqweasdas")  # reward models that have scored each response
+SCORERS = (
+    "gemma_2b",
+    "gemma_7b",
+    "mistral_raft",
+    "llama3_sfairx",
+    "oasst_deberta_v3",
+    "beaver_7b",
+    "oasst_pythia_7b",
+    "oasst_pythia_1b",
+    "mistral_ray",
+    "mistral_weqweasdas",
+)  # reward models that have scored each response
 TEXTS = ("prompt", *(f"response_{j}" for j in range(1, RESPONSES + 1)))
 SCORES = tuple(f"{response}_{scorer}" for response in TEXTS[1:] for scorer in SCORERS)
 Score = Annotated[float, Field(ge=-3e38, le=3e38), AllowInfNan(False)]  # within float32
-Row = create_model("Row", **{name: (StrictStr, ...) for name in TEXTS}, **{name: (Score, ...) for name in SCORES})
+Row = create_model(
+    "Row", **{name: (StrictStr, ...) for name in TEXTS}, **{name: (Score, ...) for name in SCORES}
+)
 
 
 def read_prompts(folder=None):
@@ -34,7 +52,9 @@ def read_prompts(folder=None):
         splits = hub_rows(DATASET)
         return {split: splits[split] for split in FULL}
     files = split_files(folder, train=["train"], test=["test", "validation"])
-    return {split: (row for path in paths for row in read_rows(path)) for split, paths in files.items()}
+    return {
+        split: (row for path in paths for row in read_rows(path)) for split, paths in files.items()
+    }
 
 
 def parse(rows, limit=None):
@@ -50,23 +70,33 @@ def parse(rows, limit=None):
 
 def conversations_of(prompts, responses):
     """One conversation per response, response j of prompt i at place 8 i + j."""
-    return [[{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-            for prompt, of_prompt in zip(prompts, responses) for response in of_prompt]
+    return [
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        for prompt, of_prompt in zip(prompts, responses)
+        for response in of_prompt
+    ]
 
 
 def check_population(population):
     """Check what a script's `population` gives. Raises InputError that names the setting."""
     check_settings(**population)
     if len(population["fractions"]) != 3:
-        raise InputError(f"fractions: {population['fractions']!r}; give three, of a seen and of an unseen user's train "
-                         "prompts, and of the test prompts")
+        raise InputError(
+            f"fractions: {population['fractions']!r}; give three, of a seen and of an unseen user's train "
+            "prompts, and of the test prompts"
+        )
 
 
 def scripts_parser(description, folder):
     """The command line of the scripts that train: `--dir`, and `--data` for `load_embeddings`."""
     parser = script_parser(description, folder)
-    parser.add_argument("--data", type=Path, metavar="DIR", help="the data set, for embeddings of the released script, "
-                        "which hold no scores (default: the hub)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="the data set, for embeddings of the released script, "
+        "which hold no scores (default: the hub)",
+    )
     return parser
 
 
@@ -85,10 +115,16 @@ def load_embeddings(folder, model_name, data=None):
         if scores is None:
             rows = rows or read_prompts(data)
             scores = parse(rows[split])[2]
-        if embeddings.ndim != 2 or scores.shape != (len(embeddings) / RESPONSES, RESPONSES, len(SCORERS)):
-            raise InputError(f"{path}: embeddings of shape {tuple(embeddings.shape)} and scores of shape "
-                             f"{tuple(scores.shape)}, where each prompt has {RESPONSES} responses with {len(SCORERS)} "
-                             "scores each; run prepare.py --overwrite")
+        if embeddings.ndim != 2 or scores.shape != (
+            len(embeddings) / RESPONSES,
+            RESPONSES,
+            len(SCORERS),
+        ):
+            raise InputError(
+                f"{path}: embeddings of shape {tuple(embeddings.shape)} and scores of shape "
+                f"{tuple(scores.shape)}, where each prompt has {RESPONSES} responses with {len(SCORERS)} "
+                "scores each; run prepare.py --overwrite"
+            )
         if not is_finite(embeddings) or not is_finite(scores):
             raise InputError(f"{path}: NaN or infinite values; run prepare.py --overwrite")
         width.setdefault(embeddings.shape[1], path)
@@ -110,9 +146,15 @@ def simulate_pairs(embeddings, scores, W, fraction, chance, what):
         best, worst = best_and_worst(scores[drawn], w)
         differ = best != worst
         if not differ.any():
-            raise InputError(f"{what}, user {i}: all responses to the {kept} prompts drawn are tied; take more "
-                             "prompts, or other scores")
-        users.append(Pairs(embeddings, (RESPONSES * drawn + best)[differ], (RESPONSES * drawn + worst)[differ]))
+            raise InputError(
+                f"{what}, user {i}: all responses to the {kept} prompts drawn are tied; take more "
+                "prompts, or other scores"
+            )
+        users.append(
+            Pairs(
+                embeddings, (RESPONSES * drawn + best)[differ], (RESPONSES * drawn + worst)[differ]
+            )
+        )
     return users, kept * len(users) - sum(map(len, users))
 
 
@@ -127,14 +169,25 @@ def create_dataset(tables, N, N_unseen, concentration, fractions, seed=0):
     that whether a test prompt stands among them, and which answer is longer, are not known; and `dropped`, how many
     pairs were left out because all responses are tied.
     """
-    data = {"seen": [f"seen_{i}" for i in range(N)], "unseen": [f"unseen_{i}" for i in range(N_unseen)], "dropped": 0}
+    data = {
+        "seen": [f"seen_{i}" for i in range(N)],
+        "unseen": [f"unseen_{i}" for i in range(N_unseen)],
+        "dropped": 0,
+    }
     for of, users, stream in (("", N, 0), ("_unseen", N_unseen, 1)):
-        data[f"population{of}"] = torch.from_numpy(generate_population(concentration, users, [seed, stream])).float()
+        data[f"population{of}"] = torch.from_numpy(
+            generate_population(concentration, users, [seed, stream])
+        ).float()
     chance = np.random.default_rng([seed, 2])
-    for part, split, of, fraction in (("train", "train", "", fractions[0]), ("test", "test", "", fractions[2]),
-                                      ("train_unseen", "train", "_unseen", fractions[1]),
-                                      ("test_unseen", "test", "_unseen", fractions[2])):
-        data[part], dropped = simulate_pairs(*tables[split], data[f"population{of}"], fraction, chance, part)
+    for part, split, of, fraction in (
+        ("train", "train", "", fractions[0]),
+        ("test", "test", "", fractions[2]),
+        ("train_unseen", "train", "_unseen", fractions[1]),
+        ("test_unseen", "test", "_unseen", fractions[2]),
+    ):
+        data[part], dropped = simulate_pairs(
+            *tables[split], data[f"population{of}"], fraction, chance, part
+        )
         data["dropped"] += dropped
     data["prompts"] = {"train": [(pairs.chosen // RESPONSES).tolist() for pairs in data["train"]]}
     return data

@@ -19,6 +19,7 @@ import itertools
 
 import torch
 
+import personalllm
 from lore.embedding import embed_conversations
 from lore.embedding_files import embeddings_are_finished, new_embeddings
 from lore.files import digest_of, save_tensors
@@ -26,7 +27,6 @@ from lore.reward_model import load_reward_head, model_identity
 from lore.rows import warn_of_blank_texts, warn_of_equal_sides
 from lore.scripts import prepare_arguments, run_script
 from utils import process_rank
-import personalllm
 
 # ---------------------------------------------------------------------------------------------------------------------
 MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"
@@ -40,24 +40,44 @@ def read(args):
     splits = {}
     for split, rows in personalllm.read_prompts(args.data).items():
         prompts, responses, scores = splits[split] = personalllm.parse(rows, args.limit)
-        print(f"{split}: {len(prompts):,} prompts, {len(prompts) * personalllm.RESPONSES:,} responses with "
-              f"{len(personalllm.SCORERS)} scores each")
+        print(
+            f"{split}: {len(prompts):,} prompts, {len(prompts) * personalllm.RESPONSES:,} responses with "
+            f"{len(personalllm.SCORERS)} scores each"
+        )
         equal = sum(len(texts) - len(set(texts)) for texts in responses)
-        warn_of_equal_sides(f"{split}, responses to one prompt", equal, personalllm.RESPONSES * len(prompts))
-        warn_of_blank_texts(f"prompts or responses of {split}", itertools.chain(prompts, *responses))
+        warn_of_equal_sides(
+            f"{split}, responses to one prompt", equal, personalllm.RESPONSES * len(prompts)
+        )
+        warn_of_blank_texts(
+            f"prompts or responses of {split}", itertools.chain(prompts, *responses)
+        )
         if args.data is None and args.limit is None and len(prompts) != personalllm.FULL[split]:
-            print(f"warning: the full {split} split has {personalllm.FULL[split]:,} prompts; the hub's data has changed")
+            print(
+                f"warning: the full {split} split has {personalllm.FULL[split]:,} prompts; the hub's data has changed"
+            )
     return splits
 
 
 def embed(splits, args):
     """The embeddings of each split, bfloat16 `[8 * prompts, d]`: split -> slice of one matrix; what they depend on."""
     about = {}
-    conversations = {split: personalllm.conversations_of(*texts) for split, (*texts, _) in splits.items()}
+    conversations = {
+        split: personalllm.conversations_of(*texts) for split, (*texts, _) in splits.items()
+    }
     print(f"{sum(map(len, conversations.values())):,} responses to embed")
-    embeddings = embed_conversations(sum(conversations.values(), []), args.model, None, args.dir / ".embedding_cache",
-                                     TOKEN_BUDGET, SHARD_SIZE, dtype=torch.bfloat16, about=about)
-    return dict(zip(conversations, embeddings.split([len(part) for part in conversations.values()]))), about
+    embeddings = embed_conversations(
+        sum(conversations.values(), []),
+        args.model,
+        None,
+        args.dir / ".embedding_cache",
+        TOKEN_BUDGET,
+        SHARD_SIZE,
+        dtype=torch.bfloat16,
+        about=about,
+    )
+    return dict(
+        zip(conversations, embeddings.split([len(part) for part in conversations.values()]))
+    ), about
 
 
 def main():
@@ -65,9 +85,12 @@ def main():
     splits = read(args)
     head = load_reward_head(args.model)
     outputs = [args.dir / name for name in personalllm.FILES]
-    identity = {"model": "stand-in" if args.demo else args.model, "reward_head": digest_of(head.tolist()),
-                "data": digest_of([(*texts, scores.tolist()) for *texts, scores in splits.values()]),
-                **model_identity(args.model, args.dir / ".embedding_cache")}
+    identity = {
+        "model": "stand-in" if args.demo else args.model,
+        "reward_head": digest_of(head.tolist()),
+        "data": digest_of([(*texts, scores.tolist()) for *texts, scores in splits.values()]),
+        **model_identity(args.model, args.dir / ".embedding_cache"),
+    }
     if embeddings_are_finished(outputs, identity, args.overwrite):
         print(f"these embeddings are finished already, in {args.dir}; next: python train_basis.py")
         return
@@ -75,14 +98,26 @@ def main():
     embeddings, about = embed(splits, args)
     if process_rank() > 0:
         return
-    with new_embeddings(args.dir, head, identity, model=identity["model"], data=args.label or personalllm.DATASET,
-                        demo=args.demo, embedding=about) as folder:
+    with new_embeddings(
+        args.dir,
+        head,
+        identity,
+        model=identity["model"],
+        data=args.label or personalllm.DATASET,
+        demo=args.demo,
+        embedding=about,
+    ) as folder:
         for path, (split, (_, _, scores)) in zip(outputs, splits.items()):
-            save_tensors(folder / path.name, {"embeddings": embeddings[split], "scores": scores},
-                         scorers=personalllm.SCORERS)
+            save_tensors(
+                folder / path.name,
+                {"embeddings": embeddings[split], "scores": scores},
+                scorers=personalllm.SCORERS,
+            )
     for path, split in zip(outputs, splits):
-        print(f"{path.name}: {len(embeddings[split]):,} embeddings, d = {len(head)}, "
-              f"{path.stat().st_size / 1e6:,.1f} MB")
+        print(
+            f"{path.name}: {len(embeddings[split]):,} embeddings, d = {len(head)}, "
+            f"{path.stat().st_size / 1e6:,.1f} MB"
+        )
     print("next: python train_basis.py")
 
 

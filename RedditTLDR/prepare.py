@@ -26,6 +26,7 @@ import pickle
 import numpy as np
 import torch
 
+import tldr
 from lore.embedding import embed_conversations
 from lore.embedding_files import embeddings_are_finished, new_embeddings
 from lore.files import atomic_write, digest_of
@@ -33,7 +34,6 @@ from lore.reward_model import load_reward_head, model_identity
 from lore.rows import warn_of_equal_sides
 from lore.scripts import prepare_arguments, run_script
 from utils import process_rank
-import tldr
 
 # ---------------------------------------------------------------------------------------------------------------------
 MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"
@@ -52,9 +52,13 @@ def read(args):
     for split, rows in rows_of.items():
         by_worker, dropped = tldr.comparisons_by_worker(rows, schema, args.limit)
         pairs = [pair for pairs in by_worker.values() for pair in pairs]
-        print(f"{split}: {len(pairs):,} comparisons by {len(by_worker)} workers, {dropped:,} rows without a post or a "
-              "summary dropped")
-        warn_of_equal_sides(split, sum(p["winning_summary"] == p["losing_summary"] for p in pairs), len(pairs))
+        print(
+            f"{split}: {len(pairs):,} comparisons by {len(by_worker)} workers, {dropped:,} rows without a post or a "
+            "summary dropped"
+        )
+        warn_of_equal_sides(
+            split, sum(p["winning_summary"] == p["losing_summary"] for p in pairs), len(pairs)
+        )
         splits.append(by_worker)
     tldr.split_workers(*splits, leave_out=0 if own else tldr.LEAVE_OUT)
     return own, splits
@@ -63,8 +67,15 @@ def read(args):
 def embed(splits, args):
     """Add to every comparison of both splits its embeddings, a row of one bfloat16 table per distinct (post, summary);
     returns what they depend on."""
-    numbers, conversations, rows, about = {}, [], [], {}  # rows: of the winning and the losing summary of each pair
-    pairs = [pair for by_worker in splits for comparisons in by_worker.values() for pair in comparisons]
+    numbers, conversations, rows, about = (
+        {},
+        [],
+        [],
+        {},
+    )  # rows: of the winning and the losing summary of each pair
+    pairs = [
+        pair for by_worker in splits for comparisons in by_worker.values() for pair in comparisons
+    ]
     for pair in pairs:
         for side in tldr.SIDES:
             texts = pair["text"], pair[f"{side}_summary"]
@@ -73,8 +84,16 @@ def embed(splits, args):
             if rows[-1] == len(conversations):
                 conversations.append(tldr.conversation(*texts))
     print(f"{2 * len(pairs):,} summaries to embed, {len(conversations):,} distinct ones")
-    embeddings = embed_conversations(conversations, args.model, None, args.dir / ".embedding_cache", TOKEN_BUDGET,
-                                     SHARD_SIZE, dtype=torch.bfloat16, about=about)
+    embeddings = embed_conversations(
+        conversations,
+        args.model,
+        None,
+        args.dir / ".embedding_cache",
+        TOKEN_BUDGET,
+        SHARD_SIZE,
+        dtype=torch.bfloat16,
+        about=about,
+    )
     vectors = embeddings.unbind()  # (d,) each
     for pair, *of_pair in zip(pairs, rows[::2], rows[1::2]):
         pair["embeddings"] = {side: [vectors[row]] for side, row in zip(tldr.SIDES, of_pair)}
@@ -86,7 +105,7 @@ def pickled(d):
     """How torch pickles a bfloat16 tensor `[d]`: what rebuilds it, what loads its memory, what stands before the memory."""
     rebuild, (storage, *_) = torch.zeros(d, dtype=torch.bfloat16).__reduce_ex__(4)
     load, (memory,) = storage.__reduce__()
-    return rebuild, load, memory[:-2 * d]
+    return rebuild, load, memory[: -2 * d]
 
 
 class RowPickler(pickle.Pickler):
@@ -107,8 +126,12 @@ def main():
     own, splits = read(args)
     head = load_reward_head(args.model)
     outputs = [args.dir / name for name in tldr.FILES]
-    identity = {"model": "stand-in" if args.demo else args.model, "data": digest_of(splits),
-                "reward_head": digest_of(head.tolist()), **model_identity(args.model, args.dir / ".embedding_cache")}
+    identity = {
+        "model": "stand-in" if args.demo else args.model,
+        "data": digest_of(splits),
+        "reward_head": digest_of(head.tolist()),
+        **model_identity(args.model, args.dir / ".embedding_cache"),
+    }
     if embeddings_are_finished(outputs, identity, args.overwrite):
         print(f"these embeddings are finished already, in {args.dir}; next: python train_basis.py")
         return
@@ -116,14 +139,24 @@ def main():
     about = embed(splits, args)
     if process_rank() > 0:
         return
-    with new_embeddings(args.dir, head, identity, model=identity["model"], data=args.label or tldr.DATASET,
-                        demo=args.demo, own=own, embedding=about) as folder:
+    with new_embeddings(
+        args.dir,
+        head,
+        identity,
+        model=identity["model"],
+        data=args.label or tldr.DATASET,
+        demo=args.demo,
+        own=own,
+        embedding=about,
+    ) as folder:
         for path, by_worker in zip(outputs, splits):
             with atomic_write(folder / path.name) as file:
                 RowPickler(file, protocol=4).dump(by_worker)
     for path, by_worker in zip(outputs, splits):
-        print(f"{path.name}: {len(by_worker)} workers, {sum(map(len, by_worker.values())):,} pairs, d = {len(head)}, "
-              f"{path.stat().st_size / 1e6:,.1f} MB")
+        print(
+            f"{path.name}: {len(by_worker)} workers, {sum(map(len, by_worker.values())):,} pairs, d = {len(head)}, "
+            f"{path.stat().st_size / 1e6:,.1f} MB"
+        )
     print("next: python train_basis.py")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from lore.files import digest_of, load_tensors, save_tensors, together
+from lore.files import digest_of, load_tensors, replace_files_in, save_tensors
 from lore.reward_model import load_reward_head
 from utils import InputError
 
@@ -22,28 +22,43 @@ def embeddings_are_finished(outputs, identity, overwrite):
         return False
     head = existing[0].with_name(HEAD_FILE)
     if not head.exists():
-        raise InputError(f"{existing[0]}: finished embeddings without the {HEAD_FILE} that says of which model; move "
-                         "them away, or make them again with --overwrite")
+        raise InputError(
+            f"{existing[0]}: finished embeddings without the {HEAD_FILE} that says of which model; move "
+            "them away, or make them again with --overwrite"
+        )
     about = {}
     with contextlib.suppress(InputError):  # damaged
         about = load_tensors(head)[1]
     theirs = about.get("identity") or dict.fromkeys(identity)
-    if other := [part for part in theirs if part in identity and part != "model" and theirs[part] != identity[part]]:
+    if other := [
+        part
+        for part in theirs
+        if part in identity and part != "model" and theirs[part] != identity[part]
+    ]:
         held = ", ".join(f"{key} {about.get(key, 'unknown')}" for key in ("model", "data"))
         names = {"weights": "weights or config", "tokenizer": "tokenizer or chat template"}
-        raise InputError(f"{existing[0]} holds finished embeddings of other {', '.join(names.get(o, o) for o in other)} ({held}); "
-                         "move it away, or replace it with --overwrite")
-    return all(path.exists() and digest_of(path) == about["files"].get(path.name) for path in outputs)
+        raise InputError(
+            f"{existing[0]} holds finished embeddings of other {', '.join(names.get(o, o) for o in other)} ({held}); "
+            "move it away, or replace it with --overwrite"
+        )
+    return all(
+        path.exists() and digest_of(path) == about["files"].get(path.name) for path in outputs
+    )
 
 
 @contextlib.contextmanager
 def new_embeddings(folder, head, identity, **about):
     """Where to write embeddings that then, with the reward head beside them, replace those in `folder` together.
     identity: see `embeddings_are_finished`; about: further JSON values."""
-    with together(folder) as new:
+    with replace_files_in(folder) as new:
         yield new
-        save_tensors(new / HEAD_FILE, {"reward_head": head}, identity=identity, **about,
-                     files={path.name: digest_of(path) for path in sorted(new.iterdir())})
+        save_tensors(
+            new / HEAD_FILE,
+            {"reward_head": head},
+            identity=identity,
+            **about,
+            files={path.name: digest_of(path) for path in sorted(new.iterdir())},
+        )
 
 
 def find_reward_head(folder, model_name, title, width, outputs):
@@ -56,15 +71,22 @@ def find_reward_head(folder, model_name, title, width, outputs):
         tensors, about = load_tensors(path)
         for output in (Path(folder) / name for name in outputs if "files" in about):
             if digest_of(output) != about["files"].get(output.name):
-                raise InputError(f"{output}: not the file that {HEAD_FILE} was written with, but changed, or of another "
-                                 "run; make the embeddings again")
+                raise InputError(
+                    f"{output}: not the file that {HEAD_FILE} was written with, but changed, or of another "
+                    "run; make the embeddings again"
+                )
         head = tensors.get("reward_head", torch.zeros(0))
     else:
         head = load_reward_head(model_name)
     if len(width) > 1 or head.shape != (next(iter(width)), 1) or not torch.isfinite(head).all():
-        raise InputError(f"embeddings and reward head of different models: {tuple(head.shape)} in {path}, or "
-                         f"{about.get('model')}'s, " + ", ".join(f"d = {d} in {where}" for d, where in width.items())
-                         + "; prepare all files with one model")
+        raise InputError(
+            f"embeddings and reward head of different models: {tuple(head.shape)} in {path}, or "
+            f"{about.get('model')}'s, "
+            + ", ".join(f"d = {d} in {where}" for d, where in width.items())
+            + "; prepare all files with one model"
+        )
     if about.get("identity", {}).get("reward_head", found := digest_of(head.tolist())) != found:
-        raise InputError(f"{path}: its head is not the one that it names; make the embeddings again")
+        raise InputError(
+            f"{path}: its head is not the one that it names; make the embeddings again"
+        )
     return head, {**about, "title": f"{title} ({about['data']})" if "data" in about else title}

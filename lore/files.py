@@ -26,7 +26,9 @@ def atomic_write(path):
     """Open `path` for writing bytes. The file appears under its name complete or not at all.
     Raises OSError that names `path` (disk full, read-only); the file that stood there before is then untouched."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")  # others may write the same
+    part = path.with_name(
+        f".{path.name}.{os.getpid()}.{threading.get_ident()}.part"
+    )  # others may write the same
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
@@ -43,12 +45,14 @@ def atomic_write(path):
 
 
 @contextlib.contextmanager
-def together(folder, replaces=()):
+def replace_files_in(folder, replaces=()):
     """A folder to write files in, which move to `folder` once all are there: never do those of two runs stand mixed.
     replaces: patterns of names whose files in `folder` go when the new ones come."""
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".new-*"):
-        if time.time() - left.stat().st_mtime > 3600:  # of a run that was killed, not of one beside this
+        if (
+            time.time() - left.stat().st_mtime > 3600
+        ):  # of a run that was killed, not of one beside this
             shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as new:
         yield Path(new)
@@ -71,9 +75,11 @@ def check_writable(folder):
         raise
 
 
-def _json(content, **options):
+def to_json(content, **options):
     """JSON of plain values, with arrays, numpy's numbers and ranges as lists and numbers."""
-    return json.dumps(content, default=lambda v: v.tolist() if hasattr(v, "tolist") else list(v), **options)
+    return json.dumps(
+        content, default=lambda v: v.tolist() if hasattr(v, "tolist") else list(v), **options
+    )
 
 
 def save_text(path, text):
@@ -84,18 +90,18 @@ def save_text(path, text):
 
 def save_json(path, content):
     """Write a dict as indented JSON."""
-    save_text(path, _json(content, indent=1) + "\n")
+    save_text(path, to_json(content, indent=1) + "\n")
 
 
 def load_json(path, *keys):
     """Read a JSON object. Raises InputError where the file is missing or damaged, or lacks one of `keys`."""
-    with _readable(path, "JSON object"):
+    with explain_damage(path, "JSON object"):
         content = json.loads(Path(path).read_text())
         return {**content, **{key: content[key] for key in keys}}
 
 
 @contextlib.contextmanager
-def _readable(path, kind, written_by="prepare.py"):
+def explain_damage(path, kind, written_by="prepare.py"):
     """Within it, a file that is missing or damaged raises an InputError with the remedy."""
     try:
         yield
@@ -111,22 +117,35 @@ def _readable(path, kind, written_by="prepare.py"):
 def save_tensors(path, tensors, **about):
     """Write a dict of tensors to a safetensors file, with `about` (JSON values) as its metadata entry of that name."""
     with atomic_write(path) as file:
-        file.write(safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-                                          {"about": _json(about)}))  # one entry: several come in an order that varies
+        file.write(
+            safetensors.torch.save(
+                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+                {"about": to_json(about)},
+            )
+        )  # one entry: several come in an order that varies
 
 
 def load_tensors(path):
     """Read what `save_tensors` wrote -> (dict of tensors, dict). Raises InputError where the file is damaged."""
-    with _readable(path, "safetensors file"), safetensors.safe_open(path, "pt") as file:
+    with explain_damage(path, "safetensors file"), safetensors.safe_open(path, "pt") as file:
         about = json.loads((file.metadata() or {}).get("about", "{}"))
         return {name: file.get_tensor(name) for name in file.keys()}, about
 
 
 # Before torch 2.6 an archive could pass weights_only: there none is read, and none written.
 ARCHIVES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
-_LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # how torch.save's files without an archive begin
-_PLAIN_GLOBALS = {("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"), ("torch", "Size"),
-                  ("collections", "OrderedDict"), ("builtins", "set"), ("__builtin__", "set"), ("_codecs", "encode")}
+_LEGACY_MAGIC = pickle.dumps(
+    0x1950A86A20F9469CFC6C, protocol=2
+)  # how torch.save's files without an archive begin
+_PLAIN_GLOBALS = {
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_parameter"),
+    ("torch", "Size"),
+    ("collections", "OrderedDict"),
+    ("builtins", "set"),
+    ("__builtin__", "set"),
+    ("_codecs", "encode"),
+}
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -136,8 +155,10 @@ class _PlainUnpickler(pickle.Unpickler):
         if (module, name) == ("torch.storage", "_load_from_bytes"):
             return lambda data: _MemoryUnpickler(data).load()
         if (module, name) not in _PLAIN_GLOBALS:
-            raise pickle.UnpicklingError(f"refused: it asks for {module}.{name}, and only tensors and plain "
-                                         "containers are loaded")
+            raise pickle.UnpicklingError(
+                f"refused: it asks for {module}.{name}, and only tensors and plain "
+                "containers are loaded"
+            )
         return super().find_class(module, name)
 
 
@@ -151,7 +172,9 @@ class _MemoryUnpickler(pickle.Unpickler):
 
     def load(self):
         if not self.data.startswith(_LEGACY_MAGIC):
-            raise pickle.UnpicklingError("refused: a tensor whose memory is not in torch.save's format")
+            raise pickle.UnpicklingError(
+                "refused: a tensor whose memory is not in torch.save's format"
+            )
         for _ in range(3):  # the magic number, the version, the system
             super().load()
         return super().load()
@@ -166,8 +189,14 @@ class _MemoryUnpickler(pickle.Unpickler):
         start, dtype = len(self.data) - count * storage._dtype.itemsize, storage._dtype
         with warnings.catch_warnings():  # the memory is of bytes that no one else holds
             warnings.filterwarnings("ignore", "The given buffer is not writable")
-            memory = torch.frombuffer(self.data, dtype=dtype, count=count, offset=start) if count else torch.empty(0, dtype=dtype)
-        return torch.storage.TypedStorage(wrap_storage=memory.untyped_storage(), dtype=memory.dtype, _internal=True)
+            memory = (
+                torch.frombuffer(self.data, dtype=dtype, count=count, offset=start)
+                if count
+                else torch.empty(0, dtype=dtype)
+            )
+        return torch.storage.TypedStorage(
+            wrap_storage=memory.untyped_storage(), dtype=memory.dtype, _internal=True
+        )
 
 
 def load_pickle(path, written_by="prepare.py"):
@@ -178,18 +207,22 @@ def load_pickle(path, written_by="prepare.py"):
     Raises InputError: file missing, truncated, of another kind, or naming a global that could run code (it says which).
     """
     remedy = "do not trust this file, or, where it is yours, write it again as plain tensors, lists and dicts"
-    with _readable(path, "file", written_by), open(path, "rb") as file:
+    with explain_damage(path, "file", written_by), open(path, "rb") as file:
         try:
             begin = file.read(len(_LEGACY_MAGIC))
             file.seek(0)
             if begin[:2] == b"PK" and not ARCHIVES:
                 remedy = "load it with torch 2.6 or newer, or write it again here"
-                raise pickle.UnpicklingError(f"refused: an archive, through which torch {torch.__version__} may run code")
+                raise pickle.UnpicklingError(
+                    f"refused: an archive, through which torch {torch.__version__} may run code"
+                )
             if begin[:2] == b"PK" or begin == _LEGACY_MAGIC:
                 return torch.load(file, map_location="cpu", weights_only=True)
             return _PlainUnpickler(file).load()
         except Exception as error:  # a damaged pickle raises nearly anything
-            found = re.search(r"[^\n.]*(refused|GLOBAL|class|TorchScript)[^\n]*?(?=\.\s|\n|$)", str(error))
+            found = re.search(
+                r"[^\n.]*(refused|GLOBAL|class|TorchScript)[^\n]*?(?=\.\s|\n|$)", str(error)
+            )
             if not found and "weights_only" not in str(error):
                 remedy = "it is truncated or no pickle; write it again"
             reason = found[0] if found else (str(error) or type(error).__name__).split(". ")[0]
@@ -235,4 +268,7 @@ def digest_of(content):
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-CHECKPOINT_FILE, FEW_SHOT_CHECKPOINT_FILE = ".training.pt", ".vary_fewshot.pt"  # beside results, until these are there
+CHECKPOINT_FILE, FEW_SHOT_CHECKPOINT_FILE = (
+    ".training.pt",
+    ".vary_fewshot.pt",
+)  # beside results, until these are there

@@ -6,7 +6,15 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from lore.evidence import interval
-from utils import TEMPERATURE, _members, _scores, _trials, check_matrix, check_settings, fit_basis
+from utils import (
+    TEMPERATURE,
+    check_matrix,
+    check_settings,
+    few_shot_trials,
+    pair_scores,
+    sweep_members,
+    train_bases,
+)
 
 
 def _log_likelihoods(features, V, W):
@@ -14,7 +22,7 @@ def _log_likelihoods(features, V, W):
     V, W = check_matrix(V, "V").cpu(), check_matrix(W, "W", None, V.shape[1]).cpu()
     if len(features) == 0:
         return torch.zeros(0, len(W), dtype=torch.float64)
-    scores, = _scores([check_matrix(features, "features", None, len(V))], V)
+    (scores,) = pair_scores([check_matrix(features, "features", None, len(V))], V)
     return logsigmoid(scores.double() @ W.double().T / TEMPERATURE)
 
 
@@ -30,11 +38,14 @@ def question_values(candidates, V, W, posterior):
     """What the answer to each candidate pair would tell of a new user, in nats `[n]`: ask the largest next.
     candidates: `[n, d]` (or Pairs), either answer minus the other; posterior: `[N]`, of `fit_new_user`. The value is
     the mutual information of answer and user, the entropy of the mean answer less the mean entropy."""
-    posterior = check_matrix(torch.as_tensor(posterior)[None], "posterior", 1, len(W))[0].cpu().double()  # (N,)
+    posterior = (
+        check_matrix(torch.as_tensor(posterior)[None], "posterior", 1, len(W))[0].cpu().double()
+    )  # (N,)
     P = _log_likelihoods(candidates, V, W).exp()  # (n, N)
 
     def entropy(p):
         return torch.special.entr(p) + torch.special.entr(1 - p)
+
     return (entropy(P @ posterior) - entropy(P) @ posterior).clamp(min=0).float()
 
 
@@ -55,28 +66,75 @@ def _chosen_order(S, W, questions):
     return torch.tensor([order])
 
 
-def question_curves(questions, trials, alpha_list, K_list, data, V_final, device, seeds=(0, 1, 2), num_iterations=500):
+def question_curves(
+    questions,
+    trials,
+    alpha_list,
+    K_list,
+    data,
+    V_final,
+    device,
+    seeds=(0, 1, 2),
+    num_iterations=500,
+):
     """Accuracy on unseen users' unseen prompts after 1, 2, .. answered questions, which are pairs of `train_unseen`.
     data: as for `save_results`; trials: how often random questions are drawn; ranks from 2 up. Returns a DataFrame K,
     alpha, fit, questions, mean, low, high: means over seeds, then over users, with their 95 % intervals."""
-    check_settings(num_questions=questions, K_list=K_list, alpha_list=alpha_list, seeds=seeds, trials=trials,
-                   num_iterations=num_iterations)
+    check_settings(
+        num_questions=questions,
+        K_list=K_list,
+        alpha_list=alpha_list,
+        seeds=seeds,
+        trials=trials,
+        num_iterations=num_iterations,
+    )
     questions = min(questions, max(map(len, data["train_unseen"])))
-    members, found = [member for member in _members(K_list, alpha_list, seeds) if member.K > 1], {}
-    fits = fit_basis(data["train"], members, V_final, num_iterations, 0.5, device=device) if members else []
+    members, found = (
+        [member for member in sweep_members(K_list, alpha_list, seeds) if member.K > 1],
+        {},
+    )
+    fits = (
+        train_bases(data["train"], members, V_final, num_iterations, 0.5, device=device)
+        if members
+        else []
+    )
     for member, (W, V, _) in zip(members, fits):
-        S_train, S_test = ([S.cpu() for S in _scores(data[part], V)] for part in ("train_unseen", "test_unseen"))
+        S_train, S_test = (
+            [S.cpu() for S in pair_scores(data[part], V)]
+            for part in ("train_unseen", "test_unseen")
+        )
         W, generator = W.cpu(), member.generator(2)
-        random_orders = [torch.stack([torch.randperm(len(S), generator=generator)[:questions] for _ in range(trials)])
-                         for S in S_train]
-        by_fit = {"released fit, random": np.stack([_trials(member, S_train, S_test, shots, trials, None)[1].mean(0)
-                                                    for shots in range(1, questions + 1)], 1)}  # (users, questions)
-        for name, orders in (("posterior, random", random_orders),
-                             ("posterior, chosen", [_chosen_order(S, W, questions) for S in S_train])):
-            by_fit[name] = np.stack([(test @ _asked(S, W, order, questions).mT > 0).double().mean((0, 1)).numpy()
-                                     for S, test, order in zip(S_train, S_test, orders)])
+        random_orders = [
+            torch.stack(
+                [torch.randperm(len(S), generator=generator)[:questions] for _ in range(trials)]
+            )
+            for S in S_train
+        ]
+        by_fit = {
+            "released fit, random": np.stack(
+                [
+                    few_shot_trials(member, S_train, S_test, shots, trials, None)[1].mean(0)
+                    for shots in range(1, questions + 1)
+                ],
+                1,
+            )
+        }  # (users, questions)
+        for name, orders in (
+            ("posterior, random", random_orders),
+            ("posterior, chosen", [_chosen_order(S, W, questions) for S in S_train]),
+        ):
+            by_fit[name] = np.stack(
+                [
+                    (test @ _asked(S, W, order, questions).mT > 0).double().mean((0, 1)).numpy()
+                    for S, test, order in zip(S_train, S_test, orders)
+                ]
+            )
         for name, accuracies in by_fit.items():
             found.setdefault((name, member.K, member.alpha), []).append(accuracies)
-    return pd.DataFrame([{"K": K, "alpha": alpha, "fit": name, "questions": i, **interval(of_users)}
-                         for (name, K, alpha), of_seeds in found.items()
-                         for i, of_users in enumerate(np.mean(of_seeds, 0).T, 1)])
+    return pd.DataFrame(
+        [
+            {"K": K, "alpha": alpha, "fit": name, "questions": i, **interval(of_users)}
+            for (name, K, alpha), of_seeds in found.items()
+            for i, of_users in enumerate(np.mean(of_seeds, 0).T, 1)
+        ]
+    )

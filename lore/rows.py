@@ -30,8 +30,10 @@ def split_files(folder, **words):
         if len(found[split]) != 1 or shards[0]:
             whole = all(shards) and len({re.sub(r"\d+-of", "", p.name) for p in found[split]}) == 1
             if not whole or len(shards) != int(shards[0][2]):
-                raise InputError(f"{folder}: one file with {' or '.join(names)} in its name is needed, or all its "
-                                 f"shards; {holds}")
+                raise InputError(
+                    f"{folder}: one file with {' or '.join(names)} in its name is needed, or all its "
+                    f"shards; {holds}"
+                )
     if len(set(sum(found.values(), []))) < sum(map(len, found.values())):
         raise InputError(f"{folder}: a file cannot be two of {', '.join(words)}; {holds}")
     return found
@@ -42,23 +44,43 @@ def read_rows(path):
     Raises InputError that names file and row: no such file, of another format, damaged, a line that is no JSON."""
     path, i = Path(path), 0
     if not DATA_FILE.search(path.name):
-        raise InputError(f"{path}: not a .parquet, .jsonl or .csv file, the last two also .gz; write it as one of these")
+        raise InputError(
+            f"{path}: not a .parquet, .jsonl or .csv file, the last two also .gz; write it as one of these"
+        )
     try:
         if path.suffix == ".parquet":
             import pyarrow.parquet
-            rows = (row for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024) for row in batch.to_pylist())
+
+            rows = (
+                row
+                for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024)
+                for row in batch.to_pylist()
+            )
         else:
-            file = (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="")
+            file = (gzip.open if path.suffix == ".gz" else open)(
+                path, "rt", encoding="utf-8-sig", newline=""
+            )
             rows = (json.loads(line) for line in file if line.strip())
             if ".csv" in path.suffixes:
                 rows = _csv_rows(file)
         for i, row in enumerate(rows, 1):
             yield f"{path}, row {i}", row
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; give the folder that holds it with --data") from None
-    except (ValueError, OSError, EOFError, RecursionError, zlib.error, csv.Error) as error:  # pyarrow's are ValueErrors
-        raise InputError(f"{path}, row {i + 1}: cannot be read ({error}): the file is cut short, of another format or "
-                         "encoding, an error page, or closed to you; download or write it again") from None
+        raise InputError(
+            f"{path}: no such file; give the folder that holds it with --data"
+        ) from None
+    except (
+        ValueError,
+        OSError,
+        EOFError,
+        RecursionError,
+        zlib.error,
+        csv.Error,
+    ) as error:  # pyarrow's are ValueErrors
+        raise InputError(
+            f"{path}, row {i + 1}: cannot be read ({error}): the file is cut short, of another format or "
+            "encoding, an error page, or closed to you; download or write it again"
+        ) from None
     if i == 0:
         raise InputError(f"{path}: no row in it; download or write it again")
 
@@ -78,13 +100,20 @@ def _csv_rows(file):
 def hub_rows(dataset, **options):
     """A data set of the hub by `datasets.load_dataset`: split -> (where, row) pairs. Raises InputError: not served."""
     from datasets import load_dataset
+
     try:
         splits = load_dataset(dataset, **options)
-    except Exception as error:  # no network, no such revision, no access: a class of its own for each
-        raise InputError(f"data set {dataset}: the hub did not serve it ({type(error).__name__}: {error}); check the "
-                         "network, or give a downloaded copy with --data") from None
-    return {split: zip(map(f"{dataset}, {split}, row {{}}".format, itertools.count(1)), rows)
-            for split, rows in splits.items()}
+    except (
+        Exception
+    ) as error:  # no network, no such revision, no access: a class of its own for each
+        raise InputError(
+            f"data set {dataset}: the hub did not serve it ({type(error).__name__}: {error}); check the "
+            "network, or give a downloaded copy with --data"
+        ) from None
+    return {
+        split: zip(map(f"{dataset}, {split}, row {{}}".format, itertools.count(1)), rows)
+        for split, rows in splits.items()
+    }
 
 
 def parse_rows(rows, schema, dataset):
@@ -93,17 +122,27 @@ def parse_rows(rows, schema, dataset):
         try:
             yield where, schema.model_validate(row)
         except pydantic.ValidationError as error:
-            first = max(error.errors(), key=lambda one: len(one["loc"]))  # of a union the part that came furthest
+            first = max(
+                error.errors(), key=lambda one: len(one["loc"])
+            )  # of a union the part that came furthest
             field, value = ".".join(map(str, first["loc"])) or "the row", repr(first["input"])
-            raise InputError(f"{where}: {field}: {first['msg']}, and it is {value[:40]}; expected is the schema of "
-                             f"{dataset}, repair the row or leave it out") from None
+            raise InputError(
+                f"{where}: {field}: {first['msg']}, and it is {value[:40]}; expected is the schema of "
+                f"{dataset}, repair the row or leave it out"
+            ) from None
 
 
 def warn_of_equal_sides(what, equal, pairs):
     """Say how many pairs have two equal texts: their margin is 0, so they count as wrong for ever, as released."""
     if equal:
-        print(f"{what}: {equal:,} of {pairs:,} pairs have two equal texts and count as wrong under every reward"
-              + (f"; warning: that is {equal / pairs:.1%}, leave them out" if equal > 0.01 * pairs else ""))
+        print(
+            f"{what}: {equal:,} of {pairs:,} pairs have two equal texts and count as wrong under every reward"
+            + (
+                f"; warning: that is {equal / pairs:.1%}, leave them out"
+                if equal > 0.01 * pairs
+                else ""
+            )
+        )
 
 
 def warn_of_blank_texts(what, texts):
@@ -115,5 +154,7 @@ def warn_of_blank_texts(what, texts):
 def as_messages(role, content):
     """A text as one message of this role; a list of messages as it is. Raises InputError: neither."""
     if not isinstance(content, (str, list, tuple)):
-        raise InputError(f"{content!r:.60}: neither a text nor a list of messages; give one of these")
+        raise InputError(
+            f"{content!r:.60}: neither a text nor a list of messages; give one of these"
+        )
     return [{"role": role, "content": content}] if isinstance(content, str) else list(content)

@@ -47,8 +47,13 @@ class _Parser(argparse.ArgumentParser):
 def script_parser(description, folder):
     """The command line that every script has: `--dir`, where it reads and writes."""
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dir", type=Path, default=Path(folder), metavar="DIR",
-                        help="read and write here, a folder of this data set's own, instead of beside the script")
+    parser.add_argument(
+        "--dir",
+        type=Path,
+        default=Path(folder),
+        metavar="DIR",
+        help="read and write here, a folder of this data set's own, instead of beside the script",
+    )
     return parser
 
 
@@ -58,29 +63,56 @@ def prepare_arguments(description, folder, model_name, embeds=True):
     Returns a namespace: dir, data (a folder, or None for the download), model, limit, overwrite, demo, label (of the
     data). Raises InputError: --limit below 1, --demo with other sources, no CUDA GPU for the default model."""
     parser = script_parser(description, folder)
-    parser.add_argument("--data", type=Path, metavar="DIR", help="read the splits from here instead of downloading "
-                        "them: parquet, jsonl, csv, the last two also .gz; as in demo/ beside this script")
-    parser.add_argument("--model", metavar="ID_OR_PATH", help=f"the reward model (default: {model_name})")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each split, or users")
-    parser.add_argument("--demo", action="store_true", help="the synthetic data in demo/ and a tiny stand-in model")
-    parser.add_argument("--overwrite", action="store_true", help="replace finished embeddings of another model or data")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="read the splits from here instead of downloading "
+        "them: parquet, jsonl, csv, the last two also .gz; as in demo/ beside this script",
+    )
+    parser.add_argument(
+        "--model", metavar="ID_OR_PATH", help=f"the reward model (default: {model_name})"
+    )
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="only the first N rows of each split, or users"
+    )
+    parser.add_argument(
+        "--demo", action="store_true", help="the synthetic data in demo/ and a tiny stand-in model"
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace finished embeddings of another model or data",
+    )
     args = parser.parse_args()
     if args.limit is not None:
         check_settings(**{"--limit": args.limit})
     if args.demo and (args.data or args.model):
-        raise InputError("--demo brings its own data and model; leave out --data and --model, or --demo")
+        raise InputError(
+            "--demo brings its own data and model; leave out --data and --model, or --demo"
+        )
     if embeds and not args.demo and not args.model:
         check_gpu(model_name)
     check_writable(args.dir)
     args.label = "synthetic demo" if args.demo else args.data.name if args.data else None
     if args.demo:
-        print("demo: the reward model is a tiny stand-in with random weights and the data are synthetic, written for "
-              "this demo; the accuracies say nothing about real models or people")
+        print(
+            "demo: the reward model is a tiny stand-in with random weights and the data are synthetic, written for "
+            "this demo; the accuracies say nothing about real models or people"
+        )
         args.data, args.model = Path(folder) / "demo", args.dir / ".standin"
         if process_rank() == 0:
-            texts = [json.dumps(row) for path in sorted(args.data.glob("*.jsonl.gz")) for _, row in read_rows(path)]
+            texts = [
+                json.dumps(row)
+                for path in sorted(args.data.glob("*.jsonl.gz"))
+                for _, row in read_rows(path)
+            ]
             build_standin_model(args.model, texts)
         if process_count() > 1:
             dist.barrier()
-    args.model = os.path.normpath(args.model) if os.path.isdir(args.model or "") else args.model or model_name
+    args.model = (
+        os.path.normpath(args.model)
+        if os.path.isdir(args.model or "")
+        else args.model or model_name
+    )
     return args

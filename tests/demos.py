@@ -26,17 +26,29 @@ import lore.reward_model
 import lore.standin
 
 REAL_TEXT = ROOT.parent / "shared" / "data"
-EMBEDDINGS = {"RedditTLDR": ("tldr_embeddings_train.pkl", "tldr_embeddings_val.pkl"),
-              "PRISM": ("train_embeddings.pkl", "test_embeddings.pkl"),
-              "PersonalLLM": ("train.safetensors", "test.safetensors")}
+EMBEDDINGS = {
+    "RedditTLDR": ("tldr_embeddings_train.pkl", "tldr_embeddings_val.pkl"),
+    "PRISM": ("train_embeddings.pkl", "test_embeddings.pkl"),
+    "PersonalLLM": ("train.safetensors", "test.safetensors"),
+}
 FINAL = "Unseen User Unseen Prompts"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes
 # ---------------------------------------------------------------------------------------------------------------------
 
-LIBRARIES = ["torch", "torch.distributed", "transformers", "transformers.models.llama.modeling_llama", "numba",
-             "pandas", "pydantic", "pyarrow.parquet", "safetensors.torch", "tokenizers"]
+LIBRARIES = [
+    "torch",
+    "torch.distributed",
+    "transformers",
+    "transformers.models.llama.modeling_llama",
+    "numba",
+    "pandas",
+    "pydantic",
+    "pyarrow.parquet",
+    "safetensors.torch",
+    "tokenizers",
+]
 
 CHILD = """
 import os, resource, sys
@@ -76,6 +88,7 @@ def forks():
 @dataclasses.dataclass
 class Started:
     """A script in a process of its own."""
+
     process: multiprocessing.Process
     output: Path
 
@@ -103,8 +116,16 @@ class Started:
 def start_code(code, folder, *arguments, cwd="/", environment=None, largest_file=None, **job):
     """Run Python code with `folder` first on its path -> Started. largest_file: bytes, a disk that is full behind."""
     output = Path(tempfile.mkdtemp(prefix="lore-test-"))
-    job.update(code=code, folder=str(folder), root=str(ROOT), arguments=list(map(str, arguments)), cwd=str(cwd),
-               environment=environment or {}, largest_file=largest_file, output=str(output))
+    job.update(
+        code=code,
+        folder=str(folder),
+        root=str(ROOT),
+        arguments=list(map(str, arguments)),
+        cwd=str(cwd),
+        environment=environment or {},
+        largest_file=largest_file,
+        output=str(output),
+    )
     process = forks().Process(target=exec, args=(CHILD, {"job": job}))
     process.start()
     return Started(process, output)
@@ -112,8 +133,15 @@ def start_code(code, folder, *arguments, cwd="/", environment=None, largest_file
 
 def start(folder, name, *arguments, environment=None, largest_file=None, **constants):
     """Run a script of `folder` with other constants, as `python name.py arguments` -> Started."""
-    return start_code(SCRIPT, folder, *arguments, environment=environment, largest_file=largest_file, name=name,
-                      constants=constants)
+    return start_code(
+        SCRIPT,
+        folder,
+        *arguments,
+        environment=environment,
+        largest_file=largest_file,
+        name=name,
+        constants=constants,
+    )
 
 
 def printed(started):
@@ -129,8 +157,16 @@ def two_processes(folder, name, *arguments, **constants):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    started = [start(folder, name, *arguments, **constants, environment={
-        **environment, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+    started = [
+        start(
+            folder,
+            name,
+            *arguments,
+            **constants,
+            environment={**environment, "RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in ("0", "1")
+    ]
     return [printed(process) for process in started]
 
 
@@ -142,6 +178,7 @@ def two_processes(folder, name, *arguments, **constants):
 @dataclasses.dataclass(frozen=True)
 class Demo:
     """A data set's folder in which prepare.py --demo and train_basis.py ran."""
+
     folder: Path
     printed: dict  # script -> what it printed
 
@@ -186,12 +223,19 @@ def demo(data_set, session):
     names = {"prepare": ["--demo"], "generate-prism-embeddings": [], "train_basis": []}
     if data_set != "PRISM":
         del names["generate-prism-embeddings"]
-    return Demo(folder, {name: printed(start(folder, name, *arguments)) for name, arguments in names.items()})
+    return Demo(
+        folder,
+        {name: printed(start(folder, name, *arguments)) for name, arguments in names.items()},
+    )
 
 
 def build_model(folder, data_set="RedditTLDR", **sizes):
     """The stand-in reward model, its tokenizer trained on a demo's texts -> its folder."""
-    texts = [json.dumps(row) for path in sorted((ROOT / data_set / "demo").glob("*.gz")) for row in rows_in(path)]
+    texts = [
+        json.dumps(row)
+        for path in sorted((ROOT / data_set / "demo").glob("*.gz"))
+        for row in rows_in(path)
+    ]
     lore.standin.build_standin_model(folder, texts, **sizes)
     return folder
 
@@ -217,7 +261,11 @@ def write_rows(path, rows):
 
 def content_of(folder):
     """What stands in a folder, below it too: relative path -> bytes."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def plain(content):
@@ -232,7 +280,11 @@ def plain(content):
 def closing_table(printed):
     """The means in the table that train_basis.py ends with: "ref" or a rank -> one per setting."""
     rows = (re.match(r" *(ref|\d+) +\S+ +(?=\d\.\d{3} \[)", line) for line in printed.splitlines())
-    return {row[1]: [float(mean) for mean in re.findall(r"(\d\.\d{3}) \[", row.string)] for row in rows if row}
+    return {
+        row[1]: [float(mean) for mean in re.findall(r"(\d\.\d{3}) \[", row.string)]
+        for row in rows
+        if row
+    }
 
 
 def results_in(folder):
@@ -241,6 +293,7 @@ def results_in(folder):
 
 def serve_hub(monkeypatch, **splits):
     """Let `datasets` serve these rows (a list a split) for every data set; nothing at all without any."""
+
     def load_dataset(name, **options):
         if not splits:
             raise ConnectionError("no route to the hub")
@@ -271,7 +324,9 @@ def without_forward(monkeypatch):
         model.forward = None
         return model, tokenizer
 
-    monkeypatch.setattr(lore.reward_model, "load_reward_model", loaded)  # where a script that is loaded now looks
+    monkeypatch.setattr(
+        lore.reward_model, "load_reward_model", loaded
+    )  # where a script that is loaded now looks
     monkeypatch.setattr(lore.embedding, "load_reward_model", loaded)
 
 
@@ -279,7 +334,7 @@ def interrupted(monkeypatch, capsys, script, *arguments):
     """The script ends with status 130 and one line that says how to go on."""
     with pytest.raises(SystemExit) as stop:
         call(monkeypatch, script, *arguments)
-    line, = capsys.readouterr().err.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert stop.value.code == 130 and line.startswith("error: ") and "resume" in line
 
 
@@ -289,4 +344,3 @@ def state_alone(model, tokenizer, messages):
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
     with torch.no_grad():
         return model(input_ids=ids).last_hidden_state[0, -1].float()
-

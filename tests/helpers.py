@@ -27,8 +27,10 @@ def random_users(counts, d, seed=0, scale=30.0):
     The pairs lean towards a direction of the user's own, so that there is something to learn.
     """
     generator = torch.Generator().manual_seed(seed)
-    return [scale * (torch.randn(m, d, generator=generator) + 0.5 * torch.randn(d, generator=generator))
-            for m in counts]
+    return [
+        scale * (torch.randn(m, d, generator=generator) + 0.5 * torch.randn(d, generator=generator))
+        for m in counts
+    ]
 
 
 def planted_basis(d, K, seed=0, length=300.0):
@@ -39,7 +41,9 @@ def planted_basis(d, K, seed=0, length=300.0):
 
 def planted_weights(N, K, concentration=0.2, seed=0):
     """N mixtures over K directions, Dirichlet draws `[N, K]`."""
-    return torch.tensor(np.random.default_rng(seed).dirichlet([concentration] * K, N), dtype=torch.float32)
+    return torch.tensor(
+        np.random.default_rng(seed).dirichlet([concentration] * K, N), dtype=torch.float32
+    )
 
 
 def planted_pairs(V, W, pairs, seed=0, sampled=False):
@@ -49,7 +53,11 @@ def planted_pairs(V, W, pairs, seed=0, sampled=False):
     for w in W:
         X = torch.randn(pairs, len(V), generator=generator)
         margins = X @ V @ w
-        wins = torch.rand(pairs, generator=generator) < torch.sigmoid(margins / 100) if sampled else margins > 0
+        wins = (
+            torch.rand(pairs, generator=generator) < torch.sigmoid(margins / 100)
+            if sampled
+            else margins > 0
+        )
         features.append(torch.where(wins[:, None], X, -X))
     return features
 
@@ -67,9 +75,14 @@ def input_error(*named):
 
 def fresh_process(code, *arguments, **environment):
     """Start `python -c code arguments` outside the repository, with its root on the path -> subprocess.Popen."""
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], text=True, cwd="/",
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        text=True,
+        cwd="/",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )
 
 
 def outcome(process, timeout=120):
@@ -83,7 +96,10 @@ def sign_again(folder):
     head = folder / lore.embedding_files.HEAD_FILE
     if head.exists():
         tensors, about = lore.files.load_tensors(head)
-        about["files"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in about["files"]}
+        about["files"] = {
+            name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            for name in about["files"]
+        }
         lore.files.save_tensors(head, tensors, **about)
 
 
@@ -93,16 +109,25 @@ def copy_of_tree(target):
         if (ROOT / name).is_file():
             shutil.copy(ROOT / name, target)
         else:
-            shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns(
-                ".*", "__pycache__", "data", "results", "checkpoints", "*.pkl", "*.safetensors"))
+            shutil.copytree(
+                ROOT / name,
+                target / name,
+                ignore=shutil.ignore_patterns(
+                    ".*", "__pycache__", "data", "results", "checkpoints", "*.pkl", "*.safetensors"
+                ),
+            )
     return target
 
 
 def load_script(folder, name):
     """A fresh module of a script in a folder of the repository, so that a test can set its constants."""
-    if str(ROOT / folder) not in sys.path:  # where the script's own folder stands: it does `import tldr`
+    if (
+        str(ROOT / folder) not in sys.path
+    ):  # where the script's own folder stands: it does `import tldr`
         sys.path.insert(0, str(ROOT / folder))
-    spec = importlib.util.spec_from_file_location(f"{folder}_{name}".replace("-", "_"), ROOT / folder / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(
+        f"{folder}_{name}".replace("-", "_"), ROOT / folder / f"{name}.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -19,10 +19,14 @@ from transformers import AutoModelForSequenceClassification
 import lore.embedding
 import lore.files
 import lore.reward_model
-import utils
 from lore.conversations import tokenize_conversations
 from lore.embedding import embed_conversations
-from lore.reward_model import load_released_reference, load_reward_head, load_reward_model, model_identity
+from lore.reward_model import (
+    load_released_reference,
+    load_reward_head,
+    load_reward_model,
+    model_identity,
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +53,23 @@ def ragged_conversations(prompts=12, seed=0):
     def text(most):
         return " ".join(chance.choice(words, chance.integers(1, most)))
 
-    found = [conversation(prompt, text(40)) for prompt in (text(90) for _ in range(prompts))
-             for _ in range(chance.integers(1, 6))]
-    found += [conversation(found[0][0]["content"], found[0][1]["content"] + " indeed"), found[3], found[3]]
-    found.append([*found[1], {"role": "user", "content": "why?"}, {"role": "assistant", "content": "because"}])
+    found = [
+        conversation(prompt, text(40))
+        for prompt in (text(90) for _ in range(prompts))
+        for _ in range(chance.integers(1, 6))
+    ]
+    found += [
+        conversation(found[0][0]["content"], found[0][1]["content"] + " indeed"),
+        found[3],
+        found[3],
+    ]
+    found.append(
+        [
+            *found[1],
+            {"role": "user", "content": "why?"},
+            {"role": "assistant", "content": "because"},
+        ]
+    )
     return found
 
 
@@ -60,8 +77,11 @@ def one_at_a_time(conversations, model, tokenizer):
     """The released way: template, tokenize, one forward pass each, the last state of the last token."""
     states = []
     for messages in conversations:
-        ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False,
-                        return_tensors="pt").input_ids
+        ids = tokenizer(
+            tokenizer.apply_chat_template(messages, tokenize=False),
+            add_special_tokens=False,
+            return_tensors="pt",
+        ).input_ids
         with torch.no_grad():
             states.append(model(ids).last_hidden_state[0, -1])
     return torch.stack(states)
@@ -102,7 +122,9 @@ def prefixes(sequences):
     return len({tuple(ids[:end]) for ids in sequences for end in range(1, len(ids) + 1)})
 
 
-@pytest.mark.parametrize("attention, way", [("eager", "rows"), ("flash_attention_2", "shared"), ("sdpa", "shared")])
+@pytest.mark.parametrize(
+    "attention, way", [("eager", "rows"), ("flash_attention_2", "shared"), ("sdpa", "shared")]
+)
 def test_other_attention_implementations_give_the_same(checkpoint, reward_model, attention, way):
     model, tokenizer = load_reward_model(str(checkpoint), device="cpu", attention=attention)
     conversations, about = ragged_conversations(), {}
@@ -115,14 +137,32 @@ def test_other_attention_implementations_give_the_same(checkpoint, reward_model,
 def test_what_conversations_begin_with_is_computed_once(reward_model, budget):
     """Answers behind one post, and turns that repeat the dialogue before them, in batches that hold a family."""
     model, tokenizer = reward_model
-    conversations = [conversation(f"A long story about fence {post}. " * 8, answer) for post in range(6)
-                     for answer in ("yes", "no", "move the fence", "yes", "yes we do")]
-    dialogue = [*conversation("hello", "there"), *conversation("why?", "because of it"), *conversation("so?", "so")]
-    conversations += [dialogue[:2], dialogue[:4], dialogue, [*dialogue[:5], {"role": "assistant", "content": "no"}]]
+    conversations = [
+        conversation(f"A long story about fence {post}. " * 8, answer)
+        for post in range(6)
+        for answer in ("yes", "no", "move the fence", "yes", "yes we do")
+    ]
+    dialogue = [
+        *conversation("hello", "there"),
+        *conversation("why?", "because of it"),
+        *conversation("so?", "so"),
+    ]
+    conversations += [
+        dialogue[:2],
+        dialogue[:4],
+        dialogue,
+        [*dialogue[:5], {"role": "assistant", "content": "no"}],
+    ]
     embed_conversations(conversations, model, tokenizer)  # the proof, once
-    computed = tokens_through(model, lambda: embed_conversations(conversations, model, tokenizer, token_budget=budget))
+    computed = tokens_through(
+        model, lambda: embed_conversations(conversations, model, tokenizer, token_budget=budget)
+    )
     sequences = tokenize_conversations(conversations, tokenizer)
-    assert computed <= (1 if budget is None else 1.05) * prefixes(sequences) < sum(map(len, sequences)) / 2
+    assert (
+        computed
+        <= (1 if budget is None else 1.05) * prefixes(sequences)
+        < sum(map(len, sequences)) / 2
+    )
 
 
 OUT_OF_MEMORY = torch.cuda.OutOfMemoryError(), RuntimeError("error: CUBLAS_STATUS_ALLOC_FAILED")
@@ -130,7 +170,7 @@ OUT_OF_MEMORY = torch.cuda.OutOfMemoryError(), RuntimeError("error: CUBLAS_STATU
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
 def test_a_batch_beyond_the_gpus_memory_is_halved_and_stays_so(reward_model, monkeypatch, error):
-    forward, failed, done = lore.embedding._forward, [], []
+    forward, failed, done = lore.embedding.forward_last_states, [], []
 
     def small_gpu(model, ids, shared=None):
         size = sum(map(len, ids))
@@ -142,18 +182,20 @@ def test_a_batch_beyond_the_gpus_memory_is_halved_and_stays_so(reward_model, mon
 
     conversations = ragged_conversations()
     expected = embed_conversations(conversations, *reward_model)
-    monkeypatch.setattr(lore.embedding, "_forward", small_gpu)
+    monkeypatch.setattr(lore.embedding, "forward_last_states", small_gpu)
     embeddings = embed_conversations(conversations, *reward_model, shard_size=4)
     assert 0 < len(failed) < 8 and len(done) > 8 and max(failed) < len(done) / 2
     assert (embeddings - expected).abs().max() < 1e-5
-    monkeypatch.setattr(lore.embedding, "_forward", lambda *arguments: forward(None))  # an error of another kind is not hidden
+    monkeypatch.setattr(
+        lore.embedding, "forward_last_states", lambda *arguments: forward(None)
+    )  # an error of another kind is not hidden
     with pytest.raises(TypeError):
         embed_conversations(conversations, *reward_model)
 
 
 def test_special_tokens_stand_once(reward_model):
     _, tokenizer = reward_model
-    ids, = tokenize_conversations([conversation("hello", "there")], tokenizer)
+    (ids,) = tokenize_conversations([conversation("hello", "there")], tokenizer)
     assert ids.count(tokenizer.convert_tokens_to_ids("<|begin_of_text|>")) == 1
     assert ids[-1] == tokenizer.convert_tokens_to_ids("<|eot_id|>")
 
@@ -192,8 +234,14 @@ def test_model_without_an_mlp_has_no_released_reference(tmp_path):
         load_released_reference(str(tmp_path))
 
 
-@pytest.mark.parametrize("heads", [{}, {"score.weight": torch.zeros(2, 8)},
-                                   {"score.weight": torch.zeros(1, 8), "other.score.weight": torch.zeros(1, 8)}])
+@pytest.mark.parametrize(
+    "heads",
+    [
+        {},
+        {"score.weight": torch.zeros(2, 8)},
+        {"score.weight": torch.zeros(1, 8), "other.score.weight": torch.zeros(1, 8)},
+    ],
+)
 def test_checkpoint_without_exactly_one_scalar_head_is_refused(heads, tmp_path):
     save_file({"norm.weight": torch.zeros(8), **heads}, tmp_path / "model.safetensors")
     with input_error(str(tmp_path), "scalar"):
@@ -202,7 +250,7 @@ def test_checkpoint_without_exactly_one_scalar_head_is_refused(heads, tmp_path):
 
 def test_truncated_checkpoint_is_named(checkpoint, tmp_path):
     data = (checkpoint / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(data[:len(data) // 2])
+    (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
     with input_error("model.safetensors"):
         load_reward_head(str(tmp_path))
 
@@ -225,11 +273,22 @@ def test_model_in_another_format_than_safetensors_loads(checkpoint, reward_model
     for found, expected in zip(model.parameters(), reward_model[0].parameters(), strict=True):
         assert torch.equal(found, expected)
     expected = embed_conversations(ragged_conversations(2), *reward_model)
-    assert torch.equal(embed_conversations(ragged_conversations(2), model, reward_model[1]), expected)
+    assert torch.equal(
+        embed_conversations(ragged_conversations(2), model, reward_model[1]), expected
+    )
 
 
-@pytest.mark.parametrize("options", [{"max_length": 0}, {"max_length": -3}, {"batch_size": 0}, {"token_budget": 0},
-                                     {"shard_size": 1.5}, {"truncation_side": "middle"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_length": 0},
+        {"max_length": -3},
+        {"batch_size": 0},
+        {"token_budget": 0},
+        {"shard_size": 1.5},
+        {"truncation_side": "middle"},
+    ],
+)
 def test_options_that_mean_nothing_are_named(reward_model, options):
     with input_error(*options, str(*options.values())):
         embed_conversations([conversation("hello", "there")], *reward_model, **options)
@@ -237,7 +296,9 @@ def test_options_that_mean_nothing_are_named(reward_model, options):
 
 def test_conversation_longer_than_the_context_is_named(reward_model):
     with input_error("word and word", "tokens"):
-        embed_conversations([conversation("hi", "you"), conversation("hi", "word and word " * 9000)], *reward_model)
+        embed_conversations(
+            [conversation("hi", "you"), conversation("hi", "word and word " * 9000)], *reward_model
+        )
     with input_error("no conversations"):
         embed_conversations([], *reward_model)
 
@@ -248,7 +309,9 @@ def cached(conversations, reward_model, folder, **options):
     states = []
     hook = model.norm.register_forward_hook(lambda layer, inputs, output: states.append(output))
     try:
-        embeddings = embed_conversations(conversations, model, tokenizer, cache_dir=folder, shard_size=4, **options)
+        embeddings = embed_conversations(
+            conversations, model, tokenizer, cache_dir=folder, shard_size=4, **options
+        )
     finally:
         hook.remove()
     return embeddings, len(states)
@@ -290,9 +353,14 @@ def test_another_template_or_model_does_not_hit_the_cache(reward_model, checkpoi
     assert (embeddings - one_at_a_time(conversations, other, tokenizer)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("change", [
-    lambda model: model.embed_tokens.weight.data[1:-1].mul_(1.5),
-    lambda model: setattr(model.config, "rms_norm_eps", 0.1)], ids=["inner values", "settings"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.embed_tokens.weight.data[1:-1].mul_(1.5),
+        lambda model: setattr(model.config, "rms_norm_eps", 0.1),
+    ],
+    ids=["inner values", "settings"],
+)
 def test_a_retrained_model_does_not_hit_the_cache(reward_model, checkpoint, tmp_path, change):
     conversations = ragged_conversations(2)
     cached(conversations, reward_model, tmp_path)
@@ -313,8 +381,11 @@ def test_damaged_shard_is_made_again(reward_model, tmp_path):
     assert shard.read_bytes() == whole
 
 
-@pytest.mark.parametrize("spoilt", [{"embeddings": torch.full((99, 64), math.nan)}, {"states": torch.ones(99, 64)}],
-                         ids=["NaN", "other tensors"])
+@pytest.mark.parametrize(
+    "spoilt",
+    [{"embeddings": torch.full((99, 64), math.nan)}, {"states": torch.ones(99, 64)}],
+    ids=["NaN", "other tensors"],
+)
 def test_shard_without_usable_embeddings_is_made_again(reward_model, tmp_path, spoilt):
     conversations = ragged_conversations(4)
     embeddings, _ = cached(conversations, reward_model, tmp_path)
@@ -339,18 +410,26 @@ def test_repeated_conversations_have_equal_rows_in_their_places(reward_model):
     conversations = ragged_conversations(3)
     order = [0, 1, 0, 2, 2, 1, 0]
     model, tokenizer = reward_model
-    embeddings = lore.embedding.embed_conversations([conversations[i] for i in order], model, tokenizer)
+    embeddings = lore.embedding.embed_conversations(
+        [conversations[i] for i in order], model, tokenizer
+    )
     assert (embeddings - one_at_a_time(conversations, model, tokenizer)[order]).abs().max() < 1e-5
 
 
 def test_a_checkpoint_is_loaded_when_all_is_tokenized(checkpoint, reward_model, monkeypatch):
     loaded, load, conversations = [], lore.reward_model.load_reward_model, ragged_conversations(3)
-    monkeypatch.setattr(lore.embedding, "load_reward_model", lambda name: loaded.append(name) or load(name, "cpu"))
+    monkeypatch.setattr(
+        lore.embedding, "load_reward_model", lambda name: loaded.append(name) or load(name, "cpu")
+    )
     with input_error("half a \\ud83d"):
         embed_conversations([*conversations, conversation("half a \ud83d", "yes")], str(checkpoint))
     assert not loaded
     expected = one_at_a_time(conversations, *reward_model)
-    for model in (str(checkpoint), checkpoint, reward_model[0]):  # a name, a path, a model that knows its tokenizer
+    for model in (
+        str(checkpoint),
+        checkpoint,
+        reward_model[0],
+    ):  # a name, a path, a model that knows its tokenizer
         assert (embed_conversations(conversations, model) - expected).abs().max() < 1e-5
     assert loaded == [str(checkpoint), checkpoint]
 
@@ -358,17 +437,29 @@ def test_a_checkpoint_is_loaded_when_all_is_tokenized(checkpoint, reward_model, 
 def test_text_that_is_no_unicode_is_named(reward_model):
     model, tokenizer = reward_model
     with input_error("half a \\ud83d"):
-        lore.embedding.embed_conversations([[{"role": "user", "content": "half a \ud83d"}]], model, tokenizer)
+        lore.embedding.embed_conversations(
+            [[{"role": "user", "content": "half a \ud83d"}]], model, tokenizer
+        )
 
 
-def test_embeddings_that_another_process_did_not_make_are_missed(reward_model, tmp_path, monkeypatch):
+def test_embeddings_that_another_process_did_not_make_are_missed(
+    reward_model, tmp_path, monkeypatch
+):
     model, tokenizer = reward_model
-    twice = [one for one in ragged_conversations() for _ in range(2)]  # the other process's share is as this one's
+    twice = [
+        one for one in ragged_conversations() for _ in range(2)
+    ]  # the other process's share is as this one's
     monkeypatch.setattr(lore.embedding, "process_count", lambda: 2)
     monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
-    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda parts, mine: parts.__setitem__(1, mine))
-    embeddings = embed_conversations(ragged_conversations(3), model, tokenizer)  # each process all, without a folder
-    assert (embeddings - one_at_a_time(ragged_conversations(3), model, tokenizer)).abs().max() < 1e-5
+    monkeypatch.setattr(
+        torch.distributed, "all_gather_object", lambda parts, mine: parts.__setitem__(1, mine)
+    )
+    embeddings = embed_conversations(
+        ragged_conversations(3), model, tokenizer
+    )  # each process all, without a folder
+    assert (
+        embeddings - one_at_a_time(ragged_conversations(3), model, tokenizer)
+    ).abs().max() < 1e-5
     with input_error(str(tmp_path), "other processes"):
         embed_conversations(twice, model, tokenizer, cache_dir=tmp_path, shard_size=4)
     monkeypatch.undo()  # one process alone completes what is there
@@ -379,7 +470,9 @@ def test_embeddings_that_another_process_did_not_make_are_missed(reward_model, t
 # ---- What a model's own scores say ----------------------------------------------------------------------------------
 
 
-SMALL = dict(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0)
+SMALL = dict(
+    vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0
+)
 LLAMA = dict(SMALL, intermediate_size=48, num_key_value_heads=1, max_position_embeddings=512)
 GEMMA = dict(LLAMA, head_dim=16, sliding_window=400)
 ARCHITECTURES = {  # name -> its configuration and how its states are to be computed
@@ -387,29 +480,96 @@ ARCHITECTURES = {  # name -> its configuration and how its states are to be comp
     "Mistral, its window shorter than the text": (dict(LLAMA, sliding_window=8), "rows"),
     "Mistral, its window longer": (dict(LLAMA, sliding_window=400), "shared"),
     "Gemma2, soft caps": (dict(GEMMA, attn_logit_softcapping=0.5), "rows"),
-    "Gemma3, settings nested under text_config": (dict(text_config=GEMMA, vision_config=dict(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)), "shared"),
-    "Phi3, rope that depends on the batch": (dict(LLAMA, original_max_position_embeddings=40, rope_scaling={
-        "type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}), "alone"),
-    "Phi3, the same, with a bound among the short": (dict(LLAMA, original_max_position_embeddings=36, rope_scaling={
-        "type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}), "alone"),
-    "Jamba, recurrent": (dict(LLAMA, attn_layer_period=2, attn_layer_offset=1, num_experts=2, mamba_d_state=4,
-                              mamba_d_conv=2, use_mamba_kernels=False), "rows"),
-    "Qwen3Next, linear attention": (dict(LLAMA, head_dim=16, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
-                                         shared_expert_intermediate_size=16, linear_num_key_heads=2,
-                                         linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
-                                         layer_types=["linear_attention", "full_attention"]), "rows"),
-    "GPTNeo, local attention": (dict(vocab_size=300, hidden_size=32, num_layers=2, num_heads=2, window_size=8,
-                                     attention_types=[[["global", "local"], 1]]), "rows"),
-    "Bloom, ALiBi and no limit": (dict(vocab_size=300, hidden_size=32, n_layer=2, n_head=2), "rows"),
+    "Gemma3, settings nested under text_config": (
+        dict(
+            text_config=GEMMA,
+            vision_config=dict(
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                image_size=28,
+            ),
+        ),
+        "shared",
+    ),
+    "Phi3, rope that depends on the batch": (
+        dict(
+            LLAMA,
+            original_max_position_embeddings=40,
+            rope_scaling={"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8},
+        ),
+        "alone",
+    ),
+    "Phi3, the same, with a bound among the short": (
+        dict(
+            LLAMA,
+            original_max_position_embeddings=36,
+            rope_scaling={"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8},
+        ),
+        "alone",
+    ),
+    "Jamba, recurrent": (
+        dict(
+            LLAMA,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            num_experts=2,
+            mamba_d_state=4,
+            mamba_d_conv=2,
+            use_mamba_kernels=False,
+        ),
+        "rows",
+    ),
+    "Qwen3Next, linear attention": (
+        dict(
+            LLAMA,
+            head_dim=16,
+            num_experts=2,
+            num_experts_per_tok=1,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=16,
+            linear_num_key_heads=2,
+            linear_num_value_heads=2,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+            layer_types=["linear_attention", "full_attention"],
+        ),
+        "rows",
+    ),
+    "GPTNeo, local attention": (
+        dict(
+            vocab_size=300,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=2,
+            window_size=8,
+            attention_types=[[["global", "local"], 1]],
+        ),
+        "rows",
+    ),
+    "Bloom, ALiBi and no limit": (
+        dict(vocab_size=300, hidden_size=32, n_layer=2, n_head=2),
+        "rows",
+    ),
     "Falcon, ALiBi": (dict(SMALL, alibi=True, multi_query=False, parallel_attn=False), "rows"),
     "GPT2": (dict(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=512), "shared"),
-    "OPT, states of another width": (dict(SMALL, ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False,
-                                          max_position_embeddings=512), None)}
+    "OPT, states of another width": (
+        dict(
+            SMALL,
+            ffn_dim=48,
+            word_embed_proj_dim=16,
+            do_layer_norm_before=False,
+            max_position_embeddings=512,
+        ),
+        None,
+    ),
+}
 
 
 class Numbers:
     """A tokenizer of conversations that are numbers of prepared sequences."""
+
     chat_template = "numbers"
 
     def __init__(self, sequences):
@@ -428,7 +588,9 @@ class Numbers:
 def answers_behind_prompts(lengths=(40, 25, 3), answers=(5, 9, 3, 14), seed=0):
     chance = np.random.default_rng(seed)
     prompts = [chance.integers(3, 300, size=n).tolist() for n in lengths]
-    return Numbers([prompt + chance.integers(3, 300, size=n).tolist() for prompt in prompts for n in answers])
+    return Numbers(
+        [prompt + chance.integers(3, 300, size=n).tolist() for prompt in prompts for n in answers]
+    )
 
 
 def random_checkpoint(folder, name, settings, weights=AutoModelForSequenceClassification):
@@ -449,20 +611,30 @@ def random_checkpoint(folder, name, settings, weights=AutoModelForSequenceClassi
 def loaded(folder, dtype=None):
     """The backbone of a checkpoint that has no tokenizer, as load_reward_model would give it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *arguments, **options: Numbers([]))
+        patch.setattr(
+            transformers.AutoTokenizer, "from_pretrained", lambda *arguments, **options: Numbers([])
+        )
         return load_reward_model(folder, device="cpu", dtype=dtype)[0]
 
 
 def last_states(model, sequences):
     with torch.no_grad():
-        return torch.cat([model(input_ids=torch.tensor([ids])).last_hidden_state[:, -1] for ids in sequences])
+        return torch.cat(
+            [model(input_ids=torch.tensor([ids])).last_hidden_state[:, -1] for ids in sequences]
+        )
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_models_states_come_out_as_one_by_one_however_it_attends(name, tmp_path, capsys):
     settings, way = ARCHITECTURES[name]
-    model, tokenizer, about = loaded(random_checkpoint(tmp_path, name, settings)), answers_behind_prompts(), {}
-    embeddings = embed_conversations(tokenizer.conversations(), model, tokenizer, token_budget=300, about=about)
+    model, tokenizer, about = (
+        loaded(random_checkpoint(tmp_path, name, settings)),
+        answers_behind_prompts(),
+        {},
+    )
+    embeddings = embed_conversations(
+        tokenizer.conversations(), model, tokenizer, token_budget=300, about=about
+    )
     expected = last_states(model, tokenizer.sequences)
     assert expected.std() > 0.1 and (embeddings - expected).abs().max() < 1e-5
     assert way in (about["way"], None) and about["score"] < 1e-5
@@ -471,8 +643,18 @@ def test_a_models_states_come_out_as_one_by_one_however_it_attends(name, tmp_pat
 
 def test_short_answers_show_what_a_recurrent_model_remembers_of_others(tmp_path):
     """Those few that share a prompt are short behind it; all others are long, and forget what was before them."""
-    settings = dict(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4, num_heads=8, head_dim=8, n_groups=1)
-    model = loaded(random_checkpoint(tmp_path, "Mamba2", settings, transformers.AutoModel), torch.bfloat16)
+    settings = dict(
+        vocab_size=300,
+        hidden_size=32,
+        num_hidden_layers=2,
+        state_size=4,
+        num_heads=8,
+        head_dim=8,
+        n_groups=1,
+    )
+    model = loaded(
+        random_checkpoint(tmp_path, "Mamba2", settings, transformers.AutoModel), torch.bfloat16
+    )
     chance = np.random.default_rng(0)
     of = {n: chance.integers(3, 300, size=n).tolist() for n in range(60, 400, 20)}
     tokenizer, about = Numbers([*of.values(), *(of[380] + [answer] for answer in range(3, 9))]), {}
@@ -482,12 +664,24 @@ def test_short_answers_show_what_a_recurrent_model_remembers_of_others(tmp_path)
 
 
 def test_a_config_that_takes_no_empty_pad_token_is_left_as_it_was(tmp_path):
-    settings = dict(LLAMA, num_attention_heads=2, local_attention=16, bos_token_id=1, eos_token_id=2, cls_token_id=1,
-                    sep_token_id=2)
+    settings = dict(
+        LLAMA,
+        num_attention_heads=2,
+        local_attention=16,
+        bos_token_id=1,
+        eos_token_id=2,
+        cls_token_id=1,
+        sep_token_id=2,
+    )
     del settings["num_key_value_heads"]
-    model, tokenizer = loaded(random_checkpoint(tmp_path, "ModernBertDecoder", settings)), answers_behind_prompts()
+    model, tokenizer = (
+        loaded(random_checkpoint(tmp_path, "ModernBertDecoder", settings)),
+        answers_behind_prompts(),
+    )
     found = embed_conversations(tokenizer.conversations(), model, tokenizer)
-    assert (found - last_states(model, tokenizer.sequences)).abs().max() < 1e-5 and model.config.pad_token_id == 0
+    assert (
+        found - last_states(model, tokenizer.sequences)
+    ).abs().max() < 1e-5 and model.config.pad_token_id == 0
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
@@ -503,7 +697,9 @@ def test_a_trial_that_fails_leaves_the_model_as_it_was(checkpoint, monkeypatch, 
         embed_conversations(ragged_conversations(2), model, tokenizer)
     model.forward = forward
     assert model.config.to_dict() == config and not model._forward_hooks
-    monkeypatch.setattr(lore.embedding, "_forward", full)  # of the rows: no reason to take each conversation alone for ever
+    monkeypatch.setattr(
+        lore.embedding, "forward_last_states", full
+    )  # of the rows: no reason to take each conversation alone for ever
     with pytest.raises(type(error)):
         embed_conversations(ragged_conversations(2), model, tokenizer)
     monkeypatch.undo()
@@ -513,16 +709,31 @@ def test_a_trial_that_fails_leaves_the_model_as_it_was(checkpoint, monkeypatch, 
 
 def test_one_conversation_proves_sharing_for_those_to_come(tmp_path):
     name = "Mistral, its window shorter than the text"
-    model, tokenizer = loaded(random_checkpoint(tmp_path, name, ARCHITECTURES[name][0])), answers_behind_prompts()
-    found = [embed_conversations(part, model, tokenizer) for conversations in [tokenizer.conversations()]
-             for part in (conversations[3:4], conversations)]
+    model, tokenizer = (
+        loaded(random_checkpoint(tmp_path, name, ARCHITECTURES[name][0])),
+        answers_behind_prompts(),
+    )
+    found = [
+        embed_conversations(part, model, tokenizer)
+        for conversations in [tokenizer.conversations()]
+        for part in (conversations[3:4], conversations)
+    ]
     assert (found[1] - last_states(model, tokenizer.sequences)).abs().max() < 1e-5
 
 
-def test_a_proof_is_made_once_a_cache_and_for_longer_texts_again(reward_model, checkpoint, tmp_path, monkeypatch):
-    made, proof = [], lore.embedding._proof
-    monkeypatch.setattr(lore.embedding, "_proof", lambda model, sequences: made.append(1) or proof(model, sequences))
-    conversations, tokenizer = [*ragged_conversations(4), conversation("a longer one " * 99, "yes")], reward_model[1]
+def test_a_proof_is_made_once_a_cache_and_for_longer_texts_again(
+    reward_model, checkpoint, tmp_path, monkeypatch
+):
+    made, proof = [], lore.embedding.choose_batching
+    monkeypatch.setattr(
+        lore.embedding,
+        "choose_batching",
+        lambda model, sequences: made.append(1) or proof(model, sequences),
+    )
+    conversations, tokenizer = (
+        [*ragged_conversations(4), conversation("a longer one " * 99, "yes")],
+        reward_model[1],
+    )
     for some in (conversations[:-1], conversations[:-1], conversations[1:-1], conversations):
         model, _ = load_reward_model(str(checkpoint), device="cpu")
         embed_conversations(some, model, tokenizer, cache_dir=tmp_path)
@@ -544,22 +755,35 @@ def test_a_model_whose_own_score_is_another_is_refused(reward_model, monkeypatch
         embed_conversations(ragged_conversations(2), model, tokenizer)
 
 
-def test_a_pad_token_that_ends_the_template_leaves_phi_the_last_tokens(checkpoint, reward_model, tmp_path, capsys):
+def test_a_pad_token_that_ends_the_template_leaves_phi_the_last_tokens(
+    checkpoint, reward_model, tmp_path, capsys
+):
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     config["pad_token_id"] = reward_model[1].convert_tokens_to_ids("<|eot_id|>")
     (folder / "config.json").write_text(json.dumps(config))
     conversations = ragged_conversations(3)
     embeddings = embed_conversations(conversations, *load_reward_model(str(folder), device="cpu"))
-    line, = capsys.readouterr().out.splitlines()
-    assert "pad token" in line and (embeddings - one_at_a_time(conversations, *reward_model)).abs().max() < 1e-5
+    (line,) = capsys.readouterr().out.splitlines()
+    assert (
+        "pad token" in line
+        and (embeddings - one_at_a_time(conversations, *reward_model)).abs().max() < 1e-5
+    )
 
 
-@pytest.mark.parametrize("rename", [lambda name: f"module.{name}", lambda name: f"_orig_mod.{name}",
-                                    lambda name: name.replace("layers.1.mlp.up", "elsewhere")])
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: f"module.{name}",
+        lambda name: f"_orig_mod.{name}",
+        lambda name: name.replace("layers.1.mlp.up", "elsewhere"),
+    ],
+)
 def test_a_backbone_whose_weights_are_not_all_there_is_refused(checkpoint, tmp_path, rename):
     folder = shutil.copytree(checkpoint, tmp_path / "model")
-    tensors = {rename(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    tensors = {
+        rename(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()
+    }
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with input_error(str(folder), "weights"):
         load_reward_model(str(folder), device="cpu")
@@ -569,8 +793,18 @@ def test_embeddings_record_what_they_depend_on(reward_model):
     about = {}
     embed_conversations(ragged_conversations(2), *reward_model, token_budget=77, about=about)
     assert json.loads(json.dumps(about)) == about
-    assert about.items() >= {"device": "cpu", "torch": torch.__version__, "attention": "sdpa", "dtype": "torch.float32",
-                             "token_budget": 77, "date": "2024-07-26", "way": "shared"}.items()
+    assert (
+        about.items()
+        >= {
+            "device": "cpu",
+            "torch": torch.__version__,
+            "attention": "sdpa",
+            "dtype": "torch.float32",
+            "token_budget": 77,
+            "date": "2024-07-26",
+            "way": "shared",
+        }.items()
+    )
     assert 0 <= about["shared"] < 1e-5 and 0 < about["rows"] < 1e-5
 
 
@@ -579,7 +813,16 @@ def test_embeddings_record_what_they_depend_on(reward_model):
 
 def test_pieces_between_special_tokens_give_the_tokens_of_the_whole_text(reward_model):
     tokenizer = reward_model[1]
-    texts = ["", " ", "x", "  two  spaces\n\n", "a <|eot_id|> in the text", "<|eot_id|><|pad|>", "\u00e9t\u00e9", "123"]
+    texts = [
+        "",
+        " ",
+        "x",
+        "  two  spaces\n\n",
+        "a <|eot_id|> in the text",
+        "<|eot_id|><|pad|>",
+        "\u00e9t\u00e9",
+        "123",
+    ]
     conversations = [conversation(a, b) for a in texts for b in texts] * 5  # more than a chunk
     found = tokenize_conversations(conversations, tokenizer)
     for ids, messages in zip(found, conversations, strict=True):
@@ -597,17 +840,28 @@ def test_a_tokenizer_that_sees_beyond_special_tokens_gets_whole_texts():
         def __call__(self, texts, **options):
             return {"input_ids": [[len(text)] for text in texts]}
 
-    assert tokenize_conversations([conversation("hello", "you"), conversation("a", "b")], Lengths()) == [[9], [3]]
+    assert tokenize_conversations(
+        [conversation("hello", "you"), conversation("a", "b")], Lengths()
+    ) == [[9], [3]]
 
 
-def test_ids_are_those_of_whole_texts_with_a_slow_tokenizer_and_one_saved_with_truncation(checkpoint):
+def test_ids_are_those_of_whole_texts_with_a_slow_tokenizer_and_one_saved_with_truncation(
+    checkpoint,
+):
     _, tokenizer = load_reward_model(str(checkpoint), device="cpu")
     conversations = [conversation(f"hello {n % 3}", "there it is " * 9) for n in range(300)]
-    expected = [tokenizer(tokenizer.apply_chat_template(one, tokenize=False), add_special_tokens=False)["input_ids"]
-                for one in conversations]
+    expected = [
+        tokenizer(tokenizer.apply_chat_template(one, tokenize=False), add_special_tokens=False)[
+            "input_ids"
+        ]
+        for one in conversations
+    ]
 
     class Slow:
-        chat_template, added_tokens_decoder = tokenizer.chat_template, tokenizer.added_tokens_decoder
+        chat_template, added_tokens_decoder = (
+            tokenizer.chat_template,
+            tokenizer.added_tokens_decoder,
+        )
         apply_chat_template = staticmethod(tokenizer.apply_chat_template)
 
         def __call__(self, texts, **options):
@@ -619,18 +873,30 @@ def test_ids_are_those_of_whole_texts_with_a_slow_tokenizer_and_one_saved_with_t
     assert tokenize_conversations(conversations, tokenizer) == expected
 
 
-@pytest.mark.parametrize("flag, text", [("single_word", "xfoo y"), ("lstrip", "a   foo b"), ("rstrip", "a foo   b")])
+@pytest.mark.parametrize(
+    "flag, text", [("single_word", "xfoo y"), ("lstrip", "a   foo b"), ("rstrip", "a foo   b")]
+)
 def test_a_token_that_takes_in_what_stands_beside_it_is_met_late_as_well(checkpoint, flag, text):
     _, tokenizer = load_reward_model(str(checkpoint), device="cpu")
     tokenizer.add_tokens([transformers.AddedToken("foo", **{flag: True})])
     late = conversation(text, "ok")
-    expected = tokenizer(tokenizer.apply_chat_template(late, tokenize=False), add_special_tokens=False)["input_ids"]
-    assert tokenize_conversations([*(conversation(f"q{n}", "ok") for n in range(256)), late], tokenizer)[-1] == expected
+    expected = tokenizer(
+        tokenizer.apply_chat_template(late, tokenize=False), add_special_tokens=False
+    )["input_ids"]
+    assert (
+        tokenize_conversations(
+            [*(conversation(f"q{n}", "ok") for n in range(256)), late], tokenizer
+        )[-1]
+        == expected
+    )
 
 
 def test_a_conversation_of_one_token_is_right_in_a_batch_of_its_own(reward_model):
     model, alone = reward_model[0], np.array([3], ">u4").tobytes()
-    found, expected = (next(lore.embedding._states(model, [(None, [alone], None)], way, 99))[1] for way in ("shared", "alone"))
+    found, expected = (
+        next(lore.embedding.last_states(model, [(None, [alone], None)], way, 99))[1]
+        for way in ("shared", "alone")
+    )
     assert torch.equal(found, expected)
 
 
@@ -640,8 +906,11 @@ def test_todays_date_and_the_template_named_default_are_the_ones(reward_model, c
     dates = "strftime_now('%d %b %Y') + ', ' + strftime_now(\"%Y-%m-%d\")"
     shout = tokenizer.chat_template.replace("message['content']", dates, 1)
     tokenizer.chat_template = {"default": "{% set m = messages %}" + shout, "tools": "{{ 1 }}"}
-    dated, = tokenize_conversations([conversation("x", "y")], tokenizer)
-    assert tokenizer.decode(dated).count("26 Jul 2024, 2024-07-26") == 2 and expected[0][:8] == dated[:8]
+    (dated,) = tokenize_conversations([conversation("x", "y")], tokenizer)
+    assert (
+        tokenizer.decode(dated).count("26 Jul 2024, 2024-07-26") == 2
+        and expected[0][:8] == dated[:8]
+    )
     tokenizer.chat_template = {"tools": shout}
     with input_error("default"):
         tokenize_conversations([conversation("x", "y")], tokenizer)
@@ -651,7 +920,9 @@ def test_a_token_outside_the_embedding_table_is_named(reward_model, checkpoint):
     model, tokenizer = load_reward_model(str(checkpoint), device="cpu")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
     with input_error("new", str(len(tokenizer) - 1), str(model.config.vocab_size)):
-        embed_conversations([conversation("hi", "you"), conversation("<|new|>", "it is")], model, tokenizer)
+        embed_conversations(
+            [conversation("hi", "you"), conversation("<|new|>", "it is")], model, tokenizer
+        )
 
 
 # ---- Which checkpoint it is -----------------------------------------------------------------------------------------
@@ -661,8 +932,15 @@ def test_identity_is_of_the_contents_and_says_which_part_differs(checkpoint, tmp
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     known = model_identity("model")
-    assert known == model_identity(folder) == model_identity(str(checkpoint)) and set(known) == {"weights", "tokenizer"}
-    templates = [path for path in (folder / "chat_template.jinja", folder / "tokenizer_config.json") if path.exists()]
+    assert known == model_identity(folder) == model_identity(str(checkpoint)) and set(known) == {
+        "weights",
+        "tokenizer",
+    }
+    templates = [
+        path
+        for path in (folder / "chat_template.jinja", folder / "tokenizer_config.json")
+        if path.exists()
+    ]
     templates[0].write_text(templates[0].read_text().replace("assistant", "critic"))
     edited = model_identity("model")
     assert edited["weights"] == known["weights"] and edited["tokenizer"] != known["tokenizer"]
@@ -670,12 +948,20 @@ def test_identity_is_of_the_contents_and_says_which_part_differs(checkpoint, tmp
     tensors["model.norm.weight"][7] += 1
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     retrained = model_identity("model")
-    assert retrained["weights"] != known["weights"] and retrained["tokenizer"] == edited["tokenizer"]
+    assert (
+        retrained["weights"] != known["weights"] and retrained["tokenizer"] == edited["tokenizer"]
+    )
 
 
 def test_digests_of_files_are_remembered_until_the_files_change(checkpoint, tmp_path, monkeypatch):
-    read, digest_of, folder = [], lore.files.digest_of, shutil.copytree(checkpoint, tmp_path / "model")
-    monkeypatch.setattr(lore.reward_model, "digest_of", lambda content: read.append(content) or digest_of(content))
+    read, digest_of, folder = (
+        [],
+        lore.files.digest_of,
+        shutil.copytree(checkpoint, tmp_path / "model"),
+    )
+    monkeypatch.setattr(
+        lore.reward_model, "digest_of", lambda content: read.append(content) or digest_of(content)
+    )
     first = model_identity(folder, tmp_path)
     assert folder / "model.safetensors" in read
     read.clear()
@@ -685,7 +971,9 @@ def test_digests_of_files_are_remembered_until_the_files_change(checkpoint, tmp_
     assert model_identity(folder, tmp_path) == first and folder / "model.safetensors" in read
 
 
-def test_a_checkpoint_in_the_hubs_cache_is_found_offline_and_named_by_its_blobs(checkpoint, tmp_path):
+def test_a_checkpoint_in_the_hubs_cache_is_found_offline_and_named_by_its_blobs(
+    checkpoint, tmp_path
+):
     repository = tmp_path / "hub" / "models--some--model"
     snapshot = repository / "snapshots" / ("0" * 40)
     for folder in (repository / "blobs", repository / "refs", snapshot):
@@ -694,7 +982,9 @@ def test_a_checkpoint_in_the_hubs_cache_is_found_offline_and_named_by_its_blobs(
     for number, path in enumerate(sorted(checkpoint.iterdir())):
         shutil.copy(path, repository / "blobs" / f"{number:064}")
         (snapshot / path.name).symlink_to(repository / "blobs" / f"{number:064}")
-    status, out, err = outcome(fresh_process("""if True:
+    status, out, err = outcome(
+        fresh_process(
+            """if True:
         import sys
         from pathlib import Path
         from lore.embedding import embed_conversations
@@ -710,12 +1000,25 @@ def test_a_checkpoint_in_the_hubs_cache_is_found_offline_and_named_by_its_blobs(
         try:
             load_reward_head("some/other")
         except InputError as error:
-            print(error)""", tmp_path, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1"))
+            print(error)""",
+            tmp_path,
+            HF_HUB_CACHE=str(tmp_path / "hub"),
+            HF_HUB_OFFLINE="1",
+            OMP_NUM_THREADS="1",
+        )
+    )
     assert status == 0, err
     found, missing = out.splitlines()
     whole = AutoModelForSequenceClassification.from_pretrained(checkpoint)
-    ids = torch.tensor(tokenize_conversations([conversation("hello", "there")], load_reward_model(str(checkpoint))[1]))
-    assert float(found.split()[0]) == pytest.approx(whole(ids).logits.item(), abs=1e-4) and "0" * 63 in found
+    ids = torch.tensor(
+        tokenize_conversations(
+            [conversation("hello", "there")], load_reward_model(str(checkpoint))[1]
+        )
+    )
+    assert (
+        float(found.split()[0]) == pytest.approx(whole(ids).logits.item(), abs=1e-4)
+        and "0" * 63 in found
+    )
     assert "some/other" in missing
 
 
@@ -752,15 +1055,23 @@ def test_a_run_killed_at_any_moment_loses_at_most_a_shard(checkpoint, reward_mod
 def test_a_proof_of_long_texts_is_made_again_for_short_ones_among_them(tmp_path):
     name = "Phi3, rope that depends on the batch"
     tokenizer = answers_behind_prompts((60, 50, 3))
-    model, conversations = loaded(random_checkpoint(tmp_path, name, ARCHITECTURES[name][0])), tokenizer.conversations()
+    model, conversations = (
+        loaded(random_checkpoint(tmp_path, name, ARCHITECTURES[name][0])),
+        tokenizer.conversations(),
+    )
     embed_conversations(conversations[:8], model, tokenizer)
     found = embed_conversations(conversations, model, tokenizer)
     assert (found - last_states(model, tokenizer.sequences)).abs().max() < 1e-5
 
 
 def test_in_bfloat16_a_window_that_the_text_just_exceeds_is_noticed(tmp_path):
-    name, tokenizer = "Mistral, its window shorter than the text", answers_behind_prompts((100, 90, 3))
-    model = loaded(random_checkpoint(tmp_path, name, dict(LLAMA, sliding_window=104)), torch.bfloat16)
+    name, tokenizer = (
+        "Mistral, its window shorter than the text",
+        answers_behind_prompts((100, 90, 3)),
+    )
+    model = loaded(
+        random_checkpoint(tmp_path, name, dict(LLAMA, sliding_window=104)), torch.bfloat16
+    )
     found = embed_conversations(tokenizer.conversations(), model, tokenizer).float()
     off = (found - last_states(model, tokenizer.sequences).float()).norm(dim=1) / found.norm(dim=1)
     assert off.max() < 0.03
@@ -785,8 +1096,17 @@ def test_a_config_of_fewer_layers_than_the_weights_is_refused(checkpoint, tmp_pa
         load_reward_model(str(folder), device="cpu")
 
 
-@pytest.mark.parametrize("conversations", [[[]], ["hello"], conversation("not", "in a list"), [[{"role": "user"}]],
-                                           [[{"role": "user", "content": None}]]], ids=str)
+@pytest.mark.parametrize(
+    "conversations",
+    [
+        [[]],
+        ["hello"],
+        conversation("not", "in a list"),
+        [[{"role": "user"}]],
+        [[{"role": "user", "content": None}]],
+    ],
+    ids=str,
+)
 def test_what_is_no_list_of_messages_is_refused(reward_model, conversations):
     with input_error("not a list of messages"):
         embed_conversations(conversations, *reward_model)

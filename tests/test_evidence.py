@@ -6,7 +6,6 @@ import json
 import re
 
 import numpy as np
-import prism
 import pytest
 import torch
 from helpers import call, load_script, planted_basis, planted_pairs, planted_weights
@@ -14,9 +13,10 @@ from helpers import call, load_script, planted_basis, planted_pairs, planted_wei
 import lore.embedding_files
 import lore.evidence
 import lore.files
+import prism
 import utils
-from lore.evidence import best_fit, evidence, exchanged_accuracies, interval, judgement, leaks_of
-from utils import Fit, Pairs, SETTINGS, VALIDATION, hold_out, toss
+from lore.evidence import evidence, exchanged_accuracies, interval, judgement, kept_fit, leaks_of
+from utils import SETTINGS, VALIDATION, Fit, Pairs, hold_out, toss
 
 UNSEEN = SETTINGS[3]
 d, N = 16, 24
@@ -28,21 +28,38 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def population(W_seen, W_unseen, pairs=(40, 30, 30, 60), V=None, seed=0):
     """Planted users: {part: features} of seen and unseen ones whose weights are the rows of W."""
     V = planted_basis(d, W_seen.shape[1]) if V is None else V
-    parts = {part: planted_pairs(V, W, m, seed=10 * seed + i, sampled=True) for i, (part, W, m) in enumerate(
-        zip(PARTS, (W_seen, W_seen, W_unseen, W_unseen), pairs))}
+    parts = {
+        part: planted_pairs(V, W, m, seed=10 * seed + i, sampled=True)
+        for i, (part, W, m) in enumerate(zip(PARTS, (W_seen, W_seen, W_unseen, W_unseen), pairs))
+    }
     return parts | {"seen": list(range(len(W_seen))), "unseen": list(range(len(W_unseen)))}
 
 
 def tastes(seed=0, N=N):
-    return population(planted_weights(N, 3, 0.1, seed), planted_weights(N, 3, 0.1, seed + 100), seed=seed)
+    return population(
+        planted_weights(N, 3, 0.1, seed), planted_weights(N, 3, 0.1, seed + 100), seed=seed
+    )
 
 
-def swept(data, K_list=(0, 1, 3), seeds=(0,), V_final=None, num_iterations=150, alpha_list=(0,), **options):
+def swept(
+    data, K_list=(0, 1, 3), seeds=(0,), V_final=None, num_iterations=150, alpha_list=(0,), **options
+):
     """The fits of a short sweep."""
     fits, V_final = [], torch.ones(d, 1) if V_final is None else V_final
     with contextlib.redirect_stdout(io.StringIO()):
-        utils.run(list(K_list), list(alpha_list), V_final, *(data[part] for part in PARTS), len(data["seen"]),
-                  len(data["unseen"]), "cpu", seed=list(seeds), num_iterations=num_iterations, fits=fits, **options)
+        utils.run(
+            list(K_list),
+            list(alpha_list),
+            V_final,
+            *(data[part] for part in PARTS),
+            len(data["seen"]),
+            len(data["unseen"]),
+            "cpu",
+            seed=list(seeds),
+            num_iterations=num_iterations,
+            fits=fits,
+            **options,
+        )
     return fits
 
 
@@ -79,7 +96,10 @@ def random_fit(K, seed, N=N, alpha=0, accuracies=None):
 def test_the_interval_is_that_of_plain_means_over_the_users_drawn():
     of_user = np.random.default_rng(1).random(7)
     counts = np.random.default_rng(0).multinomial(7, np.full(7, 1 / 7), lore.evidence.DRAWS)
-    draws = [np.mean([of_user[i] for i, count in enumerate(draw) for _ in range(count)]) for draw in counts]
+    draws = [
+        np.mean([of_user[i] for i, count in enumerate(draw) for _ in range(count)])
+        for draw in counts
+    ]
     found = interval(of_user)
     assert [found["low"], found["high"]] == pytest.approx(np.percentile(draws, (2.5, 97.5)))
     assert found["mean"] == pytest.approx(of_user.mean()) and interval(None) is None
@@ -90,7 +110,9 @@ def test_intervals_cover_the_planted_mean_in_90_to_99_of_100_one_by_one_and_all_
     for repeat in range(100):
         parts = np.random.default_rng(repeat).binomial(50, 0.6, (4, 40)) / 50 - 0.6
         covered += sum(found["low"] <= 0 <= found["high"] for found in map(interval, parts)) / 4
-        low, high = intervals_of(judged(parts))  # of the row with the largest mean, the first to leave 0 out
+        low, high = intervals_of(
+            judged(parts)
+        )  # of the row with the largest mean, the first to leave 0 out
         joint += low <= 0
     assert 90 <= covered <= 99
     assert 90 <= joint <= 100  # one side
@@ -123,7 +145,9 @@ def plain_exchange(X, fit, i, j):
     """Accuracy of user i's pairs with the weights of user j (None: the mean), pair by pair in float64."""
     V, W = fit.V.double(), fit.W_unseen.double()
     w = sum(W) / len(W) if j is None else W[j]
-    return np.mean([float(sum(x.double() @ V[:, k] * w[k] for k in range(len(w)))) > 0 for x in X[i]])
+    return np.mean(
+        [float(sum(x.double() @ V[:, k] * w[k] for k in range(len(w)))) > 0 for x in X[i]]
+    )
 
 
 def test_other_users_weights_are_the_mean_over_all_others(data, fits):
@@ -132,7 +156,9 @@ def test_other_users_weights_are_the_mean_over_all_others(data, fits):
     few = dict(data, test_unseen=X)
     entry = entry_of(evidence(fits, few, torch.ones(d, 1)), 3)
     of_seeds = [fit for fit in fits if fit.K == 3]
-    expected = np.mean([plain_exchange(X, fit, i, j) for fit in of_seeds for i in users for j in users if j != i])
+    expected = np.mean(
+        [plain_exchange(X, fit, i, j) for fit in of_seeds for i in users for j in users if j != i]
+    )
     assert entry["controls"]["other_users"]["mean"] == pytest.approx(expected, abs=1e-6)
     mean = np.mean([plain_exchange(X, fit, i, None) for fit in of_seeds for i in users])
     assert entry["controls"]["mean_weights"]["mean"] == pytest.approx(mean, abs=1e-6)
@@ -151,7 +177,9 @@ def test_pairs_of_a_table_are_exchanged_as_their_matrices():
 def test_the_personal_part_is_planted_and_found(data):
     found = found_of(data, seeds=(0, 1))
     entry = entry_of(found, 3)
-    assert found["verdict"]["personal"] == "yes" and found["verdict"]["text"].startswith("Yes: at K = 3 (alpha 0)")
+    assert found["verdict"]["personal"] == "yes" and found["verdict"]["text"].startswith(
+        "Yes: at K = 3 (alpha 0)"
+    )
     assert entry["personal_part"]["low"] > 0.02 and entry["personal_part"]["p"] < 1e-3
     assert entry["controls"]["other_users"]["mean"] < entry["controls"]["mean_weights"]["mean"]
     assert entry["seeds"] == [0, 1] and len(entry["basis"]["angles_between_seeds"]) == 3
@@ -180,8 +208,17 @@ def test_models_of_tossed_pairs_are_at_chance_even_where_all_differences_share_a
     shared = {part: [X + 2 for X in data[part]] for part in PARTS}
     for parts in (data, shared):
         tossed = []
-        utils.run([3], [0], torch.ones(d, 1), *(parts[part] for part in PARTS), N, N, "cpu", num_iterations=150,
-                  tossed=tossed)
+        utils.run(
+            [3],
+            [0],
+            torch.ones(d, 1),
+            *(parts[part] for part in PARTS),
+            N,
+            N,
+            "cpu",
+            num_iterations=150,
+            tossed=tossed,
+        )
         found = found_of(dict(data, **parts), tossed=tossed)
         interval = entry_of(found, 3)["controls"]["tossed"]
         assert interval["low"] <= 0.5 <= interval["high"]
@@ -201,7 +238,9 @@ def test_a_toss_turns_half_of_the_pairs_and_the_same_ones_for_tables_and_matrice
 def test_the_longer_answer_is_scored_where_lengths_are_known(data, fits):
     longer = {"test_unseen": [np.array([1, 1, -1, 0])] * N}
     found = evidence(fits, dict(data, longer=longer), torch.ones(d, 1))
-    assert entry_of(found, 3)["controls"]["longer"] == pytest.approx({"mean": 0.625, "low": 0.625, "high": 0.625})
+    assert entry_of(found, 3)["controls"]["longer"] == pytest.approx(
+        {"mean": 0.625, "low": 0.625, "high": 0.625}
+    )
     assert entry_of(evidence(fits, data, torch.ones(d, 1)), 3)["controls"]["longer"] is None
 
 
@@ -224,20 +263,23 @@ def test_the_effective_rank_of_a_known_basis():
 
 def test_cosines_and_angles_are_those_that_were_planted():
     axes = torch.eye(d)
-    turned = [axes[:, :2], torch.stack([axes[:, 0], (axes[:, 1] + axes[:, 2]) / 2 ** 0.5], 1)]
+    turned = [axes[:, :2], torch.stack([axes[:, 0], (axes[:, 1] + axes[:, 2]) / 2**0.5], 1)]
     fits = [random_fit(2, seed) for seed in range(2)]
     for fit, V in zip(fits, turned):
         fit.V = V
     basis = lore.evidence.basis_of(fits, axes[:, :1] + axes[:, 1:2])
     np.testing.assert_allclose(basis["angles_between_seeds"], [0, 45], atol=1e-4)
-    assert basis["largest_cosine_to_head"] == pytest.approx(0.5 ** 0.5)
+    assert basis["largest_cosine_to_head"] == pytest.approx(0.5**0.5)
 
 
 def test_a_basis_pulled_onto_the_head_is_said_to_have_collapsed_with_the_remedy(data):
     head = planted_basis(d, 1, seed=8)
     found = found_of(data, K_list=(0, 2), alpha_list=(0, 1e4), V_final=head, num_iterations=400)
     assert "Collapsed onto the reward head" in found["verdict"]["text"]
-    assert "0.99: K = 2 (alpha 10000)." in found["verdict"]["text"] and "validation_share" in found["verdict"]["text"]
+    assert (
+        "0.99: K = 2 (alpha 10000)." in found["verdict"]["text"]
+        and "validation_share" in found["verdict"]["text"]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,25 +288,47 @@ def test_a_basis_pulled_onto_the_head_is_said_to_have_collapsed_with_the_remedy(
 
 
 def test_leaks_are_the_share_of_test_pairs_whose_prompt_was_trained_on():
-    prompts = {"train": [["a", "b"], ["c"]], "test": [["c", "x"], ["y", "y"]],
-               "train_unseen": [["x"]], "test_unseen": [["a", "y"]]}
+    prompts = {
+        "train": [["a", "b"], ["c"]],
+        "test": [["c", "x"], ["y", "y"]],
+        "train_unseen": [["x"]],
+        "test_unseen": [["a", "y"]],
+    }
     assert leaks_of(prompts) == {SETTINGS[1]: 0.25, UNSEEN: 0.0}
     assert leaks_of(None) == {SETTINGS[1]: None, UNSEEN: None}
 
 
 def test_prompts_of_prism_leak_by_their_text_in_whatever_conversation(tmp_path):
     def row(user, seen, split, dialog, text):
-        embedding = {"chosen_conv_embedding": torch.ones(4), "rejected_conv_embedding": torch.zeros(2, 4)}
-        return {"prompt": [{"role": "user", "content": text}], "extra_info": {
-            "seen": seen, "split": split, "user_id": user, "dialog_id": dialog, "pair_format": prism.PAIR_FORMAT,
-            "chosen_utterance": "yes", "rejected_utterance": ["no", "never"], **embedding}}
+        embedding = {
+            "chosen_conv_embedding": torch.ones(4),
+            "rejected_conv_embedding": torch.zeros(2, 4),
+        }
+        return {
+            "prompt": [{"role": "user", "content": text}],
+            "extra_info": {
+                "seen": seen,
+                "split": split,
+                "user_id": user,
+                "dialog_id": dialog,
+                "pair_format": prism.PAIR_FORMAT,
+                "chosen_utterance": "yes",
+                "rejected_utterance": ["no", "never"],
+                **embedding,
+            },
+        }
 
     train = [row("a", True, "train", "1", "Hello"), row("b", False, "train", "2", "Why?")]
-    test = [row("a", True, "test", "3", "Hello"), row("a", True, "test", "1", "Why?"),
-            row("b", False, "test", "2", "How?")]
+    test = [
+        row("a", True, "test", "3", "Hello"),
+        row("a", True, "test", "1", "Why?"),
+        row("b", False, "test", "2", "How?"),
+    ]
     for name, rows in zip(prism.FILES, (train, test)):
         lore.files.save_torch(tmp_path / name, rows)
-    lore.files.save_tensors(tmp_path / lore.embedding_files.HEAD_FILE, {"reward_head": torch.ones(4, 1)})
+    lore.files.save_tensors(
+        tmp_path / lore.embedding_files.HEAD_FILE, {"reward_head": torch.ones(4, 1)}
+    )
     data, _, _ = prism.load_embeddings(tmp_path, "no model")
     assert leaks_of(data["prompts"]) == {SETTINGS[1]: 0.5, UNSEEN: 0.0}  # of two pairs a turn
 
@@ -273,10 +337,10 @@ def test_the_kept_seed_has_the_lowest_loss_or_the_best_validation():
     fits = [random_fit(2, seed) for seed in range(3)]
     for fit, loss in zip(fits, (0.5, 0.3, 0.4)):
         fit.loss = loss
-    assert best_fit(fits).seed == 1
+    assert kept_fit(fits).seed == 1
     for fit, accuracy in zip(fits, (0.6, 0.6, 0.7)):
         fit.accuracies = {VALIDATION: np.full(4, accuracy)}
-    assert best_fit(fits).seed == 2
+    assert kept_fit(fits).seed == 2
 
 
 def test_validation_chooses_the_row_and_the_test_columns_do_not(data, fits):
@@ -290,7 +354,11 @@ def test_validation_chooses_the_row_and_the_test_columns_do_not(data, fits):
     assert found["chosen"] == {"K": 1, "alpha": 0, "by": "validation"}
     assert found["verdict"]["personal"] == "no"
     assert entry_of(found, 1)["accuracy"][VALIDATION]["mean"] == pytest.approx(0.9)
-    assert evidence(fits, data, torch.ones(d, 1))["chosen"] == {"K": None, "alpha": None, "by": "none"}
+    assert evidence(fits, data, torch.ones(d, 1))["chosen"] == {
+        "K": None,
+        "alpha": None,
+        "by": "none",
+    }
 
 
 def test_held_out_prompts_are_held_out_with_all_their_pairs():
@@ -308,7 +376,11 @@ def test_held_out_prompts_are_held_out_with_all_their_pairs():
 
 def judged(parts):
     """The verdict on rows of given personal parts `[rows, users]`."""
-    accuracy = {"accuracy": {UNSEEN: {"mean": 0.6}}, "controls": {"mean_weights": {"mean": 0.6}}, "alpha": 0}
+    accuracy = {
+        "accuracy": {UNSEEN: {"mean": 0.6}},
+        "controls": {"mean_weights": {"mean": 0.6}},
+        "alpha": 0,
+    }
     return judgement([accuracy | {"K": 2 + i} for i in range(len(parts))], list(np.asarray(parts)))
 
 
@@ -321,11 +393,13 @@ def test_undecided_says_about_how_many_users_would_decide():
     noise = np.random.default_rng(0).normal(0, 0.1, 20)
     noise -= noise.mean()
     verdict, _, lines = judged([0.02 + noise])
-    half = 1.96 * noise.std() / 20 ** 0.5
+    half = 1.96 * noise.std() / 20**0.5
     assert verdict == "undecided"
     users = int(lines[1].split()[1].replace(",", ""))
     assert users == pytest.approx(20 * (half / 0.02) ** 2, rel=0.2)
-    assert judged([np.tile(0.02 + noise, users // 20 + 2)])[0] == "yes"  # as many and some more of such users do
+    assert (
+        judged([np.tile(0.02 + noise, users // 20 + 2)])[0] == "yes"
+    )  # as many and some more of such users do
 
 
 def test_small_gains_are_a_no_and_few_users_are_undecided():
@@ -347,8 +421,17 @@ def test_every_field_is_there_and_plain_json(data, fits):
     assert set(found) == {"evidence", "chosen", "leaks", "verdict"}
     assert [entry["K"] for entry in found["evidence"]] == [0, 1, 3]
     for entry in found["evidence"]:
-        assert set(entry) == {"K", "alpha", "seeds", "accuracy", "minus_reference", "minus_pooled", "controls",
-                              "personal_part", "basis"}
+        assert set(entry) == {
+            "K",
+            "alpha",
+            "seeds",
+            "accuracy",
+            "minus_reference",
+            "minus_pooled",
+            "controls",
+            "personal_part",
+            "basis",
+        }
         assert set(entry["controls"]) == {"mean_weights", "other_users", "tossed", "longer"}
         for name in ("accuracy", "minus_reference", "minus_pooled"):
             assert set(entry[name]) == set(SETTINGS)
@@ -356,13 +439,15 @@ def test_every_field_is_there_and_plain_json(data, fits):
 
 def test_a_share_of_the_prompts_is_held_out_and_scored_but_not_trained_on(data):
     prompts = [[f"{i} {j // 4}" for j in range(40)] for i in range(N)]
-    fit, = swept(data, K_list=[2], validation_share=0.2, prompts=prompts)
+    (fit,) = swept(data, K_list=[2], validation_share=0.2, prompts=prompts)
     rows = hold_out(prompts, 0.2)
     assert all(held.sum() == 8 for held in rows)
     rest = dict(data, train=[X[~held] for X, held in zip(data["train"], rows)])
-    alone, = swept(rest, K_list=[2])
+    (alone,) = swept(rest, K_list=[2])
     torch.testing.assert_close(fit.V, alone.V)
-    of_held = [utils.evaluate_model(X[held], fit.V, w) for X, held, w in zip(data["train"], rows, fit.W)]
+    of_held = [
+        utils.evaluate_model(X[held], fit.V, w) for X, held, w in zip(data["train"], rows, fit.W)
+    ]
     np.testing.assert_allclose(fit.accuracies[VALIDATION], of_held, atol=1e-6)
 
 
@@ -371,25 +456,43 @@ def test_a_share_of_the_prompts_is_held_out_and_scored_but_not_trained_on(data):
 # ---------------------------------------------------------------------------------------------------------------------
 
 D, WORKERS, PLANTED = 32, 40, planted_basis(32, 3)
-KEPT = WORKERS + 4  # two of each file are left out
+CACHE_KERNEL = WORKERS + 4  # two of each file are left out
 
 
 def write_pickles(folder, wrong=None):
     """TL;DR's embeddings of planted workers, and the mean of their directions as the reward head."""
-    weights = planted_weights(KEPT, 3, 0.1)
+    weights = planted_weights(CACHE_KERNEL, 3, 0.1)
     if wrong == "rejected side":  # nobody has tastes, and brackets around every rejected answer
         weights = torch.full_like(weights, 1 / 3)
-    bracket = torch.zeros(D) if wrong != "rejected side" else 3 * torch.nn.functional.normalize(
-        torch.randn(D, generator=torch.Generator().manual_seed(1)), dim=0)
+    bracket = (
+        torch.zeros(D)
+        if wrong != "rejected side"
+        else 3
+        * torch.nn.functional.normalize(
+            torch.randn(D, generator=torch.Generator().manual_seed(1)), dim=0
+        )
+    )
     files = {}
-    for seed, (name, pairs) in enumerate((("tldr_embeddings_train.pkl", 45), ("tldr_embeddings_val.pkl", 60))):
+    for seed, (name, pairs) in enumerate(
+        (("tldr_embeddings_train.pkl", 45), ("tldr_embeddings_val.pkl", 60))
+    ):
         if wrong == "user ids" and seed == 1:
-            weights = weights[torch.randperm(KEPT, generator=torch.Generator().manual_seed(2))]
+            weights = weights[
+                torch.randperm(CACHE_KERNEL, generator=torch.Generator().manual_seed(2))
+            ]
         features = planted_pairs(PLANTED, weights, pairs, seed, sampled=True)
-        files[name] = {f"w{i:02}": [{
-            "text": f"{seed} {i} {j}", "winning_summary": "a" * (1 + j % 3), "losing_summary": "aa",
-            "embeddings": {"winning": [x], "losing": [bracket]}} for j, x in enumerate(X)]
-            for i, X in enumerate(features)}
+        files[name] = {
+            f"w{i:02}": [
+                {
+                    "text": f"{seed} {i} {j}",
+                    "winning_summary": "a" * (1 + j % 3),
+                    "losing_summary": "aa",
+                    "embeddings": {"winning": [x], "losing": [bracket]},
+                }
+                for j, x in enumerate(X)
+            ]
+            for i, X in enumerate(features)
+        }
         lore.files.save_torch(folder / name, files[name])
     head = PLANTED.sum(1, keepdim=True)
     if wrong == "reference":
@@ -401,11 +504,18 @@ def ran(monkeypatch, capsys, folder, wrong=None, **constants):
     """What train_basis.py of TL;DR found in these pickles -> (results.json, report.md, what it printed)."""
     write_pickles(folder, wrong)
     script = load_script("RedditTLDR", "train_basis")
-    for name, value in {"K_list": [0, 1, 3], "num_iterations": 150, "seeds": [0], **constants}.items():
+    for name, value in {
+        "K_list": [0, 1, 3],
+        "num_iterations": 150,
+        "seeds": [0],
+        **constants,
+    }.items():
         assert hasattr(script, name)
         monkeypatch.setattr(script, name, value)
     call(monkeypatch, script, "--dir", folder)
-    results, report = ((folder / "results" / name).read_text() for name in ("results.json", "report.md"))
+    results, report = (
+        (folder / "results" / name).read_text() for name in ("results.json", "report.md")
+    )
     return json.loads(results), report, capsys.readouterr().out
 
 
@@ -414,12 +524,16 @@ def test_the_script_finds_planted_tastes_and_prints_the_verdict(monkeypatch, cap
     assert results["verdict"]["personal"] == "yes" and results["verdict"]["text"] in printed
     entry = entry_of(results, 3)
     assert entry["controls"]["tossed"]["low"] <= 0.5 <= entry["controls"]["tossed"]["high"]
-    assert entry["controls"]["longer"]["mean"] == pytest.approx(0.5)  # a third longer, equal and shorter
+    assert entry["controls"]["longer"]["mean"] == pytest.approx(
+        0.5
+    )  # a third longer, equal and shorter
     assert results["leaks"] == {SETTINGS[1]: 0.0, UNSEEN: 0.0}
     assert f"**{results['verdict']['text'].splitlines()[0]}**" in report and "report.md" in printed
 
 
-def test_brackets_on_the_rejected_side_are_one_direction_and_not_personal(monkeypatch, capsys, tmp_path):
+def test_brackets_on_the_rejected_side_are_one_direction_and_not_personal(
+    monkeypatch, capsys, tmp_path
+):
     results, report, _ = ran(monkeypatch, capsys, tmp_path, "rejected side")
     assert entry_of(results, 1)["minus_reference"][UNSEEN]["low"] > 0.1
     assert abs(entry_of(results, 3)["personal_part"]["mean"]) < 0.02
@@ -427,7 +541,9 @@ def test_brackets_on_the_rejected_side_are_one_direction_and_not_personal(monkey
     assert "one direction explains the gain over the reference" in report
 
 
-def test_user_ids_shuffled_between_training_and_test_are_not_personal(monkeypatch, capsys, tmp_path):
+def test_user_ids_shuffled_between_training_and_test_are_not_personal(
+    monkeypatch, capsys, tmp_path
+):
     results, _, printed = ran(monkeypatch, capsys, tmp_path, "user ids")
     assert results["verdict"]["personal"] != "yes" and "Yes" not in printed
 
@@ -439,10 +555,16 @@ def test_a_reference_that_is_not_the_head_is_said_to_be_at_chance(monkeypatch, c
 
 
 def test_held_out_posts_choose_the_row_that_is_judged(monkeypatch, capsys, tmp_path):
-    results, report, printed = ran(monkeypatch, capsys, tmp_path, validation_share=0.2, controls=False)
+    results, report, printed = ran(
+        monkeypatch, capsys, tmp_path, validation_share=0.2, controls=False
+    )
     best = max(results["evidence"], key=lambda entry: entry["accuracy"][VALIDATION]["mean"])
     assert results["chosen"] == {"K": best["K"], "alpha": 0, "by": "validation"}
-    assert best["K"] == 3 and "Validation" in printed and "the model, that was chosen by held-out pairs" in report
+    assert (
+        best["K"] == 3
+        and "Validation" in printed
+        and "the model, that was chosen by held-out pairs" in report
+    )
     assert all(entry["controls"]["tossed"] is None for entry in results["evidence"])
 
 

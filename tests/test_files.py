@@ -28,7 +28,9 @@ import utils
 from lore.files import load_pickle, load_tensors, save_tensors
 
 PROTOCOLS = [2, 3, 4, 5]
-needs_archives = pytest.mark.skipif(not lore.files.ARCHIVES, reason="this torch's archives are not read")
+needs_archives = pytest.mark.skipif(
+    not lore.files.ARCHIVES, reason="this torch's archives are not read"
+)
 
 
 def vector(seed):
@@ -37,16 +39,35 @@ def vector(seed):
 
 def tldr_content():
     """The released format: worker -> comparisons, embeddings in lists of one bfloat16 tensor."""
-    return {worker: [{"text": "post", "winning_summary": "good", "losing_summary": "bad",
-                      "embeddings": {"winning": [vector(i)], "losing": [vector(i + 9)]}} for i in range(3)]
-            for worker in ("worker é", "other")}
+    return {
+        worker: [
+            {
+                "text": "post",
+                "winning_summary": "good",
+                "losing_summary": "bad",
+                "embeddings": {"winning": [vector(i)], "losing": [vector(i + 9)]},
+            }
+            for i in range(3)
+        ]
+        for worker in ("worker é", "other")
+    }
 
 
 def prism_content():
-    return [{"prompt": [{"role": "user", "content": "hello"}],
-             "extra_info": {"user_id": "u1", "turn_nb": 0, "seen": True, "score": 0.5, "none": None,
-                            "chosen_conv_embedding": vector(1),
-                            "rejected_conv_embedding": torch.stack([vector(2), vector(3)])}}]
+    return [
+        {
+            "prompt": [{"role": "user", "content": "hello"}],
+            "extra_info": {
+                "user_id": "u1",
+                "turn_nb": 0,
+                "seen": True,
+                "score": 0.5,
+                "none": None,
+                "chosen_conv_embedding": vector(1),
+                "rejected_conv_embedding": torch.stack([vector(2), vector(3)]),
+            },
+        }
+    ]
 
 
 def assert_equal_content(one, other):
@@ -71,11 +92,21 @@ def saved(content, **options):
     return file.getvalue()
 
 
-WRITERS = {**{f"pickle {protocol}": lambda content, protocol=protocol: pickle.dumps(content, protocol)
-              for protocol in PROTOCOLS},
-           "torch": saved, "torch legacy": lambda content: saved(content, _use_new_zipfile_serialization=False)}
-every_format = pytest.mark.parametrize("write", [
-    pytest.param(write, id=name, marks=[needs_archives] if name == "torch" else []) for name, write in WRITERS.items()])
+WRITERS = {
+    **{
+        f"pickle {protocol}": lambda content, protocol=protocol: pickle.dumps(content, protocol)
+        for protocol in PROTOCOLS
+    },
+    "torch": saved,
+    "torch legacy": lambda content: saved(content, _use_new_zipfile_serialization=False),
+}
+every_format = pytest.mark.parametrize(
+    "write",
+    [
+        pytest.param(write, id=name, marks=[needs_archives] if name == "torch" else [])
+        for name, write in WRITERS.items()
+    ],
+)
 
 
 @pytest.fixture
@@ -89,7 +120,9 @@ def path(tmp_path):
 
 
 @every_format
-@pytest.mark.parametrize("content", [tldr_content(), prism_content(), {}, []], ids=["TLDR", "PRISM", "dict", "list"])
+@pytest.mark.parametrize(
+    "content", [tldr_content(), prism_content(), {}, []], ids=["TLDR", "PRISM", "dict", "list"]
+)
 def test_what_the_released_scripts_wrote_loads(path, content, write):
     path.write_bytes(write(content))
     assert_equal_content(load_pickle(path), content)
@@ -99,7 +132,10 @@ def test_what_the_released_scripts_wrote_loads(path, content, write):
 @every_format
 def test_tensors_of_every_kind_load(path, write):
     basis = torch.arange(12.0).reshape(3, 4)
-    content = [basis.to(dtype) for dtype in (torch.float64, torch.float16, torch.int64, torch.uint8, torch.bool)]
+    content = [
+        basis.to(dtype)
+        for dtype in (torch.float64, torch.float16, torch.int64, torch.uint8, torch.bool)
+    ]
     content += [basis.T, basis[1:, ::2], torch.zeros(0, 3), torch.tensor(2.5)]
     path.write_bytes(write(content))
     assert_equal_content(load_pickle(path), content)
@@ -108,7 +144,10 @@ def test_tensors_of_every_kind_load(path, write):
 @every_format
 def test_plain_containers_of_every_kind_load(path, write):
     content = [("two", 3), collections.OrderedDict(four=4), torch.Size([2, 3]), None, 5.5]
-    content += [{1, "two"}, b"three"] * lore.files.ARCHIVES  # which an older torch does not take from a file of its own
+    content += [
+        {1, "two"},
+        b"three",
+    ] * lore.files.ARCHIVES  # which an older torch does not take from a file of its own
     path.write_bytes(write(content))
     assert load_pickle(path) == content
 
@@ -145,7 +184,11 @@ def test_a_missing_file_a_folder_and_an_empty_file_are_named(path, tmp_path):
 @every_format
 def test_a_truncated_file_is_refused_at_any_length(path, write):
     whole = write(tldr_content())
-    lengths = {*range(1, 40), *range(40, len(whole), max(1, len(whole) // 60)), *range(len(whole) - 20, len(whole))}
+    lengths = {
+        *range(1, 40),
+        *range(40, len(whole), max(1, len(whole) // 60)),
+        *range(len(whole) - 20, len(whole)),
+    }
     for length in sorted(lengths):
         path.write_bytes(whole[:length])
         with input_error(str(path), "write it again"):
@@ -158,8 +201,11 @@ def test_random_bytes_are_refused(path):
         path.write_bytes(chance.randbytes(length))
         with input_error(str(path)):
             load_pickle(path)
-    texts = [b"<!DOCTYPE html><html>429 Too Many Requests</html>", b"version https://git-lfs.github.com/spec/v1\n",
-             b"\x1f\x8b\x08\x00gzip"] + [b"PK\x03\x04 not a zip"] * lore.files.ARCHIVES
+    texts = [
+        b"<!DOCTYPE html><html>429 Too Many Requests</html>",
+        b"version https://git-lfs.github.com/spec/v1\n",
+        b"\x1f\x8b\x08\x00gzip",
+    ] + [b"PK\x03\x04 not a zip"] * lore.files.ARCHIVES
     for text in texts:
         path.write_bytes(text)
         with input_error(str(path), "write it again"):
@@ -182,12 +228,14 @@ class Calls:
 
 
 # The global's name: old protocols write "builtins" and "subprocess" in Python 2's spelling.
-PAYLOADS = {"posix.system": lambda marker: Calls(os.system, f"touch {marker}"),
-            "eval": lambda marker: Calls(builtins.eval, f"open({str(marker)!r}, 'w').close()"),
-            "exec": lambda marker: Calls(builtins.exec, f"open({str(marker)!r}, 'w').close()"),
-            "Popen": lambda marker: Calls(subprocess.Popen, ["touch", str(marker)]),
-            "getattr": lambda marker: Calls(getattr, Calls(open, str(marker), "w"), "close"),
-            "torch.serialization.load": lambda marker: Calls(torch.load, str(marker))}  # itself able to run code
+PAYLOADS = {
+    "posix.system": lambda marker: Calls(os.system, f"touch {marker}"),
+    "eval": lambda marker: Calls(builtins.eval, f"open({str(marker)!r}, 'w').close()"),
+    "exec": lambda marker: Calls(builtins.exec, f"open({str(marker)!r}, 'w').close()"),
+    "Popen": lambda marker: Calls(subprocess.Popen, ["touch", str(marker)]),
+    "getattr": lambda marker: Calls(getattr, Calls(open, str(marker), "w"), "close"),
+    "torch.serialization.load": lambda marker: Calls(torch.load, str(marker)),
+}  # itself able to run code
 
 
 def fake_storage(blob):
@@ -212,15 +260,21 @@ def in_torch_zip(blob):
 
 
 HIDING_PLACES = {
-    **{f"pickle {protocol}": lambda payload, protocol=protocol: pickle.dumps({"worker": [payload]}, protocol)
-       for protocol in range(6)},
+    **{
+        f"pickle {protocol}": lambda payload, protocol=protocol: pickle.dumps(
+            {"worker": [payload]}, protocol
+        )
+        for protocol in range(6)
+    },
     "torch": lambda payload: saved([payload]),
     "torch legacy": lambda payload: saved([payload], _use_new_zipfile_serialization=False),
     "torch zip": lambda payload: in_torch_zip(pickle.dumps(payload, 2)),
     "storage": lambda payload: fake_storage(pickle.dumps(payload)),
     "legacy storage": lambda payload: fake_storage(with_legacy_magic(pickle.dumps(payload, 2))),
-    "storage in storage": lambda payload: fake_storage(with_legacy_magic(fake_storage(saved(
-        [payload], _use_new_zipfile_serialization=False))))}
+    "storage in storage": lambda payload: fake_storage(
+        with_legacy_magic(fake_storage(saved([payload], _use_new_zipfile_serialization=False)))
+    ),
+}
 
 
 @pytest.mark.parametrize("place", HIDING_PLACES)
@@ -229,7 +283,9 @@ def test_a_hostile_pickle_is_refused_by_name_and_runs_nothing(path, tmp_path, na
     marker = tmp_path / "marker"
     path.write_bytes(HIDING_PLACES[place](PAYLOADS[name](marker)))
     named = [name, "do not trust"]
-    if place == "storage" or not lore.files.ARCHIVES and place in ("torch", "torch zip"):  # refused before it is read
+    if (
+        place == "storage" or not lore.files.ARCHIVES and place in ("torch", "torch zip")
+    ):  # refused before it is read
         named = ["refused"]
     elif place == "storage in storage":
         named = ["_load_from_bytes", "do not trust"]
@@ -257,6 +313,7 @@ def test_a_zip_in_a_storage_is_refused(path, tmp_path):
 
 class Program(torch.nn.Module):
     """A TorchScript program that writes a file when it is loaded."""
+
     marker: str
 
     def __init__(self, marker):
@@ -288,8 +345,29 @@ def directory(entries, moved, size=0):
     for entry in entries:
         name = entry.filename.encode()
         fill = size - len(records) - 46 - len(name) if size and entry is entries[-1] else 0
-        records += struct.pack("<4s6H3L5H2L", b"PK\1\2", 20, 20, 0, 0, 0, 33, entry.CRC, entry.compress_size,
-                               entry.file_size, len(name), 0, fill, 0, 0, 0, entry.header_offset + moved) + name
+        records += (
+            struct.pack(
+                "<4s6H3L5H2L",
+                b"PK\1\2",
+                20,
+                20,
+                0,
+                0,
+                0,
+                33,
+                entry.CRC,
+                entry.compress_size,
+                entry.file_size,
+                len(name),
+                0,
+                fill,
+                0,
+                0,
+                0,
+                entry.header_offset + moved,
+            )
+            + name
+        )
         records += b" " * fill
     return records
 
@@ -305,14 +383,17 @@ def two_faced(program, data, zip64):
         for whole, folder in ((program, "program"), (data, "data")):
             with zipfile.ZipFile(io.BytesIO(whole)) as source:
                 for name in source.namelist():
-                    target.writestr(folder + name[name.index("/"):], source.read(name))
+                    target.writestr(folder + name[name.index("/") :], source.read(name))
             counts.append(len(target.infolist()))
-        first, second = target.infolist()[:counts[0]], target.infolist()[counts[0]:]
+        first, second = target.infolist()[: counts[0]], target.infolist()[counts[0] :]
         start = target.start_dir
     body = file.getvalue()[:start]
     if zip64:
+
         def end_record(directory, entries, at):
-            return struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, *[len(entries)] * 2, len(directory), at)
+            return struct.pack(
+                "<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, *[len(entries)] * 2, len(directory), at
+            )
 
         one, other = directory(first, 0), directory(second, 0)
         body += one + end_record(one, first, start)
@@ -322,7 +403,12 @@ def two_faced(program, data, zip64):
         return body + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, *[0xFFFF] * 2, *[0xFFFFFFFF] * 2, 0)
     size = max(len(directory(entries, 0)) for entries in (first, second))
     one, other = directory(first, 0, size), directory(second, -size, size)
-    return body + one + other + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, *[len(first)] * 2, size, start, 0)
+    return (
+        body
+        + one
+        + other
+        + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, *[len(first)] * 2, size, start, 0)
+    )
 
 
 def code_in(path):
@@ -335,9 +421,11 @@ def code_in(path):
         return None
 
 
-ARCHIVES = {"a program": lambda marker: program(marker),
-            "two directories": lambda marker: two_faced(program(marker), saved([vector(0)]), zip64=False),
-            "two end records": lambda marker: two_faced(program(marker), saved([vector(0)]), zip64=True)}
+ARCHIVES = {
+    "a program": lambda marker: program(marker),
+    "two directories": lambda marker: two_faced(program(marker), saved([vector(0)]), zip64=False),
+    "two end records": lambda marker: two_faced(program(marker), saved([vector(0)]), zip64=True),
+}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -357,7 +445,9 @@ def test_an_archive_with_a_torchscript_program_is_refused_and_runs_nothing(path,
     assert marker.exists()
 
 
-def test_a_torch_whose_archives_can_be_passed_reads_none_and_writes_what_it_reads(path, monkeypatch):
+def test_a_torch_whose_archives_can_be_passed_reads_none_and_writes_what_it_reads(
+    path, monkeypatch
+):
     monkeypatch.setattr(lore.files, "ARCHIVES", False)
     for content in (saved(tldr_content()), saved([]), b"PK\3\4", b"PK"):
         path.write_bytes(content)
@@ -371,7 +461,9 @@ def test_a_torch_whose_archives_can_be_passed_reads_none_and_writes_what_it_read
     assert_equal_content(load_pickle(path), prism_content())
 
 
-@pytest.mark.parametrize("array", [np.ones(2), np.float64(1), Calls(np.ndarray, (1,), np.dtype(object), b"A" * 8)])
+@pytest.mark.parametrize(
+    "array", [np.ones(2), np.float64(1), Calls(np.ndarray, (1,), np.dtype(object), b"A" * 8)]
+)
 def test_numpy_arrays_are_refused(path, array):
     """A crafted one makes numpy take the file's bytes for addresses, which ends the process at best."""
     path.write_bytes(pickle.dumps(array))
@@ -386,7 +478,12 @@ def test_numpy_arrays_are_refused(path, array):
 
 def test_tensors_and_their_metadata_come_back(tmp_path):
     V = torch.arange(12.0).reshape(3, 4)
-    tensors = {"V": V.T, "W": vector(0), "part": torch.zeros(6)[2:4], "leaf": torch.ones(2, requires_grad=True)}
+    tensors = {
+        "V": V.T,
+        "W": vector(0),
+        "part": torch.zeros(6)[2:4],
+        "leaf": torch.ones(2, requires_grad=True),
+    }
     metadata = {"users": ["é", "b"], "K": 3, "alpha": 1e4, "none": None, "nested": {"a": [1, 2.5]}}
     save_tensors(tmp_path / "new folder" / "basis.safetensors", tensors, **metadata)
     found, about = load_tensors(tmp_path / "new folder" / "basis.safetensors")
@@ -407,7 +504,9 @@ def test_a_damaged_tensor_file_is_refused(tmp_path):
     save_tensors(path, {"V": torch.randn(20, 3)}, K=314159)
     whole = path.read_bytes()
     for damaged in [whole[:length] for length in (0, 4, 8, 30, len(whole) // 2, len(whole) - 1)] + [
-            whole.replace(b"314159", b"31415["), b"<html>429 Too Many Requests</html>"]:
+        whole.replace(b"314159", b"31415["),
+        b"<html>429 Too Many Requests</html>",
+    ]:
         assert damaged != whole
         path.write_bytes(damaged)
         with input_error(str(path)):
@@ -458,7 +557,7 @@ def test_files_written_together_replace_the_old_ones_together_or_not_at_all(tmp_
     for name in "ab":
         (tmp_path / name).write_text("old")
     with pytest.raises(KeyboardInterrupt):
-        with lore.files.together(tmp_path) as new:
+        with lore.files.replace_files_in(tmp_path) as new:
             (new / "a").write_text("new")
             raise KeyboardInterrupt
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old", "b": "old"}
@@ -466,21 +565,28 @@ def test_files_written_together_replace_the_old_ones_together_or_not_at_all(tmp_
         (tmp_path / name).mkdir()
         (tmp_path / name / "b").write_text("of another run")
         os.utime(tmp_path / name, (time.time() - 3600 * hours,) * 2)
-    with lore.files.together(tmp_path) as new:
+    with lore.files.replace_files_in(tmp_path) as new:
         (new / "a").write_text("new")
         (new / "c").write_text("new")
         assert (tmp_path / "a").read_text() == "old"
     shutil.rmtree(tmp_path / ".new-beside")
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "new", "b": "old", "c": "new"}
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "a": "new",
+        "b": "old",
+        "c": "new",
+    }
 
 
 def test_files_that_the_new_ones_replace_go_when_these_come(tmp_path):
     for name in ("K_1.txt", "K_2.txt", "other"):
         (tmp_path / name).write_text("old")
-    with lore.files.together(tmp_path, ["K_*.txt", "nothing"]) as new:
+    with lore.files.replace_files_in(tmp_path, ["K_*.txt", "nothing"]) as new:
         (new / "K_2.txt").write_text("new")
         assert (tmp_path / "K_1.txt").exists()
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"K_2.txt": "new", "other": "old"}
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "K_2.txt": "new",
+        "other": "old",
+    }
 
 
 def test_a_folder_is_proved_writable_before_long_work_and_left_empty(tmp_path):
@@ -497,19 +603,39 @@ def test_a_folder_is_proved_writable_before_long_work_and_left_empty(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAINS = {  # name -> (body of main, end of the line on stderr, exit status)
-    "an input error": ("raise utils.InputError('K_list: 1.5 is no rank;\\n give whole numbers')",
-                       "error: K_list: 1.5 is no rank; give whole numbers\n", 2),
-    "an interruption": ("raise KeyboardInterrupt", "error: interrupted: finished files and embeddings are kept, run "
-                                                   "the same command again to resume\n", 130),
-    "a folder that is a file": ("open(sys.argv[1] + '/results', 'w')",
-                                "file.bin/results: Not a directory; free or choose another place\n", 2),
-    "a full disk": ("resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
-                    "    lore.files.save_tensors(sys.argv[1], {'V': torch.zeros(100_000)})",
-                    "File too large; free or choose another place\n", 2),
-    "a full GPU": ("raise torch.cuda.OutOfMemoryError('CUDA out of memory. Tried\\nto allocate')",
-                   "error: CUDA out of memory. Tried to allocate\n", 2),
-    "a full standard output": ("sys.stdout = open('/dev/full', 'w')\n    print('x' * 10**5)", "error: standard output: "
-                               "No space left on device; free or choose another place\n", 2)}
+    "an input error": (
+        "raise utils.InputError('K_list: 1.5 is no rank;\\n give whole numbers')",
+        "error: K_list: 1.5 is no rank; give whole numbers\n",
+        2,
+    ),
+    "an interruption": (
+        "raise KeyboardInterrupt",
+        "error: interrupted: finished files and embeddings are kept, run "
+        "the same command again to resume\n",
+        130,
+    ),
+    "a folder that is a file": (
+        "open(sys.argv[1] + '/results', 'w')",
+        "file.bin/results: Not a directory; free or choose another place\n",
+        2,
+    ),
+    "a full disk": (
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
+        "    lore.files.save_tensors(sys.argv[1], {'V': torch.zeros(100_000)})",
+        "File too large; free or choose another place\n",
+        2,
+    ),
+    "a full GPU": (
+        "raise torch.cuda.OutOfMemoryError('CUDA out of memory. Tried\\nto allocate')",
+        "error: CUDA out of memory. Tried to allocate\n",
+        2,
+    ),
+    "a full standard output": (
+        "sys.stdout = open('/dev/full', 'w')\n    print('x' * 10**5)",
+        "error: standard output: No space left on device; free or choose another place\n",
+        2,
+    ),
+}
 FORKS = """
 import json, os, resource, sys, torch, lore.files, lore.scripts, utils
 ended = []
@@ -594,33 +720,54 @@ assert settings() == before
 # ---------------------------------------------------------------------------------------------------------------------
 
 WRONG = {
-    "num_iterations": [-1, 1.5, True, "5", None, math.nan, 2**32], "K_list": [[], [1, 1], 3, [1.5], [-1], None, "12"],
-    "alpha_list": [[math.nan], [-1.0], [math.inf], [1e16], [1, 1.0], ["1"], 5], "seeds": [[-1], [0, 0], []],
-    "learning_rate": [0, -0.1, math.nan, math.inf, "0.1", True], "threshold": [-0.1, 1.1, math.nan],
-    "trials": [0, 2.5], "num_shots": [[0], [1.5], []], "concentration": [0, math.nan], "fractions": [[0], [1.1], []]}
+    "num_iterations": [-1, 1.5, True, "5", None, math.nan, 2**32],
+    "K_list": [[], [1, 1], 3, [1.5], [-1], None, "12"],
+    "alpha_list": [[math.nan], [-1.0], [math.inf], [1e16], [1, 1.0], ["1"], 5],
+    "seeds": [[-1], [0, 0], []],
+    "learning_rate": [0, -0.1, math.nan, math.inf, "0.1", True],
+    "threshold": [-0.1, 1.1, math.nan],
+    "trials": [0, 2.5],
+    "num_shots": [[0], [1.5], []],
+    "concentration": [0, math.nan],
+    "fractions": [[0], [1.1], []],
+}
 
 
-@pytest.mark.parametrize("name, value", [(name, value) for name, values in WRONG.items() for value in values], ids=str)
+@pytest.mark.parametrize(
+    "name, value", [(name, value) for name, values in WRONG.items() for value in values], ids=str
+)
 def test_a_setting_without_a_meaning_is_refused_by_name(name, value):
     with input_error(name):
         utils.check_settings(**{name: value})
 
 
 def test_settings_that_mean_something_pass():
-    utils.check_settings(num_iterations=np.int64(5), K_list=range(3), alpha_list=np.array([0, 0.5]), seeds=(0, 1),
-                         learning_rate=np.float32(0.1), threshold=0, fractions=(0.1, 0.1, 1.0), num_shots=[5, 10])
+    utils.check_settings(
+        num_iterations=np.int64(5),
+        K_list=range(3),
+        alpha_list=np.array([0, 0.5]),
+        seeds=(0, 1),
+        learning_rate=np.float32(0.1),
+        threshold=0,
+        fractions=(0.1, 0.1, 1.0),
+        num_shots=[5, 10],
+    )
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "no device", 1.5, [], "meta:x"], ids=str)
 def test_a_device_that_is_not_there_is_refused(device):
     with input_error("device", str(device), "cpu"):
         utils.check_device(device)
-    assert utils.check_device("cpu") == utils.check_device(torch.device("cpu")) == torch.device("cpu")
+    assert (
+        utils.check_device("cpu") == utils.check_device(torch.device("cpu")) == torch.device("cpu")
+    )
 
 
 def test_a_wrong_option_of_a_script_is_an_input_error_and_help_is_none(capsys, monkeypatch):
     parser = lore.scripts.script_parser("what it does", "/folder")
-    assert isinstance(parser, argparse.ArgumentParser) and str(parser.parse_args([]).dir) == "/folder"
+    assert (
+        isinstance(parser, argparse.ArgumentParser) and str(parser.parse_args([]).dir) == "/folder"
+    )
     with input_error("--no-such", "--help"):
         parser.parse_args(["--no-such"])
     with pytest.raises(SystemExit) as stop:
@@ -630,7 +777,9 @@ def test_a_wrong_option_of_a_script_is_an_input_error_and_help_is_none(capsys, m
 
 def test_json_comes_back_with_arrays_as_lists_and_a_damaged_or_missing_one_is_refused(tmp_path):
     path = tmp_path / "a.json"
-    lore.files.save_json(path, {"a": np.arange(2), "b": torch.ones(1), "c": range(2), "é": np.float32(0.5)})
+    lore.files.save_json(
+        path, {"a": np.arange(2), "b": torch.ones(1), "c": range(2), "é": np.float32(0.5)}
+    )
     assert lore.files.load_json(path, "a") == {"a": [0, 1], "b": [1.0], "c": [0, 1], "é": 0.5}
     assert json.loads(path.read_text())["c"] == [0, 1]
     with input_error(str(path), "nowhere"):

@@ -12,13 +12,22 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import (ROOT, fresh_process, input_error, load_script, outcome, planted_basis, planted_pairs,
-                     planted_weights, random_users)
+from helpers import (
+    ROOT,
+    fresh_process,
+    input_error,
+    load_script,
+    outcome,
+    planted_basis,
+    planted_pairs,
+    planted_weights,
+    random_users,
+)
 from torch.nn.functional import logsigmoid
 
 import lore.files
 import utils
-from utils import Likelihood, LoRe, LoRe_regularized, Member, Pairs, PersonalizeBatch, fit_basis
+from utils import Likelihood, LoRe, LoRe_regularized, Member, Pairs, PersonalizeBatch, train_bases
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,7 +53,9 @@ def sum_over_users(features, V, W):
 
 
 def mean_over_pairs(features, V, W):
-    return sum(len(X) * mean_loss_of_user(X, V, logits) for X, logits in zip(features, W)) / sum(map(len, features))
+    return sum(len(X) * mean_loss_of_user(X, V, logits) for X, logits in zip(features, W)) / sum(
+        map(len, features)
+    )
 
 
 def squared_distance(V, V_sft):
@@ -53,7 +64,10 @@ def squared_distance(V, V_sft):
 
 def one_minus_cosine(V, V_sft):
     reference = V_sft.double()[:, 0]
-    return sum(1 - V[:, j] @ reference / V[:, j].norm() / reference.norm() for j in range(V.shape[1])) / V.shape[1]
+    return (
+        sum(1 - V[:, j] @ reference / V[:, j].norm() / reference.norm() for j in range(V.shape[1]))
+        / V.shape[1]
+    )
 
 
 def start_of(w, V):
@@ -75,10 +89,12 @@ def plain_lore_regularized(start, features, V_sft, alpha, num_iterations, learni
     W, V = start
     adam_W, adam_V = (torch.optim.Adam([variable], lr=learning_rate) for variable in (W, V))
     for t in range(num_iterations):
-        W.grad, = torch.autograd.grad(mean_over_pairs(features, V, W), [W])
+        (W.grad,) = torch.autograd.grad(mean_over_pairs(features, V, W), [W])
         adam_W.step()
         share = np.interp(t / num_iterations, [0.2, 0.8], [0, 1])
-        V.grad, = torch.autograd.grad(mean_over_pairs(features, V, W) + share * alpha * one_minus_cosine(V, V_sft), [V])
+        (V.grad,) = torch.autograd.grad(
+            mean_over_pairs(features, V, W) + share * alpha * one_minus_cosine(V, V_sft), [V]
+        )
         adam_V.step()
     return torch.softmax(W, 1).detach(), V.detach()
 
@@ -129,13 +145,17 @@ def V_sft():
 @pytest.mark.parametrize("K", [1, 2, 5])
 def test_lore_follows_the_plain_loop_over_users(features, V_sft, K, alpha):
     shape = len(COUNTS), d, K
-    start = start_of(*LoRe(V_sft, alpha, *shape, num_iterations=0, learning_rate=0.5).train(features))
+    start = start_of(
+        *LoRe(V_sft, alpha, *shape, num_iterations=0, learning_rate=0.5).train(features)
+    )
     ours = LoRe(V_sft, alpha, *shape, num_iterations=40, learning_rate=0.5).train(features)
     assert_same_model(ours, plain_lore(start, features, V_sft, alpha, 40, 0.5))
 
 
 def test_lore_without_penalty_needs_no_reward_head(features, V_sft):
-    with_head, without = (LoRe(head, 0, len(COUNTS), d, 2, 10, 0.5).train(features) for head in (V_sft, None))
+    with_head, without = (
+        LoRe(head, 0, len(COUNTS), d, 2, 10, 0.5).train(features) for head in (V_sft, None)
+    )
     assert torch.equal(with_head[1], without[1])
     with input_error("V_sft"):
         LoRe(None, 1.0, len(COUNTS), d, 2, 10, 0.5).train(features)
@@ -144,7 +164,7 @@ def test_lore_without_penalty_needs_no_reward_head(features, V_sft):
 def test_lore_starts_from_standard_normal_logits_and_basis(V_sft):
     w, V = LoRe(V_sft, 0, 400, d, 60, 0, 0.5).train(random_users([1] * 400, d))
     difference = torch.log(w[:, 0] / w[:, 1])  # of two logits
-    assert difference.std().item() == pytest.approx(2 ** 0.5, rel=0.15)
+    assert difference.std().item() == pytest.approx(2**0.5, rel=0.15)
     assert V.mean().item() == pytest.approx(0, abs=0.15)
     assert V.std().item() == pytest.approx(1, rel=0.15)
 
@@ -165,7 +185,9 @@ def test_regularized_lore_follows_the_plain_alternating_loop(features, V_sft, K,
     def model(num_iterations):
         return LoRe_regularized(V_sft, alpha, len(COUNTS), d, K, num_iterations, 0.1, threshold=0)
 
-    plain = plain_lore_regularized(start_of(*model(0).train(features)), features, V_sft, alpha, 60, 0.1)
+    plain = plain_lore_regularized(
+        start_of(*model(0).train(features)), features, V_sft, alpha, 60, 0.1
+    )
     assert_same_model(model(60).train(features), plain)
 
 
@@ -176,7 +198,9 @@ def test_a_large_alpha_turns_every_column_towards_the_reward_head(features, V_sf
 
 
 def test_regularized_lore_starts_from_uniform_logits_and_normal_basis(V_sft):
-    w, V = LoRe_regularized(V_sft, 0, 400, d, 60, 0, 0.5, threshold=0).train(random_users([1] * 400, d))
+    w, V = LoRe_regularized(V_sft, 0, 400, d, 60, 0, 0.5, threshold=0).train(
+        random_users([1] * 400, d)
+    )
     difference = torch.log(w[:, 0] / w[:, 1])
     assert difference.abs().max() < 1
     assert difference.std().item() == pytest.approx((1 / 6) ** 0.5, rel=0.1)
@@ -196,7 +220,9 @@ def test_regularized_lore_leaves_out_columns_that_no_user_gives_a_hundredth(feat
 def test_the_most_used_column_always_stays(features, V_sft):
     w, V = LoRe_regularized(V_sft, 0, len(COUNTS), d, 4, 5, 0.5, threshold=0).train(features)
     largest = w.max(0).values.argmax()
-    w_left, V_left = LoRe_regularized(V_sft, 0, len(COUNTS), d, 4, 5, 0.5, threshold=1.0).train(features)
+    w_left, V_left = LoRe_regularized(V_sft, 0, len(COUNTS), d, 4, 5, 0.5, threshold=1.0).train(
+        features
+    )
     assert torch.equal(V_left, V[:, [largest]]) and torch.equal(w_left, w[:, [largest]])
 
 
@@ -209,15 +235,19 @@ def test_personalize_follows_the_plain_loop_with_the_basis_frozen(features):
     V = planted_basis(d, 3, length=5.0)
     frozen = V.clone()
     start = PersonalizeBatch(len(COUNTS), d, 3, num_iterations=0).train(features, V)
-    ours = PersonalizeBatch(len(COUNTS), d, 3, num_iterations=80, learning_rate=0.1).train(features, V)
+    ours = PersonalizeBatch(len(COUNTS), d, 3, num_iterations=80, learning_rate=0.1).train(
+        features, V
+    )
     assert len(ours) == len(COUNTS) and all(w.shape == (3,) for w in ours)
     assert_same_model([torch.stack(ours)], [plain_personalize(start, features, V, 80, 0.1)])
     assert torch.equal(V, frozen)
 
 
 def test_personalize_starts_from_standard_normal_logits():
-    w = torch.stack(PersonalizeBatch(400, d, 3, 0).train(random_users([1] * 400, d), torch.ones(d, 3)))
-    assert torch.log(w[:, 0] / w[:, 1]).std().item() == pytest.approx(2 ** 0.5, rel=0.15)
+    w = torch.stack(
+        PersonalizeBatch(400, d, 3, 0).train(random_users([1] * 400, d), torch.ones(d, 3))
+    )
+    assert torch.log(w[:, 0] / w[:, 1]).std().item() == pytest.approx(2**0.5, rel=0.15)
 
 
 def test_few_shot_recovers_the_planted_weights():
@@ -231,7 +261,7 @@ def test_a_user_is_fitted_alone_or_in_company_to_the_same_weights():
     users = planted_pairs(V, W, 60, sampled=True)
     together = PersonalizeBatch(5, 16, 3, 2000, 0.1).train(users, V)
     for X, w in zip(users, together):
-        alone, = PersonalizeBatch(1, 16, 3, 2000, 0.1).train([X], V)
+        (alone,) = PersonalizeBatch(1, 16, 3, 2000, 0.1).train([X], V)
         torch.testing.assert_close(alone, w, rtol=0, atol=0.02)
 
 
@@ -255,12 +285,19 @@ def plain_loss_and_gradients(features, W, V, sizes, over):
 
 
 def likelihood_of(features, sizes, over="users"):
-    return Likelihood(list(map(len, features)), sizes, torch.device("cpu"), None if over == "users" else sum(COUNTS))
+    return Likelihood(
+        list(map(len, features)),
+        sizes,
+        torch.device("cpu"),
+        None if over == "users" else sum(COUNTS),
+    )
 
 
 def drawn(sizes, N=len(COUNTS), width=d):
     generator = torch.Generator().manual_seed(3)
-    return torch.randn(N, sum(sizes), generator=generator), torch.randn(sum(sizes), width, generator=generator)
+    return torch.randn(N, sum(sizes), generator=generator), torch.randn(
+        sum(sizes), width, generator=generator
+    )
 
 
 WAYS = [("plain", 1), ("kernel", 1), ("kernel", 2)]
@@ -277,7 +314,9 @@ def test_both_ways_give_the_loss_and_gradients_of_autograd_in_float64(features, 
     for way, threads in WAYS:
         torch.set_num_threads(threads)
         by_weights, by_basis = getattr(likelihood, way)(X, w, V)
-        torch.testing.assert_close(likelihood.by_logits(w, by_weights).double(), by_W, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            likelihood.by_logits(w, by_weights).double(), by_W, rtol=1e-5, atol=1e-6
+        )
         torch.testing.assert_close(by_basis.T.double(), by_V, rtol=1e-5, atol=1e-6)
         for of_weights in (True, False):
             one, other = getattr(likelihood, way)(X, w, V, of_weights, not of_weights)
@@ -304,21 +343,38 @@ def test_gradients_stay_finite_and_exact_for_margins_of_ten_thousand(way, thread
     likelihood, w = likelihood_of(X.split(1), [1]), torch.ones(3, 1)
     torch.set_num_threads(threads)
     assert likelihood.loss(X @ V.T, w).item() == pytest.approx(0 + 1e4 + np.log(2))
-    by_weights, by_basis = getattr(likelihood, way)(X, w, V)  # residual * x V, and the sum of residual * x
-    assert by_weights.flatten().tolist() == pytest.approx([0, 1e4, 0]) and by_basis.item() == pytest.approx(1e4)
-    assert likelihood.by_weights(X, likelihood.residuals(X, w)).flatten().tolist() == pytest.approx([0, 1e4, 0])
+    by_weights, by_basis = getattr(likelihood, way)(
+        X, w, V
+    )  # residual * x V, and the sum of residual * x
+    assert by_weights.flatten().tolist() == pytest.approx(
+        [0, 1e4, 0]
+    ) and by_basis.item() == pytest.approx(1e4)
+    assert likelihood.by_weights(X, likelihood.residuals(X, w)).flatten().tolist() == pytest.approx(
+        [0, 1e4, 0]
+    )
 
 
 @pytest.mark.parametrize("threads", THREADS)
 @pytest.mark.parametrize("regularized", [False, True])
-def test_a_sweep_on_the_kernel_is_that_of_the_plain_way(features, V_sft, regularized, threads, monkeypatch):
-    members = [Member(1), Member(3, alpha=0.3), Member(3, alpha=0.3, seed=5), Member(2, alpha=2.0, seed=1)]
-    plain = fit_basis(features, members, V_sft, 15, 0.1, regularized)
+def test_a_sweep_on_the_kernel_is_that_of_the_plain_way(
+    features, V_sft, regularized, threads, monkeypatch
+):
+    members = [
+        Member(1),
+        Member(3, alpha=0.3),
+        Member(3, alpha=0.3, seed=5),
+        Member(2, alpha=2.0, seed=1),
+    ]
+    plain = train_bases(features, members, V_sft, 15, 0.1, regularized)
     torch.set_num_threads(threads)
     monkeypatch.setattr(utils, "KERNEL_NUMBERS", 0)
     monkeypatch.setattr(Likelihood, "plain", None)
-    on_kernel, again = (fit_basis(features, members, V_sft, 15, 0.1, regularized) for _ in range(2))
-    for (w, V, loss), (w_plain, V_plain, loss_plain), (w_again, V_again, _) in zip(on_kernel, plain, again):
+    on_kernel, again = (
+        train_bases(features, members, V_sft, 15, 0.1, regularized) for _ in range(2)
+    )
+    for (w, V, loss), (w_plain, V_plain, loss_plain), (w_again, V_again, _) in zip(
+        on_kernel, plain, again
+    ):
         assert_same_model((w, V), (w_plain.double(), V_plain.double()))
         assert loss == pytest.approx(loss_plain, rel=1e-4)
         assert torch.equal(w, w_again) and torch.equal(V, V_again)
@@ -326,14 +382,21 @@ def test_a_sweep_on_the_kernel_is_that_of_the_plain_way(features, V_sft, regular
 
 def demo_features():
     """At most as many pairs as the training of each demo sees, at the stand-in's width."""
+
     def rows(name):
         with gzip.open(ROOT / name, "rt") as file:
             return [json.loads(line) for line in file]
 
-    prism = sum(not m.get("if_chosen") for row in rows("PRISM/demo/conversations.jsonl.gz")
-                for m in row["conversation_history"] if m["role"] == "model")
+    prism = sum(
+        not m.get("if_chosen")
+        for row in rows("PRISM/demo/conversations.jsonl.gz")
+        for m in row["conversation_history"]
+        if m["role"] == "model"
+    )
     script = load_script("PersonalLLM", "train_basis")
-    personal = int(script.demo_N * script.demo_fractions[0] * len(rows("PersonalLLM/demo/train.jsonl.gz")))
+    personal = int(
+        script.demo_N * script.demo_fractions[0] * len(rows("PersonalLLM/demo/train.jsonl.gz"))
+    )
     for pairs in (len(rows("RedditTLDR/demo/train.jsonl.gz")), prism, personal):
         assert pairs > 200
         yield random_users([pairs - 100, 100], 64)
@@ -342,7 +405,7 @@ def demo_features():
 def test_the_demo_size_never_compiles(monkeypatch):
     monkeypatch.setattr(utils, "_gradients", None)
     for features in demo_features():
-        fit_basis(features, [Member(2)], None, 2, 0.5)
+        train_bases(features, [Member(2)], None, 2, 0.5)
 
 
 COMPILES = """
@@ -363,9 +426,18 @@ def test_the_machine_code_is_kept_on_disk_also_where_the_checkout_cannot_be_writ
         if not checkout.exists():
             checkout.mkdir()
             shutil.copy(ROOT / "utils.py", checkout)
-            (checkout / "__pycache__").write_text("no folder, so that nothing can be written, not even by root")
-        environment = {"NUMBA_CACHE_DIR": "", "XDG_CACHE_HOME": f"{home}/.cache", "HOME": str(home), **environment}
-        return fresh_process(COMPILES, PYTHONPATH=str(checkout), PYTHONDONTWRITEBYTECODE="1", **environment)
+            (checkout / "__pycache__").write_text(
+                "no folder, so that nothing can be written, not even by root"
+            )
+        environment = {
+            "NUMBA_CACHE_DIR": "",
+            "XDG_CACHE_HOME": f"{home}/.cache",
+            "HOME": str(home),
+            **environment,
+        }
+        return fresh_process(
+            COMPILES, PYTHONPATH=str(checkout), PYTHONDONTWRITEBYTECODE="1", **environment
+        )
 
     nowhere, home = "/dev/null/nowhere", tmp_path / "home"
     in_memory = compiled("a", nowhere)  # no folder at all
@@ -374,7 +446,9 @@ def test_the_machine_code_is_kept_on_disk_also_where_the_checkout_cannot_be_writ
     status, out, err = outcome(at_home)
     assert status == 0 and out.startswith(str(home)) and out.endswith(" 0\n"), err
     assert list(home.rglob("*.nbc"))
-    again = compiled("b", home, NUMBA_CACHE_DIR=nowhere)  # a folder that someone set and that cannot be made
+    again = compiled(
+        "b", home, NUMBA_CACHE_DIR=nowhere
+    )  # a folder that someone set and that cannot be made
     assert outcome(again)[1] == out.replace(" 0\n", " 1\n")
 
 
@@ -385,10 +459,18 @@ def test_the_machine_code_is_kept_on_disk_also_where_the_checkout_cannot_be_writ
 
 @pytest.mark.parametrize("regularized", [False, True])
 def test_a_member_learns_the_same_alone_and_beside_others(features, V_sft, regularized):
-    members = [Member(1), Member(3, alpha=0.3), Member(3, alpha=0.3, seed=5), Member(2, alpha=2.0, seed=1), Member(3)]
-    together = fit_basis(features, members, V_sft, 40, 0.1, regularized)
+    members = [
+        Member(1),
+        Member(3, alpha=0.3),
+        Member(3, alpha=0.3, seed=5),
+        Member(2, alpha=2.0, seed=1),
+        Member(3),
+    ]
+    together = train_bases(features, members, V_sft, 40, 0.1, regularized)
     for member, (w, V, loss) in zip(members, together, strict=True):
-        (w_alone, V_alone, loss_alone), = fit_basis(features, [member], V_sft, 40, 0.1, regularized)
+        ((w_alone, V_alone, loss_alone),) = train_bases(
+            features, [member], V_sft, 40, 0.1, regularized
+        )
         assert_same_model((w, V), [w_alone.double(), V_alone.double()], 1e-4)
         assert loss == pytest.approx(loss_alone, rel=1e-4)
 
@@ -396,25 +478,41 @@ def test_a_member_learns_the_same_alone_and_beside_others(features, V_sft, regul
 @pytest.mark.parametrize("regularized", [False, True])
 def test_the_loss_of_a_member_is_its_likelihood_without_the_penalty(features, V_sft, regularized):
     loss_of = mean_over_pairs if regularized else sum_over_users
-    for w, V, loss in fit_basis(features, [Member(1, 0.5), Member(3, 0.5)], V_sft, 20, 0.5, regularized):
-        assert loss == pytest.approx(loss_of(features, V.double(), w.double().log()).item(), rel=1e-4)
+    for w, V, loss in train_bases(
+        features, [Member(1, 0.5), Member(3, 0.5)], V_sft, 20, 0.5, regularized
+    ):
+        assert loss == pytest.approx(
+            loss_of(features, V.double(), w.double().log()).item(), rel=1e-4
+        )
 
 
 def test_frozen_bases_are_fitted_the_same_alone_and_beside_others(features):
     members = [Member(2), Member(5, seed=3), Member(3), Member(2, seed=1), Member(2, 0.5)]
     bases = [planted_basis(d, m.K, seed, length=5.0) for seed, m in enumerate(members)]
     sizes = [V.shape[1] for V in bases]
-    together = utils.fit_users([X @ torch.cat(bases, 1) for X in features], members, sizes, 60, 0.1)
+    together = utils.fit_weights(
+        [X @ torch.cat(bases, 1) for X in features], members, sizes, 60, 0.1
+    )
     for member, V, w in zip(members, bases, together, strict=True):
-        alone, = utils.fit_users([X @ V for X in features], [member], [V.shape[1]], 60, 0.1)
+        (alone,) = utils.fit_weights([X @ V for X in features], [member], [V.shape[1]], 60, 0.1)
         assert_same_model([w], [alone.double()], 1e-4)
 
 
-@pytest.mark.parametrize("train", [
-    lambda seed, features: LoRe(torch.ones(d, 1), 0.1, len(COUNTS), d, 3, 20, 0.1, seed).train(features),
-    lambda seed, features: LoRe_regularized(torch.ones(d, 1), 0.1, len(COUNTS), d, 3, 20, 0.1, seed).train(features),
-    lambda seed, features: PersonalizeBatch(len(COUNTS), d, 3, 20, 0.1, seed).train(features, planted_basis(d, 3)),
-], ids=["LoRe", "LoRe_regularized", "PersonalizeBatch"])
+@pytest.mark.parametrize(
+    "train",
+    [
+        lambda seed, features: LoRe(torch.ones(d, 1), 0.1, len(COUNTS), d, 3, 20, 0.1, seed).train(
+            features
+        ),
+        lambda seed, features: LoRe_regularized(
+            torch.ones(d, 1), 0.1, len(COUNTS), d, 3, 20, 0.1, seed
+        ).train(features),
+        lambda seed, features: PersonalizeBatch(len(COUNTS), d, 3, 20, 0.1, seed).train(
+            features, planted_basis(d, 3)
+        ),
+    ],
+    ids=["LoRe", "LoRe_regularized", "PersonalizeBatch"],
+)
 def test_a_seed_fixes_the_result_to_the_bit_whatever_torch_drew_before(features, train):
     first = train(4, features)
     torch.rand(17)
@@ -424,7 +522,9 @@ def test_a_seed_fixes_the_result_to_the_bit_whatever_torch_drew_before(features,
 
 
 def test_parameters_that_require_a_gradient_train_like_others(features, V_sft):
-    for one, other in zip(trained(features, V_sft, torch.nn.Parameter), trained(features, V_sft), strict=True):
+    for one, other in zip(
+        trained(features, V_sft, torch.nn.Parameter), trained(features, V_sft), strict=True
+    ):
         assert torch.equal(one, other) and not one.requires_grad
 
 
@@ -433,23 +533,40 @@ def trained(features, V_sft, of_user=torch.clone, of_all=list, of_matrix=None):
     X, wrap = [of_user(X) for X in features], of_matrix or (lambda V: V)
     head, V = wrap(V_sft), wrap(planted_basis(d, 3))
     shape = len(COUNTS), d, 3
-    return (*LoRe(head, 0.1, *shape, 5).train(of_all(X)), *LoRe_regularized(head, 0.1, *shape, 5).train(of_all(X)),
-            *PersonalizeBatch(*shape, 5).train(of_all(X), V), *utils.learn_multiple(of_all(X), 5)[1],
-            *utils.learn_multiple_few_shot(of_all(X), V, 5))
+    return (
+        *LoRe(head, 0.1, *shape, 5).train(of_all(X)),
+        *LoRe_regularized(head, 0.1, *shape, 5).train(of_all(X)),
+        *PersonalizeBatch(*shape, 5).train(of_all(X), V),
+        *utils.learn_multiple(of_all(X), 5)[1],
+        *utils.learn_multiple_few_shot(of_all(X), V, 5),
+    )
 
 
 def as_pairs(X):
     return Pairs(torch.cat([torch.zeros(1, d), X]), range(1, len(X) + 1), [0] * len(X))
 
 
-@pytest.mark.parametrize("of_user, of_all, of_matrix", [
-    (torch.Tensor.double, list, torch.Tensor.double), (torch.Tensor.numpy, list, torch.Tensor.numpy),
-    (lambda X: X.double().numpy(), tuple, lambda V: V.double().numpy()), (torch.clone, iter, None),
-    (as_pairs, list, None), (lambda X: torch.cat([X, X])[len(X):], list, None)],
-    ids=["float64", "numpy", "numpy float64", "generator", "Pairs", "slices"])
-def test_features_and_bases_of_every_kind_train_the_same_models(features, V_sft, of_user, of_all, of_matrix):
-    for one, other in zip(trained(features, V_sft, of_user, of_all, of_matrix), trained(features, V_sft), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)  # to the rounding of another place in memory
+@pytest.mark.parametrize(
+    "of_user, of_all, of_matrix",
+    [
+        (torch.Tensor.double, list, torch.Tensor.double),
+        (torch.Tensor.numpy, list, torch.Tensor.numpy),
+        (lambda X: X.double().numpy(), tuple, lambda V: V.double().numpy()),
+        (torch.clone, iter, None),
+        (as_pairs, list, None),
+        (lambda X: torch.cat([X, X])[len(X) :], list, None),
+    ],
+    ids=["float64", "numpy", "numpy float64", "generator", "Pairs", "slices"],
+)
+def test_features_and_bases_of_every_kind_train_the_same_models(
+    features, V_sft, of_user, of_all, of_matrix
+):
+    for one, other in zip(
+        trained(features, V_sft, of_user, of_all, of_matrix), trained(features, V_sft), strict=True
+    ):
+        torch.testing.assert_close(
+            one, other, rtol=1e-5, atol=1e-6
+        )  # to the rounding of another place in memory
 
 
 @pytest.mark.parametrize("model", [LoRe, LoRe_regularized])
@@ -479,15 +596,21 @@ def test_planted_users_are_predicted_at_the_planted_rank_and_not_by_one_model_fo
     accuracy = {}
     for K in (1, 3):
         w, learned = model(None, 0, 60, 8, K, 1000, 0.5).train(train)
-        accuracy[K] = np.mean([((X @ learned @ w[i]) > 0).double().mean().item() for i, X in enumerate(test)])
+        accuracy[K] = np.mean(
+            [((X @ learned @ w[i]) > 0).double().mean().item() for i, X in enumerate(test)]
+        )
     assert accuracy[3] > 0.9 > 0.8 > accuracy[1]
 
 
 def test_k1_is_the_pooled_bradley_terry_model():
     V, W = planted_basis(6, 2, length=150.0), planted_weights(8, 2)
     features = [X[: 20 + 10 * i] for i, X in enumerate(planted_pairs(V, W, 90, sampled=True))]
-    theta = torch.zeros(6, 1, dtype=torch.double, requires_grad=True)  # V / 100 at the minimum of the pooled loss
-    newton = torch.optim.LBFGS([theta], max_iter=200, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+    theta = torch.zeros(
+        6, 1, dtype=torch.double, requires_grad=True
+    )  # V / 100 at the minimum of the pooled loss
+    newton = torch.optim.LBFGS(
+        [theta], max_iter=200, tolerance_grad=1e-10, line_search_fn="strong_wolfe"
+    )
 
     def pooled_loss():
         newton.zero_grad()
@@ -508,7 +631,9 @@ def test_k1_is_the_pooled_bradley_terry_model():
 
 def test_solve_is_lore_without_penalty_at_a_hundredth(features, V_sft):
     start = start_of(*LoRe(None, 0, len(COUNTS), d, 3, 0).train(features))
-    assert_same_model(utils.solve(features, 3, num_iterations=50), plain_lore(start, features, V_sft, 0, 50, 0.01))
+    assert_same_model(
+        utils.solve(features, 3, num_iterations=50), plain_lore(start, features, V_sft, 0, 50, 0.01)
+    )
 
 
 def test_solve_regularized_is_lore_with_its_penalty(features, V_sft):
@@ -518,10 +643,14 @@ def test_solve_regularized_is_lore_with_its_penalty(features, V_sft):
 
 
 def test_solve_regularized_simplex_is_the_alternating_model(features, V_sft):
-    start = start_of(*LoRe_regularized(V_sft, 1.0, len(COUNTS), d, 3, 0, threshold=0).train(features))
+    start = start_of(
+        *LoRe_regularized(V_sft, 1.0, len(COUNTS), d, 3, 0, threshold=0).train(features)
+    )
     w, V = plain_lore_regularized(start, features, V_sft, 1.0, 50, 0.1)
     used = w.max(0).values >= 1e-2
-    ours = utils.solve_regularized_simplex(V_sft, 1.0, features, 3, num_iterations=50, learning_rate=0.1)
+    ours = utils.solve_regularized_simplex(
+        V_sft, 1.0, features, 3, num_iterations=50, learning_rate=0.1
+    )
     assert_same_model(ours, (w[:, used], V[:, used]))
 
 
@@ -549,7 +678,9 @@ def test_learn_single_reward_fits_one_model_for_all(features, V_sft):
 
 def test_learn_single_reward_regularized_is_pulled_to_the_reference(features, V_sft):
     start = start_of(*LoRe(V_sft, 0.2, len(COUNTS), d, 1, 0).train(features))
-    ours = utils.learn_single_reward_regularized(V_sft, 0.2, features, num_iterations=60, learning_rate=0.1)
+    ours = utils.learn_single_reward_regularized(
+        V_sft, 0.2, features, num_iterations=60, learning_rate=0.1
+    )
     assert_same_model([ours], plain_lore(start, features, V_sft, 0.2, 60, 0.1)[1:])
 
 
@@ -580,34 +711,70 @@ def test_a_reward_head_of_another_size_is_refused_where_it_is_used(features, mod
         model(torch.ones(shape), 1.0, len(COUNTS), d, 2, 5, 0.5).train(features)
 
 
-@pytest.mark.parametrize("name, value", [
-    ("learning_rate", math.nan), ("learning_rate", -0.1), ("learning_rate", 0), ("learning_rate", "0.1"),
-    ("num_iterations", -1), ("num_iterations", 2.5), ("num_basis_vectors", 0), ("num_basis_vectors", 2.0), ("seed", -1),
-    ("alpha", math.nan), ("alpha", -1.0), ("V_sft", torch.zeros(d, 1)), ("V_sft", torch.full((d, 1), math.nan))])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("learning_rate", math.nan),
+        ("learning_rate", -0.1),
+        ("learning_rate", 0),
+        ("learning_rate", "0.1"),
+        ("num_iterations", -1),
+        ("num_iterations", 2.5),
+        ("num_basis_vectors", 0),
+        ("num_basis_vectors", 2.0),
+        ("seed", -1),
+        ("alpha", math.nan),
+        ("alpha", -1.0),
+        ("V_sft", torch.zeros(d, 1)),
+        ("V_sft", torch.full((d, 1), math.nan)),
+    ],
+)
 def test_settings_without_a_meaning_are_refused(features, V_sft, name, value):
     shape = {"num_classes": len(COUNTS), "num_features": d, "num_iterations": 1}
     for model in (LoRe, LoRe_regularized):
         with input_error(name):
-            model(**{"V_sft": V_sft, "alpha": 1.0, "num_basis_vectors": 2, **shape, name: value}).train(features)
+            model(
+                **{"V_sft": V_sft, "alpha": 1.0, "num_basis_vectors": 2, **shape, name: value}
+            ).train(features)
     if name not in ("alpha", "V_sft"):
         with input_error(name):
-            PersonalizeBatch(**{"num_basis_vectors": 2, **shape, name: value}).train(features, torch.ones(d, 2))
+            PersonalizeBatch(**{"num_basis_vectors": 2, **shape, name: value}).train(
+                features, torch.ones(d, 2)
+            )
 
 
-@pytest.mark.parametrize("function, arguments", [
-    (utils.solve, [2]), (utils.learn_single_reward, []), (utils.learn_multiple, []),
-    (utils.learn_multiple_few_shot, [torch.ones(d, 2)])], ids=lambda x: getattr(x, "__name__", ""))
+@pytest.mark.parametrize(
+    "function, arguments",
+    [
+        (utils.solve, [2]),
+        (utils.learn_single_reward, []),
+        (utils.learn_multiple, []),
+        (utils.learn_multiple_few_shot, [torch.ones(d, 2)]),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
 @pytest.mark.parametrize("learning_rate", [math.nan, -0.1])
-def test_learning_rates_without_a_meaning_are_refused_everywhere(features, function, arguments, learning_rate):
+def test_learning_rates_without_a_meaning_are_refused_everywhere(
+    features, function, arguments, learning_rate
+):
     with input_error("learning_rate"):
         function(features, *arguments, num_iterations=1, learning_rate=learning_rate)
 
 
 def test_features_that_cannot_be_used_are_refused_everywhere(features):
-    for function, arguments in ((utils.solve, [2]), (utils.learn_single_reward, []), (utils.learn_multiple, []),
-                                (utils.learn_multiple_few_shot, [torch.ones(d, 2)])):
-        for wrong, named in (([], "0 users"), (None, "users"), ([*features[:2], features[2] * math.nan], "user 2"),
-                             ([features[0], features[1][:, :3]], "user 1"), ([features[0], "text"], "user 1")):
+    for function, arguments in (
+        (utils.solve, [2]),
+        (utils.learn_single_reward, []),
+        (utils.learn_multiple, []),
+        (utils.learn_multiple_few_shot, [torch.ones(d, 2)]),
+    ):
+        for wrong, named in (
+            ([], "0 users"),
+            (None, "users"),
+            ([*features[:2], features[2] * math.nan], "user 2"),
+            ([features[0], features[1][:, :3]], "user 1"),
+            ([features[0], "text"], "user 1"),
+        ):
             with input_error("train_features", named):
                 function(wrong, *arguments, num_iterations=1)
 
@@ -615,7 +782,14 @@ def test_features_that_cannot_be_used_are_refused_everywhere(features):
 def test_a_training_that_diverges_is_refused(features, V_sft, tmp_path):
     path = tmp_path / "state.pt"
     with input_error("diverged", "alpha"):
-        fit_basis([X * 1e38 for X in features], [Member(2, 1e15)], V_sft, 30, 1e9, checkpoint=lore.files.TrainingCheckpoint(path))
+        train_bases(
+            [X * 1e38 for X in features],
+            [Member(2, 1e15)],
+            V_sft,
+            30,
+            1e9,
+            checkpoint=lore.files.TrainingCheckpoint(path),
+        )
     assert not path.exists()
 
 
@@ -631,8 +805,9 @@ def test_personalize_refuses_a_basis_of_another_shape(features):
 
 @pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize("regularized", [False, True])
-def test_an_interrupted_training_goes_on_where_it_was_and_ends_the_same(regularized, kernel, tmp_path, monkeypatch,
-                                                                        capsys):
+def test_an_interrupted_training_goes_on_where_it_was_and_ends_the_same(
+    regularized, kernel, tmp_path, monkeypatch, capsys
+):
     features, path, calls = random_users(COUNTS, d), tmp_path / "state.pt", []
     V_sft, sweep = torch.randn(d, 1), [Member(1, 0.5), Member(3, 0.5)]
 
@@ -640,7 +815,7 @@ def test_an_interrupted_training_goes_on_where_it_was_and_ends_the_same(regulari
         monkeypatch.setattr(utils, "KERNEL_NUMBERS", 0)
 
     def train(checkpoint=None):
-        return fit_basis(features, sweep, V_sft, 30, 0.5, regularized, checkpoint=checkpoint)
+        return train_bases(features, sweep, V_sft, 30, 0.5, regularized, checkpoint=checkpoint)
 
     by_logits = Likelihood.by_logits
 
@@ -660,15 +835,21 @@ def test_an_interrupted_training_goes_on_where_it_was_and_ends_the_same(regulari
     assert len(calls) == 20 + 30 - 19  # the 19 finished iterations were not done again
     assert "after 19 iterations" in capsys.readouterr().out
     for found, expected in zip(resumed, unbroken):
-        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1]) and found[2] == expected[2]
-    train(lore.files.TrainingCheckpoint(path))  # of a pipeline that was interrupted after the training
+        assert (
+            torch.equal(found[0], expected[0])
+            and torch.equal(found[1], expected[1])
+            and found[2] == expected[2]
+        )
+    train(
+        lore.files.TrainingCheckpoint(path)
+    )  # of a pipeline that was interrupted after the training
     assert "after 30 iterations" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("other", ["pairs", "users", "learning rate", "damaged", "another file"])
 def test_the_state_of_another_training_is_not_used(other, tmp_path):
     features, path = random_users(COUNTS, d), tmp_path / "state.pt"
-    fit_basis(features, [Member(2)], None, 5, 0.5, checkpoint=lore.files.TrainingCheckpoint(path))
+    train_bases(features, [Member(2)], None, 5, 0.5, checkpoint=lore.files.TrainingCheckpoint(path))
     learning_rate = 0.4 if other == "learning rate" else 0.5
     if other == "pairs":
         features = random_users(COUNTS, d, seed=1)
@@ -678,17 +859,35 @@ def test_the_state_of_another_training_is_not_used(other, tmp_path):
         path.write_bytes(path.read_bytes()[:-100])
     if other == "another file":
         lore.files.save_torch(path, [1, 2])
-    (w, V, _), = fit_basis(features, [Member(2)], None, 5, learning_rate, checkpoint=lore.files.TrainingCheckpoint(path))
-    (w_expected, V_expected, _), = fit_basis(features, [Member(2)], None, 5, learning_rate)
+    ((w, V, _),) = train_bases(
+        features,
+        [Member(2)],
+        None,
+        5,
+        learning_rate,
+        checkpoint=lore.files.TrainingCheckpoint(path),
+    )
+    ((w_expected, V_expected, _),) = train_bases(features, [Member(2)], None, 5, learning_rate)
     assert torch.equal(w, w_expected) and torch.equal(V, V_expected)
 
 
 def test_an_interruption_after_the_training_keeps_its_state(tmp_path, monkeypatch):
     features = [random_users([5] * users, d, seed) for seed, users in enumerate((3, 3, 2, 2))]
-    monkeypatch.setattr(utils, "fit_users", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        utils, "fit_weights", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
-        utils.run([2], [0], torch.ones(d, 1), *features, 3, 2, "cpu", num_iterations=4,
-                  checkpoint=lore.files.TrainingCheckpoint(tmp_path / lore.files.CHECKPOINT_FILE))
+        utils.run(
+            [2],
+            [0],
+            torch.ones(d, 1),
+            *features,
+            3,
+            2,
+            "cpu",
+            num_iterations=4,
+            checkpoint=lore.files.TrainingCheckpoint(tmp_path / lore.files.CHECKPOINT_FILE),
+        )
     assert lore.files.load_pickle(tmp_path / lore.files.CHECKPOINT_FILE)["iterations"] == 4
 
 
@@ -704,13 +903,13 @@ found = {}
 for name, numbers in (("plain", sys.maxsize), ("kernel", 0)):
     utils.KERNEL_NUMBERS = numbers
     for regularized in (False, True):
-        fits = utils.fit_basis(users, [utils.Member(1, 0.3), utils.Member(3, 0.3)], V_sft, 20, 0.1, regularized)
+        fits = utils.train_bases(users, [utils.Member(1, 0.3), utils.Member(3, 0.3)], V_sft, 20, 0.1, regularized)
         found[name, regularized] = [(w, V.contiguous(), loss) for w, V, loss in fits]
 if utils.process_count() > 1:
     assert utils.process_count() == 2 and torch.distributed.get_world_size() == 2
 torch.save(found, f"{sys.argv[1]}.{utils.process_rank()}")
 try:
-    utils.fit_basis(users[:1], [utils.Member(1)], None, 1, 0.1)
+    utils.train_bases(users[:1], [utils.Member(1)], None, 1, 0.1)
 except utils.InputError as error:
     print(error, flush=True)
 os._exit(0)  # torch 2.3 now and then aborts as it ends, when the other process has ended before
@@ -719,16 +918,31 @@ os._exit(0)  # torch 2.3 now and then aborts as it ends, when the other process 
 
 def test_two_processes_of_torchrun_learn_what_one_learns(tmp_path):
     (tmp_path / "script.py").write_text(SHARED)
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+    }
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    running = [subprocess.Popen([*launcher, tmp_path / "script.py", tmp_path / name], env=environment, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-               for launcher, name in (([sys.executable], "one"), (two, "two"))]
+    running = [
+        subprocess.Popen(
+            [*launcher, tmp_path / "script.py", tmp_path / name],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for launcher, name in (([sys.executable], "one"), (two, "two"))
+    ]
     (status, out, err), (status_two, out_two, err_two) = map(outcome, running)
     assert (status, out) == (0, ""), err
     assert status_two == 0 and out_two.count("1 users for 2 processes") == 2, err_two
-    one, first, second = (lore.files.load_pickle(tmp_path / name) if lore.files.ARCHIVES else torch.load(tmp_path / name)
-                          for name in ("one.0", "two.0", "two.1"))
+    one, first, second = (
+        lore.files.load_pickle(tmp_path / name)
+        if lore.files.ARCHIVES
+        else torch.load(tmp_path / name)
+        for name in ("one.0", "two.0", "two.1")
+    )
     for key, fits in one.items():
         for (w, V, loss), of_first, of_second in zip(fits, first[key], second[key], strict=True):
             assert all(torch.equal(a, b) for a, b in zip(of_first[:2], of_second[:2]))

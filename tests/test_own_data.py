@@ -8,12 +8,21 @@ import random
 
 import pandas as pd
 import pytest
-import tldr
-from demos import EMBEDDINGS, build_model, plain, quick, results_in, rows_in, state_alone, write_rows
+from demos import (
+    EMBEDDINGS,
+    build_model,
+    plain,
+    quick,
+    results_in,
+    rows_in,
+    state_alone,
+    write_rows,
+)
 from helpers import ROOT, call, load_script, refused
 
 import lore.reward_model
 import lore.rows
+import tldr
 import utils
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,18 +39,36 @@ def model(tmp_path_factory):
 def rows():
     """Of 20 users, each asked 30 of 60 questions; half of them want few words, the others many."""
     chance, found = random.Random(5), []
-    short, long = "yes , one two", "well , let us go through all of it slowly , one by one , and then once more from the start"
+    short, long = (
+        "yes , one two",
+        "well , let us go through all of it slowly , one by one , and then once more from the start",
+    )
     for number, question in itertools.product(range(20), range(0, 60, 2)):
         question += number % 2
         answers = [f"{text} {chance.randrange(1000)}" for text in (short, long)]
-        found.append({"user": number, "prompt": f"question {question} of many ?", "chosen": answers[number // 2 % 2],
-                      "rejected": answers[1 - number // 2 % 2]})
+        found.append(
+            {
+                "user": number,
+                "prompt": f"question {question} of many ?",
+                "chosen": answers[number // 2 % 2],
+                "rejected": answers[1 - number // 2 % 2],
+            }
+        )
     return found
 
 
 def prepared(monkeypatch, model, data, folder, **constants):
     """Both pickles that prepare.py makes of data."""
-    call(monkeypatch, quick(monkeypatch, script("prepare"), **constants), "--data", data, "--model", model, "--dir", folder)
+    call(
+        monkeypatch,
+        quick(monkeypatch, script("prepare"), **constants),
+        "--data",
+        data,
+        "--model",
+        model,
+        "--dir",
+        folder,
+    )
     return [pickle.loads((folder / name).read_bytes()) for name in EMBEDDINGS["RedditTLDR"]]
 
 
@@ -49,85 +76,153 @@ def prompts_of(pickled):
     return {pair["text"] for pairs in pickled.values() for pair in pairs}
 
 
-def test_a_file_of_20_users_with_30_comparisons_goes_to_a_report_with_two_commands(monkeypatch, model, rows, tmp_path):
-    train, validation = prepared(monkeypatch, model, write_rows(tmp_path / "mine.jsonl", rows), tmp_path)
+def test_a_file_of_20_users_with_30_comparisons_goes_to_a_report_with_two_commands(
+    monkeypatch, model, rows, tmp_path
+):
+    train, validation = prepared(
+        monkeypatch, model, write_rows(tmp_path / "mine.jsonl", rows), tmp_path
+    )
     call(monkeypatch, script("train_basis"), "--dir", tmp_path)
     results = results_in(tmp_path)
-    assert (tmp_path / "results" / "report.md").read_text().startswith("# mine.jsonl: is the reward personal?")
-    assert sorted(results["users"] + results["unseen_users"], key=int) == [str(number) for number in range(20)]
+    assert (
+        (tmp_path / "results" / "report.md")
+        .read_text()
+        .startswith("# mine.jsonl: is the reward personal?")
+    )
+    assert sorted(results["users"] + results["unseen_users"], key=int) == [
+        str(number) for number in range(20)
+    ]
     assert results["verdict"]["personal"] == "yes" and not any(results["leaks"].values())
     assert len(prompts_of(validation)) == 12 and len(prompts_of(train)) == 48
 
 
 def test_a_prompt_is_on_one_side_and_the_seed_says_on_which(monkeypatch, model, rows, tmp_path):
     path = write_rows(tmp_path / "mine.jsonl", rows)
-    sides = [list(map(prompts_of, prepared(monkeypatch, model, path, tmp_path / str(i), test_seed=seed, test_share=0.5)))
-             for i, seed in enumerate((0, 0, 1))]
+    sides = [
+        list(
+            map(
+                prompts_of,
+                prepared(
+                    monkeypatch, model, path, tmp_path / str(i), test_seed=seed, test_share=0.5
+                ),
+            )
+        )
+        for i, seed in enumerate((0, 0, 1))
+    ]
     for train, validation in sides:
         assert not train & validation and len(train) == len(validation) == 30
     assert sides[0] == sides[1] != sides[2]
 
 
-def test_rows_with_a_split_two_files_and_one_file_in_a_folder_give_the_same_pickles(monkeypatch, model, rows, tmp_path):
+def test_rows_with_a_split_two_files_and_one_file_in_a_folder_give_the_same_pickles(
+    monkeypatch, model, rows, tmp_path
+):
     for row, split in zip(rows, itertools.cycle(["train", "train", "test", "train", "validation"])):
         row["split"] = split
-    kinds = {"file": write_rows(tmp_path / "mine.jsonl", rows), "folder": tmp_path / "folder", "pair": tmp_path / "pair"}
+    kinds = {
+        "file": write_rows(tmp_path / "mine.jsonl", rows),
+        "folder": tmp_path / "folder",
+        "pair": tmp_path / "pair",
+    }
     write_rows(kinds["folder"] / "all.jsonl", rows)
     for name, is_held in (("my_train", False), ("my_test", True)):
-        write_rows(kinds["pair"] / f"{name}.jsonl", [
-            {key: value for key, value in row.items() if key != "split"} for row in rows
-            if (row["split"] != "train") == is_held])
-    first, *others = (plain(prepared(monkeypatch, model, data, tmp_path / f"{kind}.out"))
-                      for kind, data in kinds.items())
+        write_rows(
+            kinds["pair"] / f"{name}.jsonl",
+            [
+                {key: value for key, value in row.items() if key != "split"}
+                for row in rows
+                if (row["split"] != "train") == is_held
+            ],
+        )
+    first, *others = (
+        plain(prepared(monkeypatch, model, data, tmp_path / f"{kind}.out"))
+        for kind, data in kinds.items()
+    )
     assert others == [first, first] and sum(map(len, first[1].values())) == 240
 
 
-def test_messages_are_embedded_as_conversations_and_may_repeat_the_prompt(monkeypatch, model, tmp_path):
+def test_messages_are_embedded_as_conversations_and_may_repeat_the_prompt(
+    monkeypatch, model, tmp_path
+):
     def said(*texts):
-        return [{"role": role, "content": text} for role, text in zip(itertools.cycle(("user", "assistant")), texts)]
+        return [
+            {"role": role, "content": text}
+            for role, text in zip(itertools.cycle(("user", "assistant")), texts)
+        ]
 
     asked = said("One?", "Two.", "Three?")
     answers = [said("-", text)[1:] for text in ("Four.", "No more.")]
-    rows = [{"user": user, "prompt": prompt, "chosen": chosen, "rejected": rejected, "split": split}
-            for user in "abcd" for split in ("train", "test") for prompt, chosen, rejected in (
-                (asked, answers[0], answers[1]), (asked, asked + answers[0], "No more."), ("One?", "Two.", "No more."))]
+    rows = [
+        {"user": user, "prompt": prompt, "chosen": chosen, "rejected": rejected, "split": split}
+        for user in "abcd"
+        for split in ("train", "test")
+        for prompt, chosen, rejected in (
+            (asked, answers[0], answers[1]),
+            (asked, asked + answers[0], "No more."),
+            ("One?", "Two.", "No more."),
+        )
+    ]
     train, _ = prepared(monkeypatch, model, write_rows(tmp_path / "mine.jsonl", rows), tmp_path)
     backbone, tokenizer = lore.reward_model.load_reward_model(str(model), "cpu")
     conversations = [said("One?", "Two.", "Three?", "Four.")] * 2 + [said("One?", "Two.")]
     for pair, conversation in zip(train["a"], conversations, strict=True):
-        for side, alone in (("winning", conversation), ("losing", [*conversation[:-1], *answers[1]])):
+        for side, alone in (
+            ("winning", conversation),
+            ("losing", [*conversation[:-1], *answers[1]]),
+        ):
             expected = state_alone(backbone, tokenizer, alone)
-            assert pair["embeddings"][side][0].float() == pytest.approx(expected, rel=0.01, abs=0.01)
+            assert pair["embeddings"][side][0].float() == pytest.approx(
+                expected, rel=0.01, abs=0.01
+            )
     assert train["a"][0]["text"] == asked and train["a"][2]["text"] == "One?"
-    call(monkeypatch, quick(monkeypatch, script("train_basis"), K_list=[0, 2], num_iterations=5), "--dir", tmp_path)
-    assert results_in(tmp_path)["leaks"][utils.UNSEEN_TEST] == 1  # these prompts stand on both sides
+    call(
+        monkeypatch,
+        quick(monkeypatch, script("train_basis"), K_list=[0, 2], num_iterations=5),
+        "--dir",
+        tmp_path,
+    )
+    assert (
+        results_in(tmp_path)["leaks"][utils.UNSEEN_TEST] == 1
+    )  # these prompts stand on both sides
     longer = results_in(tmp_path)["evidence"][0]["controls"]["longer"]["mean"]
     assert longer == 0  # "Four." is chosen over "No more."
 
 
 def test_a_text_is_not_taken_for_the_messages_whose_json_it_is(monkeypatch, model, tmp_path):
     messages = [[{"role": "user", "content": "Why?"}], [{"role": "assistant", "content": "So."}]]
-    rows = [{"user": user, "prompt": prompt, "chosen": chosen, "rejected": "No.", "split": split} for user in "ab"
-            for split in ("train", "test") for prompt, chosen in (messages, map(json.dumps, messages))]
+    rows = [
+        {"user": user, "prompt": prompt, "chosen": chosen, "rejected": "No.", "split": split}
+        for user in "ab"
+        for split in ("train", "test")
+        for prompt, chosen in (messages, map(json.dumps, messages))
+    ]
     train, _ = prepared(monkeypatch, model, write_rows(tmp_path / "mine.jsonl", rows), tmp_path)
     as_messages, as_text = (pair["embeddings"]["winning"][0].float() for pair in train["a"])
     assert (as_messages - as_text).norm() > 0.1 * as_text.norm()
 
 
 def test_the_example_is_of_this_kind_and_goes_to_a_report(monkeypatch, model, tmp_path):
-    path, = EXAMPLE.iterdir()
+    (path,) = EXAMPLE.iterdir()
     rows = rows_in(path)
     assert len(rows) == 40 and {type(row["prompt"]) for row in rows} == {str, list}
     train, validation = prepared(monkeypatch, model, EXAMPLE, tmp_path)
     assert train.keys() == validation.keys() == {row["user"] for row in rows}
-    call(monkeypatch, quick(monkeypatch, script("train_basis"), K_list=[0, 1, 2]), "--dir", tmp_path)
+    call(
+        monkeypatch, quick(monkeypatch, script("train_basis"), K_list=[0, 1, 2]), "--dir", tmp_path
+    )
     assert (tmp_path / "results" / "report.md").exists()
 
 
 def test_rows_without_text_are_dropped_and_counted(monkeypatch, capsys, model, rows, tmp_path):
-    for row, changes in zip(rows, (
-            {"prompt": None}, {"chosen": " "}, {"rejected": [{"role": "assistant", "content": ""}]},
-            {"chosen": [{"role": "user", "content": rows[3]["prompt"]}]})):
+    for row, changes in zip(
+        rows,
+        (
+            {"prompt": None},
+            {"chosen": " "},
+            {"rejected": [{"role": "assistant", "content": ""}]},
+            {"chosen": [{"role": "user", "content": rows[3]["prompt"]}]},
+        ),
+    ):
         row |= changes
     write_rows(tmp_path / "data" / "train.jsonl", rows)
     write_rows(tmp_path / "data" / "test.jsonl", rows[4:])
@@ -135,23 +230,59 @@ def test_rows_without_text_are_dropped_and_counted(monkeypatch, capsys, model, r
     assert "train: 596 comparisons by 20 workers, 4 rows" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("changes, named", [
-    ({"rejected": ...}, "rejected"), ({"user": None}, "user"), ({"user": " "}, "user"), ({"prompt": 3}, "prompt"),
-    ({"prompt": []}, "prompt"), ({"chosen": [{"role": "assistant"}]}, "chosen"), ({"split": "trian"}, "split"),
-    ({"prompt": [{"role": "user", "content": None}]}, "prompt")])
-def test_a_spoilt_row_is_named_with_both_schemas(monkeypatch, capsys, rows, tmp_path, changes, named):
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"rejected": ...}, "rejected"),
+        ({"user": None}, "user"),
+        ({"user": " "}, "user"),
+        ({"prompt": 3}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"chosen": [{"role": "assistant"}]}, "chosen"),
+        ({"split": "trian"}, "split"),
+        ({"prompt": [{"role": "user", "content": None}]}, "prompt"),
+    ],
+)
+def test_a_spoilt_row_is_named_with_both_schemas(
+    monkeypatch, capsys, rows, tmp_path, changes, named
+):
     rows[2] = {key: value for key, value in {**rows[2], **changes}.items() if value is not ...}
-    refused(monkeypatch, capsys, script("prepare"), ["--data", write_rows(tmp_path / "mine.jsonl", rows), "--model",
-                                                     "unread", "--dir", tmp_path],
-            f"mine.jsonl, row 3: {named}", tldr.DATASET, "{user, prompt, chosen, rejected}")
+    refused(
+        monkeypatch,
+        capsys,
+        script("prepare"),
+        [
+            "--data",
+            write_rows(tmp_path / "mine.jsonl", rows),
+            "--model",
+            "unread",
+            "--dir",
+            tmp_path,
+        ],
+        f"mine.jsonl, row 3: {named}",
+        tldr.DATASET,
+        "{user, prompt, chosen, rejected}",
+    )
     assert not list(tmp_path.glob("*.pkl"))
 
 
 def test_a_file_that_cannot_be_split_is_refused(monkeypatch, capsys, rows, tmp_path):
     def is_refused(rows, *named, **constants):
         module = quick(monkeypatch, script("prepare"), **constants)
-        refused(monkeypatch, capsys, module, ["--data", write_rows(tmp_path / "mine.jsonl", rows), "--model", "unread",
-                                              "--dir", tmp_path], *named)
+        refused(
+            monkeypatch,
+            capsys,
+            module,
+            [
+                "--data",
+                write_rows(tmp_path / "mine.jsonl", rows),
+                "--model",
+                "unread",
+                "--dir",
+                tmp_path,
+            ],
+            *named,
+        )
 
     is_refused(rows[:1], "on one side only")
     is_refused([{**row, "split": "train"} for row in rows], "on one side only")
@@ -159,44 +290,89 @@ def test_a_file_that_cannot_be_split_is_refused(monkeypatch, capsys, rows, tmp_p
     is_refused(rows, "test_share", test_share=1.5)
     is_refused([], "mine.jsonl", "no row in it")
     (tmp_path / "mine.jsonl").write_text(json.dumps({"user": "a"}) + "\n")
-    refused(monkeypatch, capsys, script("prepare"), ["--data", tmp_path / "mine.jsonl", "--model", "unread", "--dir",
-                                                     tmp_path], "row 1: prompt", tldr.DATASET)
+    refused(
+        monkeypatch,
+        capsys,
+        script("prepare"),
+        ["--data", tmp_path / "mine.jsonl", "--model", "unread", "--dir", tmp_path],
+        "row 1: prompt",
+        tldr.DATASET,
+    )
 
 
 SAID = {role: [{"role": role, "content": "Go on."}] for role in ("user", "assistant", "tool")}
 
 
-@pytest.mark.parametrize("changes", [
-    {"chosen": SAID["user"]}, {"chosen": SAID["tool"]}, {"chosen": SAID["assistant"] + SAID["user"]},
-    {"prompt": SAID["user"] + SAID["assistant"]}, {"rejected": [{"role": "user", "content": "question 0 of many ? "},
-                                                                *SAID["assistant"]]}])
-def test_messages_that_are_no_answer_to_the_prompt_are_refused(monkeypatch, capsys, rows, tmp_path, changes):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"chosen": SAID["user"]},
+        {"chosen": SAID["tool"]},
+        {"chosen": SAID["assistant"] + SAID["user"]},
+        {"prompt": SAID["user"] + SAID["assistant"]},
+        {"rejected": [{"role": "user", "content": "question 0 of many ? "}, *SAID["assistant"]]},
+    ],
+)
+def test_messages_that_are_no_answer_to_the_prompt_are_refused(
+    monkeypatch, capsys, rows, tmp_path, changes
+):
     rows[3].update(changes)
     path = write_rows(tmp_path / "mine.jsonl", rows)
-    refused(monkeypatch, capsys, script("prepare"), ["--data", path, "--model", "unread", "--dir", tmp_path / "out"], "row 4")
+    refused(
+        monkeypatch,
+        capsys,
+        script("prepare"),
+        ["--data", path, "--model", "unread", "--dir", tmp_path / "out"],
+        "row 4",
+    )
 
 
 @pytest.mark.parametrize("text_of", [json.dumps, repr])
 def test_messages_in_a_csv_file_are_messages_and_other_texts_stay(tmp_path, text_of):
-    said = {"user": "ada", "prompt": text_of(SAID["user"]), "chosen": text_of(SAID["assistant"]), "rejected": "[sic] no"}
-    texts = {"user": "ada", "prompt": "[{" + "-" * 200_000 + "1", "chosen": '[{"name": "Ada"}]', "rejected": "[{1}]"}
+    said = {
+        "user": "ada",
+        "prompt": text_of(SAID["user"]),
+        "chosen": text_of(SAID["assistant"]),
+        "rejected": "[sic] no",
+    }
+    texts = {
+        "user": "ada",
+        "prompt": "[{" + "-" * 200_000 + "1",
+        "chosen": '[{"name": "Ada"}]',
+        "rejected": "[{1}]",
+    }
     mixed = {**texts, "prompt": "[{'a': 1}, 5]"}
     pd.DataFrame([said, texts, mixed]).to_csv(tmp_path / "mine.csv", index=False)
-    one, two, three = (row for _, row in lore.rows.parse_rows(tldr.rows_of(tmp_path / "mine.csv"), tldr.OwnComparison, "own"))
+    one, two, three = (
+        row
+        for _, row in lore.rows.parse_rows(
+            tldr.rows_of(tmp_path / "mine.csv"), tldr.OwnComparison, "own"
+        )
+    )
     assert one.parts() == ("ada", SAID["user"], SAID["assistant"], "[sic] no")
     assert two.parts() == tuple(texts.values()) and three.parts() == tuple(mixed.values())
 
 
 def test_a_text_in_json_lines_that_looks_like_messages_is_a_text(tmp_path):
-    said = {"user": "ada", "prompt": "As JSON?", "chosen": json.dumps(SAID["assistant"]), "rejected": '[{"name": "Ada"}]'}
+    said = {
+        "user": "ada",
+        "prompt": "As JSON?",
+        "chosen": json.dumps(SAID["assistant"]),
+        "rejected": '[{"name": "Ada"}]',
+    }
     path = write_rows(tmp_path / "mine.jsonl", [said])
-    (_, row), = lore.rows.parse_rows(tldr.rows_of(path), tldr.OwnComparison, "own")
+    ((_, row),) = lore.rows.parse_rows(tldr.rows_of(path), tldr.OwnComparison, "own")
     assert row.parts() == tuple(said.values())
 
 
 def test_prompts_that_differ_in_white_space_alone_are_one(rows):
-    twins = [("here", {**row, "prompt": row["prompt"] + "\n" * (i % 2)}) for i, row in enumerate(rows)]
-    sides = [{tldr.prompt_of(row.prompt) for _, row in part} for part in tldr.split_own(twins, 0.2, 0).values()]
+    twins = [
+        ("here", {**row, "prompt": row["prompt"] + "\n" * (i % 2)}) for i, row in enumerate(rows)
+    ]
+    sides = [
+        {tldr.prompt_of(row.prompt) for _, row in part}
+        for part in tldr.split_own(twins, 0.2, 0).values()
+    ]
     assert not set.intersection(*sides) and len(set.union(*sides)) == 60
 
 

@@ -35,29 +35,61 @@ def found_in(folder, *names):
     """The names of the files of each split in a folder that holds these."""
     for name in names:
         (folder / name).write_bytes(b"")
-    return {split: [path.name for path in paths] for split, paths in lore.rows.split_files(folder, **WORDS).items()}
+    return {
+        split: [path.name for path in paths]
+        for split, paths in lore.rows.split_files(folder, **WORDS).items()
+    }
 
 
-@pytest.mark.parametrize("names", [
-    ("train.jsonl", "validation.jsonl"), ("train.parquet", "my_test.csv.gz"), ("a-train-2024.csv", "TEST.jsonl.gz"),
-    ("train-00000-of-00001.parquet", "validation-00000-of-00001.parquet")], ids=str)
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.jsonl", "validation.jsonl"),
+        ("train.parquet", "my_test.csv.gz"),
+        ("a-train-2024.csv", "TEST.jsonl.gz"),
+        ("train-00000-of-00001.parquet", "validation-00000-of-00001.parquet"),
+    ],
+    ids=str,
+)
 def test_a_split_is_told_by_a_whole_word_of_the_files_name(tmp_path, names):
-    others = "readme.md", "contest.jsonl", "trainer.csv", "._train.jsonl", ".validation.parquet", "train.txt"
+    others = (
+        "readme.md",
+        "contest.jsonl",
+        "trainer.csv",
+        "._train.jsonl",
+        ".validation.parquet",
+        "train.txt",
+    )
     assert found_in(tmp_path, *names, *others) == {"train": [names[0]], "validation": [names[1]]}
 
 
 def test_the_shards_of_a_split_are_read_in_their_order(tmp_path):
     shards = [f"train-{i:05}-of-00003.parquet" for i in range(3)]
-    assert found_in(tmp_path, *shards[::-1], "test.jsonl") == {"train": shards, "validation": ["test.jsonl"]}
+    assert found_in(tmp_path, *shards[::-1], "test.jsonl") == {
+        "train": shards,
+        "validation": ["test.jsonl"],
+    }
 
 
-@pytest.mark.parametrize("names", [
-    ("train_latest.jsonl",), ("train.jsonl", "latest.jsonl"), ("train_test.jsonl",), ("train_test.jsonl", "train.csv"),
-    ("train.jsonl", "train.csv", "test.csv"), ("train-00000-of-00002.parquet", "test.csv"),
-    ("train-00000-of-00002.parquet", "train-00001-of-00002.csv", "test.csv"), ("._train.jsonl", "test.jsonl"),
-    ("train-00000-of-00002.csv", "train-00001-of-00002.csv", "train.csv", "test.csv"), ("test.csv", "validation.csv")],
-    ids=str)
-def test_a_split_without_a_file_or_with_several_is_refused_and_the_files_are_listed(tmp_path, names):
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train_latest.jsonl",),
+        ("train.jsonl", "latest.jsonl"),
+        ("train_test.jsonl",),
+        ("train_test.jsonl", "train.csv"),
+        ("train.jsonl", "train.csv", "test.csv"),
+        ("train-00000-of-00002.parquet", "test.csv"),
+        ("train-00000-of-00002.parquet", "train-00001-of-00002.csv", "test.csv"),
+        ("._train.jsonl", "test.jsonl"),
+        ("train-00000-of-00002.csv", "train-00001-of-00002.csv", "train.csv", "test.csv"),
+        ("test.csv", "validation.csv"),
+    ],
+    ids=str,
+)
+def test_a_split_without_a_file_or_with_several_is_refused_and_the_files_are_listed(
+    tmp_path, names
+):
     with input_error(str(tmp_path), *[name for name in names if not name.startswith(".")]):
         found_in(tmp_path, *names)
 
@@ -74,13 +106,16 @@ def test_an_empty_folder_and_one_that_is_none_are_refused(tmp_path):
 # Rows
 # ---------------------------------------------------------------------------------------------------------------------
 
-ROWS = [{"text": f"line {i}, \"é\"\nand one more", "n": str(i), "empty": ""} for i in range(2500)]
+ROWS = [{"text": f'line {i}, "é"\nand one more', "n": str(i), "empty": ""} for i in range(2500)]
 FORMATS = {
     "a.parquet": lambda path: pd.DataFrame(ROWS).to_parquet(path),
     "a.csv": lambda path: pd.DataFrame(ROWS).to_csv(path, index=False),
     "a.csv.gz": lambda path: pd.DataFrame(ROWS).to_csv(path, index=False),
     "a.jsonl": lambda path: path.write_text("\ufeff" + "\n\n".join(map(json.dumps, ROWS)), "utf-8"),
-    "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in ROWS).encode()))}
+    "a.jsonl.gz": lambda path: path.write_bytes(
+        gzip.compress("".join(json.dumps(r) + "\n" for r in ROWS).encode())
+    ),
+}
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -88,20 +123,28 @@ def test_every_format_gives_the_same_rows_and_says_where_each_stands(tmp_path, n
     FORMATS[name](tmp_path / name)
     found = list(lore.rows.read_rows(tmp_path / name))
     assert [row for _, row in found] == ROWS
-    assert [where for where, _ in found] == [f"{tmp_path / name}, row {i}" for i in range(1, len(ROWS) + 1)]
+    assert [where for where, _ in found] == [
+        f"{tmp_path / name}, row {i}" for i in range(1, len(ROWS) + 1)
+    ]
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_file_that_was_cut_short_is_refused_with_the_row_and_only_where_it_is_read(tmp_path, name):
+def test_a_file_that_was_cut_short_is_refused_with_the_row_and_only_where_it_is_read(
+    tmp_path, name
+):
     path = tmp_path / name
     FORMATS[name](path)
     whole = path.read_bytes()
     if name == "a.csv":
-        path.write_bytes(whole[:whole.rindex(b'"')])  # within quotes
+        path.write_bytes(whole[: whole.rindex(b'"')])  # within quotes
     else:
         path.write_bytes(whole[:-5])
     rows = lore.rows.read_rows(path)
-    if name in ("a.csv", "a.jsonl", "a.jsonl.gz"):  # parquet's directory stands at its end, pandas reads blocks
+    if name in (
+        "a.csv",
+        "a.jsonl",
+        "a.jsonl.gz",
+    ):  # parquet's directory stands at its end, pandas reads blocks
         assert next(rows)[1] == ROWS[0]
     with input_error(f"{path}, row", "cut short"):
         list(rows)
@@ -121,7 +164,11 @@ def test_an_error_page_a_missing_file_and_a_broken_line_are_refused_by_row(tmp_p
         (tmp_path / "b.jsonl").write_text('{"a": 1}\n\n' + broken + '\n{"a": 3}\n')
         with input_error("b.jsonl, row 2"):
             list(lore.rows.read_rows(tmp_path / "b.jsonl"))
-    for shifted, named in (("a,b\n1,2\n3,4,5\n", "row 2"), ("a,b\n1,2,3\n4,5,6\n", "row 1"), ("a,a\n1,2\n", "twice")):
+    for shifted, named in (
+        ("a,b\n1,2\n3,4,5\n", "row 2"),
+        ("a,b\n1,2,3\n4,5,6\n", "row 1"),
+        ("a,a\n1,2\n", "twice"),
+    ):
         (tmp_path / "b.csv").write_text(shifted)
         with input_error("b.csv", named):
             list(lore.rows.read_rows(tmp_path / "b.csv"))
@@ -142,12 +189,23 @@ class Outer(pydantic.BaseModel):
     name: pydantic.StrictStr
 
 
-@pytest.mark.parametrize("row, field", [
-    ({"inner": {"n": "x"}, "name": "a"}, "inner.n"), ({"inner": {}, "name": "a"}, "inner.n"), ([1], "the row"),
-    ({"inner": {"n": 1}, "name": 5}, "name"), ({"inner": None, "name": "a\nb" * 500}, "inner")], ids=str)
+@pytest.mark.parametrize(
+    "row, field",
+    [
+        ({"inner": {"n": "x"}, "name": "a"}, "inner.n"),
+        ({"inner": {}, "name": "a"}, "inner.n"),
+        ([1], "the row"),
+        ({"inner": {"n": 1}, "name": 5}, "name"),
+        ({"inner": None, "name": "a\nb" * 500}, "inner"),
+    ],
+    ids=str,
+)
 def test_a_row_of_another_schema_is_refused_by_file_row_and_field(row, field):
-    rows = lore.rows.parse_rows([("file.csv, row 1", {"inner": {"n": "3"}, "name": "a"}), ("file.csv, row 2", row)], Outer,
-                            "some/dataset")
+    rows = lore.rows.parse_rows(
+        [("file.csv, row 1", {"inner": {"n": "3"}, "name": "a"}), ("file.csv, row 2", row)],
+        Outer,
+        "some/dataset",
+    )
     assert next(rows) == ("file.csv, row 1", Outer(inner=Inner(n=3), name="a"))
     with input_error("file.csv, row 2: " + field + ":", "some/dataset"):
         next(rows)
@@ -163,8 +221,12 @@ def test_rows_of_the_hub_are_named_after_their_own_split(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     rows = lore.rows.hub_rows("some/dataset", revision="x")
     assert {split: list(of_split) for split, of_split in rows.items()} == {
-        "train": [("some/dataset, train, row 1", {"a": 1}), ("some/dataset, train, row 2", {"a": 2})],
-        "test": [("some/dataset, test, row 1", {"a": 3})]}
+        "train": [
+            ("some/dataset, train, row 1", {"a": 1}),
+            ("some/dataset, train, row 2", {"a": 2}),
+        ],
+        "test": [("some/dataset, test, row 1", {"a": 3})],
+    }
     assert calls == [("some/dataset", {"revision": "x"})]
 
     def not_served(*_, **__):
@@ -204,18 +266,27 @@ def test_pairs_times_a_basis_is_the_dense_product_in_float32(table):
     V = torch.randn(4, 3, generator=chance(1))
     product = Pairs(table, CHOSEN, REJECTED) @ V
     assert product.dtype == torch.float32
-    torch.testing.assert_close(product.double(), written_out(table) @ V.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        product.double(), written_out(table) @ V.double(), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_table_longer_than_one_part_is_multiplied_whole():
     table, V = torch.randn(20_000, 2, generator=chance()), torch.randn(2, 3, generator=chance(1))
     rows = torch.randperm(20_000, generator=chance(2))
-    torch.testing.assert_close(Pairs(table, rows, rows.flip(0)) @ V, (table[rows] - table[rows.flip(0)]) @ V,
-                               rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        Pairs(table, rows, rows.flip(0)) @ V,
+        (table[rows] - table[rows.flip(0)]) @ V,
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
-@pytest.mark.parametrize("rows", [slice(1, 3), [2, 0], torch.tensor([3, 3, 1]),
-                                  torch.tensor([True, False, False, True])], ids=str)
+@pytest.mark.parametrize(
+    "rows",
+    [slice(1, 3), [2, 0], torch.tensor([3, 3, 1]), torch.tensor([True, False, False, True])],
+    ids=str,
+)
 def test_indexing_pairs_selects_rows_of_the_dense_matrix(table, rows):
     pairs = Pairs(table, CHOSEN, REJECTED)
     assert isinstance(pairs[rows], Pairs)
@@ -243,7 +314,13 @@ def test_pairs_refuse_rows_outside_the_table_and_lists_of_unequal_length(table):
 
 def test_pairs_take_row_numbers_of_any_whole_kind(table):
     expected = Pairs(table, CHOSEN, REJECTED).dense()
-    for kind in (np.array, torch.tensor, tuple, lambda rows: np.int32(rows), lambda rows: np.array(rows, float)):
+    for kind in (
+        np.array,
+        torch.tensor,
+        tuple,
+        lambda rows: np.int32(rows),
+        lambda rows: np.array(rows, float),
+    ):
         assert torch.equal(Pairs(table, kind(CHOSEN), kind(REJECTED)).dense(), expected)
 
 
@@ -252,27 +329,61 @@ def test_pairs_take_row_numbers_of_any_whole_kind(table):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("X", [torch.ones(2, 3).double(), np.ones((2, 3)), np.ones((2, 3), np.float32), [[1, 1, 1]] * 2,
-                               torch.ones(2, 3).bfloat16(), torch.ones(2, 3, requires_grad=True)])
+@pytest.mark.parametrize(
+    "X",
+    [
+        torch.ones(2, 3).double(),
+        np.ones((2, 3)),
+        np.ones((2, 3), np.float32),
+        [[1, 1, 1]] * 2,
+        torch.ones(2, 3).bfloat16(),
+        torch.ones(2, 3, requires_grad=True),
+    ],
+)
 def test_a_matrix_of_numbers_of_any_kind_becomes_float32(X):
     found = utils.check_matrix(X, "X", 2, 3)
-    assert found.dtype == torch.float32 and not found.requires_grad and torch.equal(found, torch.ones(2, 3))
+    assert (
+        found.dtype == torch.float32
+        and not found.requires_grad
+        and torch.equal(found, torch.ones(2, 3))
+    )
 
 
-@pytest.mark.parametrize("X, named", [
-    (np.array([["a", "b"]]), "matrix of numbers"), (None, "NoneType"), ("text", "str"), (torch.ones(2, 3) > 0, "give"),
-    (torch.ones(2, 3) * 1j, "numbers"), ([[1, 2], [3]], "list"), (torch.ones(6), "(6,)"), (torch.ones(0, 3), "(0, 3)"),
-    (torch.ones(2, 4), "(2, 4)"), (torch.full((2, 3), math.nan), "NaN"), (np.full((2, 3), np.inf), "infinite"),
-    (Pairs(torch.full((2, 3), math.nan), [0], [1]), "NaN"), (Pairs(torch.ones(2, 3), [], []), "(0, 3)"),
-    (np.array([[1.0, None, 2.0]] * 2), "numbers"), (np.full((2, 3), 1e300), "infinite")])
+@pytest.mark.parametrize(
+    "X, named",
+    [
+        (np.array([["a", "b"]]), "matrix of numbers"),
+        (None, "NoneType"),
+        ("text", "str"),
+        (torch.ones(2, 3) > 0, "give"),
+        (torch.ones(2, 3) * 1j, "numbers"),
+        ([[1, 2], [3]], "list"),
+        (torch.ones(6), "(6,)"),
+        (torch.ones(0, 3), "(0, 3)"),
+        (torch.ones(2, 4), "(2, 4)"),
+        (torch.full((2, 3), math.nan), "NaN"),
+        (np.full((2, 3), np.inf), "infinite"),
+        (Pairs(torch.full((2, 3), math.nan), [0], [1]), "NaN"),
+        (Pairs(torch.ones(2, 3), [], []), "(0, 3)"),
+        (np.array([[1.0, None, 2.0]] * 2), "numbers"),
+        (np.full((2, 3), 1e300), "infinite"),
+    ],
+)
 def test_what_is_no_finite_matrix_is_refused_by_name(X, named):
     with input_error("the basis:", named):
         utils.check_matrix(X, "the basis", None, 3)
 
 
-@pytest.mark.parametrize("kind", [iter, tuple, lambda features: (X.numpy() for X in features),
-                                  lambda features: [X.double() for X in features]],
-                         ids=["iterator", "tuple", "arrays", "float64"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        iter,
+        tuple,
+        lambda features: (X.numpy() for X in features),
+        lambda features: [X.double() for X in features],
+    ],
+    ids=["iterator", "tuple", "arrays", "float64"],
+)
 def test_features_may_be_any_iterable_of_matrices(kind):
     features = random_users([3, 20, 8], 4)
     found = utils.check_features(kind(features), "features", 3, 4)
@@ -281,7 +392,10 @@ def test_features_may_be_any_iterable_of_matrices(kind):
 
 def test_features_of_one_array_are_its_users_and_a_number_is_none():
     X = torch.randn(3, 5, 2, generator=chance())
-    assert all(torch.equal(one, other) for one, other in zip(utils.check_features(X.numpy(), "f"), X, strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(utils.check_features(X.numpy(), "f"), X, strict=True)
+    )
     for wrong in (5, None):
         with input_error("f:", "users"):
             utils.check_features(wrong, "f")
@@ -320,23 +434,36 @@ def test_shots_are_distinct_pairs_of_the_user_and_all_of_them_where_there_are_fe
 
 def test_shots_are_drawn_anew_at_each_call_uniformly_and_by_the_generator_given():
     X, generator = torch.arange(10.0)[:, None], chance()
-    draws = [frozenset(utils.sample_shots([X], 3, generator)[0].flatten().tolist()) for _ in range(2000)]
+    draws = [
+        frozenset(utils.sample_shots([X], 3, generator)[0].flatten().tolist()) for _ in range(2000)
+    ]
     for pair in range(10):  # each in 3 of 10 draws, within five standard deviations
-        assert np.mean([pair in draw for draw in draws]) == pytest.approx(0.3, abs=5 * (0.3 * 0.7 / 2000) ** 0.5)
+        assert np.mean([pair in draw for draw in draws]) == pytest.approx(
+            0.3, abs=5 * (0.3 * 0.7 / 2000) ** 0.5
+        )
     assert len(set(draws)) == 120
-    assert torch.equal(utils.sample_shots([X], 3, chance(5))[0], utils.sample_shots([X], 3, chance(5))[0])
+    assert torch.equal(
+        utils.sample_shots([X], 3, chance(5))[0], utils.sample_shots([X], 3, chance(5))[0]
+    )
 
 
 def test_shots_of_pairs_stay_pairs(table):
-    drawn, = utils.sample_shots([Pairs(table, CHOSEN, REJECTED)], 2, chance())
-    dense, = utils.sample_shots([Pairs(table, CHOSEN, REJECTED).dense()], 2, chance())
+    (drawn,) = utils.sample_shots([Pairs(table, CHOSEN, REJECTED)], 2, chance())
+    (dense,) = utils.sample_shots([Pairs(table, CHOSEN, REJECTED).dense()], 2, chance())
     assert isinstance(drawn, Pairs) and torch.equal(drawn.dense(), dense)
 
 
 def test_shots_of_groups_are_whole_groups_drawn_anew():
-    X, groups, generator = torch.arange(10.0)[:, None], [torch.tensor([2, 0, 0, 1, 1, 1, 2, 0, 3, 3])], chance()
+    X, groups, generator = (
+        torch.arange(10.0)[:, None],
+        [torch.tensor([2, 0, 0, 1, 1, 1, 2, 0, 3, 3])],
+        chance(),
+    )
     whole = {tuple(X[groups[0] == g].flatten().tolist()) for g in range(4)}
-    assert {tuple(utils.sample_shots([X], 1, generator, groups)[0].flatten().tolist()) for _ in range(60)} == whole
+    assert {
+        tuple(utils.sample_shots([X], 1, generator, groups)[0].flatten().tolist())
+        for _ in range(60)
+    } == whole
     two = {len(utils.sample_shots([X], 2, generator, groups)[0]) for _ in range(60)}
     assert two == {4, 5, 6}  # of groups of 3, 3, 2 and 2 pairs
     assert torch.equal(utils.sample_shots([X], 9, generator, groups)[0], X)
@@ -345,12 +472,23 @@ def test_shots_of_groups_are_whole_groups_drawn_anew():
 FIVE, ONE_GROUP = [torch.ones(5, 2)] * 2, torch.zeros(5).long()
 
 
-@pytest.mark.parametrize("groups, named", [
-    ([ONE_GROUP], "user 1"), ([ONE_GROUP] * 3, "user 2"), ([ONE_GROUP, [0] * 5], "user 1"),
-    ([ONE_GROUP, ONE_GROUP[1:]], "user 1"), ([ONE_GROUP, ONE_GROUP + 1], "user 1"),
-    ([ONE_GROUP, torch.tensor([0, 2, 0, 2, 0])], "user 1"),
-    ([torch.tensor([0, -1, 0, 0, 0])] * 2, "user 0"), ([torch.tensor([0, 0.5, 1, 1, 1])] * 2, "user 0"),
-    ([ONE_GROUP[:, None]] * 2, "user 0"), ([0, 0], "user 0"), ([None, None], "user 0"), (5, "groups")])
+@pytest.mark.parametrize(
+    "groups, named",
+    [
+        ([ONE_GROUP], "user 1"),
+        ([ONE_GROUP] * 3, "user 2"),
+        ([ONE_GROUP, [0] * 5], "user 1"),
+        ([ONE_GROUP, ONE_GROUP[1:]], "user 1"),
+        ([ONE_GROUP, ONE_GROUP + 1], "user 1"),
+        ([ONE_GROUP, torch.tensor([0, 2, 0, 2, 0])], "user 1"),
+        ([torch.tensor([0, -1, 0, 0, 0])] * 2, "user 0"),
+        ([torch.tensor([0, 0.5, 1, 1, 1])] * 2, "user 0"),
+        ([ONE_GROUP[:, None]] * 2, "user 0"),
+        ([0, 0], "user 0"),
+        ([None, None], "user 0"),
+        (5, "groups"),
+    ],
+)
 def test_groups_that_do_not_number_each_users_pairs_are_refused(groups, named):
     with input_error("groups", named):
         utils.sample_shots(FIVE, 1, None, groups)
@@ -417,33 +555,51 @@ def loop_over_prompts(rewards, features, w):
     """Best minus worst response of each prompt, one by one in float64."""
     rows = []
     for prompt, responses in enumerate(rewards.tolist()):
-        scores = [sum(share * score for share, score in zip(w.tolist(), scorers)) for scorers in responses]
-        rows.append(features[prompt, np.argmax(scores)].double() - features[prompt, np.argmin(scores)].double())
+        scores = [
+            sum(share * score for share, score in zip(w.tolist(), scorers)) for scorers in responses
+        ]
+        rows.append(
+            features[prompt, np.argmax(scores)].double()
+            - features[prompt, np.argmin(scores)].double()
+        )
     return torch.stack(rows)
 
 
 def test_whole_scores_give_the_pairs_of_the_same_floats():
-    rewards, features = torch.randint(1, 6, (12, 8, 10), generator=chance()), torch.randn(12, 8, 5, generator=chance(1))
+    rewards, features = (
+        torch.randint(1, 6, (12, 8, 10), generator=chance()),
+        torch.randn(12, 8, 5, generator=chance(1)),
+    )
     w = utils.generate_population(0.5, 1, seed=0)[0]
     pairs = utils.simulate_user(rewards, features, w)
-    assert pairs.abs().sum() > 0 and torch.equal(pairs, utils.simulate_user(rewards.float(), features, w))
+    assert pairs.abs().sum() > 0 and torch.equal(
+        pairs, utils.simulate_user(rewards.float(), features, w)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_simulated_user_prefers_the_best_response_to_the_worst(dtype):
-    rewards, features = torch.randn(12, 8, 10, generator=chance()), torch.randn(12, 8, 5, generator=chance(1)).to(dtype)
+    rewards, features = (
+        torch.randn(12, 8, 10, generator=chance()),
+        torch.randn(12, 8, 5, generator=chance(1)).to(dtype),
+    )
     W = utils.generate_population(0.5, 4, seed=0)
     population = utils.simulate_population(rewards, features, W)
     assert population.shape == (4, 12, 5) and population.dtype == torch.float32
     for w, of_user in zip(W, population):
-        torch.testing.assert_close(of_user.double(), loop_over_prompts(rewards, features, w), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            of_user.double(), loop_over_prompts(rewards, features, w), rtol=0, atol=1e-6
+        )
         assert torch.equal(of_user, utils.simulate_user(rewards, features, w))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_responses_of_a_prompt_that_are_all_tied_are_no_pair(dtype):
     """Seven equal rows of a matrix product may differ in rounding, from the last ones that a vector does not fill."""
-    tied, free = torch.randn(333, 1, 10, generator=chance(), dtype=dtype), torch.randn(50, 7, 10, generator=chance(1))
+    tied, free = (
+        torch.randn(333, 1, 10, generator=chance(), dtype=dtype),
+        torch.randn(50, 7, 10, generator=chance(1)),
+    )
     rewards = torch.cat([tied.expand(-1, 7, -1), free.to(dtype)])
     for w in utils.generate_population(0.5, 20, seed=0):
         best, worst = utils.best_and_worst(rewards, w)
@@ -458,27 +614,45 @@ def test_the_responses_of_a_prompt_that_are_all_tied_are_no_pair(dtype):
 def prism_row(user, dialog, turn, rejected, value):
     """A turn whose chosen embedding is [value] * D and whose rejected ones are [value - 1], [value - 2], ..."""
     vectors = [torch.full((D,), value - j) for j in range(1 + rejected)]
-    return {"prompt": [], "extra_info": {
-        "user_id": user, "dialog_id": dialog, "turn_nb": turn, "chosen_conv_embedding": vectors[0],
-        "rejected_conv_embedding": vectors[1] if rejected == 1 else torch.stack(vectors[1:])}}
+    return {
+        "prompt": [],
+        "extra_info": {
+            "user_id": user,
+            "dialog_id": dialog,
+            "turn_nb": turn,
+            "chosen_conv_embedding": vectors[0],
+            "rejected_conv_embedding": vectors[1] if rejected == 1 else torch.stack(vectors[1:]),
+        },
+    }
 
 
-PRISM_ROWS = [prism_row("user b", "c7", 0, 2, 10.0), prism_row("user a", "c9", 0, 1, 20.0),
-              prism_row("user b", "c1", 0, 3, 30.0), prism_row("user a", "c9", 1, 2, 40.0),
-              prism_row("user b", "c7", 1, 1, 50.0)]
+PRISM_ROWS = [
+    prism_row("user b", "c7", 0, 2, 10.0),
+    prism_row("user a", "c9", 0, 1, 20.0),
+    prism_row("user b", "c1", 0, 3, 30.0),
+    prism_row("user a", "c9", 1, 2, 40.0),
+    prism_row("user b", "c7", 1, 1, 50.0),
+]
 
 
 def as_lists(row):
     """The same row with its embeddings as Python lists."""
-    return {**row, "extra_info": {key: value.tolist() if isinstance(value, torch.Tensor) else value
-                                  for key, value in row["extra_info"].items()}}
+    return {
+        **row,
+        "extra_info": {
+            key: value.tolist() if isinstance(value, torch.Tensor) else value
+            for key, value in row["extra_info"].items()
+        },
+    }
 
 
 @pytest.mark.parametrize("form", [lambda row: row, as_lists], ids=["tensors", "lists"])
 def test_prism_makes_one_pair_of_each_rejected_response_users_and_conversations_in_order(form):
     user_a, user_b = utils.create_dataset_prism([form(row) for row in PRISM_ROWS])
     assert user_a.tolist() == [[gap] * D for gap in (1, 1, 2)]  # two turns of c9
-    assert user_b.tolist() == [[gap] * D for gap in (1, 2, 3, 1, 2, 1)]  # c1, then the two turns of c7
+    assert user_b.tolist() == [
+        [gap] * D for gap in (1, 2, 3, 1, 2, 1)
+    ]  # c1, then the two turns of c7
     assert user_a.dtype == user_b.dtype == torch.float32
 
 
@@ -486,29 +660,41 @@ def test_prism_takes_a_dict_of_rows_too():
     by_user = {}
     for row in PRISM_ROWS:
         by_user.setdefault(row["extra_info"]["user_id"], []).append(row)
-    for X, same in zip(utils.create_dataset_prism(PRISM_ROWS), utils.create_dataset_prism(by_user), strict=True):
+    for X, same in zip(
+        utils.create_dataset_prism(PRISM_ROWS), utils.create_dataset_prism(by_user), strict=True
+    ):
         assert torch.equal(X, same)
 
 
 def test_prism_takes_the_released_rows_of_one_vector_for_all_rejected():
     chosen, rejected = torch.randn(2, D, generator=chance()).bfloat16()
     for shape in ((D,), (1, D)):
-        row = {"extra_info": {"user_id": "u", "dialog_id": "c", "chosen_conv_embedding": chosen.reshape(shape),
-                              "rejected_conv_embedding": rejected.reshape(shape)}}
-        X, = utils.create_dataset_prism([row])
+        row = {
+            "extra_info": {
+                "user_id": "u",
+                "dialog_id": "c",
+                "chosen_conv_embedding": chosen.reshape(shape),
+                "rejected_conv_embedding": rejected.reshape(shape),
+            }
+        }
+        (X,) = utils.create_dataset_prism([row])
         assert torch.equal(X, (chosen.float() - rejected.float())[None])
 
 
 def test_prism_shots_are_whole_conversations_drawn_anew():
     rows = [prism_row("u", f"c{i}", turn, 1 + i, 10.0) for i in range(6) for turn in (0, 1)]
-    pairs_of = {tuple(range(1, 2 + i)) * 2 for i in range(6)}  # conversation i: gaps 1 .. 1 + i, twice
+    pairs_of = {
+        tuple(range(1, 2 + i)) * 2 for i in range(6)
+    }  # conversation i: gaps 1 .. 1 + i, twice
     generator, drawn = chance(), set()
     for _ in range(40):
-        X, = utils.create_dataset_prism_shots(rows, 1, generator)
+        (X,) = utils.create_dataset_prism_shots(rows, 1, generator)
         drawn.add(tuple(int(gap) for gap in X[:, 0].tolist()))
     assert drawn == pairs_of
-    two, = utils.create_dataset_prism_shots(rows, 2, chance(3))
-    same, = utils.create_dataset_prism_shots(rows, 2, chance(3))
+    (two,) = utils.create_dataset_prism_shots(rows, 2, chance(3))
+    (same,) = utils.create_dataset_prism_shots(rows, 2, chance(3))
     assert torch.equal(two, same)
-    everything, = utils.create_dataset_prism_shots(rows, 99)
-    assert sorted(everything[:, 0].tolist()) == sorted(utils.create_dataset_prism(rows)[0][:, 0].tolist())
+    (everything,) = utils.create_dataset_prism_shots(rows, 99)
+    assert sorted(everything[:, 0].tolist()) == sorted(
+        utils.create_dataset_prism(rows)[0][:, 0].tolist()
+    )

@@ -8,12 +8,26 @@ import shutil
 
 import numpy as np
 import pandas as pd
-import personalllm
 import pytest
 import torch
 from corpora import PLANTED_RANK, SCORERS
-from demos import (EMBEDDINGS, FINAL, closing_table, content_of, interrupted, plain, quick, results_in, rows_in,
-                   serve_hub, start, state_alone, two_processes, without_forward, write_rows)
+from demos import (
+    EMBEDDINGS,
+    FINAL,
+    closing_table,
+    content_of,
+    interrupted,
+    plain,
+    quick,
+    results_in,
+    rows_in,
+    serve_hub,
+    start,
+    state_alone,
+    two_processes,
+    without_forward,
+    write_rows,
+)
 from helpers import ROOT, call, load_script, refused, sign_again
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -21,6 +35,7 @@ from safetensors.torch import load_file, save_file
 import lore.embedding_files
 import lore.files
 import lore.reward_model
+import personalllm
 import utils
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,7 +66,9 @@ def data_of(folder, ran, prompts):
 
 def scores_of(rows):
     """The scores in the rows of a file, column by column: nested lists `[prompts][8][10]`."""
-    return [[[row[f"response_{j}_{scorer}"] for scorer in SCORERS] for j in range(1, 9)] for row in rows]
+    return [
+        [[row[f"response_{j}_{scorer}"] for scorer in SCORERS] for j in range(1, 9)] for row in rows
+    ]
 
 
 # ---- Row numbers and dense matrices ---------------------------------------------------------------------------------
@@ -69,7 +86,10 @@ def loop_over_responses(rows, w):
     """Row numbers of the best and the worst response to each prompt, by a plain loop in float64."""
     best, worst = [], []
     for i, responses in enumerate(scores_of(rows)):
-        scores = [sum(share * score for share, score in zip(w.tolist(), of_response)) for of_response in responses]
+        scores = [
+            sum(share * score for share, score in zip(w.tolist(), of_response))
+            for of_response in responses
+        ]
         best.append(8 * i + scores.index(max(scores)))
         worst.append(8 * i + scores.index(min(scores)))
     return best, worst
@@ -77,7 +97,9 @@ def loop_over_responses(rows, w):
 
 def test_simulated_pairs_are_the_dense_ones_and_those_of_a_plain_loop(small):
     rows, table, scores, W = small
-    users, dropped = personalllm.simulate_pairs(table, scores, W, 1.0, np.random.default_rng(0), "test")
+    users, dropped = personalllm.simulate_pairs(
+        table, scores, W, 1.0, np.random.default_rng(0), "test"
+    )
     assert dropped == 0 and len(users) == len(W)
     for w, pairs in zip(W, users):
         best, worst = loop_over_responses(rows, w)
@@ -105,7 +127,9 @@ def test_tied_prompts_leave_fewer_pairs_to_those_who_drew_them(small):
     tied = scores.clone()
     tied[::2] = 1.0
     untied, _ = personalllm.simulate_pairs(table, scores, W, 0.5, np.random.default_rng(4), "test")
-    users, dropped = personalllm.simulate_pairs(table, tied, W, 0.5, np.random.default_rng(4), "test")
+    users, dropped = personalllm.simulate_pairs(
+        table, tied, W, 0.5, np.random.default_rng(4), "test"
+    )
     for pairs, everything in zip(users, untied):
         odd = (everything.chosen // 8) % 2 == 1
         assert torch.equal(pairs.chosen, everything.chosen[odd])
@@ -117,17 +141,30 @@ def test_published_size_gives_47_and_9_pairs_a_user():
     module = script("train_basis")
     assert (module.K_list, module.alpha_list) == ([0, 1, 2, 3, 4, 5], [0])
     published = module.population(None)
-    assert published == dict(N=1000, N_unseen=500, concentration=0.1, fractions=(0.005, 0.001, 1.0), population_seed=0)
+    assert published == dict(
+        N=1000, N_unseen=500, concentration=0.1, fractions=(0.005, 0.001, 1.0), population_seed=0
+    )
     assert script("vary_fewshot").population(None) == {**published, "fractions": (0.005, 0.01, 1.0)}
     generator = torch.Generator().manual_seed(0)
-    tables = {split: tuple(torch.randn(shape, generator=generator) for shape in ((8 * prompts, 3), (prompts, 8, 10)))
-              for split, prompts in (("train", 9402), ("test", 1000))}
+    tables = {
+        split: tuple(
+            torch.randn(shape, generator=generator)
+            for shape in ((8 * prompts, 3), (prompts, 8, 10))
+        )
+        for split, prompts in (("train", 9402), ("test", 1000))
+    }
     data = personalllm.create_dataset(tables, 40, 20, 0.1, published["fractions"])
-    for part, users, pairs in (("train", 40, 47), ("train_unseen", 20, 9), ("test", 40, 1000),
-                               ("test_unseen", 20, 1000)):
+    for part, users, pairs in (
+        ("train", 40, 47),
+        ("train_unseen", 20, 9),
+        ("test", 40, 1000),
+        ("test_unseen", 20, 1000),
+    ):
         assert [len(X) for X in data[part]] == [pairs] * users
         assert {len(set((X.chosen // 8).tolist())) for X in data[part]} == {pairs}
-    assert len(torch.cat([X.chosen // 8 for X in data["train"]]).unique()) > 1500  # the users do not compare the same
+    assert (
+        len(torch.cat([X.chosen // 8 for X in data["train"]]).unique()) > 1500
+    )  # the users do not compare the same
     assert data["dropped"] == 0
 
 
@@ -137,7 +174,9 @@ def test_published_size_gives_47_and_9_pairs_a_user():
 def test_demo_says_that_it_is_synthetic_and_rises_to_the_planted_rank(ran):
     assert "stand-in" in ran.printed["prepare"] and "synthetic" in ran.printed["prepare"]
     assert "warning" not in ran.printed["prepare"]
-    assert "synthetic" in ran.printed["train_basis"] and "synthetic" in ran.results["config"]["data"]
+    assert (
+        "synthetic" in ran.printed["train_basis"] and "synthetic" in ran.results["config"]["data"]
+    )
     unseen = {fit["K"]: fit["mean_accuracy"][FINAL] for fit in ran.results["fits"]}
     assert list(unseen) == [0, 1, 2, 3, 4, 5]
     assert unseen[1] < unseen[2] < unseen[PLANTED_RANK] and unseen[PLANTED_RANK] > unseen[1] + 0.2
@@ -147,8 +186,13 @@ def test_files_hold_the_scores_of_the_rows_and_the_head(ran):
     for split, prompts in (("train", TRAIN), ("test", TEST)):
         tensors = load_file(ran.folder / f"{split}.safetensors")
         assert set(tensors) == {"embeddings", "scores"}
-        assert tensors["embeddings"].dtype == torch.bfloat16 and tensors["embeddings"].shape == (8 * prompts, D)
-        assert torch.equal(tensors["scores"], torch.tensor(scores_of(rows_of(ran, split)), dtype=torch.float32))
+        assert tensors["embeddings"].dtype == torch.bfloat16 and tensors["embeddings"].shape == (
+            8 * prompts,
+            D,
+        )
+        assert torch.equal(
+            tensors["scores"], torch.tensor(scores_of(rows_of(ran, split)), dtype=torch.float32)
+        )
         with safe_open(ran.folder / f"{split}.safetensors", "pt") as file:
             assert json.loads(file.metadata()["about"])["scorers"] == list(SCORERS)
         assert f"{split}: {prompts:,} prompts, {8 * prompts:,} responses" in ran.printed["prepare"]
@@ -159,12 +203,25 @@ def test_files_hold_the_scores_of_the_rows_and_the_head(ran):
 def test_response_j_of_prompt_i_is_row_8_i_plus_j(ran):
     model, tokenizer = lore.reward_model.load_reward_model(ran.model, device="cpu")
     for split, prompts in (("train", (0, 239)), ("test", (59,))):
-        rows, table = rows_of(ran, split), load_file(ran.folder / f"{split}.safetensors")["embeddings"].float()
+        rows, table = (
+            rows_of(ran, split),
+            load_file(ran.folder / f"{split}.safetensors")["embeddings"].float(),
+        )
         for i in prompts:
-            states = torch.stack([state_alone(model, tokenizer, [
-                {"role": "user", "content": rows[i]["prompt"]},
-                {"role": "assistant", "content": rows[i][f"response_{j}"]}]) for j in range(1, 9)])
-            torch.testing.assert_close(table[8 * i:8 * i + 8], states, rtol=0.01, atol=0.02)
+            states = torch.stack(
+                [
+                    state_alone(
+                        model,
+                        tokenizer,
+                        [
+                            {"role": "user", "content": rows[i]["prompt"]},
+                            {"role": "assistant", "content": rows[i][f"response_{j}"]},
+                        ],
+                    )
+                    for j in range(1, 9)
+                ]
+            )
+            torch.testing.assert_close(table[8 * i : 8 * i + 8], states, rtol=0.01, atol=0.02)
             assert torch.cdist(states, table).argmin(1).tolist() == list(range(8 * i, 8 * i + 8))
 
 
@@ -172,18 +229,39 @@ def test_closing_table_and_results_name_what_was_set_and_every_user(ran):
     results, fits = ran.results, ran.results["fits"]
     assert results["users"] == [f"seen_{i}" for i in range(N)]
     assert results["unseen_users"] == [f"unseen_{i}" for i in range(N_UNSEEN)]
-    pairs = {"train pairs": 24 * N, "test pairs": 60 * N, "train unseen pairs": 12 * N_UNSEEN,
-             "test unseen pairs": 60 * N_UNSEEN}
-    assert results["counts"] == {"seen users": N, "unseen users": N_UNSEEN, **pairs, "pairs with equal sides": 0, "d": D}
-    expected = {"K_list": [0, 1, 2, 3, 4, 5], "alpha_list": [0], "seeds": [0, 1, 2], "population_seed": 0,
-                "concentration": 0.1, "fractions": [0.1, 0.05, 1.0], "pairs_dropped": 0, "N": N, "N_unseen": N_UNSEEN}
+    pairs = {
+        "train pairs": 24 * N,
+        "test pairs": 60 * N,
+        "train unseen pairs": 12 * N_UNSEEN,
+        "test unseen pairs": 60 * N_UNSEEN,
+    }
+    assert results["counts"] == {
+        "seen users": N,
+        "unseen users": N_UNSEEN,
+        **pairs,
+        "pairs with equal sides": 0,
+        "d": D,
+    }
+    expected = {
+        "K_list": [0, 1, 2, 3, 4, 5],
+        "alpha_list": [0],
+        "seeds": [0, 1, 2],
+        "population_seed": 0,
+        "concentration": 0.1,
+        "fractions": [0.1, 0.05, 1.0],
+        "pairs_dropped": 0,
+        "N": N,
+        "N_unseen": N_UNSEEN,
+    }
     assert {name: results["config"][name] for name in expected} == expected
     lines = ran.printed["train_basis"].splitlines()
     assert [line for line in lines if line.startswith("K : ")] == [f"K : {K}" for K in range(6)]
     table = closing_table(ran.printed["train_basis"])
     for fit in fits:
         of_seeds = [other["mean_accuracy"] for other in fits if other["K"] == fit["K"]]
-        means = [np.mean([of_seed[setting] for of_seed in of_seeds]) for setting in fit["mean_accuracy"]]
+        means = [
+            np.mean([of_seed[setting] for of_seed in of_seeds]) for setting in fit["mean_accuracy"]
+        ]
         assert table["ref" if fit["K"] == 0 else str(fit["K"])] == pytest.approx(means, abs=5.1e-4)
         for setting, of_user in fit["accuracy_of_user"].items():
             seen = "Seen" in setting or setting.startswith("Train")
@@ -195,14 +273,20 @@ def test_bases_have_a_column_a_rank_and_weights_that_sum_to_one(ran):
     for K in range(6):
         tensors, columns = load_file(ran.folder / "results" / f"K_{K}.safetensors"), max(K, 1)
         assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
-            "V": (D, columns), "W": (N, columns), "W_unseen": (N_UNSEEN, columns)}
+            "V": (D, columns),
+            "W": (N, columns),
+            "W_unseen": (N_UNSEEN, columns),
+        }
         for name in ("W", "W_unseen"):
             torch.testing.assert_close(tensors[name].sum(1), torch.ones(len(tensors[name])))
     head = load_file(ran.folder / lore.embedding_files.HEAD_FILE)["reward_head"]
     assert torch.equal(load_file(ran.folder / "results" / "K_0.safetensors")["V"], head)
     with safe_open(ran.folder / "results" / "K_3.safetensors", "pt") as file:
         about = json.loads(file.metadata()["about"])
-    assert about["identity"]["reward_head"] == hashlib.sha256(json.dumps(head.tolist()).encode()).hexdigest()
+    assert (
+        about["identity"]["reward_head"]
+        == hashlib.sha256(json.dumps(head.tolist()).encode()).hexdigest()
+    )
     assert about["config"]["N"] == N and "synthetic" in about["config"]["data"]
 
 
@@ -221,33 +305,59 @@ def test_population_is_the_dirichlet_draw_of_its_seed(monkeypatch, ran, embeddin
 
 
 def test_accuracies_agree_with_the_saved_tensors_and_the_rows(ran):
-    rows, table = rows_of(ran, "test"), load_file(ran.folder / "test.safetensors")["embeddings"].double()
+    rows, table = (
+        rows_of(ran, "test"),
+        load_file(ran.folder / "test.safetensors")["embeddings"].double(),
+    )
     population = load_file(ran.folder / "results" / "population.safetensors")
-    pairs = {name: [loop_over_responses(rows, w) for w in population[name][:5]] for name in population}
+    pairs = {
+        name: [loop_over_responses(rows, w) for w in population[name][:5]] for name in population
+    }
     for fit in ran.results["fits"]:
         tensors = load_file(ran.folder / "results" / fit["file"])
         for name, weights, setting in (("seen", "W", SEEN_TEST), ("unseen", "W_unseen", FINAL)):
-            rewards = (table @ tensors["V"].double() @ tensors[weights].double().T).numpy()  # (rows, users)
-            expected = [np.mean(rewards[best, i] > rewards[worst, i]) for i, (best, worst) in enumerate(pairs[name])]
+            rewards = (
+                table @ tensors["V"].double() @ tensors[weights].double().T
+            ).numpy()  # (rows, users)
+            expected = [
+                np.mean(rewards[best, i] > rewards[worst, i])
+                for i, (best, worst) in enumerate(pairs[name])
+            ]
             found = [fit["accuracy_of_user"][setting][f"{name}_{i}"] for i in range(len(expected))]
-            assert found == pytest.approx(expected, abs=0.02)  # float32 may turn one margin near 0 of 60
+            assert found == pytest.approx(
+                expected, abs=0.02
+            )  # float32 may turn one margin near 0 of 60
 
 
 def test_two_processes_give_the_same_embeddings(ran, tmp_path):
-    first, second = two_processes(SCRIPTS, "prepare", "--data", ran.data, "--model", ran.model, "--dir", tmp_path)
+    first, second = two_processes(
+        SCRIPTS, "prepare", "--data", ran.data, "--model", ran.model, "--dir", tmp_path
+    )
     assert "next: " in first and second == ""
     for name in FILES:
         assert plain(load_file(tmp_path / name)) == plain(load_file(ran.folder / name))
 
 
 def test_vary_fewshot_writes_curves_as_far_as_the_users_go(monkeypatch, capsys, embeddings):
-    module = quick(monkeypatch, script("vary_fewshot"), num_shots=[1, 30, 80], K_list=[PLANTED_RANK], trials=3,
-                   num_iterations=300)
+    module = quick(
+        monkeypatch,
+        script("vary_fewshot"),
+        num_shots=[1, 30, 80],
+        K_list=[PLANTED_RANK],
+        trials=3,
+        num_iterations=300,
+    )
     call(monkeypatch, module, "--dir", embeddings)
     found = json.loads((embeddings / "results" / "vary_fewshot.json").read_text())
-    curve, = found["curves"]
-    assert curve["unseen_mean"][1] > curve["unseen_mean"][0] + 0.02 and curve["unseen_std"][0] > 1e-3
-    assert found["shots_of_the_mean_user"] == [1, 30, 60] and found["config"]["num_shots"] == [1, 30, 80]
+    (curve,) = found["curves"]
+    assert (
+        curve["unseen_mean"][1] > curve["unseen_mean"][0] + 0.02 and curve["unseen_std"][0] > 1e-3
+    )
+    assert found["shots_of_the_mean_user"] == [1, 30, 60] and found["config"]["num_shots"] == [
+        1,
+        30,
+        80,
+    ]
     assert (embeddings / "results" / "vary_fewshot.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert "Shots : 30\n" in out and "from 61 pairs on" in out
@@ -256,10 +366,15 @@ def test_vary_fewshot_writes_curves_as_far_as_the_users_go(monkeypatch, capsys, 
 # ---- prepare.py -----------------------------------------------------------------------------------------------------
 
 
-def test_a_file_lost_after_an_interruption_is_written_again_from_the_cache(monkeypatch, capsys, ran, embeddings):
+def test_a_file_lost_after_an_interruption_is_written_again_from_the_cache(
+    monkeypatch, capsys, ran, embeddings
+):
     expected = content_of(embeddings)
     call(monkeypatch, script("prepare"), "--demo", "--dir", embeddings)
-    assert "finished already" in capsys.readouterr().out and not (embeddings / ".embedding_cache").exists()
+    assert (
+        "finished already" in capsys.readouterr().out
+        and not (embeddings / ".embedding_cache").exists()
+    )
     shutil.copytree(ran.folder / ".embedding_cache", embeddings / ".embedding_cache")
     (embeddings / "test.safetensors").unlink()
     without_forward(monkeypatch)
@@ -275,7 +390,9 @@ def test_ctrl_c_in_the_embedding_says_that_a_second_run_resumes(monkeypatch, cap
 
     monkeypatch.setattr(module, "embed_conversations", stop)
     data = data_of(tmp_path / "data", ran, 2)
-    interrupted(monkeypatch, capsys, module, "--data", data, "--model", ran.model, "--dir", tmp_path)
+    interrupted(
+        monkeypatch, capsys, module, "--data", data, "--model", ran.model, "--dir", tmp_path
+    )
 
 
 def test_every_kind_of_file_and_a_split_named_validation_give_the_same(monkeypatch, ran, tmp_path):
@@ -285,22 +402,43 @@ def test_every_kind_of_file_and_a_split_named_validation_give_the_same(monkeypat
     data_of(tmp_path / "plain", ran, 6)
     for split, name in (("train", "train"), ("test", "validation")):
         frame = pd.DataFrame(rows_of(ran, split)[:4])
-        frame.to_csv(tmp_path / "csv" / (f"{name}.csv.gz" if split == "train" else f"{name}.csv"), index=False)
+        frame.to_csv(
+            tmp_path / "csv" / (f"{name}.csv.gz" if split == "train" else f"{name}.csv"),
+            index=False,
+        )
         for shard in (0, 1):
-            frame[2 * shard:2 * shard + 2].to_parquet(tmp_path / "hub" / f"{name}-0000{shard}-of-00002.parquet")
-        (tmp_path / "gz" / f"{name}.jsonl.gz").write_bytes(gzip.compress(
-            (tmp_path / "plain" / f"{split}.jsonl").read_bytes()))
+            frame[2 * shard : 2 * shard + 2].to_parquet(
+                tmp_path / "hub" / f"{name}-0000{shard}-of-00002.parquet"
+            )
+        (tmp_path / "gz" / f"{name}.jsonl.gz").write_bytes(
+            gzip.compress((tmp_path / "plain" / f"{split}.jsonl").read_bytes())
+        )
     for kind in ("plain", "csv", "hub", "gz"):
-        call(monkeypatch, script("prepare"), "--data", tmp_path / kind, "--model", ran.model, "--limit", 4, "--dir",
-             tmp_path / f"{kind}.out")
+        call(
+            monkeypatch,
+            script("prepare"),
+            "--data",
+            tmp_path / kind,
+            "--model",
+            ran.model,
+            "--limit",
+            4,
+            "--dir",
+            tmp_path / f"{kind}.out",
+        )
     for name in FILES:
-        first, *others = (plain(load_file(tmp_path / f"{kind}.out" / name)) for kind in ("plain", "csv", "hub", "gz"))
+        first, *others = (
+            plain(load_file(tmp_path / f"{kind}.out" / name))
+            for kind in ("plain", "csv", "hub", "gz")
+        )
         assert others == [first] * 3
         assert first["scores"] == plain(load_file(ran.folder / name)["scores"][:4])
         assert len(first["embeddings"][1]) == 32
 
 
-def test_a_hub_of_another_size_is_warned_about_and_its_rows_are_named(monkeypatch, capsys, ran, tmp_path):
+def test_a_hub_of_another_size_is_warned_about_and_its_rows_are_named(
+    monkeypatch, capsys, ran, tmp_path
+):
     splits = {split: rows_of(ran, split)[:2] for split in ("train", "test")}
     serve_hub(monkeypatch, **splits)
     call(monkeypatch, script("prepare"), "--model", ran.model, "--dir", tmp_path)
@@ -310,9 +448,17 @@ def test_a_hub_of_another_size_is_warned_about_and_its_rows_are_named(monkeypatc
     with safe_open(tmp_path / lore.embedding_files.HEAD_FILE, "pt") as file:
         assert json.loads(file.metadata()["about"])["data"] == personalllm.DATASET
     for split in splits:
-        serve_hub(monkeypatch, **{**splits, split: [splits[split][0], {**splits[split][1], "prompt": None}]})
-        refused(monkeypatch, capsys, script("prepare"), ["--model", ran.model, "--dir", tmp_path],
-                f"{personalllm.DATASET}, {split}, row 2: prompt")
+        serve_hub(
+            monkeypatch,
+            **{**splits, split: [splits[split][0], {**splits[split][1], "prompt": None}]},
+        )
+        refused(
+            monkeypatch,
+            capsys,
+            script("prepare"),
+            ["--model", ran.model, "--dir", tmp_path],
+            f"{personalllm.DATASET}, {split}, row 2: prompt",
+        )
 
 
 def test_two_equal_responses_are_counted_and_warned_about(monkeypatch, capsys, ran, tmp_path):
@@ -335,16 +481,32 @@ def test_other_embeddings_are_replaced_only_with_overwrite(monkeypatch, capsys, 
     call(monkeypatch, script("prepare"), *options, "--overwrite")
     assert load_file(embeddings / "train.safetensors")["scores"].shape == (3, 8, 10)
     refused(monkeypatch, capsys, script("prepare"), options[:-2], "--overwrite")
-    (embeddings / lore.embedding_files.HEAD_FILE).unlink()  # files of the released script come without
+    (
+        embeddings / lore.embedding_files.HEAD_FILE
+    ).unlink()  # files of the released script come without
     refused(monkeypatch, capsys, script("prepare"), options, "--overwrite")
 
 
-@pytest.mark.parametrize("column, value", [
-    ("response_4_beaver_7b", ...), ("response_4_beaver_7b", None), ("response_1_gemma_2b", "high"),
-    ("response_8_mistral_ray", float("nan")), ("response_8_mistral_ray", float("-inf")),
-    ("response_8_mistral_ray", 1e300), ("response_5_gemma_7b", [1.0]), ("response_3", None), ("response_8", ...),
-    ("response_8", 3), ("prompt", None), ("prompt", ...)])
-def test_a_spoilt_row_is_named_and_nothing_is_lost(monkeypatch, capsys, ran, embeddings, tmp_path, column, value):
+@pytest.mark.parametrize(
+    "column, value",
+    [
+        ("response_4_beaver_7b", ...),
+        ("response_4_beaver_7b", None),
+        ("response_1_gemma_2b", "high"),
+        ("response_8_mistral_ray", float("nan")),
+        ("response_8_mistral_ray", float("-inf")),
+        ("response_8_mistral_ray", 1e300),
+        ("response_5_gemma_7b", [1.0]),
+        ("response_3", None),
+        ("response_8", ...),
+        ("response_8", 3),
+        ("prompt", None),
+        ("prompt", ...),
+    ],
+)
+def test_a_spoilt_row_is_named_and_nothing_is_lost(
+    monkeypatch, capsys, ran, embeddings, tmp_path, column, value
+):
     data = data_of(tmp_path / "data", ran, 6)
     rows = rows_in(data / "test.jsonl")
     rows[2][column] = value
@@ -352,37 +514,68 @@ def test_a_spoilt_row_is_named_and_nothing_is_lost(monkeypatch, capsys, ran, emb
         del rows[2][column]
     write_rows(data / "test.jsonl", rows)
     before = content_of(embeddings)
-    refused(monkeypatch, capsys, script("prepare"), ["--data", data, "--model", ran.model, "--dir", embeddings,
-                                                     "--overwrite"], f"test.jsonl, row 3: {column}: ")
+    refused(
+        monkeypatch,
+        capsys,
+        script("prepare"),
+        ["--data", data, "--model", ran.model, "--dir", embeddings, "--overwrite"],
+        f"test.jsonl, row 3: {column}: ",
+    )
     assert content_of(embeddings) == before
 
 
-@pytest.mark.parametrize("spoil, named", [
-    (lambda path: path.write_bytes(path.read_bytes()[:-20]), "row 6"),
-    (lambda path: path.write_text("<html>429 Too Many Requests</html>"), "row 1"),
-    (lambda path: path.write_text("[1, 2]\n"), "row 1"), (lambda path: path.unlink(), "test.jsonl"),
-    (lambda path: path.write_text(""), "no row in it"),
-    (lambda path: shutil.copy(path, path.with_name("train-2.jsonl")), "train-2.jsonl"),
-    (lambda path: shutil.move(path, path.with_name("train_latest.jsonl")) and path.with_name("test.jsonl").unlink(),
-     "train_latest.jsonl")])
+@pytest.mark.parametrize(
+    "spoil, named",
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-20]), "row 6"),
+        (lambda path: path.write_text("<html>429 Too Many Requests</html>"), "row 1"),
+        (lambda path: path.write_text("[1, 2]\n"), "row 1"),
+        (lambda path: path.unlink(), "test.jsonl"),
+        (lambda path: path.write_text(""), "no row in it"),
+        (lambda path: shutil.copy(path, path.with_name("train-2.jsonl")), "train-2.jsonl"),
+        (
+            lambda path: (
+                shutil.move(path, path.with_name("train_latest.jsonl"))
+                and path.with_name("test.jsonl").unlink()
+            ),
+            "train_latest.jsonl",
+        ),
+    ],
+)
 def test_damaged_data_are_named(monkeypatch, capsys, ran, tmp_path, spoil, named):
     data = data_of(tmp_path / "data", ran, 6)
     spoil(data / "train.jsonl")
-    refused(monkeypatch, capsys, script("prepare"), ["--data", data, "--model", ran.model, "--dir", tmp_path / "out"],
-            "train", named)
+    refused(
+        monkeypatch,
+        capsys,
+        script("prepare"),
+        ["--data", data, "--model", ran.model, "--dir", tmp_path / "out"],
+        "train",
+        named,
+    )
     assert not content_of(tmp_path / "out")
 
 
-@pytest.mark.parametrize("arguments, named", [
-    (["--limit", 0], "--limit: 0"), (["--limit", "many"], "--limit"), (["--demo", "--model", "x"], "--demo"),
-    (["--data", "/nowhere", "--model", "x"], "/nowhere"), (["--sideways"], "--sideways"), ([], "--demo")])
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--limit", 0], "--limit: 0"),
+        (["--limit", "many"], "--limit"),
+        (["--demo", "--model", "x"], "--demo"),
+        (["--data", "/nowhere", "--model", "x"], "/nowhere"),
+        (["--sideways"], "--sideways"),
+        ([], "--demo"),
+    ],
+)
 def test_an_unusable_command_line_is_one_line(monkeypatch, capsys, tmp_path, arguments, named):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused(monkeypatch, capsys, script("prepare"), [*arguments, "--dir", tmp_path], named)
 
 
 def test_a_demo_on_a_full_disk_is_one_line(tmp_path):
-    status, _, err = start(SCRIPTS, "prepare", "--demo", "--dir", tmp_path / "out", largest_file=200_000).outcome()
+    status, _, err = start(
+        SCRIPTS, "prepare", "--demo", "--dir", tmp_path / "out", largest_file=200_000
+    ).outcome()
     assert status == 2 and [line.startswith("error: ") for line in err.splitlines()] == [True]
     assert not list(tmp_path.glob("out/*.safetensors"))
 
@@ -396,7 +589,14 @@ def released(monkeypatch, ran, embeddings, trainer):
     for name in FILES:
         save_file({"embeddings": load_file(embeddings / name)["embeddings"]}, embeddings / name)
     (embeddings / lore.embedding_files.HEAD_FILE).unlink()
-    quick(monkeypatch, trainer, MODEL_NAME=str(ran.model), N=N, N_unseen=N_UNSEEN, fractions=(0.1, 0.05, 1.0))
+    quick(
+        monkeypatch,
+        trainer,
+        MODEL_NAME=str(ran.model),
+        N=N,
+        N_unseen=N_UNSEEN,
+        fractions=(0.1, 0.05, 1.0),
+    )
     return embeddings
 
 
@@ -410,13 +610,24 @@ def test_released_files_read_their_scores_from_the_data_set(monkeypatch, ran, re
     assert results_in(released)["fits"] == fits
 
 
-def test_released_files_of_another_data_set_are_named(monkeypatch, capsys, ran, released, trainer, tmp_path):
+def test_released_files_of_another_data_set_are_named(
+    monkeypatch, capsys, ran, released, trainer, tmp_path
+):
     for split, prompts in (("train", TRAIN), ("test", TEST - 1)):
         write_rows(tmp_path / "data" / f"{split}.jsonl", rows_of(ran, split)[:prompts])
     before = content_of(released)
-    refused(monkeypatch, capsys, trainer, ["--dir", released, "--data", tmp_path / "data"],
-            released / "test.safetensors", "(480, 64)", "(59, 8, 10)")
-    refused(monkeypatch, capsys, trainer, ["--dir", released, "--data", tmp_path / "nowhere"], "nowhere")
+    refused(
+        monkeypatch,
+        capsys,
+        trainer,
+        ["--dir", released, "--data", tmp_path / "data"],
+        released / "test.safetensors",
+        "(480, 64)",
+        "(59, 8, 10)",
+    )
+    refused(
+        monkeypatch, capsys, trainer, ["--dir", released, "--data", tmp_path / "nowhere"], "nowhere"
+    )
     serve_hub(monkeypatch)
     refused(monkeypatch, capsys, trainer, ["--dir", released], personalllm.DATASET, "--data")
     assert content_of(released) == before
@@ -425,17 +636,42 @@ def test_released_files_of_another_data_set_are_named(monkeypatch, capsys, ran, 
 def test_files_of_the_versions_before_load(monkeypatch, tmp_path, trainer):
     generator = torch.Generator().manual_seed(0)
     for name in FILES:
-        save_file({"embeddings": torch.randn(160, 4, generator=generator).bfloat16(),
-                   "scores": torch.randn(20, 8, 10, generator=generator)}, tmp_path / name,
-                  {"about": json.dumps({"scorers": SCORERS})})
-    about = {"identity": {"model": "m", "reward_head": hashlib.sha256(json.dumps(torch.ones(4, 1).tolist()).encode()).hexdigest(), "data": "1" * 64}, "model": "m", "data": "d",
-             "demo": True, "files": {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
-                                     for name in FILES}}
-    save_file({"reward_head": torch.ones(4, 1)}, tmp_path / lore.embedding_files.HEAD_FILE, {"about": json.dumps(about)})
+        save_file(
+            {
+                "embeddings": torch.randn(160, 4, generator=generator).bfloat16(),
+                "scores": torch.randn(20, 8, 10, generator=generator),
+            },
+            tmp_path / name,
+            {"about": json.dumps({"scorers": SCORERS})},
+        )
+    about = {
+        "identity": {
+            "model": "m",
+            "reward_head": hashlib.sha256(
+                json.dumps(torch.ones(4, 1).tolist()).encode()
+            ).hexdigest(),
+            "data": "1" * 64,
+        },
+        "model": "m",
+        "data": "d",
+        "demo": True,
+        "files": {
+            name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in FILES
+        },
+    }
+    save_file(
+        {"reward_head": torch.ones(4, 1)},
+        tmp_path / lore.embedding_files.HEAD_FILE,
+        {"about": json.dumps(about)},
+    )
     call(monkeypatch, trainer, "--dir", tmp_path)
     results = results_in(tmp_path)
-    assert results["config"]["data"] == "PersonalLLM (d)" and results["identity"] == about["identity"]
-    assert results["counts"]["train pairs"] == 2 * N and results["config"]["N"] == N  # the demo's users
+    assert (
+        results["config"]["data"] == "PersonalLLM (d)" and results["identity"] == about["identity"]
+    )
+    assert (
+        results["counts"]["train pairs"] == 2 * N and results["config"]["N"] == N
+    )  # the demo's users
 
 
 # ---- train_basis.py: what it refuses and drops ----------------------------------------------------------------------
@@ -450,29 +686,53 @@ def spoil(folder, name, change):
         sign_again(folder)
 
 
-@pytest.mark.parametrize("name, change, named", [
-    ("train", lambda t: t.update(embeddings=t["embeddings"][:-8]), ["(1912, 64)", "(240, 8, 10)"]),
-    ("test", lambda t: t.update(embeddings=t["embeddings"][1:]), ["(479, 64)", "(60, 8, 10)"]),
-    ("train", lambda t: t.update(scores=t["scores"][:, :7]), ["(240, 7, 10)"]),
-    ("train", lambda t: t.update(scores=t["scores"][:, :, :9]), ["(240, 8, 9)"]),
-    ("test", lambda t: t["embeddings"][13, 5:6].fill_(float("nan")), ["NaN"]),
-    ("train", lambda t: t["embeddings"][1919, :1].fill_(float("-inf")), ["infinite"]),
-    ("test", lambda t: t["scores"][3, 2, 1:2].fill_(float("nan")), ["NaN"]),
-    ("test", lambda t: t.pop("embeddings"), ["embeddings of shape (0,)"]),
-    ("test", lambda t: t.update(embeddings=t["embeddings"][:, :32]), ["d = 32", "d = 64", "train.safetensors"])])
-def test_spoilt_embeddings_are_named_and_nothing_written(monkeypatch, capsys, embeddings, trainer, name, change, named):
+@pytest.mark.parametrize(
+    "name, change, named",
+    [
+        (
+            "train",
+            lambda t: t.update(embeddings=t["embeddings"][:-8]),
+            ["(1912, 64)", "(240, 8, 10)"],
+        ),
+        ("test", lambda t: t.update(embeddings=t["embeddings"][1:]), ["(479, 64)", "(60, 8, 10)"]),
+        ("train", lambda t: t.update(scores=t["scores"][:, :7]), ["(240, 7, 10)"]),
+        ("train", lambda t: t.update(scores=t["scores"][:, :, :9]), ["(240, 8, 9)"]),
+        ("test", lambda t: t["embeddings"][13, 5:6].fill_(float("nan")), ["NaN"]),
+        ("train", lambda t: t["embeddings"][1919, :1].fill_(float("-inf")), ["infinite"]),
+        ("test", lambda t: t["scores"][3, 2, 1:2].fill_(float("nan")), ["NaN"]),
+        ("test", lambda t: t.pop("embeddings"), ["embeddings of shape (0,)"]),
+        (
+            "test",
+            lambda t: t.update(embeddings=t["embeddings"][:, :32]),
+            ["d = 32", "d = 64", "train.safetensors"],
+        ),
+    ],
+)
+def test_spoilt_embeddings_are_named_and_nothing_written(
+    monkeypatch, capsys, embeddings, trainer, name, change, named
+):
     spoil(embeddings, f"{name}.safetensors", change)
     before = content_of(embeddings)
-    refused(monkeypatch, capsys, trainer, ["--dir", embeddings], embeddings / f"{name}.safetensors", *named)
+    refused(
+        monkeypatch,
+        capsys,
+        trainer,
+        ["--dir", embeddings],
+        embeddings / f"{name}.safetensors",
+        *named,
+    )
     assert content_of(embeddings) == before
 
 
-def test_embeddings_of_another_run_and_heads_of_another_width_or_with_nan_are_named(monkeypatch, capsys, embeddings,
-                                                                                   trainer):
+def test_embeddings_of_another_run_and_heads_of_another_width_or_with_nan_are_named(
+    monkeypatch, capsys, embeddings, trainer
+):
     path, head = embeddings / "test.safetensors", embeddings / lore.embedding_files.HEAD_FILE
     whole = head.read_bytes()
-    for change, named in ((lambda t: t.update(reward_head=t["reward_head"][:32]), ["(32, 1)", "d = 64"]),
-                          (lambda t: t["reward_head"][5].fill_(float("nan")), [lore.embedding_files.HEAD_FILE])):
+    for change, named in (
+        (lambda t: t.update(reward_head=t["reward_head"][:32]), ["(32, 1)", "d = 64"]),
+        (lambda t: t["reward_head"][5].fill_(float("nan")), [lore.embedding_files.HEAD_FILE]),
+    ):
         spoil(embeddings, lore.embedding_files.HEAD_FILE, change)
         refused(monkeypatch, capsys, trainer, ["--dir", embeddings], "reward head", *named)
         head.write_bytes(whole)
@@ -485,45 +745,70 @@ def test_embeddings_of_another_run_and_heads_of_another_width_or_with_nan_are_na
 def test_truncated_and_missing_files_are_named(monkeypatch, capsys, embeddings, trainer, name):
     path = embeddings / name
     content = path.read_bytes()
-    path.write_bytes(content[:len(content) // 2])
+    path.write_bytes(content[: len(content) // 2])
     refused(monkeypatch, capsys, trainer, ["--dir", embeddings], path, "write it again")
-    assert path.read_bytes() == content[:len(content) // 2]
+    assert path.read_bytes() == content[: len(content) // 2]
     path.unlink()
     if name != lore.embedding_files.HEAD_FILE:  # without it the head is read from the checkpoint
         refused(monkeypatch, capsys, trainer, ["--dir", embeddings], path, "prepare.py")
     assert not (embeddings / "results").exists()
 
 
-@pytest.mark.parametrize("name, constants, named", [
-    ("train_basis", {"demo_fractions": (0.0, 0.05, 1.0)}, "fractions: "),
-    ("train_basis", {"fractions": (0.1, 0.05, 1.1)}, "fractions: 1.1"),
-    ("train_basis", {"fractions": 0.1}, "fractions"),
-    ("train_basis", {"fractions": (0.1, 0.05)}, "fractions"), ("train_basis", {"demo_N": 0}, "N: 0"),
-    ("train_basis", {"N": 2.5}, "N: 2.5"), ("train_basis", {"demo_N_unseen": 0}, "N_unseen: 0"),
-    ("train_basis", {"demo_N": True}, "N: True"), ("train_basis", {"concentration": 0}, "concentration: 0"),
-    ("train_basis", {"concentration": [0.1] * 10}, "concentration"),
-    ("train_basis", {"population_seed": -1}, "seed: -1"),
-    ("train_basis", {"population_seed": 2**32}, "seed: 4294967296"), ("train_basis", {"K_list": []}, "K_list"),
-    ("train_basis", {"num_iterations": -5}, "num_iterations"), ("train_basis", {"alpha_list": [None]}, "alpha_list"),
-    ("vary_fewshot", {"demo_fractions": (0.1, -1, 1.0)}, "fractions: -1"), ("vary_fewshot", {"demo_N": 0}, "N: 0"),
-    ("vary_fewshot", {"num_shots": [0]}, "num_shots"), ("vary_fewshot", {"trials": 1.5}, "trials")])
-def test_an_unusable_constant_is_named_before_any_data_are_read(monkeypatch, capsys, tmp_path, name, constants, named):
+@pytest.mark.parametrize(
+    "name, constants, named",
+    [
+        ("train_basis", {"demo_fractions": (0.0, 0.05, 1.0)}, "fractions: "),
+        ("train_basis", {"fractions": (0.1, 0.05, 1.1)}, "fractions: 1.1"),
+        ("train_basis", {"fractions": 0.1}, "fractions"),
+        ("train_basis", {"fractions": (0.1, 0.05)}, "fractions"),
+        ("train_basis", {"demo_N": 0}, "N: 0"),
+        ("train_basis", {"N": 2.5}, "N: 2.5"),
+        ("train_basis", {"demo_N_unseen": 0}, "N_unseen: 0"),
+        ("train_basis", {"demo_N": True}, "N: True"),
+        ("train_basis", {"concentration": 0}, "concentration: 0"),
+        ("train_basis", {"concentration": [0.1] * 10}, "concentration"),
+        ("train_basis", {"population_seed": -1}, "seed: -1"),
+        ("train_basis", {"population_seed": 2**32}, "seed: 4294967296"),
+        ("train_basis", {"K_list": []}, "K_list"),
+        ("train_basis", {"num_iterations": -5}, "num_iterations"),
+        ("train_basis", {"alpha_list": [None]}, "alpha_list"),
+        ("vary_fewshot", {"demo_fractions": (0.1, -1, 1.0)}, "fractions: -1"),
+        ("vary_fewshot", {"demo_N": 0}, "N: 0"),
+        ("vary_fewshot", {"num_shots": [0]}, "num_shots"),
+        ("vary_fewshot", {"trials": 1.5}, "trials"),
+    ],
+)
+def test_an_unusable_constant_is_named_before_any_data_are_read(
+    monkeypatch, capsys, tmp_path, name, constants, named
+):
     module = quick(monkeypatch, script(name), **constants)
     refused(monkeypatch, capsys, module, ["--dir", tmp_path / "out"], named)
     assert not content_of(tmp_path)
 
 
-def test_a_fraction_that_leaves_no_pairs_of_these_prompts_is_named(monkeypatch, capsys, embeddings, trainer):
+def test_a_fraction_that_leaves_no_pairs_of_these_prompts_is_named(
+    monkeypatch, capsys, embeddings, trainer
+):
     quick(monkeypatch, trainer, demo_fractions=(0.004, 0.05, 1.0))
     before = content_of(embeddings)
-    refused(monkeypatch, capsys, trainer, ["--dir", embeddings], "train: fraction 0.004", "240 prompts", "no pairs")
+    refused(
+        monkeypatch,
+        capsys,
+        trainer,
+        ["--dir", embeddings],
+        "train: fraction 0.004",
+        "240 prompts",
+        "no pairs",
+    )
     assert content_of(embeddings) == before
 
 
 def tie(prompts):
     """A change of a file's tensors: all responses to these prompts have the scores of the first."""
+
     def change(tensors):
         tensors["scores"][prompts] = tensors["scores"][prompts, :1].expand(-1, 8, -1)
+
     return change
 
 
@@ -533,12 +818,19 @@ def test_tied_prompts_are_dropped_and_counted(monkeypatch, capsys, ran, embeddin
     assert f"{2 * (N + N_UNSEEN)} pairs dropped, all responses tied" in capsys.readouterr().out
     results = results_in(embeddings)
     assert results["config"]["pairs_dropped"] == 2 * (N + N_UNSEEN)
-    reward = load_file(embeddings / "test.safetensors")["embeddings"].double() @ load_file(
-        embeddings / lore.embedding_files.HEAD_FILE)["reward_head"].double()[:, 0]
+    reward = (
+        load_file(embeddings / "test.safetensors")["embeddings"].double()
+        @ load_file(embeddings / lore.embedding_files.HEAD_FILE)["reward_head"].double()[:, 0]
+    )
     rows = rows_of(ran, "test")
-    for i, w in enumerate(load_file(embeddings / "results" / "population.safetensors")["unseen"][:5]):
-        right = [float(reward[best] > reward[worst]) for place, (best, worst) in
-                 enumerate(zip(*loop_over_responses(rows, w))) if place not in (5, 17)]
+    for i, w in enumerate(
+        load_file(embeddings / "results" / "population.safetensors")["unseen"][:5]
+    ):
+        right = [
+            float(reward[best] > reward[worst])
+            for place, (best, worst) in enumerate(zip(*loop_over_responses(rows, w)))
+            if place not in (5, 17)
+        ]
         found = results["fits"][0]["accuracy_of_user"][FINAL][f"unseen_{i}"]
         assert found == pytest.approx(np.mean(right), abs=0.02)
         assert found * 58 == pytest.approx(round(found * 58), abs=1e-4)  # of 58 pairs, not of 60

@@ -15,11 +15,24 @@ from helpers import input_error, planted_basis, planted_pairs, planted_weights
 
 import lore.files
 import utils
-from utils import LoRe, LoRe_regularized, Pairs, PersonalizeBatch, evaluate_model, run, run_few_shot_vary_shots
+from utils import (
+    LoRe,
+    LoRe_regularized,
+    Pairs,
+    PersonalizeBatch,
+    evaluate_model,
+    run,
+    run_few_shot_vary_shots,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SETTINGS = ("Train Performance", "Seen User Unseen Prompts", "Few Shot Train Performance", "Unseen User Unseen Prompts")
+SETTINGS = (
+    "Train Performance",
+    "Seen User Unseen Prompts",
+    "Few Shot Train Performance",
+    "Unseen User Unseen Prompts",
+)
 d, N, N_UNSEEN = 6, 9, 5
 PLANTED = planted_basis(d, 3)
 V_FINAL = PLANTED.mean(1, keepdim=True)
@@ -27,13 +40,19 @@ V_FINAL = PLANTED.mean(1, keepdim=True)
 
 def planted_features():
     """Train and test pairs of the seen users, then of the unseen, in the order of `run`; users have 12 to 44 pairs."""
-    return [[X[: 12 + 4 * i] for i, X in enumerate(part)] for part in planted_crowd(N, N_UNSEEN, (44, 44, 44, 44))]
+    return [
+        [X[: 12 + 4 * i] for i, X in enumerate(part)]
+        for part in planted_crowd(N, N_UNSEEN, (44, 44, 44, 44))
+    ]
 
 
 def planted_crowd(N, N_unseen, pairs):
     """`pairs` of each user, in the order of `run`'s features."""
     seen, unseen = planted_weights(N, 3), planted_weights(N_unseen, 3, seed=1)
-    return [planted_pairs(PLANTED, W, m, seed) for seed, (W, m) in enumerate(zip((seen, seen, unseen, unseen), pairs))]
+    return [
+        planted_pairs(PLANTED, W, m, seed)
+        for seed, (W, m) in enumerate(zip((seen, seen, unseen, unseen), pairs))
+    ]
 
 
 CROWD = 60, 20, (100, 100, 40, 200)  # enough users to find the planted basis
@@ -47,10 +66,27 @@ def printed_by(pipeline, *arguments, **options):
     return found, out.getvalue(), fits
 
 
-def sweep(K_list=(0, 1, 3), alpha_list=(0, 0.1), features=None, V_final=V_FINAL, users=(N, N_UNSEEN), pipeline=run,
-          num_iterations=60, **options):
-    return printed_by(pipeline, K_list, alpha_list, V_final, *(features or planted_features()), *users,
-                      "cpu", num_iterations=num_iterations, **options)
+def sweep(
+    K_list=(0, 1, 3),
+    alpha_list=(0, 0.1),
+    features=None,
+    V_final=V_FINAL,
+    users=(N, N_UNSEEN),
+    pipeline=run,
+    num_iterations=60,
+    **options,
+):
+    return printed_by(
+        pipeline,
+        K_list,
+        alpha_list,
+        V_final,
+        *(features or planted_features()),
+        *users,
+        "cpu",
+        num_iterations=num_iterations,
+        **options,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +106,20 @@ def accuracy_by_counting(X, V, w):
 
 def accuracies_by_counting(fit):
     """setting -> one accuracy per user."""
-    return {setting: [accuracy_by_counting(X, fit.V, w) for X, w in zip(part, W, strict=True)]
-            for setting, part, W in zip(SETTINGS, planted_features(), (fit.W, fit.W, fit.W_unseen, fit.W_unseen))}
+    return {
+        setting: [accuracy_by_counting(X, fit.V, w) for X, w in zip(part, W, strict=True)]
+        for setting, part, W in zip(
+            SETTINGS, planted_features(), (fit.W, fit.W, fit.W_unseen, fit.W_unseen)
+        )
+    }
 
 
 def assert_same_weights(one, other):
     """Of logits too, which still move where the weights have nearly reached a corner of the simplex."""
-    for x, y in ((one, torch.stack(other)), (one.clamp(1e-30).log(), torch.stack(other).clamp(1e-30).log())):
+    for x, y in (
+        (one, torch.stack(other)),
+        (one.clamp(1e-30).log(), torch.stack(other).clamp(1e-30).log()),
+    ):
         torch.testing.assert_close(x, y, rtol=1e-2, atol=1e-3)
 
 
@@ -84,8 +127,11 @@ def expected_print(headings, of_settings):
     """The quickstart's step 5: the headings of a model, then each setting's name and its two lines."""
     lines = list(headings)
     for setting, accuracies in of_settings.items():
-        lines += [setting, f"Average accuracy: {statistics.fmean(accuracies):.4f}",
-                  f"Standard deviation of accuracy: {statistics.pstdev(accuracies):.4f}"]
+        lines += [
+            setting,
+            f"Average accuracy: {statistics.fmean(accuracies):.4f}",
+            f"Standard deviation of accuracy: {statistics.pstdev(accuracies):.4f}",
+        ]
     return "".join(line + "\n" for line in lines)
 
 
@@ -109,14 +155,18 @@ def test_a_sweep_returns_means_over_users_and_a_quarter_of_their_standard_deviat
 def test_the_accuracies_of_a_fit_are_those_of_its_basis_and_weights(swept):
     for fit in swept[2]:
         assert list(fit.accuracies) == list(SETTINGS)
-        for setting, part, W in zip(SETTINGS, planted_features(), (fit.W, fit.W, fit.W_unseen, fit.W_unseen)):
+        for setting, part, W in zip(
+            SETTINGS, planted_features(), (fit.W, fit.W, fit.W_unseen, fit.W_unseen)
+        ):
             of_users = [evaluate_model(X, fit.V, w) for X, w in zip(part, W)]
             assert fit.accuracies[setting].tolist() == pytest.approx(of_users)
 
 
 def test_a_sweep_goes_through_the_penalties_and_for_each_through_the_ranks(swept):
     found, _, fits = swept
-    assert [(fit.alpha, fit.K, fit.seed) for fit in fits] == [(alpha, K, 0) for alpha in (0, 0.1) for K in (0, 1, 3)]
+    assert [(fit.alpha, fit.K, fit.seed) for fit in fits] == [
+        (alpha, K, 0) for alpha in (0, 0.1) for K in (0, 1, 3)
+    ]
     alone = [sweep(K_list=[K], alpha_list=[alpha])[0] for alpha, K in ((0, 3), (0.1, 1))]
     for i, single in zip((2, 4), alone):
         assert [values[i] for values in found] == pytest.approx([values[0] for values in single])
@@ -126,7 +176,9 @@ def test_rank_0_is_the_reward_head_with_weights_of_one(swept, swept_regularized)
     for _, _, fits in (swept, swept_regularized):
         for fit in (fits[0], fits[3]):
             assert torch.equal(fit.V, V_FINAL)
-            assert torch.equal(fit.W, torch.ones(N, 1)) and torch.equal(fit.W_unseen, torch.ones(N_UNSEEN, 1))
+            assert torch.equal(fit.W, torch.ones(N, 1)) and torch.equal(
+                fit.W_unseen, torch.ones(N_UNSEEN, 1)
+            )
 
 
 def test_rank_1_gives_every_unseen_user_the_weight_1(swept, swept_regularized):
@@ -140,29 +192,43 @@ def test_run_trains_lore_at_a_half_and_fits_the_unseen_at_a_tenth(swept):
     train, _, unseen, _ = planted_features()
     for fit in swept[2]:
         if fit.K:
-            w, V = LoRe(V_FINAL, fit.alpha, N, d, fit.K, num_iterations=60, learning_rate=0.5).train(train)
+            w, V = LoRe(
+                V_FINAL, fit.alpha, N, d, fit.K, num_iterations=60, learning_rate=0.5
+            ).train(train)
             torch.testing.assert_close((fit.W, fit.V), (w, V), rtol=1e-3, atol=1e-3)
         if fit.K > 1:
-            w_unseen = PersonalizeBatch(N_UNSEEN, d, 3, num_iterations=500, learning_rate=0.1).train(unseen, fit.V)
+            w_unseen = PersonalizeBatch(
+                N_UNSEEN, d, 3, num_iterations=500, learning_rate=0.1
+            ).train(unseen, fit.V)
             assert_same_weights(fit.W_unseen, w_unseen)
 
 
-def test_run_regularized_trains_the_alternating_model_and_fits_the_unseen_at_a_half(swept_regularized):
+def test_run_regularized_trains_the_alternating_model_and_fits_the_unseen_at_a_half(
+    swept_regularized,
+):
     train, _, unseen, _ = planted_features()
     for fit in swept_regularized[2]:
         if fit.K:
-            w, V = LoRe_regularized(V_FINAL, fit.alpha, N, d, fit.K, num_iterations=60, learning_rate=0.5).train(train)
+            w, V = LoRe_regularized(
+                V_FINAL, fit.alpha, N, d, fit.K, num_iterations=60, learning_rate=0.5
+            ).train(train)
             torch.testing.assert_close((fit.W, fit.V), (w, V), rtol=1e-3, atol=1e-3)
         kept = fit.V.shape[1]
         if kept > 1:
-            w_unseen = PersonalizeBatch(N_UNSEEN, d, kept, num_iterations=500, learning_rate=0.5).train(unseen, fit.V)
+            w_unseen = PersonalizeBatch(
+                N_UNSEEN, d, kept, num_iterations=500, learning_rate=0.5
+            ).train(unseen, fit.V)
             assert_same_weights(fit.W_unseen, w_unseen)
     assert any(1 < fit.V.shape[1] < 8 for fit in swept_regularized[2])  # columns were left out
 
 
 def test_run_regularized_keeps_every_column_at_threshold_0():
     _, _, fits = sweep(pipeline=utils.run_regularized, K_list=[8], alpha_list=[0], threshold=0)
-    assert fits[0].V.shape == (d, 8) and fits[0].W.shape == (N, 8) and fits[0].W_unseen.shape == (N_UNSEEN, 8)
+    assert (
+        fits[0].V.shape == (d, 8)
+        and fits[0].W.shape == (N, 8)
+        and fits[0].W_unseen.shape == (N_UNSEEN, 8)
+    )
 
 
 def test_the_published_number_of_iterations_is_the_default():
@@ -170,13 +236,20 @@ def test_the_published_number_of_iterations_is_the_default():
     fits = []
     with contextlib.redirect_stdout(io.StringIO()):
         run([2], [0], V_FINAL, *planted_features(), N, N_UNSEEN, "cpu", fits=fits)
-    torch.testing.assert_close(fits[0].V, LoRe(None, 0, N, d, 2, 1000, 0.5).train(train)[1], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        fits[0].V, LoRe(None, 0, N, d, 2, 1000, 0.5).train(train)[1], rtol=1e-3, atol=1e-3
+    )
     assert utils.run_regularized.__defaults__[1] == 20000
 
 
 def test_planted_users_are_served_best_at_the_planted_rank():
-    _, seen, _, unseen, *_ = sweep(K_list=(0, 1, 3), alpha_list=[0], num_iterations=1000,
-                                   features=planted_crowd(*CROWD), users=CROWD[:2])[0]
+    _, seen, _, unseen, *_ = sweep(
+        K_list=(0, 1, 3),
+        alpha_list=[0],
+        num_iterations=1000,
+        features=planted_crowd(*CROWD),
+        users=CROWD[:2],
+    )[0]
     assert seen[2] > 0.9 and unseen[2] > 0.88
     assert max(*seen[:2], *unseen[:2]) < 0.8
 
@@ -188,16 +261,25 @@ def test_planted_users_are_served_best_at_the_planted_rank():
 
 def test_run_prints_the_quickstarts_lines(swept):
     _, printed, fits = swept
-    assert printed == "".join(expected_print([f"K : {fit.K}"], accuracies_by_counting(fit)) for fit in fits)
-    assert re.match(r"K : 0\nTrain Performance\nAverage accuracy: 0\.\d{4}\nStandard deviation of accuracy: 0\.\d{4}\n"
-                    r"Seen User Unseen Prompts\n", printed)
+    assert printed == "".join(
+        expected_print([f"K : {fit.K}"], accuracies_by_counting(fit)) for fit in fits
+    )
+    assert re.match(
+        r"K : 0\nTrain Performance\nAverage accuracy: 0\.\d{4}\nStandard deviation of accuracy: 0\.\d{4}\n"
+        r"Seen User Unseen Prompts\n",
+        printed,
+    )
 
 
 def test_run_regularized_prints_alpha_and_rank(swept_regularized):
     _, printed, fits = swept_regularized
-    assert printed == "".join(expected_print([f"alpha : {fit.alpha}", f"Rank : {fit.K}"], accuracies_by_counting(fit))
-                              for fit in fits)
-    assert "alpha : 0\n" in printed and "alpha : 10000.0\n" in printed  # as they stand in alpha_list
+    assert printed == "".join(
+        expected_print([f"alpha : {fit.alpha}", f"Rank : {fit.K}"], accuracies_by_counting(fit))
+        for fit in fits
+    )
+    assert (
+        "alpha : 0\n" in printed and "alpha : 10000.0\n" in printed
+    )  # as they stand in alpha_list
 
 
 def test_pairs_of_two_equal_sides_count_as_wrong():
@@ -217,7 +299,10 @@ def test_several_seeds_are_averaged_user_by_user(swept):
     assert not torch.allclose(fits[0].V, fits[1].V)
     torch.testing.assert_close(fits[0].V, swept[2][2].V, rtol=1e-3, atol=1e-3)
     of_seeds = [accuracies_by_counting(fit) for fit in fits]
-    averaged = {s: [statistics.fmean(users) for users in zip(*(of_seed[s] for of_seed in of_seeds))] for s in SETTINGS}
+    averaged = {
+        s: [statistics.fmean(users) for users in zip(*(of_seed[s] for of_seed in of_seeds))]
+        for s in SETTINGS
+    }
     for j, accuracies in enumerate(averaged.values()):
         assert found[j].tolist() == pytest.approx([statistics.fmean(accuracies)])
         assert found[4 + j].tolist() == pytest.approx([statistics.pstdev(accuracies) / 4])
@@ -237,8 +322,11 @@ def pairs_of_one_table(features):
     return [Pairs(table, of_user, torch.zeros(len(of_user))) for of_user in rows]
 
 
-@pytest.mark.parametrize("as_pairs", [pairs_of_one_table, lambda part: [pairs_of_one_table([X])[0] for X in part]],
-                         ids=["one table", "a table each"])
+@pytest.mark.parametrize(
+    "as_pairs",
+    [pairs_of_one_table, lambda part: [pairs_of_one_table([X])[0] for X in part]],
+    ids=["one table", "a table each"],
+)
 def test_pairs_give_what_the_dense_features_give(swept, as_pairs):
     found, printed, _ = sweep(features=[as_pairs(part) for part in planted_features()])
     assert printed == swept[1]
@@ -250,21 +338,38 @@ def as_generators(features):
     return [(X for X in part) for part in features]
 
 
-@pytest.mark.parametrize("kind", [lambda f: [[X.numpy() for X in part] for part in f], as_generators,
-                                  lambda f: [[X.double() for X in part] for part in f],
-                                  lambda f: [[X.double().numpy() for X in part] for part in f]],
-                         ids=["numpy", "generators", "float64", "numpy float64"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda f: [[X.numpy() for X in part] for part in f],
+        as_generators,
+        lambda f: [[X.double() for X in part] for part in f],
+        lambda f: [[X.double().numpy() for X in part] for part in f],
+    ],
+    ids=["numpy", "generators", "float64", "numpy float64"],
+)
 def test_features_and_heads_of_every_kind_give_the_same_table(swept, kind):
     head = V_FINAL if kind is as_generators else kind([[V_FINAL]])[0][0]
     assert sweep(features=kind(planted_features()), V_final=head)[1] == swept[1]
     options = dict(trials=1, alpha_list=[0], K_list=[2], num_shots=[3], num_iterations=2)
-    assert vary_shots(**options, features=kind(planted_features()), V_final=head) == vary_shots(**options)
+    assert vary_shots(**options, features=kind(planted_features()), V_final=head) == vary_shots(
+        **options
+    )
 
 
-def test_the_kernel_gives_the_table_of_the_plain_way(swept, swept_regularized, every_problem_on_the_kernel):
-    for (found, *_), again in ((swept, sweep()), (swept_regularized, sweep(pipeline=utils.run_regularized,
-                                                  K_list=(0, 1, 8), alpha_list=(0, 1e4)))):
-        np.testing.assert_allclose(found, again[0], atol=0.01)  # a pair at the border may change sides
+def test_the_kernel_gives_the_table_of_the_plain_way(
+    swept, swept_regularized, every_problem_on_the_kernel
+):
+    for (found, *_), again in (
+        (swept, sweep()),
+        (
+            swept_regularized,
+            sweep(pipeline=utils.run_regularized, K_list=(0, 1, 8), alpha_list=(0, 1e4)),
+        ),
+    ):
+        np.testing.assert_allclose(
+            found, again[0], atol=0.01
+        )  # a pair at the border may change sides
 
 
 @pytest.mark.parametrize("pipeline", [run, utils.run_regularized])
@@ -281,11 +386,32 @@ def test_a_sweep_leaves_features_and_reward_head_as_they_were(pipeline):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def vary_shots(trials, alpha_list, K_list, num_shots, num_iterations=300, features=None, V_final=V_FINAL,
-               users=(N, N_UNSEEN), **options):
+def vary_shots(
+    trials,
+    alpha_list,
+    K_list,
+    num_shots,
+    num_iterations=300,
+    features=None,
+    V_final=V_FINAL,
+    users=(N, N_UNSEEN),
+    **options,
+):
     train, _, unseen, unseen_test = features or planted_features()
-    return run_few_shot_vary_shots(trials, alpha_list, K_list, num_shots, train, unseen, unseen_test, V_final,
-                                   *users, "cpu", num_iterations=num_iterations, **options)
+    return run_few_shot_vary_shots(
+        trials,
+        alpha_list,
+        K_list,
+        num_shots,
+        train,
+        unseen,
+        unseen_test,
+        V_final,
+        *users,
+        "cpu",
+        num_iterations=num_iterations,
+        **options,
+    )
 
 
 def test_vary_shots_returns_four_lists_over_the_numbers_of_shots():
@@ -297,18 +423,29 @@ def test_vary_shots_returns_four_lists_over_the_numbers_of_shots():
 
 
 def test_more_shots_serve_planted_users_better():
-    train, _, unseen, _ = vary_shots(4, [0], [3], [1, 4, 16, 40], num_iterations=1000,
-                                     features=planted_crowd(*CROWD), users=CROWD[:2])
+    train, _, unseen, _ = vary_shots(
+        4,
+        [0],
+        [3],
+        [1, 4, 16, 40],
+        num_iterations=1000,
+        features=planted_crowd(*CROWD),
+        users=CROWD[:2],
+    )
     assert unseen == sorted(unseen)
     assert unseen[0] < 0.8 and unseen[3] > 0.88
     assert train[0] > 0.95  # weights fitted to a single pair satisfy it
 
 
 def test_with_the_reward_head_only_the_shots_that_are_drawn_vary():
-    train_mean, train_std, unseen_mean, unseen_std = vary_shots(6, [0], [0], [2, 99], num_iterations=5)
+    train_mean, train_std, unseen_mean, unseen_std = vary_shots(
+        6, [0], [0], [2, 99], num_iterations=5
+    )
     _, _, unseen, unseen_test = planted_features()
-    everything, test = (statistics.fmean(accuracy_by_counting(X, V_FINAL, torch.ones(1)) for X in part)
-                        for part in (unseen, unseen_test))
+    everything, test = (
+        statistics.fmean(accuracy_by_counting(X, V_FINAL, torch.ones(1)) for X in part)
+        for part in (unseen, unseen_test)
+    )
     assert unseen_mean == pytest.approx([test, test]) and unseen_std == pytest.approx([0, 0])
     assert train_std[0] > 0.01
     assert train_mean[1] == pytest.approx(everything) and train_std[1] == pytest.approx(0)
@@ -318,7 +455,10 @@ def test_every_pair_as_shot_is_the_few_shot_fit_of_run():
     train, _, unseen, unseen_test = planted_features()
     _, V = LoRe(None, 0, N, d, 3, num_iterations=500, learning_rate=0.5).train(train)
     w = PersonalizeBatch(N_UNSEEN, d, 3, num_iterations=500, learning_rate=0.1).train(unseen, V)
-    expected = [statistics.fmean(map(evaluate_model, part, [V] * N_UNSEEN, w)) for part in (unseen, unseen_test)]
+    expected = [
+        statistics.fmean(map(evaluate_model, part, [V] * N_UNSEEN, w))
+        for part in (unseen, unseen_test)
+    ]
     train_mean, _, unseen_mean, _ = vary_shots(4, [0], [3], [99], num_iterations=500)
     assert [train_mean[0], unseen_mean[0]] == pytest.approx(expected, abs=0.03)
 
@@ -330,22 +470,31 @@ def test_groups_make_a_shot_a_whole_group():
     thrice = [train, None, [X.repeat_interleave(3, 0) for X in unseen], unseen_test]
     everything = vary_shots(2, [0], [3], [999], features=thrice, groups=groups)
     expected = vary_shots(2, [0], [3], [999])
-    assert everything[0] == pytest.approx(expected[0]) and everything[2] == pytest.approx(expected[2], abs=0.02)
+    assert everything[0] == pytest.approx(expected[0]) and everything[2] == pytest.approx(
+        expected[2], abs=0.02
+    )
     one = vary_shots(6, [0], [0], [1], features=thrice, groups=groups)[0][0] * N_UNSEEN * 6
     assert one == pytest.approx(round(one))  # one group is all right or all wrong
 
 
 def test_vary_shots_is_fixed_by_its_seed():
-    first, same, other = (vary_shots(2, [0], [2], [3], num_iterations=5, seed=seed) for seed in (1, 1, 2))
+    first, same, other = (
+        vary_shots(2, [0], [2], [3], num_iterations=5, seed=seed) for seed in (1, 1, 2)
+    )
     assert list(first) == list(same) != list(other)
 
 
 def test_vary_shots_prints_the_rank_the_shots_and_their_two_settings(capsys):
     vary_shots(2, [0], [2], [3, 5], num_iterations=5)
     shape = r"K : 2\n" + "".join(
-        rf"Shots : {shots}\n" + "".join(rf"{setting}\nAverage accuracy: \d\.\d{{4}}\n"
-                                        r"Standard deviation of accuracy: \d\.\d{4}\n" for setting in SETTINGS[2:])
-        for shots in (3, 5))
+        rf"Shots : {shots}\n"
+        + "".join(
+            rf"{setting}\nAverage accuracy: \d\.\d{{4}}\n"
+            r"Standard deviation of accuracy: \d\.\d{4}\n"
+            for setting in SETTINGS[2:]
+        )
+        for shots in (3, 5)
+    )
     assert re.fullmatch(shape, capsys.readouterr().out)
 
 
@@ -354,15 +503,28 @@ def test_vary_shots_prints_the_rank_the_shots_and_their_two_settings(capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 
 RANKS_AND_PENALTIES = [
-    (dict(K_list=[]), "K_list"), (dict(K_list=[-1]), "K_list", "-1"), (dict(K_list=[1.5]), "K_list", "1.5"),
-    (dict(K_list=[2, 1, 2]), "K_list", "[2, 1, 2]"), (dict(K_list=[True]), "K_list", "True"),
+    (dict(K_list=[]), "K_list"),
+    (dict(K_list=[-1]), "K_list", "-1"),
+    (dict(K_list=[1.5]), "K_list", "1.5"),
+    (dict(K_list=[2, 1, 2]), "K_list", "[2, 1, 2]"),
+    (dict(K_list=[True]), "K_list", "True"),
     (dict(K_list=["2"]), "K_list", "'2'"),
-    (dict(alpha_list=[-1]), "alpha_list", "-1"), (dict(alpha_list=[math.nan]), "alpha_list", "nan"),
-    (dict(alpha_list=[math.inf]), "alpha_list", "inf"), (dict(alpha_list=[]), "alpha_list"),
-    (dict(alpha_list=[1e16]), "alpha_list", "1e+16"), (dict(alpha_list=[10**400]), "alpha_list"),
-    (dict(alpha_list=[0, 1, 0.0]), "alpha_list", "[0, 1, 0.0]"), (dict(K_list=5), "K_list", "5"),
-    (dict(alpha_list=None), "alpha_list", "None")]
-NAMES = ("train_features", "test_features_sparse", "train_features_unseen", "test_features_sparse_unseen")
+    (dict(alpha_list=[-1]), "alpha_list", "-1"),
+    (dict(alpha_list=[math.nan]), "alpha_list", "nan"),
+    (dict(alpha_list=[math.inf]), "alpha_list", "inf"),
+    (dict(alpha_list=[]), "alpha_list"),
+    (dict(alpha_list=[1e16]), "alpha_list", "1e+16"),
+    (dict(alpha_list=[10**400]), "alpha_list"),
+    (dict(alpha_list=[0, 1, 0.0]), "alpha_list", "[0, 1, 0.0]"),
+    (dict(K_list=5), "K_list", "5"),
+    (dict(alpha_list=None), "alpha_list", "None"),
+]
+NAMES = (
+    "train_features",
+    "test_features_sparse",
+    "train_features_unseen",
+    "test_features_sparse_unseen",
+)
 
 
 @pytest.mark.parametrize("wrong", RANKS_AND_PENALTIES, ids=lambda wrong: str(wrong[0]))
@@ -372,14 +534,27 @@ def test_ranks_and_penalties_that_mean_nothing_are_refused(wrong, capsys):
         with input_error(*named):
             sweep(pipeline=pipeline, num_iterations=1, **options)
     with input_error(*named):
-        vary_shots(2, options.get("alpha_list", [0]), options.get("K_list", [2]), [2], num_iterations=1)
+        vary_shots(
+            2, options.get("alpha_list", [0]), options.get("K_list", [2]), [2], num_iterations=1
+        )
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("name, value", [("num_iterations", -1), ("num_iterations", 2.5), ("seed", -1), ("seed", "0"),
-                                         ("seed", [0, 0]), ("threshold", math.nan), ("threshold", -1)], ids=str)
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("num_iterations", -1),
+        ("num_iterations", 2.5),
+        ("seed", -1),
+        ("seed", "0"),
+        ("seed", [0, 0]),
+        ("threshold", math.nan),
+        ("threshold", -1),
+    ],
+    ids=str,
+)
 def test_other_settings_that_mean_nothing_are_refused(name, value):
-    for pipeline in (run, utils.run_regularized)[name == "threshold":]:
+    for pipeline in (run, utils.run_regularized)[name == "threshold" :]:
         with input_error(name):
             sweep(pipeline=pipeline, **{"num_iterations": 1, name: value})
     if name != "threshold":
@@ -387,17 +562,23 @@ def test_other_settings_that_mean_nothing_are_refused(name, value):
             vary_shots(2, [0], [2], [2], **{"num_iterations": 1, name: value})
 
 
-@pytest.mark.parametrize("trials, num_shots", [(0, [2]), (2.5, [2]), (2, [0]), (2, [1.5]), (2, [-3]), (2, []), (2, 5),
-                                               (2, [5, 5])], ids=str)
+@pytest.mark.parametrize(
+    "trials, num_shots",
+    [(0, [2]), (2.5, [2]), (2, [0]), (2, [1.5]), (2, [-3]), (2, []), (2, 5), (2, [5, 5])],
+    ids=str,
+)
 def test_vary_shots_refuses_numbers_of_trials_or_shots_below_one(trials, num_shots):
     with input_error("num_shots" if trials == 2 else "trials"):
         vary_shots(trials, [0], [2], num_shots, num_iterations=1)
 
 
-@pytest.mark.parametrize("groups", [[[0] * 12] * N_UNSEEN, [torch.zeros(12).long()], 5, [None] * N_UNSEEN],
-                         ids=["lists", "too few", "a number", "none"])
+@pytest.mark.parametrize(
+    "groups",
+    [[[0] * 12] * N_UNSEEN, [torch.zeros(12).long()], 5, [None] * N_UNSEEN],
+    ids=["lists", "too few", "a number", "none"],
+)
 def test_groups_that_are_not_one_tensor_a_user_are_refused_before_the_training(groups, monkeypatch):
-    monkeypatch.setattr(utils, "fit_basis", None)
+    monkeypatch.setattr(utils, "train_bases", None)
     with input_error("groups"):
         vary_shots(1, [0], [2], [1], groups=groups)
 
@@ -419,19 +600,30 @@ def test_an_interruption_keeps_the_state_of_the_training_that_was_done(tmp_path,
     unbroken, path = sweep()[2], tmp_path / lore.files.CHECKPOINT_FILE
     checkpoint = lore.files.TrainingCheckpoint(path)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(utils, "fit_users", killed)
+        patch.setattr(utils, "fit_weights", killed)
         sweep(checkpoint=checkpoint)
     assert lore.files.load_pickle(path)["iterations"] == 60
     _, printed, fits = sweep(checkpoint=checkpoint)
     assert "resuming the training after 60 iterations" in printed
-    assert all(torch.equal(fit.V, same.V) and torch.equal(fit.W, same.W) for fit, same in zip(fits, unbroken))
+    assert all(
+        torch.equal(fit.V, same.V) and torch.equal(fit.W, same.W)
+        for fit, same in zip(fits, unbroken)
+    )
 
 
 @pytest.mark.parametrize("part", range(4), ids=NAMES)
-@pytest.mark.parametrize("damage, named", [
-    (lambda X: X * math.nan, "NaN"), (lambda X: X / 0, "infinite"), (lambda X: X[:0], "(0, 6)"),
-    (lambda X: X[:, :4], "4)"), (lambda X: X[0], "(6,)"),
-    (lambda X: None, "NoneType")], ids=["NaN", "infinite", "no pairs", "narrow", "one vector", "none"])
+@pytest.mark.parametrize(
+    "damage, named",
+    [
+        (lambda X: X * math.nan, "NaN"),
+        (lambda X: X / 0, "infinite"),
+        (lambda X: X[:0], "(0, 6)"),
+        (lambda X: X[:, :4], "4)"),
+        (lambda X: X[0], "(6,)"),
+        (lambda X: None, "NoneType"),
+    ],
+    ids=["NaN", "infinite", "no pairs", "narrow", "one vector", "none"],
+)
 def test_features_that_cannot_be_used_are_refused_by_name_and_user(part, damage, named):
     features = planted_features()
     features[part][3] = damage(features[part][3])
@@ -450,7 +642,11 @@ def test_numbers_of_users_other_than_announced_are_refused(pipeline):
         sweep(users=(N, 6), pipeline=pipeline, num_iterations=1)
     with input_error("test_features_sparse:", "8 users", "9"):
         features = planted_features()
-        sweep(features=[features[0], features[1][1:], *features[2:]], pipeline=pipeline, num_iterations=1)
+        sweep(
+            features=[features[0], features[1][1:], *features[2:]],
+            pipeline=pipeline,
+            num_iterations=1,
+        )
 
 
 def test_a_reward_head_of_another_size_is_refused():
@@ -490,20 +686,32 @@ ARGUMENTS = {  # of design.md, section 2: in this order, by these names; others 
     "run": f"K_list alpha_list V_final {FOUR} N N_unseen device",
     "run_regularized": f"K_list alpha_list V_final {FOUR} N N_unseen device",
     "run_few_shot_vary_shots": "trials alpha_list K_list num_shots train_features train_features_unseen "
-                               "test_features_sparse_unseen V_final N N_unseen device",
-    "LoRe": MODEL, "LoRe_regularized": MODEL, "LoRe.train": "self X", "LoRe_regularized.train": "self X",
+    "test_features_sparse_unseen V_final N N_unseen device",
+    "LoRe": MODEL,
+    "LoRe_regularized": MODEL,
+    "LoRe.train": "self X",
+    "LoRe_regularized.train": "self X",
     "PersonalizeBatch": "num_classes num_features num_basis_vectors num_iterations learning_rate",
-    "PersonalizeBatch.train": "self X V", "solve": "train_features num_basis_vectors num_iterations learning_rate",
+    "PersonalizeBatch.train": "self X V",
+    "solve": "train_features num_basis_vectors num_iterations learning_rate",
     "solve_regularized": "V_sft alpha train_features num_basis_vectors",
     "solve_regularized_simplex": "V_sft alpha train_features num_basis_vectors",
-    "learn_multiple_few_shot": "train_features V", "learn_multiple": "train_features",
-    "learn_single_reward": "train_features", "learn_single_reward_regularized": "V_ref alpha train_features",
-    "evaluate_model": "X V w", "eval_multiple": "W_list V_list test_features",
-    "sample_shots": "train_features_unseen shots", "simulate_user": "reward_tensor features w",
-    "simulate_population": "reward_tensor features W", "generate_population": "alpha N",
-    "generate_popupulation": "alpha N", "create_sparse_tensor": "dense_tensor sample_percentage",
-    "create_dataset_prism": "embeddings", "create_dataset_prism_shots": "embeddings shots",
-    "Pairs": "embeddings chosen rejected"}
+    "learn_multiple_few_shot": "train_features V",
+    "learn_multiple": "train_features",
+    "learn_single_reward": "train_features",
+    "learn_single_reward_regularized": "V_ref alpha train_features",
+    "evaluate_model": "X V w",
+    "eval_multiple": "W_list V_list test_features",
+    "sample_shots": "train_features_unseen shots",
+    "simulate_user": "reward_tensor features w",
+    "simulate_population": "reward_tensor features W",
+    "generate_population": "alpha N",
+    "generate_popupulation": "alpha N",
+    "create_sparse_tensor": "dense_tensor sample_percentage",
+    "create_dataset_prism": "embeddings",
+    "create_dataset_prism_shots": "embeddings shots",
+    "Pairs": "embeddings chosen rejected",
+}
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
@@ -512,15 +720,19 @@ def test_arguments_have_the_released_names_and_order(name):
     for part in name.split("."):
         function = getattr(function, part)
     parameters = list(inspect.signature(function).parameters.values())
-    assert [p.name for p in parameters[:len(names)]] == names
-    assert all(p.default is not p.empty or p.kind == p.VAR_KEYWORD for p in parameters[len(names):])
+    assert [p.name for p in parameters[: len(names)]] == names
+    assert all(
+        p.default is not p.empty or p.kind == p.VAR_KEYWORD for p in parameters[len(names) :]
+    )
 
 
 def test_the_personalllm_script_of_the_release_can_be_run():
     """Scores as a numpy array of objects, features as nested lists of bfloat16 tensors, W as numpy's."""
     prompts, scorers = 40, 10
     generator, chance = torch.Generator().manual_seed(0), np.random.default_rng(0)
-    features = [[torch.randn(d, generator=generator).bfloat16() for _ in range(8)] for _ in range(prompts)]
+    features = [
+        [torch.randn(d, generator=generator).bfloat16() for _ in range(8)] for _ in range(prompts)
+    ]
     scores = chance.normal(size=(prompts, 8, scorers))
     reward_tensor = scores.astype(object)
     W = utils.generate_popupulation(alpha=0.1, N=5)
@@ -538,8 +750,16 @@ def test_the_personalllm_script_of_the_release_can_be_run():
     assert [X.shape for X in sparse] == [(20, d)] * 5
     parts = dict(zip(FOUR.split(), (sparse, list(dense), sparse, list(dense))))
     with contextlib.redirect_stdout(io.StringIO()):
-        found = run(K_list=[0, 2], alpha_list=[0], V_final=torch.ones(d, 1), **parts, N=5, N_unseen=5,
-                    device=torch.device("cpu"), num_iterations=5)
+        found = run(
+            K_list=[0, 2],
+            alpha_list=[0],
+            V_final=torch.ones(d, 1),
+            **parts,
+            N=5,
+            N_unseen=5,
+            device=torch.device("cpu"),
+            num_iterations=5,
+        )
     assert all(values.shape == (2,) for values in found)
 
 
@@ -548,9 +768,21 @@ def by_keyword():
     train, test, unseen, unseen_test = planted_features()
     V = planted_basis(d, 2)
     parts = dict(zip(FOUR.split(), (train, test, unseen, unseen_test)))
-    sizes = dict(num_classes=N, num_features=d, num_basis_vectors=2, num_iterations=3, learning_rate=0.5)
-    one, other = (dict(K_list=[1, 2], alpha_list=[0.5], V_final=V_FINAL, N=N, N_unseen=N_UNSEEN, device="cpu",
-                       num_iterations=3) for _ in range(2))
+    sizes = dict(
+        num_classes=N, num_features=d, num_basis_vectors=2, num_iterations=3, learning_rate=0.5
+    )
+    one, other = (
+        dict(
+            K_list=[1, 2],
+            alpha_list=[0.5],
+            V_final=V_FINAL,
+            N=N,
+            N_unseen=N_UNSEEN,
+            device="cpu",
+            num_iterations=3,
+        )
+        for _ in range(2)
+    )
     del parts["test_features_sparse"]
     yield "run", run(**one, **parts, test_features_sparse=test)
     yield "run_regularized", utils.run_regularized(**one, **parts, test_features_sparse=test)
@@ -558,14 +790,38 @@ def by_keyword():
     yield "LoRe", LoRe(V_sft=V_FINAL, alpha=0.1, **sizes).train(X=train)
     yield "LoRe_regularized", LoRe_regularized(V_sft=V_FINAL, alpha=0.1, **sizes).train(X=train)
     yield "PersonalizeBatch", PersonalizeBatch(**sizes).train(X=train, V=V)
-    yield "solve", utils.solve(train_features=train, num_basis_vectors=2, num_iterations=3, learning_rate=0.1)
+    yield (
+        "solve",
+        utils.solve(train_features=train, num_basis_vectors=2, num_iterations=3, learning_rate=0.1),
+    )
     for function in (utils.solve_regularized, utils.solve_regularized_simplex):
-        yield function.__name__, function(V_sft=V_FINAL, alpha=0.1, train_features=train, num_basis_vectors=2,
-                                          num_iterations=3, learning_rate=0.1)
-    yield "few_shot", utils.learn_multiple_few_shot(train_features=train, V=V, num_iterations=3, learning_rate=0.1)
-    yield "single", utils.learn_single_reward(train_features=train, num_iterations=3, learning_rate=0.1)
-    yield "single_regularized", utils.learn_single_reward_regularized(V_ref=V_FINAL, alpha=0.1, train_features=train,
-                                                                      num_iterations=3, learning_rate=0.1)
+        yield (
+            function.__name__,
+            function(
+                V_sft=V_FINAL,
+                alpha=0.1,
+                train_features=train,
+                num_basis_vectors=2,
+                num_iterations=3,
+                learning_rate=0.1,
+            ),
+        )
+    yield (
+        "few_shot",
+        utils.learn_multiple_few_shot(
+            train_features=train, V=V, num_iterations=3, learning_rate=0.1
+        ),
+    )
+    yield (
+        "single",
+        utils.learn_single_reward(train_features=train, num_iterations=3, learning_rate=0.1),
+    )
+    yield (
+        "single_regularized",
+        utils.learn_single_reward_regularized(
+            V_ref=V_FINAL, alpha=0.1, train_features=train, num_iterations=3, learning_rate=0.1
+        ),
+    )
     W_list, V_list = utils.learn_multiple(train_features=train, num_iterations=3, learning_rate=0.1)
     yield "eval_multiple", utils.eval_multiple(W_list=W_list, V_list=V_list, test_features=test)
     yield "evaluate_model", evaluate_model(X=train[0].numpy(), V=V.numpy(), w=np.array([0.5, 0.5]))

@@ -8,7 +8,14 @@ import shutil
 import pytest
 import torch
 from demos import build_model, state_alone
-from helpers import fresh_process, input_error, outcome, planted_basis, planted_pairs, planted_weights
+from helpers import (
+    fresh_process,
+    input_error,
+    outcome,
+    planted_basis,
+    planted_pairs,
+    planted_weights,
+)
 
 import lore.embedding
 import lore.export
@@ -21,10 +28,23 @@ from utils import Pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 D, K = 64, 3
-CONVERSATIONS = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}] for prompt, answer in (
-    ("Where do we eat?", "At the pier."), ("And then?", "We walk home along the canal, if it does not rain."))] + [
-    [{"role": role, "content": text} for role, text in (
-        ("user", "One?"), ("assistant", "Two."), ("user", "Three?"), ("assistant", "Four, and then we stop."))]]
+CONVERSATIONS = [
+    [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    for prompt, answer in (
+        ("Where do we eat?", "At the pier."),
+        ("And then?", "We walk home along the canal, if it does not rain."),
+    )
+] + [
+    [
+        {"role": role, "content": text}
+        for role, text in (
+            ("user", "One?"),
+            ("assistant", "Two."),
+            ("user", "Three?"),
+            ("assistant", "Four, and then we stop."),
+        )
+    ]
+]
 # What a server does: batches, padded, with the pad token that the folder says
 SERVER = """
 import importlib.util, json, sys
@@ -57,10 +77,13 @@ def single(tmp_path_factory):
 def sharded(single, tmp_path_factory):
     """The same model in several files, the head not alone in its own; tied embeddings; a pad token that ends a turn."""
     from transformers import AutoModelForSequenceClassification
+
     folder = tmp_path_factory.mktemp("models") / "sharded"
     shutil.copytree(single, folder)
     (folder / "model.safetensors").unlink()
-    AutoModelForSequenceClassification.from_pretrained(single).save_pretrained(folder, max_shard_size="200KB")
+    AutoModelForSequenceClassification.from_pretrained(single).save_pretrained(
+        folder, max_shard_size="200KB"
+    )
     changed(folder / "config.json", tie_word_embeddings=True, pad_token_id=3)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).exists():
@@ -75,7 +98,9 @@ def basis():
 
 def served(folder):
     """What a fresh process with transformers only makes of a folder."""
-    status, out, err = outcome(fresh_process(SERVER, folder, json.dumps(CONVERSATIONS), PYTHONPATH=""))
+    status, out, err = outcome(
+        fresh_process(SERVER, folder, json.dumps(CONVERSATIONS), PYTHONPATH="")
+    )
     assert status == 0, err
     return json.loads(out.splitlines()[-1])
 
@@ -83,8 +108,14 @@ def served(folder):
 def states(model_name, dtype=torch.float64):
     """phi of each of CONVERSATIONS in float64 `[n, d]`."""
     backbone, tokenizer = load_reward_model(str(model_name), "cpu", dtype=dtype)
-    ids = [tokenizer(tokenizer.apply_chat_template(conversation, tokenize=False), add_special_tokens=False,
-                     return_tensors="pt").input_ids for conversation in CONVERSATIONS]
+    ids = [
+        tokenizer(
+            tokenizer.apply_chat_template(conversation, tokenize=False),
+            add_special_tokens=False,
+            return_tensors="pt",
+        ).input_ids
+        for conversation in CONVERSATIONS
+    ]
     with torch.no_grad():
         return torch.stack([backbone(input_ids=one).last_hidden_state[0, -1] for one in ids])
 
@@ -94,27 +125,45 @@ def states(model_name, dtype=torch.float64):
 
 @pytest.mark.parametrize("kind", ["single", "sharded"])
 @pytest.mark.parametrize("whose", [2, None])
-def test_an_export_gives_the_personalised_reward_to_transformers_alone(request, basis, tmp_path, kind, whose):
+def test_an_export_gives_the_personalised_reward_to_transformers_alone(
+    request, basis, tmp_path, kind, whose
+):
     model, (V, W) = request.getfixturevalue(kind), basis
     export_reward_model(tmp_path / "export", model, V, None if whose is None else W[whose])
     logits, dtype, problem_type, labels, pad, same_pad, name = served(tmp_path / "export")
-    expected = states(model) @ (V.double() if whose is None else (V.double() @ W[whose].double())[:, None])
+    expected = states(model) @ (
+        V.double() if whose is None else (V.double() @ W[whose].double())[:, None]
+    )
     size = float(expected.abs().max())
     torch.testing.assert_close(torch.tensor(logits).double(), expected, rtol=1e-5, atol=1e-5 * size)
-    assert dtype == "torch.float32" and problem_type == "regression" and name == "LlamaForSequenceClassification"
+    assert (
+        dtype == "torch.float32"
+        and problem_type == "regression"
+        and name == "LlamaForSequenceClassification"
+    )
     assert len(labels) == (K if whose is None else 1) and pad == "<|pad|>" and same_pad
 
 
-def test_the_backbones_shards_are_linked_but_the_one_that_held_the_old_head(sharded, basis, tmp_path):
+def test_the_backbones_shards_are_linked_but_the_one_that_held_the_old_head(
+    sharded, basis, tmp_path
+):
     export_reward_model(tmp_path / "export", sharded, basis[0])
-    old, new = (json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-                for folder in (sharded, tmp_path / "export"))
+    old, new = (
+        json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        for folder in (sharded, tmp_path / "export")
+    )
     assert old.keys() == new.keys() and len(set(old.values())) > 2
     for name in old.keys() - {"score.weight"}:
         linked = os.path.samefile(sharded / old[name], tmp_path / "export" / new[name])
         assert linked == (old[name] != old["score.weight"])
-    assert [tensor for tensor, file in new.items() if file == new["score.weight"]] == ["score.weight"]
-    modes = {path.name: path.stat().st_mode for path in (tmp_path / "export").iterdir() if path.stat().st_nlink == 1}
+    assert [tensor for tensor, file in new.items() if file == new["score.weight"]] == [
+        "score.weight"
+    ]
+    modes = {
+        path.name: path.stat().st_mode
+        for path in (tmp_path / "export").iterdir()
+        if path.stat().st_nlink == 1
+    }
     assert len(set(modes.values())) == 1, modes
 
 
@@ -129,14 +178,37 @@ def test_where_links_fail_the_shards_are_copied(monkeypatch, sharded, basis, tmp
 
 def test_the_card_names_data_rank_seed_and_evidence(single, basis, tmp_path):
     interval = {"mean": 0.75, "low": 0.7, "high": 0.8}
-    export_reward_model(tmp_path / "export", single, *basis[:1], about={
-        "config": {"data": "the data"}, "K": K, "alpha": 0.5, "seed": 17, "users": list("abcde"),
-        "verdict": {"text": "Undecided: so far."},
-        "evidence": [{"K": K, "alpha": alpha, "accuracy": {utils.UNSEEN_TEST: {**interval, "mean": mean}}}
-                     for alpha, mean in ((0, 0.71), (0.5, 0.75))]})
+    export_reward_model(
+        tmp_path / "export",
+        single,
+        *basis[:1],
+        about={
+            "config": {"data": "the data"},
+            "K": K,
+            "alpha": 0.5,
+            "seed": 17,
+            "users": list("abcde"),
+            "verdict": {"text": "Undecided: so far."},
+            "evidence": [
+                {
+                    "K": K,
+                    "alpha": alpha,
+                    "accuracy": {utils.UNSEEN_TEST: {**interval, "mean": mean}},
+                }
+                for alpha, mean in ((0, 0.71), (0.5, 0.75))
+            ],
+        },
+    )
     card = (tmp_path / "export" / "README.md").read_text()
-    for text in ("the data", "- reward model: single", "- rank: 3", "- seed: 17", "- alpha: 0.5", "0.750 [0.700, 0.800]",
-                 "Undecided: so far."):
+    for text in (
+        "the data",
+        "- reward model: single",
+        "- rank: 3",
+        "- seed: 17",
+        "- alpha: 0.5",
+        "0.750 [0.700, 0.800]",
+        "Undecided: so far.",
+    ):
         assert text in card
     assert "0.710" not in card
 
@@ -144,11 +216,17 @@ def test_the_card_names_data_rank_seed_and_evidence(single, basis, tmp_path):
 def test_a_tokenizer_without_a_spare_token_is_refused_with_the_reason(single, basis, tmp_path):
     shutil.copytree(single, tmp_path / "model")
     tokens = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
-    tokens["added_tokens"] = [token for token in tokens["added_tokens"] if token["content"] != "<|pad|>"]
+    tokens["added_tokens"] = [
+        token for token in tokens["added_tokens"] if token["content"] != "<|pad|>"
+    ]
     (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(tokens))
     for path in (tmp_path / "model").glob("*.json"):
         if path.name in ("tokenizer_config.json", "special_tokens_map.json"):
-            changed(path, pad_token="<|eot_id|>", **({"added_tokens_decoder": {}} if "config" in path.name else {}))
+            changed(
+                path,
+                pad_token="<|eot_id|>",
+                **({"added_tokens_decoder": {}} if "config" in path.name else {}),
+            )
     with input_error("to its tokenizer", "end of a turn"):
         export_reward_model(tmp_path / "export", tmp_path / "model", basis[0])
     assert not (tmp_path / "export").exists()
@@ -173,8 +251,9 @@ def test_an_interrupted_export_leaves_nothing(monkeypatch, single, basis, tmp_pa
 
 
 @pytest.mark.parametrize("damage", ["head", "pad", "backbone"])
-def test_an_export_whose_logits_are_not_the_rewards_is_refused_and_leaves_nothing(monkeypatch, single, basis, tmp_path,
-                                                                                  damage):
+def test_an_export_whose_logits_are_not_the_rewards_is_refused_and_leaves_nothing(
+    monkeypatch, single, basis, tmp_path, damage
+):
     write = lore.export._write_checkpoint
 
     def spoil(folder, model, tokenizer, pad_name, head):
@@ -211,20 +290,36 @@ def conversational(text, role):
 def test_a_personal_reward_scores_every_completion_for_its_user(monkeypatch, single, basis):
     V, W = basis
     calls, embed = [], lore.embedding.embed_conversations
-    monkeypatch.setattr(lore.rewards, "embed_conversations", lambda *arguments, **options: calls.append(options) or embed(
-        *arguments, **options))
+    monkeypatch.setattr(
+        lore.rewards,
+        "embed_conversations",
+        lambda *arguments, **options: calls.append(options) or embed(*arguments, **options),
+    )
     reward = personal_reward(single, V, {"ada": W[0], 7: W[1].tolist()}, token_budget=64)
-    prompts, completions, users = ["One?", "One?", "Two?"], ["yes", "no", "it is so"], ["ada", 7, "ada"]
+    prompts, completions, users = (
+        ["One?", "One?", "Two?"],
+        ["yes", "no", "it is so"],
+        ["ada", 7, "ada"],
+    )
     found = reward(prompts, completions, user=users, prompt_id=[1, 2, 3])
     assert reward.__name__ == "personal_reward" and calls == [{"token_budget": 64}]
     backbone, tokenizer = load_reward_model(str(single), "cpu")
     for prompt, completion, user, score in zip(prompts, completions, users, found, strict=True):
-        phi = state_alone(backbone, tokenizer, conversational(prompt, "user") + conversational(completion, "assistant"))
+        phi = state_alone(
+            backbone,
+            tokenizer,
+            conversational(prompt, "user") + conversational(completion, "assistant"),
+        )
         assert isinstance(score, float)
         expected = phi.double() @ V.double() @ W[int(user != "ada")].double()
         assert score == pytest.approx(float(expected), rel=1e-4, abs=1e-3)
-    assert found == pytest.approx(reward([conversational(prompt, "user") for prompt in prompts], [
-        conversational(completion, "assistant") for completion in completions], users))
+    assert found == pytest.approx(
+        reward(
+            [conversational(prompt, "user") for prompt in prompts],
+            [conversational(completion, "assistant") for completion in completions],
+            users,
+        )
+    )
     with input_error("user 'eve'", "fit_new_user"):
         reward(prompts, completions, user=["ada", "eve", 7])
 
@@ -238,9 +333,15 @@ def test_each_process_of_a_trainer_scores_its_own_completions(monkeypatch, singl
 
 
 def test_best_of_n_gives_scores_and_their_order():
-    scores, order = best_of_n(lambda prompts, completions, user: [
-        len(text) * (user[i] == "ada") * (prompts[i] == "One?") for i, text in enumerate(completions)],
-        "One?", ["yes", "indeed", "no"], "ada")
+    scores, order = best_of_n(
+        lambda prompts, completions, user: [
+            len(text) * (user[i] == "ada") * (prompts[i] == "One?")
+            for i, text in enumerate(completions)
+        ],
+        "One?",
+        ["yes", "indeed", "no"],
+        "ada",
+    )
     assert scores == [3, 6, 2] and order == [1, 0, 2]
 
 
@@ -248,30 +349,62 @@ def test_trl_trains_with_the_callable_and_with_an_exported_folder(single, basis,
     trl = pytest.importorskip("trl")  # tests/trl-requirements.txt
     from datasets import Dataset
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
     V, W = basis
     export_reward_model(tmp_path / "export", single, V, W[0])
     reward, seen = personal_reward(single, V, {"ada": W[0], "ben": W[1]}), []
 
     def listening(prompts, completions, **columns):
-        seen.append((prompts, completions, columns["user"], reward(prompts, completions, **columns)))
+        seen.append(
+            (prompts, completions, columns["user"], reward(prompts, completions, **columns))
+        )
         return seen[-1][-1]
 
     tokenizer = AutoTokenizer.from_pretrained(single, padding_side="left")
-    policy = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    policy = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
     trainer = trl.GRPOTrainer(
-        model=policy, processing_class=tokenizer, reward_funcs=[reward, listening, str(tmp_path / "export")],
-        train_dataset=Dataset.from_list([{"prompt": conversational("Shall we?", "user"), "user": user}
-                                         for user in ("ada", "ben") * 4]),
-        args=trl.GRPOConfig(output_dir=str(tmp_path / "run"), max_steps=2, per_device_train_batch_size=4,
-                            num_generations=2, max_completion_length=6, use_cpu=True, report_to="none", logging_steps=1,
-                            save_strategy="no", bf16=False))
+        model=policy,
+        processing_class=tokenizer,
+        reward_funcs=[reward, listening, str(tmp_path / "export")],
+        train_dataset=Dataset.from_list(
+            [
+                {"prompt": conversational("Shall we?", "user"), "user": user}
+                for user in ("ada", "ben") * 4
+            ]
+        ),
+        args=trl.GRPOConfig(
+            output_dir=str(tmp_path / "run"),
+            max_steps=2,
+            per_device_train_batch_size=4,
+            num_generations=2,
+            max_completion_length=6,
+            use_cpu=True,
+            report_to="none",
+            logging_steps=1,
+            save_strategy="no",
+            bf16=False,
+        ),
+    )
     trainer.train()
-    logged = [entry for entry in trainer.state.log_history if "rewards/personal_reward/mean" in entry]
+    logged = [
+        entry for entry in trainer.state.log_history if "rewards/personal_reward/mean" in entry
+    ]
     assert len(logged) == 2 and len(seen) == 2
     for entry, (_, _, _, scores) in zip(logged, seen):
-        assert entry["rewards/personal_reward/mean"] == pytest.approx(sum(scores) / len(scores), rel=1e-4)
+        assert entry["rewards/personal_reward/mean"] == pytest.approx(
+            sum(scores) / len(scores), rel=1e-4
+        )
     assert {user for _, _, users, _ in seen for user in users} == {"ada", "ben"}
 
 
@@ -291,7 +424,7 @@ def by_hand(X, V, W):
 @pytest.mark.parametrize("m", [1, 4, 1000])
 def test_a_new_users_weights_are_the_mean_of_the_seen_users_by_their_likelihood(basis, m):
     V, W = basis
-    X, = planted_pairs(V, W[:1], m, seed=3, sampled=True)
+    (X,) = planted_pairs(V, W[:1], m, seed=3, sampled=True)
     w, posterior = fit_new_user(X, V, W)
     expected = by_hand(X, V, W)
     torch.testing.assert_close(posterior, expected, rtol=1e-4, atol=1e-6)
@@ -322,7 +455,7 @@ def test_contradictory_and_extreme_choices_and_one_direction_give_weights_on_the
 
 def test_many_choices_find_the_user_who_makes_them():
     V, W = planted_basis(D, K), torch.eye(K)
-    X, = planted_pairs(V, W[1:2], 50)
+    (X,) = planted_pairs(V, W[1:2], 50)
     w, posterior = fit_new_user(X, V, W)
     assert posterior[1] > 0.99 and w[1] > 0.99
 
@@ -337,7 +470,9 @@ def test_a_questions_value_is_the_mutual_information_of_answer_and_user(basis):
         yes = [1 / (1 + math.exp(-float(x @ V.double() @ w) / 100)) for w in W.double()]
         for answer in (yes, [1 - p for p in yes]):
             joint = [q * p for q, p in zip(posterior.tolist(), answer)]
-            information += sum(p * math.log(p / (q * sum(joint))) for p, q in zip(joint, posterior.tolist()))
+            information += sum(
+                p * math.log(p / (q * sum(joint))) for p, q in zip(joint, posterior.tolist())
+            )
         assert float(value) == pytest.approx(information, abs=1e-6)
     assert not question_values(X, V[:, :1], torch.ones(7, 1), posterior).any()
     assert question_values(1e6 * X, V, W, posterior).isfinite().all()
@@ -347,21 +482,38 @@ def test_a_questions_value_is_the_mutual_information_of_answer_and_user(basis):
 
 def test_chosen_questions_tell_more_than_random_ones():
     V, W = planted_basis(24, K), planted_weights(60, K, concentration=0.1)
-    data = dict(zip(("train", "train_unseen", "test_unseen"), (
-        planted_pairs(V, W[:40], 40), planted_pairs(V, W[40:], 30, seed=1), planted_pairs(V, W[40:], 60, seed=2))))
+    data = dict(
+        zip(
+            ("train", "train_unseen", "test_unseen"),
+            (
+                planted_pairs(V, W[:40], 40),
+                planted_pairs(V, W[40:], 30, seed=1),
+                planted_pairs(V, W[40:], 60, seed=2),
+            ),
+        )
+    )
     frame = question_curves(4, 5, [0], [0, 1, K], data, None, "cpu", seeds=[0], num_iterations=200)
-    assert list(frame) == ["K", "alpha", "fit", "questions", "mean", "low", "high"] and set(frame["K"]) == {K}
+    assert list(frame) == ["K", "alpha", "fit", "questions", "mean", "low", "high"] and set(
+        frame["K"]
+    ) == {K}
     mean = frame.pivot(index="questions", columns="fit", values="mean")
     assert list(mean.columns) == ["posterior, chosen", "posterior, random", "released fit, random"]
     assert (mean["posterior, chosen"] > mean["posterior, random"])[1:].all()
-    assert mean["posterior, chosen"][4] > 0.8 and mean["released fit, random"][4] > mean["released fit, random"][1]
+    assert (
+        mean["posterior, chosen"][4] > 0.8
+        and mean["released fit, random"][4] > mean["released fit, random"][1]
+    )
     assert question_curves(4, 5, [0], [0, 1], data, None, "cpu").empty
 
 
 def test_what_does_not_fit_together_is_one_line(single, basis, tmp_path):
     V, W = basis
     reward = personal_reward(single, V, {"ada": W[0]})
-    for arguments in ((["a"], ["b", "c"], ["ada"]), (["a", "b"], ["c"], ["ada"]), (["a"], ["b"], ["ada"] * 2)):
+    for arguments in (
+        (["a"], ["b", "c"], ["ada"]),
+        (["a", "b"], ["c"], ["ada"]),
+        (["a"], ["b"], ["ada"] * 2),
+    ):
         with input_error("equally many"):
             reward(*arguments[:2], user=arguments[2])
     with input_error("neither a text nor"):
@@ -380,5 +532,11 @@ def test_what_does_not_fit_together_is_one_line(single, basis, tmp_path):
 
 def test_no_more_questions_are_asked_than_there_are(basis):
     V, W = basis
-    data = {part: planted_pairs(V, W, 5, seed=i) for i, part in enumerate(("train", "train_unseen", "test_unseen"))}
-    assert question_curves(9, 2, [0], [2], data, torch.ones(D, 1), "cpu", [0], 5)["questions"].max() == 5
+    data = {
+        part: planted_pairs(V, W, 5, seed=i)
+        for i, part in enumerate(("train", "train_unseen", "test_unseen"))
+    }
+    assert (
+        question_curves(9, 2, [0], [2], data, torch.ones(D, 1), "cpu", [0], 5)["questions"].max()
+        == 5
+    )

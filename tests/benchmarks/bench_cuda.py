@@ -53,8 +53,15 @@ import lore.standin
 import utils
 
 # ---------------------------------------------------------------------------------------------------------------------
-SHAPE = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-             num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192)
+SHAPE = dict(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128256,
+    max_position_embeddings=8192,
+)
 POSTS, ANSWERS = 192, 15  # as of TL;DR
 WORDS = (88, 8)  # in a post and in an answer, the median; about 350 and 32 tokens
 FULL = 24.5e6  # distinct tokens of a full TL;DR, as counted by the design
@@ -86,13 +93,19 @@ def timed(function, *arguments, **options):
 def write_checkpoint(folder):
     """A checkpoint of SHAPE in bfloat16, with the stand-in's tokenizer -> words of its vocabulary."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
-    texts = [str(row) for path in sorted((ROOT / "RedditTLDR" / "demo").glob("*.jsonl.gz"))
-             for _, row in lore.rows.read_rows(path)]
+
+    texts = [
+        str(row)
+        for path in sorted((ROOT / "RedditTLDR" / "demo").glob("*.jsonl.gz"))
+        for _, row in lore.rows.read_rows(path)
+    ]
     lore.standin.build_standin_model(folder / "standin", texts)
     tokenizer = AutoTokenizer.from_pretrained(folder / "standin")
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
-        model = LlamaForSequenceClassification(LlamaConfig(**SHAPE, num_labels=1, pad_token_id=tokenizer.pad_token_id))
+        model = LlamaForSequenceClassification(
+            LlamaConfig(**SHAPE, num_labels=1, pad_token_id=tokenizer.pad_token_id)
+        )
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder / "model", max_shard_size="4GB")
     tokenizer.save_pretrained(folder / "model")
@@ -104,14 +117,18 @@ def loading(folder):
     torch.cuda.reset_peak_memory_stats()
     (model, tokenizer), seconds = timed(lore.reward_model.load_reward_model, str(folder / "model"))
     memory.over.set()
-    print(f"loading: {seconds:.1f} s; the host holds at most {memory.peak:.1f} GB, the GPU "
-          f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB; scorer {len(model.reward_scorer)}, {model.dtype}")
-    print(f"identity of the weights: {timed(lore.reward_model.model_identity, str(folder / 'model'))[1]:.1f} s")
+    print(
+        f"loading: {seconds:.1f} s; the host holds at most {memory.peak:.1f} GB, the GPU "
+        f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB; scorer {len(model.reward_scorer)}, {model.dtype}"
+    )
+    print(
+        f"identity of the weights: {timed(lore.reward_model.model_identity, str(folder / 'model'))[1]:.1f} s"
+    )
     return model, tokenizer
 
 
 def states_of(model, sequences, way, budget):
-    (_, states), = lore.embedding._states(model, [(None, sequences, None)], way, budget)
+    ((_, states),) = lore.embedding.last_states(model, [(None, sequences, None)], way, budget)
     return states
 
 
@@ -123,8 +140,13 @@ def synthetic(words, posts):
         return " ".join(chance.choice(words, int(chance.lognormal(np.log(count), 0.4))))
 
     prompts = [text(WORDS[0]) for _ in range(posts)]
-    return [[{"role": "user", "content": prompts[n % posts]}, {"role": "assistant", "content": text(WORDS[1])}]
-            for n in chance.permutation(posts * ANSWERS)]
+    return [
+        [
+            {"role": "user", "content": prompts[n % posts]},
+            {"role": "assistant", "content": text(WORDS[1])},
+        ]
+        for n in chance.permutation(posts * ANSWERS)
+    ]
 
 
 def distinct(sequences):
@@ -132,41 +154,70 @@ def distinct(sequences):
 
 
 def embedding(model, tokenizer, words):
-    sequences = list(lore.embedding._numbered(synthetic(words, POSTS), tokenizer, slice(None), 1))
-    print(f"{len(sequences):,} conversations, {sum(map(len, sequences)) // 4:,} tokens, {distinct(sequences):,} distinct")
-    few = sequences[:len(sequences) // 8]
+    sequences = list(
+        lore.embedding.distinct_sequences(synthetic(words, POSTS), tokenizer, slice(None), 1)
+    )
+    print(
+        f"{len(sequences):,} conversations, {sum(map(len, sequences)) // 4:,} tokens, {distinct(sequences):,} distinct"
+    )
+    few = sequences[: len(sequences) // 8]
     alone, one_by_one = timed(states_of, model, few, "alone", 1)
     print(f"alone: {one_by_one * len(sequences) / len(few):.1f} s for all")
-    for way, some, budget in (("rows", few, 8192), ("rows", few, 16384), ("shared", few, 8192), *(
-            ("shared", sequences, budget) for budget in (4096, 8192, 16384, 32768))):
+    for way, some, budget in (
+        ("rows", few, 8192),
+        ("rows", few, 16384),
+        ("shared", few, 8192),
+        *(("shared", sequences, budget) for budget in (4096, 8192, 16384, 32768)),
+    ):
         torch.cuda.reset_peak_memory_stats()
-        states, seconds = min((timed(states_of, model, some, way, budget) for _ in range(2)), key=lambda run: run[1])
-        tokens, off = distinct(some), (states[:len(few)].float() - alone.float()).norm(dim=1) / alone.float().norm(dim=1)
-        print(f"{way}, budget {budget}, {len(some):,}: {seconds:.2f} s, {tokens / seconds:,.0f} distinct tokens/s, "
-              f"{tokens / seconds * 14e9 / 1e12:.0f} TFLOPS for these; GPU {torch.cuda.max_memory_allocated() / 1e9:.1f} GB; a full "
-              f"TL;DR {FULL / tokens * seconds / 60:.1f} minutes; off one by one {off.median():.1e} to {off.max():.1e}")
-    proof, seconds = min((timed(lore.embedding._proof, model, sequences) for _ in range(3)), key=lambda run: run[1])
+        states, seconds = min(
+            (timed(states_of, model, some, way, budget) for _ in range(2)), key=lambda run: run[1]
+        )
+        tokens, off = (
+            distinct(some),
+            (states[: len(few)].float() - alone.float()).norm(dim=1) / alone.float().norm(dim=1),
+        )
+        print(
+            f"{way}, budget {budget}, {len(some):,}: {seconds:.2f} s, {tokens / seconds:,.0f} distinct tokens/s, "
+            f"{tokens / seconds * 14e9 / 1e12:.0f} TFLOPS for these; GPU {torch.cuda.max_memory_allocated() / 1e9:.1f} GB; a full "
+            f"TL;DR {FULL / tokens * seconds / 60:.1f} minutes; off one by one {off.median():.1e} to {off.max():.1e}"
+        )
+    proof, seconds = min(
+        (timed(lore.embedding.choose_batching, model, sequences) for _ in range(3)),
+        key=lambda run: run[1],
+    )
     rate = timed(states_of, model, sequences, "shared", 8192)[1] / len(sequences)
-    print(f"proof: {seconds:.2f} s, {seconds / rate / 100:.1f} % of 10,000 such conversations: {proof}")
+    print(
+        f"proof: {seconds:.2f} s, {seconds / rate / 100:.1f} % of 10,000 such conversations: {proof}"
+    )
     print_kernels(model, sequences)
 
 
 def whole(model, tokenizer, words):
     """`embed_conversations` from texts to embeddings: how much of its time the GPU computes."""
     conversations = synthetic(words, 4 * POSTS)
-    numbers, tokenizing = timed(lore.embedding._numbered, conversations, tokenizer, slice(None), 1)
+    numbers, tokenizing = timed(
+        lore.embedding.distinct_sequences, conversations, tokenizer, slice(None), 1
+    )
     sequences = list(numbers)
     computing = min(timed(states_of, model, sequences, "shared", 8192)[1] for _ in range(2))
     with tempfile.TemporaryDirectory() as cache:
-        _, seconds = timed(lore.embedding.embed_conversations, conversations, model, tokenizer, cache_dir=cache)
-        _, again = timed(lore.embedding.embed_conversations, conversations, model, tokenizer, cache_dir=cache)
-    print(f"embed_conversations, {len(conversations):,}: {seconds:.2f} s, of which tokenizing {tokenizing:.2f}; the states alone, "
-          f"in one piece {computing:.2f}; all kept {again:.2f}")
+        _, seconds = timed(
+            lore.embedding.embed_conversations, conversations, model, tokenizer, cache_dir=cache
+        )
+        _, again = timed(
+            lore.embedding.embed_conversations, conversations, model, tokenizer, cache_dir=cache
+        )
+    print(
+        f"embed_conversations, {len(conversations):,}: {seconds:.2f} s, of which tokenizing {tokenizing:.2f}; the states alone, "
+        f"in one piece {computing:.2f}; all kept {again:.2f}"
+    )
 
 
 def print_kernels(model, sequences):
     """What the GPU's time goes to, by kernel."""
     from torch.profiler import ProfilerActivity, profile
+
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         _, seconds = timed(states_of, model, sequences[:512], "shared", 8192)
     kernels = sorted(found.key_averages(), key=lambda kernel: -kernel.device_time_total)
@@ -179,23 +230,44 @@ def print_kernels(model, sequences):
 def training():
     def users(counts):
         generator = torch.Generator().manual_seed(0)
-        return [30 * (torch.randn(m, 4096, generator=generator) + 0.3 * torch.randn(4096, generator=generator))
-                for m in counts]
+        return [
+            30
+            * (
+                torch.randn(m, 4096, generator=generator)
+                + 0.3 * torch.randn(4096, generator=generator)
+            )
+            for m in counts
+        ]
 
     seen, unseen = users([450] * 38), users([350] * 38)
-    test, found, V = [X[50:] for X in unseen], {}, torch.randn(4096, 1, generator=torch.Generator().manual_seed(1))
+    test, found, V = (
+        [X[50:] for X in unseen],
+        {},
+        torch.randn(4096, 1, generator=torch.Generator().manual_seed(1)),
+    )
     data = [X[:150] for X in seen], test, [X[:50] for X in unseen], test, len(seen), len(unseen)
     for device in ("cuda", "cuda", "cpu"):
         with contextlib.redirect_stdout(io.StringIO()):
             found[device], seconds = timed(utils.run, range(7), [0], V, *data, device)
-        print(f"training, TL;DR's size, {device}: {seconds:.1f} s; accuracies "
-              f"{', '.join(f'{value:.4f}' for value in found[device][3])}")
-    print(f"largest difference of an accuracy: {max(abs(a - b).max() for a, b in zip(*found.values())):.4f}")
+        print(
+            f"training, TL;DR's size, {device}: {seconds:.1f} s; accuracies "
+            f"{', '.join(f'{value:.4f}' for value in found[device][3])}"
+        )
+    print(
+        f"largest difference of an accuracy: {max(abs(a - b).max() for a, b in zip(*found.values())):.4f}"
+    )
     torch.cuda.reset_peak_memory_stats()
-    features, members = users([19] * 1030), [utils.Member(K, 1e4) for K in (1, 5, 10, 15, 20, 25, 50)]
-    seconds = [timed(utils.fit_basis, features, members, V, n, 0.5, True, "cuda")[1] for n in (20, 420)]
-    print(f"training, PRISM's size, cuda: {(seconds[1] - seconds[0]) / 400 * 1e3:.1f} ms an iteration, 20,000 take "
-          f"{(seconds[1] - seconds[0]) / 400 * 20000 / 60:.1f} minutes; GPU {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+    features, members = (
+        users([19] * 1030),
+        [utils.Member(K, 1e4) for K in (1, 5, 10, 15, 20, 25, 50)],
+    )
+    seconds = [
+        timed(utils.train_bases, features, members, V, n, 0.5, True, "cuda")[1] for n in (20, 420)
+    ]
+    print(
+        f"training, PRISM's size, cuda: {(seconds[1] - seconds[0]) / 400 * 1e3:.1f} ms an iteration, 20,000 take "
+        f"{(seconds[1] - seconds[0]) / 400 * 20000 / 60:.1f} minutes; GPU {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+    )
 
 
 def main():

@@ -32,11 +32,23 @@ import utils
 # ---------------------------------------------------------------------------------------------------------------------
 REPEATS = 3
 BUDGET = 4096  # tokens in a batch of either side
-MODEL = dict(hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2,
-             vocab_size=8192, max_position_embeddings=8192)
+MODEL = dict(
+    hidden_size=512,
+    intermediate_size=1376,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    vocab_size=8192,
+    max_position_embeddings=8192,
+)
 # workload -> prompts, answers to each, tokens of a prompt and of an answer (log-normal, the median), turns from and to
-SHAPES = {"tldr": (6, 14, 350, 32, (1, 1)), "prism": (5, 3, 30, 110, (2, 6)), "personalllm": (4, 8, 45, 260, (1, 1)),
-          "rewardbench": (5, 4, 120, 300, (1, 1)), "own": (16, 2, 150, 120, (1, 1))}
+SHAPES = {
+    "tldr": (6, 14, 350, 32, (1, 1)),
+    "prism": (5, 3, 30, 110, (2, 6)),
+    "personalllm": (4, 8, 45, 260, (1, 1)),
+    "rewardbench": (5, 4, 120, 300, (1, 1)),
+    "own": (16, 2, 150, 120, (1, 1)),
+}
 BOOKKEEPING = (30_000, 89_000)  # rows of a split; with the second a full TL;DR
 TARGETS = {"tldr": 2.5, "prism": 3, "personalllm": 1.15, "rewardbench": 1, "own": 1}  # rows / ours
 # ---------------------------------------------------------------------------------------------------------------------
@@ -44,6 +56,7 @@ TARGETS = {"tldr": 2.5, "prism": 3, "personalllm": 1.15, "rewardbench": 1, "own"
 
 class Tokenizer:
     """Token ids for conversations that are numbers of prepared sequences."""
+
     chat_template = "numbers"
 
     def __init__(self, sequences):
@@ -76,20 +89,24 @@ def rows(model, sequences):
     """Padded on the right and sorted by length, which needs no mask: as fast as rows can be."""
     order, out = sorted(range(len(sequences)), key=lambda n: -len(sequences[n])), {}
     while order:
-        batch = order[:max(1, BUDGET // len(sequences[order[0]]))]
+        batch = order[: max(1, BUDGET // len(sequences[order[0]]))]
         ids = torch.zeros(len(batch), len(sequences[batch[0]]), dtype=torch.long)
         for row, n in zip(ids, batch):
-            row[:len(sequences[n])] = torch.tensor(sequences[n])
+            row[: len(sequences[n])] = torch.tensor(sequences[n])
         states = model(input_ids=ids, use_cache=False).last_hidden_state
         out.update({n: states[r, len(sequences[n]) - 1] for r, n in enumerate(batch)})
-        order = order[len(batch):]
+        order = order[len(batch) :]
     return torch.stack([out[n] for n in range(len(sequences))])
 
 
 @torch.inference_mode()
 def one_by_one(model, sequences):
-    return torch.cat([model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[:, -1]
-                      for ids in sequences])
+    return torch.cat(
+        [
+            model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[:, -1]
+            for ids in sequences
+        ]
+    )
 
 
 def compare(name, model):
@@ -98,7 +115,9 @@ def compare(name, model):
     conversations = [[{"role": "user", "content": str(n)}] for n in range(len(sequences))]
 
     def ours():
-        return lore.embedding.embed_conversations(conversations, model, Tokenizer(sequences), token_budget=BUDGET)
+        return lore.embedding.embed_conversations(
+            conversations, model, Tokenizer(sequences), token_budget=BUDGET
+        )
 
     def seconds(way, *arguments):
         began = time.process_time()
@@ -107,7 +126,9 @@ def compare(name, model):
 
     model.__dict__.pop("reward_proofs", None)
     with_proof, _ = seconds(ours)
-    hook = model.embed_tokens.register_forward_hook(lambda layer, inputs, output: computed.append(inputs[0].numel()))
+    hook = model.embed_tokens.register_forward_hook(
+        lambda layer, inputs, output: computed.append(inputs[0].numel())
+    )
     ours()
     hook.remove()
     alone, expected = seconds(one_by_one, model, sequences)
@@ -115,10 +136,13 @@ def compare(name, model):
     ratios = [theirs / mine for (mine, _), (theirs, _) in pairs]
     mine = statistics.median(mine for (mine, _), _ in pairs)
     error = max((states - expected).abs().max().item() for (_, states), _ in pairs)
-    print(f"{name:12} {len(sequences):4} conversations, {mine:5.1f} s, computed / unique {sum(computed) / unique:.3f}; "
-          f"rows / ours {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, of {TARGETS[name]})"
-          f" and one by one / ours {alone / mine:.2f}; off by {error:.1e}; "
-          f"proof {(with_proof - mine) / mine * len(sequences):.0f} conversations", flush=True)
+    print(
+        f"{name:12} {len(sequences):4} conversations, {mine:5.1f} s, computed / unique {sum(computed) / unique:.3f}; "
+        f"rows / ours {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, of {TARGETS[name]})"
+        f" and one by one / ours {alone / mine:.2f}; off by {error:.1e}; "
+        f"proof {(with_proof - mine) / mine * len(sequences):.0f} conversations",
+        flush=True,
+    )
 
 
 def bookkeeping(rows, width=4096):
@@ -127,31 +151,48 @@ def bookkeeping(rows, width=4096):
     import pandas as pd
     from demos import build_model
     from helpers import load_script
+
     chance, posts = np.random.default_rng(0), rows * 23 // 178
     with tempfile.TemporaryDirectory() as folder:
         model, data, out = (Path(folder, name) for name in ("model", "data", "out"))
         data.mkdir()
         _, tokenizer = lore.reward_model.load_reward_model(str(build_model(model)), device="cpu")
-        words = [word[1:] for word in tokenizer.get_vocab() if word[0] == "Ġ" and word[1:].isalpha()]
-        words = np.array(words)[chance.integers(len(words), size=2 ** 20)].tolist()
+        words = [
+            word[1:] for word in tokenizer.get_vocab() if word[0] == "Ġ" and word[1:].isalpha()
+        ]
+        words = np.array(words)[chance.integers(len(words), size=2**20)].tolist()
         for split, first in (("train", 0), ("validation", posts)):
-            texts = [" ".join(words[n:n + 345]) for n in range(first, first + posts)]
-            pd.DataFrame({"info": {"post": texts[n % posts]}, "choice": n % 2, "worker": f"worker {n % 76}", "summaries": [
-                {"text": " ".join(words[k:k + 30])} for k in chance.integers(2 ** 20 - 30, size=2)]}
-                for n in range(rows)).to_parquet(data / f"{split}.parquet")
+            texts = [" ".join(words[n : n + 345]) for n in range(first, first + posts)]
+            pd.DataFrame(
+                {
+                    "info": {"post": texts[n % posts]},
+                    "choice": n % 2,
+                    "worker": f"worker {n % 76}",
+                    "summaries": [
+                        {"text": " ".join(words[k : k + 30])}
+                        for k in chance.integers(2**20 - 30, size=2)
+                    ],
+                }
+                for n in range(rows)
+            ).to_parquet(data / f"{split}.parquet")
         del words, texts
         states, prepare = torch.randn(8192, width).bfloat16(), load_script("RedditTLDR", "prepare")
         prepare.load_reward_head = lambda model_name: torch.ones(width, 1)
-        free = {"_forward": lambda model, ids, shared=None: states[:len(ids)],
-                "_proof": lambda model, sequences: {"way": "shared", "tokens": [0, 2 ** 30]}}
+        free = {
+            "forward_last_states": lambda model, ids, shared=None: states[: len(ids)],
+            "choose_batching": lambda model, sequences: {"way": "shared", "tokens": [0, 2**30]},
+        }
         sys.argv[1:] = map(str, ("--data", data, "--model", model, "--dir", out))
         before, held = resource.getrusage(resource.RUSAGE_SELF), 4 * rows * width * 2 / 1e9
         with mock.patch.multiple(utils, **free), contextlib.redirect_stdout(None):
             prepare.main()
         after = resource.getrusage(resource.RUSAGE_SELF)
-        print(f"bookkeeping: {4 * rows:,} conversations, {after.ru_utime - before.ru_utime:.0f} CPU s and "
-              f"{after.ru_stime - before.ru_stime:.0f} of the system, at most {after.ru_maxrss / 1e6:.1f} GB, "
-              f"{held:.1f} of them embeddings", flush=True)
+        print(
+            f"bookkeeping: {4 * rows:,} conversations, {after.ru_utime - before.ru_utime:.0f} CPU s and "
+            f"{after.ru_stime - before.ru_stime:.0f} of the system, at most {after.ru_maxrss / 1e6:.1f} GB, "
+            f"{held:.1f} of them embeddings",
+            flush=True,
+        )
 
 
 def main():

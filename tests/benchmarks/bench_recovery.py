@@ -21,6 +21,7 @@ from sklearn.linear_model import LogisticRegression
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 from helpers import planted_basis, planted_pairs, planted_weights
+
 from utils import evaluate_model, learn_multiple, learn_single_reward, solve
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -42,36 +43,53 @@ def accuracy(features, V, weights):
 def logistic_regression(X):
     """scikit-learn's Bradley-Terry model of one user, `[d, 1]`: every pair from both sides, no intercept."""
     X = X.numpy()
-    model = LogisticRegression(fit_intercept=False).fit(np.concatenate([X, -X]), np.repeat([1, 0], len(X)))
+    model = LogisticRegression(fit_intercept=False).fit(
+        np.concatenate([X, -X]), np.repeat([1, 0], len(X))
+    )
     return torch.from_numpy(model.coef_.T).float()
 
 
 def measured(N, pairs, seed):
     """Angle in degrees, then the accuracies in the order of the table's columns."""
     V, W = planted_basis(d, K, seed), planted_weights(N, K, 0.2, seed)
-    train, test = (planted_pairs(V, W, count, 2 * seed + i, True) for i, count in enumerate((pairs, test_pairs)))
+    train, test = (
+        planted_pairs(V, W, count, 2 * seed + i, True)
+        for i, count in enumerate((pairs, test_pairs))
+    )
     w, found = solve(train, K, iterations, learning_rate, seed)
     ones = torch.ones(N, 1)
     own = min(N, own_models)
     by_adam = learn_multiple(train[:own], iterations, learning_rate, seed)[1]
     by_sklearn = [logistic_regression(X) for X in train[:own]]
-    own_accuracies = (np.mean([evaluate_model(X, v, ones[0]) for X, v in zip(test, models)])
-                      for models in (by_adam, by_sklearn))
-    return [np.degrees(subspace_angles(V.numpy(), found.numpy())[0]), accuracy(test, found, w),
-            accuracy(test, learn_single_reward(train, iterations, learning_rate, seed), ones), *own_accuracies,
-            accuracy(test, V, W)]
+    own_accuracies = (
+        np.mean([evaluate_model(X, v, ones[0]) for X, v in zip(test, models)])
+        for models in (by_adam, by_sklearn)
+    )
+    return [
+        np.degrees(subspace_angles(V.numpy(), found.numpy())[0]),
+        accuracy(test, found, w),
+        accuracy(test, learn_single_reward(train, iterations, learning_rate, seed), ones),
+        *own_accuracies,
+        accuracy(test, V, W),
+    ]
 
 
 def main():
     start = time.perf_counter()
     print(f"d = {d}, planted rank {K}, {len(data_seeds)} data sets each\n")
-    print("| users | pairs each | angle to V* | LoRe | one for all (K = 1) | one per user | logistic regression per "
-          "user | Bayes rule |\n|---|---|---|---|---|---|---|---|")
+    print(
+        "| users | pairs each | angle to V* | LoRe | one for all (K = 1) | one per user | logistic regression per "
+        "user | Bayes rule |\n|---|---|---|---|---|---|---|---|"
+    )
     for N in user_counts:
         for pairs in pair_counts:
             angle, *accuracies = np.mean([measured(N, pairs, seed) for seed in data_seeds], 0)
-            print(f"| {N:,} | {pairs} | {angle:.0f}° | " + " | ".join(f"{value:.3f}" for value in accuracies) + " |",
-                  flush=True)
+            print(
+                f"| {N:,} | {pairs} | {angle:.0f}° | "
+                + " | ".join(f"{value:.3f}" for value in accuracies)
+                + " |",
+                flush=True,
+            )
     print(f"\n{time.perf_counter() - start:.0f} s")
 
 

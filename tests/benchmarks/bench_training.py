@@ -45,7 +45,12 @@ TLDR_ITERATIONS, FEW_SHOT_ITERATIONS = 1000, 500
 PERSONAL_USERS, PERSONAL_PAIRS, PERSONAL_RANKS = 1000, 47, [1, 2, 3, 4, 5]
 PERSONAL_UNSEEN_USERS, PERSONAL_UNSEEN_PAIRS = 500, 9
 PERSONAL_PROMPTS = {"train": 9402, "test": 1000}
-PRISM_USERS, PRISM_PAIRS, PRISM_RANKS, PRISM_ALPHA = 1030, 19638 / 1030, [1, 5, 10, 15, 20, 25, 50], 1e4
+PRISM_USERS, PRISM_PAIRS, PRISM_RANKS, PRISM_ALPHA = (
+    1030,
+    19638 / 1030,
+    [1, 5, 10, 15, 20, 25, 50],
+    1e4,
+)
 PRISM_UNSEEN_USERS, PRISM_UNSEEN_PAIRS = 257, 4900 / 257
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -103,8 +108,17 @@ def loop_run(features, iterations, few_shot_iterations):
     train, test, train_unseen, test_unseen = features
     for K in TLDR_RANKS:
         w, V = loop_lore(train, K, iterations)
-        w_unseen = loop_few_shot(train_unseen, V, few_shot_iterations) if K > 1 else torch.ones(len(train_unseen), 1)
-        for part, weights in ((train, w), (test, w), (train_unseen, w_unseen), (test_unseen, w_unseen)):
+        w_unseen = (
+            loop_few_shot(train_unseen, V, few_shot_iterations)
+            if K > 1
+            else torch.ones(len(train_unseen), 1)
+        )
+        for part, weights in (
+            (train, w),
+            (test, w),
+            (train_unseen, w_unseen),
+            (test_unseen, w_unseen),
+        ):
             for X, w_i in zip(part, weights):
                 (X @ (V @ w_i) > 0).float().mean().item()
 
@@ -116,10 +130,14 @@ def members(ranks, alpha=0.0):
     return [utils.Member(K, alpha) for K in ranks]
 
 
-def silently(pipeline, ranks, features, alpha=0, few_shot_iterations=FEW_SHOT_ITERATIONS, **options):
+def silently(
+    pipeline, ranks, features, alpha=0, few_shot_iterations=FEW_SHOT_ITERATIONS, **options
+):
     utils.FEW_SHOT_ITERATIONS = few_shot_iterations
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        pipeline(ranks, [alpha], V_SFT, *features, len(features[0]), len(features[2]), "cpu", **options)
+        pipeline(
+            ranks, [alpha], V_SFT, *features, len(features[0]), len(features[2]), "cpu", **options
+        )
 
 
 # Features, measuring and printing
@@ -128,7 +146,9 @@ def silently(pipeline, ranks, features, alpha=0, few_shot_iterations=FEW_SHOT_IT
 def users_of(users, pairs):
     """Features of so many users with so many pairs each, or on average."""
     ends = [round(i * pairs) for i in range(users + 1)]
-    return list(torch.randn(ends[-1], d).split([after - before for before, after in zip(ends, ends[1:])]))
+    return list(
+        torch.randn(ends[-1], d).split([after - before for before, after in zip(ends, ends[1:])])
+    )
 
 
 def seconds(call, *arguments):
@@ -152,24 +172,33 @@ def compare(figure, ours, plain, target, repeats=REPEATS):
 
 def line(figure, one, other, ratios, target, unit="s"):
     spread = f" ({min(ratios):.1f} .. {max(ratios):.1f})" if len(ratios) > 1 else ""
-    print(f"{figure:<52} {one:>9.4g} {unit:<2} {other:>9.4g} {unit:<2} {f'{statistics.median(ratios):.2f}{spread}':<22} "
-          f"{target}", flush=True)
+    print(
+        f"{figure:<52} {one:>9.4g} {unit:<2} {other:>9.4g} {unit:<2} {f'{statistics.median(ratios):.2f}{spread}':<22} "
+        f"{target}",
+        flush=True,
+    )
 
 
 def heading(title):
-    print(f"\n{title}\n{'':<52} {'ours':>9} {'':<2} {'plain':>9}    {'ratio (min .. max)':<22} target", flush=True)
+    print(
+        f"\n{title}\n{'':<52} {'ours':>9} {'':<2} {'plain':>9}    {'ratio (min .. max)':<22} target",
+        flush=True,
+    )
 
 
 # The figures
 
 
 def gradient():
-    heading("One gradient, by W and by V, ours of all ranks together; plain: a loop over users for each rank")
+    heading(
+        "One gradient, by W and by V, ours of all ranks together; plain: a loop over users for each rank"
+    )
     for figure, users, pairs, ranks, target in (
-            ("38 x 150, K = 1..6", TLDR_USERS, TLDR_PAIRS["train"], TLDR_RANKS, 0),
-            ("1000 x 47, K = 5", PERSONAL_USERS, PERSONAL_PAIRS, [5], 0),
-            ("1000 x 47, K = 1..5", PERSONAL_USERS, PERSONAL_PAIRS, PERSONAL_RANKS, 0),
-            ("PRISM's 19,638 pairs, seven ranks", PRISM_USERS, PRISM_PAIRS, PRISM_RANKS, 0)):
+        ("38 x 150, K = 1..6", TLDR_USERS, TLDR_PAIRS["train"], TLDR_RANKS, 0),
+        ("1000 x 47, K = 5", PERSONAL_USERS, PERSONAL_PAIRS, [5], 0),
+        ("1000 x 47, K = 1..5", PERSONAL_USERS, PERSONAL_PAIRS, PERSONAL_RANKS, 0),
+        ("PRISM's 19,638 pairs, seven ranks", PRISM_USERS, PRISM_PAIRS, PRISM_RANKS, 0),
+    ):
         features = users_of(users, pairs)
         X = torch.cat(features)
         likelihood = utils.Likelihood(list(map(len, features)), ranks, X.device)
@@ -182,57 +211,110 @@ def gradient():
 
         w = likelihood.weights(W)
         compare(figure, lambda: seconds(likelihood.kernel, X, w, V), lambda: seconds(plain), target)
-        compare("    the plain way of utils.py", lambda: seconds(likelihood.plain, X, w, V), lambda: seconds(plain), target)
+        compare(
+            "    the plain way of utils.py",
+            lambda: seconds(likelihood.plain, X, w, V),
+            lambda: seconds(plain),
+            target,
+        )
 
 
 def run():
-    heading(f"`run` at TL;DR's size, 2 x {TLDR_USERS} users, K = 1..6, {TLDR_ITERATIONS} + {FEW_SHOT_ITERATIONS} "
-            "iterations. Ours: measured whole; plain:\nevaluation measured, trainings extrapolated from 2 iterations each")
+    heading(
+        f"`run` at TL;DR's size, 2 x {TLDR_USERS} users, K = 1..6, {TLDR_ITERATIONS} + {FEW_SHOT_ITERATIONS} "
+        "iterations. Ours: measured whole; plain:\nevaluation measured, trainings extrapolated from 2 iterations each"
+    )
     features = [users_of(TLDR_USERS, pairs) for pairs in TLDR_PAIRS.values()]
 
     def plain():
         fits = sum(per_iteration(lambda n: loop_lore(features[0], K, n), 2) for K in TLDR_RANKS)
-        few = sum(per_iteration(lambda n: loop_few_shot(features[2], torch.randn(d, K), n), 2) for K in TLDR_RANKS[1:])
-        return TLDR_ITERATIONS * fits + FEW_SHOT_ITERATIONS * few + seconds(loop_run, features, 0, 0)
+        few = sum(
+            per_iteration(lambda n: loop_few_shot(features[2], torch.randn(d, K), n), 2)
+            for K in TLDR_RANKS[1:]
+        )
+        return (
+            TLDR_ITERATIONS * fits + FEW_SHOT_ITERATIONS * few + seconds(loop_run, features, 0, 0)
+        )
 
-    silently(utils.run, [1], features, num_iterations=2)  # compiles; imports what the first Adam needs
-    compare("run, training + few-shot + evaluation",
-            lambda: seconds(lambda: silently(utils.run, TLDR_RANKS, features)), plain, 12, repeats=1)
+    silently(
+        utils.run, [1], features, num_iterations=2
+    )  # compiles; imports what the first Adam needs
+    compare(
+        "run, training + few-shot + evaluation",
+        lambda: seconds(lambda: silently(utils.run, TLDR_RANKS, features)),
+        plain,
+        12,
+        repeats=1,
+    )
 
 
 def few_shot():
-    heading(f"Few-shot fit, {PERSONAL_UNSEEN_USERS} users x {PERSONAL_UNSEEN_PAIRS} pairs, K = 5, "
-            f"{FEW_SHOT_ITERATIONS} iterations. Ours: measured whole, with X V; plain: extrapolated from 5")
+    heading(
+        f"Few-shot fit, {PERSONAL_UNSEEN_USERS} users x {PERSONAL_UNSEEN_PAIRS} pairs, K = 5, "
+        f"{FEW_SHOT_ITERATIONS} iterations. Ours: measured whole, with X V; plain: extrapolated from 5"
+    )
     features, V = users_of(PERSONAL_UNSEEN_USERS, PERSONAL_UNSEEN_PAIRS), torch.randn(d, 5)
-    compare("few-shot fit", lambda: seconds(lambda: utils.PersonalizeBatch(len(features), d, 5).train(features, V)),
-            lambda: FEW_SHOT_ITERATIONS * per_iteration(lambda n: loop_few_shot(features, V, n), 5), 50)
+    compare(
+        "few-shot fit",
+        lambda: seconds(lambda: utils.PersonalizeBatch(len(features), d, 5).train(features, V)),
+        lambda: FEW_SHOT_ITERATIONS * per_iteration(lambda n: loop_few_shot(features, V, n), 5),
+        50,
+    )
 
 
 def seeds():
-    heading("Five seeds of the K = 1..6 sweep against one, ours in both columns: `run` with a tenth of its iterations")
+    heading(
+        "Five seeds of the K = 1..6 sweep against one, ours in both columns: `run` with a tenth of its iterations"
+    )
     features = [users_of(TLDR_USERS, pairs) for pairs in TLDR_PAIRS.values()]
 
     def part(seed):
-        return seconds(lambda: silently(utils.run, TLDR_RANKS, features, few_shot_iterations=FEW_SHOT_ITERATIONS // 10,
-                                        num_iterations=TLDR_ITERATIONS // 10, seed=seed))
+        return seconds(
+            lambda: silently(
+                utils.run,
+                TLDR_RANKS,
+                features,
+                few_shot_iterations=FEW_SHOT_ITERATIONS // 10,
+                num_iterations=TLDR_ITERATIONS // 10,
+                seed=seed,
+            )
+        )
 
     part([0])
     found = [(part([0]), part([0, 1, 2, 3, 4])) for _ in range(REPEATS)]
-    line("run, one seed; five", *map(statistics.median, zip(*found)), [b / a for a, b in found], "<= 3.5")
+    line(
+        "run, one seed; five",
+        *map(statistics.median, zip(*found)),
+        [b / a for a, b in found],
+        "<= 3.5",
+    )
 
 
 def prism():
-    heading(f"PRISM, {PRISM_USERS} users, {PRISM_USERS * PRISM_PAIRS:,.0f} pairs, ranks {PRISM_RANKS}. Measured: one iteration of the sweep, "
-            "a step on W\nand one on V, the mean of 6 (plain: 1)")
+    heading(
+        f"PRISM, {PRISM_USERS} users, {PRISM_USERS * PRISM_PAIRS:,.0f} pairs, ranks {PRISM_RANKS}. Measured: one iteration of the sweep, "
+        "a step on W\nand one on V, the mean of 6 (plain: 1)"
+    )
     features = users_of(PRISM_USERS, PRISM_PAIRS)
-    compare("alternating sweep",
-            lambda: per_iteration(lambda n: utils.fit_basis(features, members(PRISM_RANKS, PRISM_ALPHA), V_SFT, n, 0.5,
-                                                            regularized=True), 6),
-            lambda: sum(per_iteration(lambda n: loop_lore_regularized(features, K, n), 1) for K in PRISM_RANKS), 0)
+    compare(
+        "alternating sweep",
+        lambda: per_iteration(
+            lambda n: utils.train_bases(
+                features, members(PRISM_RANKS, PRISM_ALPHA), V_SFT, n, 0.5, regularized=True
+            ),
+            6,
+        ),
+        lambda: sum(
+            per_iteration(lambda n: loop_lore_regularized(features, K, n), 1) for K in PRISM_RANKS
+        ),
+        0,
+    )
 
 
 def peak_bytes():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def alone(work, *arguments):
@@ -248,33 +330,57 @@ def memory_of(sizes, ranks, pipeline, alpha):
 
 
 def memory():
-    print(f"\nPeak memory of the pipelines (3 iterations)\n{'':<52} {'peak':>9}    {'features':>9}    "
-          f"{'(peak - allowed) / features':<22} target")
-    tldr = [[[(TLDR_USERS, TLDR_ALL_TEST_PAIRS if tests and "test" in part else pairs)]
-             for part, pairs in TLDR_PAIRS.items()] for tests in (False, True)]
+    print(
+        f"\nPeak memory of the pipelines (3 iterations)\n{'':<52} {'peak':>9}    {'features':>9}    "
+        f"{'(peak - allowed) / features':<22} target"
+    )
+    tldr = [
+        [
+            [(TLDR_USERS, TLDR_ALL_TEST_PAIRS if tests and "test" in part else pairs)]
+            for part, pairs in TLDR_PAIRS.items()
+        ]
+        for tests in (False, True)
+    ]
     for figure, sizes, ranks, pipeline, alpha, allowed in (
-            ("TL;DR, 100 test pairs a user, 0.5 GB allowed", tldr[0], TLDR_RANKS, "run", 0, 0.5),
-            ("TL;DR, 1100 test pairs a user, 0.5 GB allowed", tldr[1], TLDR_RANKS, "run", 0, 0.5),
-            ("PRISM, 1 GB allowed", [[(PRISM_USERS, PRISM_PAIRS)]] * 2 + [[(PRISM_UNSEEN_USERS, PRISM_UNSEEN_PAIRS)]] * 2,
-             PRISM_RANKS, "run_regularized", PRISM_ALPHA, 1)):
+        ("TL;DR, 100 test pairs a user, 0.5 GB allowed", tldr[0], TLDR_RANKS, "run", 0, 0.5),
+        ("TL;DR, 1100 test pairs a user, 0.5 GB allowed", tldr[1], TLDR_RANKS, "run", 0, 0.5),
+        (
+            "PRISM, 1 GB allowed",
+            [[(PRISM_USERS, PRISM_PAIRS)]] * 2 + [[(PRISM_UNSEEN_USERS, PRISM_UNSEEN_PAIRS)]] * 2,
+            PRISM_RANKS,
+            "run_regularized",
+            PRISM_ALPHA,
+            1,
+        ),
+    ):
         features, peak = (value / 1e9 for value in alone(memory_of, sizes, ranks, pipeline, alpha))
         line(figure, peak, features, [(peak - allowed) / features], "<= 1.5", "GB")
 
 
 def write_personalllm(folder):
     import personalllm
+
     for name, prompts in zip(personalllm.FILES, PERSONAL_PROMPTS.values()):
         embeddings = torch.empty(8 * prompts, d, dtype=torch.bfloat16)
         for part in embeddings.split(8192):
             part.copy_(torch.randn(part.shape))
-        lore.files.save_tensors(folder / name, {"embeddings": embeddings, "scores": torch.randn(prompts, 8, 10)})
-    lore.files.save_tensors(folder / lore.embedding_files.HEAD_FILE, {"reward_head": V_SFT}, model="random", data="synthetic benchmark")
+        lore.files.save_tensors(
+            folder / name, {"embeddings": embeddings, "scores": torch.randn(prompts, 8, 10)}
+        )
+    lore.files.save_tensors(
+        folder / lore.embedding_files.HEAD_FILE,
+        {"reward_head": V_SFT},
+        model="random",
+        data="synthetic benchmark",
+    )
 
 
 def train_personalllm(folder):
     """main() of train_basis.py with few iterations -> peak resident bytes, seconds, seconds of the evaluation."""
-    spec = importlib.util.spec_from_file_location("train_basis", ROOT / "PersonalLLM" / "train_basis.py")
-    script, evaluate, spent = importlib.util.module_from_spec(spec), utils._accuracies, []
+    spec = importlib.util.spec_from_file_location(
+        "train_basis", ROOT / "PersonalLLM" / "train_basis.py"
+    )
+    script, evaluate, spent = importlib.util.module_from_spec(spec), utils.accuracies_per_user, []
     spec.loader.exec_module(script)
 
     def timed(*arguments):
@@ -283,7 +389,11 @@ def train_personalllm(folder):
         spent.append(time.perf_counter() - begin)
         return found
 
-    script.num_iterations, utils._accuracies, sys.argv = 5, timed, ["train_basis.py", "--dir", str(folder)]
+    script.num_iterations, utils.accuracies_per_user, sys.argv = (
+        5,
+        timed,
+        ["train_basis.py", "--dir", str(folder)],
+    )
     with contextlib.redirect_stdout(io.StringIO()):
         total = seconds(script.main)
     return peak_bytes(), total, sum(spent)
@@ -293,17 +403,28 @@ def personal():
     with tempfile.TemporaryDirectory() as folder:
         alone(write_personalllm, Path(folder))
         peak, total, evaluation = alone(train_personalllm, Path(folder))
-    print(f"\nPersonalLLM/train_basis.py as a whole at its published size, 5 iterations: {total:.1f} s, of which evaluation "
-          f"{evaluation:.2f} s (target 60), peak memory {peak / 1e9:.2f} GB (target 8)")
+    print(
+        f"\nPersonalLLM/train_basis.py as a whole at its published size, 5 iterations: {total:.1f} s, of which evaluation "
+        f"{evaluation:.2f} s (target 60), peak memory {peak / 1e9:.2f} GB (target 8)"
+    )
 
 
-SECTIONS = {"memory": memory, "personalllm": personal, "gradient": gradient, "run": run, "few-shot": few_shot,
-            "seeds": seeds, "prism": prism}
+SECTIONS = {
+    "memory": memory,
+    "personalllm": personal,
+    "gradient": gradient,
+    "run": run,
+    "few-shot": few_shot,
+    "seeds": seeds,
+    "prism": prism,
+}
 
 
 def main():
-    print(f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, {torch.get_num_threads()} "
-          f"threads, {torch.backends.cpu.get_cpu_capability()}; d = {d}, synthetic features, float32")
+    print(
+        f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, {torch.get_num_threads()} "
+        f"threads, {torch.backends.cpu.get_cpu_capability()}; d = {d}, synthetic features, float32"
+    )
     chosen = sys.argv[1:] or list(SECTIONS)
     if not set(chosen) <= set(SECTIONS):
         sys.exit(f"sections: {' '.join(SECTIONS)}")

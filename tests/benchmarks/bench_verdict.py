@@ -21,6 +21,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 from helpers import planted_basis, planted_pairs, planted_weights
+
 from lore.evidence import evidence, exchanged_accuracies, interval
 from utils import Fit, run
 
@@ -38,9 +39,14 @@ V = planted_basis(d, 3)
 
 def population(seed, tastes):
     """Users whose mixtures are drawn, or all equal where they have no tastes."""
-    seen, unseen = (planted_weights(N, 3, 0.1, seed + 100 * i) if tastes else torch.full((N, 3), 1 / 3) for i in range(2))
-    parts = {part: planted_pairs(V, seen if i < 2 else unseen, m, 10 * seed + i, sampled=True)
-             for i, (part, m) in enumerate(pairs.items())}
+    seen, unseen = (
+        planted_weights(N, 3, 0.1, seed + 100 * i) if tastes else torch.full((N, 3), 1 / 3)
+        for i in range(2)
+    )
+    parts = {
+        part: planted_pairs(V, seen if i < 2 else unseen, m, 10 * seed + i, sampled=True)
+        for i, (part, m) in enumerate(pairs.items())
+    }
     return parts | {"seen": list(range(N)), "unseen": list(range(N))}
 
 
@@ -57,7 +63,9 @@ def verdict_on(data, seed):
 def personal_part(m, seed):
     """Of N users with m pairs each under the planted models: float64 `[N]`."""
     W = planted_weights(N, 3, 0.1, seed)
-    own, mean, _ = exchanged_accuracies(planted_pairs(V, W, m, seed, sampled=True), [Fit(3, 0, 0, V, W, W, 0.0)])
+    own, mean, _ = exchanged_accuracies(
+        planted_pairs(V, W, m, seed, sampled=True), [Fit(3, 0, 0, V, W, W, 0.0)]
+    )
     return own - mean
 
 
@@ -65,16 +73,23 @@ def main():
     torch.set_num_threads(1)
     for name, tastes in (("nobody has tastes", False), ("planted tastes", True)):
         start = time.perf_counter()
-        verdicts, parts = zip(*(verdict_on(population(seed, tastes), seed) for seed in range(data_sets)))
-        print(f"{name}: {dict(Counter(verdicts))} in {data_sets} data sets, mean personal part at K = 3 "
-              f"{np.mean(parts):+.3f}; {time.perf_counter() - start:.0f} s", flush=True)
+        verdicts, parts = zip(
+            *(verdict_on(population(seed, tastes), seed) for seed in range(data_sets))
+        )
+        print(
+            f"{name}: {dict(Counter(verdicts))} in {data_sets} data sets, mean personal part at K = 3 "
+            f"{np.mean(parts):+.3f}; {time.perf_counter() - start:.0f} s",
+            flush=True,
+        )
     truth = np.mean([personal_part(200, 5000 + i).mean() for i in range(100)])
     covered = []
     for seed in range(covered_sets):
         found = interval(personal_part(covered_pairs, seed))
         covered.append(found["low"] <= truth <= found["high"])
-    print(f"planted personal part {truth:.3f}: covered in {[sum(covered[i:i + 100]) for i in range(0, covered_sets, 100)]} "
-          "of 100 each")
+    print(
+        f"planted personal part {truth:.3f}: covered in {[sum(covered[i : i + 100]) for i in range(0, covered_sets, 100)]} "
+        "of 100 each"
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,52 @@
+"""A study: the people, their preference pairs, and what is known of both."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+import torch
+
+from utils import Pairs
+
+Features = list[torch.Tensor | Pairs]
+
+PARTS = ("train", "test", "train_unseen", "test_unseen")
+
+
+@dataclass
+class Study:
+    """What `load_embeddings` of every data set returns; what training, evidence and results take.
+
+    The four parts hold the preference pairs of one user per entry: float32 `[m_i, d]` or `Pairs`,
+    chosen minus rejected. `train` and `test` are those of the seen users, in the order of `seen`;
+    `train_unseen` (the few shots) and `test_unseen` those of the unseen users, in that of `unseen`.
+
+    prompts, texts and groups are dicts from a part's name to a list with one entry per user, which
+    has one value for each of the user's pairs. A part that is missing there is not known.
+    """
+
+    title: str  # for people: the name of the data
+    seen: list[str]  # user ids
+    unseen: list[str]
+    train: Features
+    test: Features
+    train_unseen: Features
+    test_unseen: Features
+    reward_head: torch.Tensor  # (d, 1), float32
+    prompts: dict[str, list[list[Hashable]]] = field(
+        default_factory=dict
+    )  # equal for equal prompts
+    texts: dict[str, list[list[tuple[str, str]]]] = field(default_factory=dict)  # chosen, rejected
+    # The number of the conversation that a pair is from, int64 `[m_i]`, counted from 0 for each user.
+    # Such pairs belong together: they are held out together, and a shot is a whole group.
+    groups: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    # JSON values, written into every result: the model and the data that the embeddings are of,
+    # their `identity`, how they were made.
+    provenance: dict = field(default_factory=dict)
+
+    def features(self) -> dict[str, Features]:
+        """The four parts by name, in the order of `PARTS`."""
+        return {part: getattr(self, part) for part in PARTS}
+
+    def pair_count(self, part: str) -> int:
+        """How many pairs all users of a part have together."""
+        return sum(map(len, getattr(self, part)))
