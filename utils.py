@@ -1,57 +1,2042 @@
-"""LoRe: low-rank reward modelling for personalised language models (arXiv 2504.14439).
+"""LoRe: low-rank reward modelling for personalised language models, the method in one file.
 
-What the scripts of the three data sets share, in nine parts, each using only those above it:
+Bose et al., arXiv 2504.14439. People choose between two answers to a prompt. A frozen reward
+model gives every conversation a vector phi(prompt, answer) in R^d, so that a choice of user i is
+one vector
 
-    1. Errors and files           one line for what a user can mend; whole files; hostile ones refused (`load_pickle`)
-    2. Reward model               the frozen model, its head, its identity; files of embeddings
-    3. Embedding                  phi(prompt, response), every token once (`embed_conversations`); the model's proof
-    4. Preference pairs           rows of others' files; differences of embeddings, shots, simulated users
-    5. The models                 the loss (`Likelihood`), its kernel (`_gradients`), few-shot fit (`fit_weights`)
-    6. Evaluation and evidence    accuracies of personalised rewards; is it personal, by how much
-    7. Pipelines                  run, run_regularized, run_few_shot_vary_shots; baselines; what prepare.py begins with
-    8. Results and plots          JSON, safetensors, CSV, report.md, pictures
-    9. Use                        exported reward models, rewards for trainers, new users, which question to ask
+    x = phi(chosen) - phi(rejected).
 
-In formulas: x = phi(chosen) - phi(rejected) is a preference pair of user i, V (d x K) the shared reward basis,
-w_i = softmax(W_i) that user's weights, m = x V w_i / 100 the margin, and P(chosen beats rejected) = sigmoid(m).
+All users share a basis V (d x K) of reward directions, and user i has only a mixture over them,
+
+    w_i = softmax(W_i).
+
+The Bradley-Terry model then says that the user makes this choice with the probability
+
+    P = sigmoid(m),  with the margin  m = x V w_i / 100.
+
+K = 0 names the reference model (the pretrained reward head, nothing is learnt), K = 1 is one
+Bradley-Terry model for everybody, and from K = 2 on it is LoRe.
+
+In this file, from top to bottom:
+
+    1. Errors, settings, processes    InputError, check_whole, process_count
+    2. Preference pairs               Pairs, check_features
+    3. The models                     LoRe, LoRe_regularized, PersonalizeBatch: forward is the loss
+    4. The engine                     Likelihood and its kernel, train_bases, fit_weights
+    5. Evaluation                     evaluate_model, accuracies_per_user
+    6. Pipelines                      sweep, run, run_regularized, run_few_shot_vary_shots
+    7. Released API                   solve, learn_multiple, simulate_user, create_dataset_prism
+
+The file needs torch, numpy, numba and tqdm, and works without the rest of the repository.
 """
 
 import contextlib
 import dataclasses
 import datetime
-import functools
 import hashlib
 import itertools
 import math
 import os
-import random  # noqa: F401
+import random
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from numbers import Integral, Real
+from typing import Any, NamedTuple, Protocol
 
 import numba
 import numpy as np
-import pandas as pd
 import torch
 import torch.distributed as dist
-from torch.nn.functional import cosine_similarity, logsigmoid
+import torch.nn.functional as F
+from torch import nn, optim
 from tqdm import tqdm
 
-FUSED_ADAM = tuple(map(int, torch.__version__.split(".")[:2])) >= (
-    2,
-    6,
-)  # torch has it on the CPU from then on
+# What `from utils import *` gives: what the star of the released file gives, and our own names.
+__all__ = [
+    # modules, and the device that released scripts use
+    "np", "torch", "nn", "optim", "F", "random", "device",
+    # models
+    "LoRe", "LoRe_regularized", "PersonalizeBatch",
+    # pipelines
+    "run", "run_regularized", "run_few_shot_vary_shots", "sweep", "Fit",
+    # evaluation
+    "evaluate_model", "eval_multiple",
+    # released helpers
+    "solve", "solve_regularized", "solve_regularized_simplex", "learn_multiple_few_shot",
+    "learn_multiple", "learn_single_reward", "learn_single_reward_regularized", "sample_shots",
+    "simulate_user", "simulate_population", "generate_population", "generate_popupulation",
+    "create_sparse_tensor", "create_dataset_prism", "create_dataset_prism_shots",
+    # pairs, checks
+    "Pairs", "InputError", "check_device", "check_features", "check_groups", "check_head",
+    "check_matrix", "check_number", "check_numbers", "check_sweep", "check_whole",
+    "check_whole_numbers",
+]  # fmt: skip
+
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # as released; unused here
+
+# ---------------------------------------------------------------------------------------------
+# 1. Errors, settings, processes
+# ---------------------------------------------------------------------------------------------
 
 
 class InputError(ValueError):
-    """Input that cannot be used; its message is one line that says what, where and the remedy."""
+    """Input that cannot be used. The message is one line: what is wrong, where, and the remedy."""
 
-    def __init__(self, message):
+    def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
 
 
+LARGEST_WHOLE = 2**32 - 1  # what seeds and counts may be at most
+LARGEST_ALPHA = 1e15
+
+
+def check_whole(name: str, value: Any, least: int = 0, most: int = LARGEST_WHOLE) -> None:
+    """Raise InputError that names the setting if it is not a whole number from least to most."""
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_whole or not least <= value <= most:
+        raise InputError(f"{name}: {value!r}; give a whole number from {least} to {most}")
+
+
+def check_number(name: str, value: Any, least: float, most: float) -> None:
+    """Raise InputError that names the setting if it is not a number from least to most."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not least <= value <= most:
+        raise InputError(f"{name}: {value!r}; give a number from {least} to {most}")
+
+
+def check_whole_numbers(name: str, values: Any, least: int = 0) -> None:
+    """Raise InputError if it is not a list of one or more distinct whole numbers from least on."""
+    _check_list(name, values)
+    for value in values:
+        check_whole(name, value, least)
+    _check_distinct(name, values)
+
+
+def check_numbers(name: str, values: Any, least: float, most: float) -> None:
+    """Raise InputError if it is not a list of one or more distinct numbers from least to most."""
+    _check_list(name, values)
+    for value in values:
+        check_number(name, value, least, most)
+    _check_distinct(name, values)
+
+
+def _check_list(name: str, values: Any) -> None:
+    if not isinstance(values, (list, tuple, range, np.ndarray)) or len(values) == 0:
+        raise InputError(f"{name}: {values!r}; give a list of one value or more")
+
+
+def _check_distinct(name: str, values: Any) -> None:
+    if len(set(values)) < len(values):
+        raise InputError(f"{name}: {list(values)}; give each value once")
+
+
+def check_training(num_iterations: Any, learning_rate: Any = 0.5, seed: Any = None) -> None:
+    """Raise InputError that names the setting of a training that means nothing."""
+    check_whole("num_iterations", num_iterations)
+    check_number("learning_rate", learning_rate, 1e-9, 1e9)
+    if seed is not None:
+        check_whole("seed", seed)
+
+
+def check_sweep(
+    K_list: Any, alpha_list: Any, seeds: Any, num_iterations: Any, threshold: Any = 0.0
+) -> None:
+    """Raise InputError that names the setting of a sweep that means nothing."""
+    check_whole_numbers("K_list", K_list)
+    check_numbers("alpha_list", alpha_list, 0, LARGEST_ALPHA)
+    check_whole_numbers("seeds", seeds)
+    check_whole("num_iterations", num_iterations)
+    check_number("threshold", threshold, 0, 1)
+
+
+def process_rank() -> int:
+    """The number of this process under torchrun; 0 without it."""
+    return int(os.environ.get("RANK", 0))
+
+
+def process_count() -> int:
+    """How many processes torchrun has started; 1 without it. The first call connects them."""
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count > 1 and not dist.is_initialized():
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(default_device())  # NCCL's barrier runs on the current device
+            backend = "cpu:gloo,cuda:nccl"
+        # A slow neighbour may embed for hours before the next exchange.
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
+    return count
+
+
+def default_device() -> torch.device:
+    """This process's GPU, or the CPU if there is none. InputError: more processes than GPUs."""
+    if torch.cuda.is_available():
+        return check_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    return check_device("cpu")
+
+
+def check_device(device: Any) -> torch.device:
+    """The device as a torch.device. Raises InputError if this machine does not have it."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"device {device!r}: not on this machine ({reason}); give cpu, or a GPU that is there, "
+            "such as cuda:0"
+        ) from None
+
+
+def progress_bar(label: str, total: int, **options: Any) -> tqdm:
+    """A bar on stderr, shown from the third second on; in a log file one line in ten seconds."""
+    return tqdm(
+        desc=label,
+        total=total,
+        delay=2,
+        mininterval=0.2 if sys.stderr.isatty() else 10,
+        disable=process_rank() > 0,
+        **options,
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. Preference pairs
+# ---------------------------------------------------------------------------------------------
+
+
+class Pairs:
+    """Preference pairs as row numbers of one table of embeddings, for many pairs of few answers.
+
+    It behaves like the float32 matrix `embeddings[chosen] - embeddings[rejected]`, `[m, d]`,
+    without holding it: a million pairs of 8,000 answers need 8,000 rows.
+
+    embeddings: `[rows, d]`, any float dtype. chosen, rejected: int64 `[m]`.
+    Raises InputError if they are not two equally long lists of row numbers of the table.
+    """
+
+    def __init__(self, embeddings: torch.Tensor, chosen: Any, rejected: Any) -> None:
+        self.embeddings = embeddings
+        self.chosen = torch.as_tensor(chosen)
+        self.rejected = torch.as_tensor(rejected)
+        for rows in (self.chosen, self.rejected):
+            if rows.shape != self.chosen.shape or not _are_rows(rows, len(embeddings)):
+                raise InputError(
+                    f"Pairs: chosen {tuple(self.chosen.shape)}, rejected "
+                    f"{tuple(self.rejected.shape)}: rows {rows.tolist()[:5]}; give two equally "
+                    f"long lists of row numbers of the {len(embeddings)} rows"
+                )
+        self.chosen = self.chosen.long()
+        self.rejected = self.rejected.long()
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self), self.embeddings.shape[1]))
+
+    def __getitem__(self, rows: Any) -> "Pairs":
+        return Pairs(self.embeddings, self.chosen[rows], self.rejected[rows])
+
+    def __matmul__(self, V: torch.Tensor) -> torch.Tensor:
+        return next(pair_scores([self], V))
+
+    def dense(self) -> torch.Tensor:
+        """The float32 matrix `[m, d]` itself."""
+        return self.embeddings[self.chosen].float() - self.embeddings[self.rejected].float()
+
+
+def _are_rows(rows: torch.Tensor, count: int) -> bool:
+    """Whether a tensor is a vector of row numbers of a table of `count` rows."""
+    if rows.ndim != 1 or rows.dtype == torch.bool:
+        return False
+    if len(rows) == 0:
+        return True
+    return bool(rows.min() >= 0 and rows.max() < count and (rows == rows.long()).all())
+
+
+Features = list[torch.Tensor | Pairs]  # one float32 [m_i, d], or Pairs, per user
+
+BATCH_NUMBERS = 2**22  # of the pairs that are multiplied at once: 16 MB in float32
+
+
+def score_batches(
+    features: Iterable[torch.Tensor | Pairs], V: torch.Tensor, columns: int = 0
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """X_i V of many users at once: yields (S `[rows, C]`, how many rows each of the users has).
+
+    One product over many users replaces a small one per user: for these, torch's threads take
+    longer to start than to multiply. The rows of a table that users share are multiplied once.
+
+    features: `[m_i, d]` or Pairs, one per user. V: `[d, C]`.
+    columns: how many numbers the caller makes of a row of S, if that is more than C.
+    """
+    table = None
+    table_scores = torch.empty(0)
+    for batch in _user_batches(features, max(columns, V.shape[1])):
+        counts = torch.tensor([len(X) for X in batch], device=V.device)
+        if isinstance(batch[0], Pairs):
+            if batch[0].embeddings is not table:
+                table = batch[0].embeddings
+                slices = table.split(8192)  # so that no float32 copy of the table is made
+                table_scores = torch.cat([part.to(V.device, torch.float32) @ V for part in slices])
+            chosen = torch.cat([X.chosen for X in batch]).to(V.device)
+            rejected = torch.cat([X.rejected for X in batch]).to(V.device)
+            yield table_scores[chosen] - table_scores[rejected], counts
+        else:
+            X = batch[0] if len(batch) == 1 else torch.cat(batch)
+            yield X.to(V.device) @ V, counts
+
+
+def _user_batches(features: Iterable[torch.Tensor | Pairs], columns: int) -> Iterator[Features]:
+    """Consecutive users that fit into one product: dense ones, or Pairs of the same table."""
+    batch: Features = []
+    numbers = 0
+    for X in features:
+        table = X.embeddings if isinstance(X, Pairs) else None
+        size = len(X) * (columns if table is not None else max(columns, X.shape[1]))
+        if batch:
+            table_before = batch[0].embeddings if isinstance(batch[0], Pairs) else None
+            if table is not table_before or numbers + size > BATCH_NUMBERS:
+                yield batch
+                batch = []
+                numbers = 0
+        batch.append(X)
+        numbers += size
+    if batch:
+        yield batch
+
+
+def pair_scores(
+    features: Iterable[torch.Tensor | Pairs], V: torch.Tensor
+) -> Iterator[torch.Tensor]:
+    """X_i V `[m_i, C]` of each user in turn. features: `[m_i, d]` or Pairs; V: `[d, C]`."""
+    for scores, counts in score_batches(features, V):
+        yield from scores.split(counts.tolist())
+
+
+def is_finite(table: torch.Tensor) -> bool:
+    """Whether no number is NaN, infinite or beyond float32. Needs no copy of the tensor."""
+    return all(abs(float(end)) <= torch.finfo(torch.float32).max for end in table.aminmax())
+
+
+def check_matrix(
+    X: Any,
+    what: str,
+    rows: int | None = None,
+    columns: int | None = None,
+    known_finite: torch.Tensor | None = None,
+) -> torch.Tensor | Pairs:
+    """X as a finite float32 tensor `[rows, columns]`, or as the Pairs that it is.
+
+    X: a tensor, an array, nested lists of numbers, or Pairs. rows, columns: None for any number.
+    known_finite: a table that was looked through already (users often share one).
+    Raises InputError that begins with `what`: no numbers, another shape, NaN or infinite values.
+    """
+    if isinstance(X, Pairs):
+        table = X.embeddings
+    else:
+        table = _as_tensor(X)
+    if table is None or table.is_complex() or table.dtype == torch.bool:
+        raise InputError(
+            f"{what}: {type(X).__name__} where a matrix of numbers should be; give a float32 tensor"
+        )
+    if not isinstance(X, Pairs):
+        X = table.float()
+    fits = len(X.shape) == 2 and 0 not in X.shape
+    if not fits or rows not in (None, X.shape[0]) or columns not in (None, X.shape[1]):
+        raise InputError(
+            f"{what}: shape {tuple(X.shape)} where [{rows or 'rows >= 1'}, {columns or 'd'}] "
+            "should be; give one of that shape, of the same model and users, none without pairs"
+        )
+    if table is not known_finite and not is_finite(table):
+        raise InputError(f"{what}: NaN or infinite values; leave them out, or make them again")
+    return X
+
+
+def _as_tensor(values: Any) -> torch.Tensor | None:
+    """A tensor of the values, without a gradient; None if they are no numbers."""
+    try:
+        return torch.as_tensor(values).detach()
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def check_features(
+    features: Any, what: str, users: int | None = None, d: int | None = None
+) -> Features:
+    """The features as a list with one finite float32 `[m_i, d]` tensor, or Pairs, per user.
+
+    features: an iterable of tensors, arrays or Pairs. users, d: None for any number.
+    Raises InputError that names the user: no users, or not `users` of them; a user without pairs;
+    another width than `d`, or than the first user's; NaN or infinite values.
+    """
+    features = list(features) if isinstance(features, Iterable) else []
+    if not features or users not in (None, len(features)):
+        raise InputError(
+            f"{what}: {len(features)} users where {users or 'at least 1'} should be; "
+            "give one tensor per user"
+        )
+    table_before = None
+    for i, X in enumerate(features):
+        features[i] = check_matrix(X, f"{what}, user {i}", None, d, table_before)
+        table_before = getattr(features[i], "embeddings", None)
+        d = features[i].shape[1]
+    return features
+
+
+def check_head(V: Any, what: str, d: int | None = None) -> torch.Tensor:
+    """A reward head as float32 `[d, 1]`. Raises InputError: no vector, not finite, all zero."""
+    is_array = isinstance(V, (torch.Tensor, np.ndarray))
+    if is_array and math.prod(V.shape) == max(V.shape, default=0):  # a vector, lying or upright
+        V = V.reshape(-1, 1)
+    V = check_matrix(V, what, d, 1)
+    if not V.any():
+        raise InputError(f"{what}: all zero; read the reward head again")
+    return V
+
+
+def check_groups(groups: Any, features: Features) -> None:
+    """Raise InputError if not every user has an int64 `[m_i]` of group numbers without a gap."""
+    groups = groups if isinstance(groups, (list, tuple)) else []
+    for i, (group, X) in enumerate(itertools.zip_longest(groups, features)):
+        fits = X is not None and isinstance(group, torch.Tensor) and tuple(group.shape) == (len(X),)
+        if not fits or set(group.tolist()) != set(range(int(group.max()) + 1)):
+            raise InputError(
+                f"groups, user {i}: not a number for each pair of this user; give a list with a "
+                "tensor per user that has the number of each pair's group, counted from 0 without "
+                "a gap"
+            )
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. The models
+# ---------------------------------------------------------------------------------------------
+
+TEMPERATURE = 100.0  # the fixed temperature of the Bradley-Terry model, as released
+
+
+def choice_nll(X: torch.Tensor | Pairs, V: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """-log P of each choice of one user, `[m]`. X: `[m, d]` or Pairs; V: `[d, K]`; w: `[K]`."""
+    margins = X @ V @ w / TEMPERATURE  # (m,)
+    return -F.logsigmoid(margins)
+
+
+class LoRe(nn.Module):
+    """Low-rank reward model: a basis that all users share, and weights over it for each user.
+
+    The loss (`forward`) is the sum over users of the user's mean negative log-likelihood, plus
+    alpha * sum_j |V_j - V_sft|^2. One Adam changes W and V together.
+
+    A subclass that overrides `forward` is trained by autograd on its own loss; without that,
+    `train` takes the engine below, which computes the same derivatives many times faster.
+
+    V_sft: the reward head `[d, 1]`; None if alpha is 0. num_classes: the number N of users.
+    num_features: d. num_basis_vectors: K. seed: None takes torch's own generator, as released.
+    Parameters: the logits `W` `[N, K]` and the basis `V` `[d, K]`, standard normal at the start.
+    Raises InputError for settings that mean nothing.
+    """
+
+    regularized = False
+
+    def __init__(
+        self,
+        V_sft: Any,
+        alpha: float,
+        num_classes: int,
+        num_features: int,
+        num_basis_vectors: int,
+        num_iterations: int = 1000,
+        learning_rate: float = 0.5,
+        seed: int | None = None,
+        threshold: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_whole("num_basis_vectors", num_basis_vectors, 1)
+        check_number("alpha", alpha, 0, LARGEST_ALPHA)
+        check_training(num_iterations, learning_rate, seed)
+        check_number("threshold", threshold, 0, 1)
+        V_sft = None if V_sft is None else check_head(V_sft, "V_sft", num_features)
+        check_anchor(V_sft, alpha)
+        self.register_buffer("V_sft", V_sft, persistent=False)  # it moves with .to(device)
+        self.alpha = float(alpha)
+        self.num_classes = num_classes
+        self.num_features = num_features
+        self.num_iterations = num_iterations
+        self.learning_rate = learning_rate
+        self.threshold = threshold
+        self.member = Member(num_basis_vectors, self.alpha, seed)
+        W, V = self.member.start(num_classes, num_features, self.regularized)
+        self.W = nn.Parameter(W)  # (N, K)
+        self.V = nn.Parameter(V.T.contiguous())  # (d, K)
+
+    def forward(self, X: Features) -> tuple[torch.Tensor, ...]:
+        """The loss of the choices -> (nll, penalty), two scalars whose sum is minimised."""
+        w = self.W.softmax(dim=1)  # (N, K)
+        nll = sum(choice_nll(X_i, self.V, w_i).mean() for X_i, w_i in zip(X, w))
+        penalty = self.alpha * self._squared_distances().sum()
+        return nll, penalty
+
+    def _squared_distances(self) -> torch.Tensor:
+        """|V_j - V_sft|^2 of each column, `[K]`; 0 without a reward head."""
+        if self.V_sft is None:
+            return torch.zeros_like(self.V[0])
+        return ((self.V - self.V_sft) ** 2).sum(dim=0)
+
+    def train(self, X: Any = True) -> Any:
+        """Learn W and V from the choices -> (softmax(W) `[N, K]`, V `[d, K]`).
+
+        X: one float32 `[m_i, d]`, or Pairs, per user. Raises InputError: other users or widths.
+        Columns that no user weighs with `threshold` or more are left out of what is returned;
+        `self.W` and `self.V` keep them. A truth value is nn.Module's own train(mode).
+        """
+        if isinstance(X, bool):
+            return super().train(X)
+        X = check_features(X, "features", self.num_classes, self.num_features)
+        if type(self).forward in (LoRe.forward, LoRe_regularized.forward):
+            self._train_on_engine(X)
+        else:
+            X = [X_i if isinstance(X_i, Pairs) else X_i.to(self.V.device) for X_i in X]
+            self._train_by_autograd(X)
+        return prune(self.W.detach().softmax(1), self.V.detach().clone(), self.threshold)
+
+    @torch.no_grad()
+    def _train_on_engine(self, X: Features) -> None:
+        (trained,) = train_bases(
+            X,
+            [self.member],
+            self.V_sft,
+            self.num_iterations,
+            self.learning_rate,
+            self.regularized,
+            self.V.device,
+            starts=[(self.W, self.V.T)],
+        )
+        self.W.copy_(trained.logits)
+        self.V.copy_(trained.V)
+
+    def _train_by_autograd(self, X: Features) -> None:
+        """Adam on W and V together, on the loss of a subclass."""
+        adam = optim.Adam([self.W, self.V], lr=self.learning_rate)
+        for _ in range(self.num_iterations):
+            adam.zero_grad()
+            _total(self.forward(X)).backward()
+            adam.step()
+
+
+def _total(loss: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """What is minimised of the value of a `forward`: the loss itself, or nll + penalty."""
+    if isinstance(loss, torch.Tensor):
+        return loss
+    nll, penalty, *_ = loss
+    return nll + penalty
+
+
+class LoRe_regularized(LoRe):
+    """LoRe with alternating steps and a basis that is anchored to the reward head.
+
+    The loss (`forward`) is the mean negative log-likelihood of all pairs, plus
+    alpha_t * mean_j (1 - cos(V_j, V_sft)), so that one column feels alpha_t / K. alpha_t is 0 for
+    the first 20 % of the iterations, then rises linearly, and is alpha from 80 % on. Each
+    iteration takes one Adam step on W with V fixed, then one on V with the new W fixed.
+
+    The logits start from U(0, 1). `train` leaves out the columns whose largest user weight is
+    below `threshold`; 0 keeps all. Otherwise as `LoRe`.
+    """
+
+    regularized = True
+
+    def __init__(
+        self,
+        V_sft: Any,
+        alpha: float,
+        num_classes: int,
+        num_features: int,
+        num_basis_vectors: int,
+        num_iterations: int = 20000,
+        learning_rate: float = 0.5,
+        seed: int | None = None,
+        threshold: float = 1e-2,
+    ) -> None:
+        super().__init__(
+            V_sft,
+            alpha,
+            num_classes,
+            num_features,
+            num_basis_vectors,
+            num_iterations,
+            learning_rate,
+            seed,
+            threshold,
+        )
+
+    def forward(self, X: Features, alpha_t: float) -> tuple[torch.Tensor, ...]:
+        """The loss of the choices -> (nll, penalty, entropy), three scalars.
+
+        nll + penalty is minimised. entropy: the mean over users of their weights' entropy, in
+        nats, which the release reports and does not minimise.
+        """
+        w = self.W.softmax(dim=1)  # (N, K)
+        nll = torch.cat([choice_nll(X_i, self.V, w_i) for X_i, w_i in zip(X, w)]).mean()
+        penalty = alpha_t * self._one_minus_cosines().mean()
+        entropy = torch.special.entr(w).sum(dim=1).mean()
+        return nll, penalty, entropy
+
+    def _one_minus_cosines(self) -> torch.Tensor:
+        """1 - cos(V_j, V_sft) of each column, `[K]`; 0 without a reward head."""
+        if self.V_sft is None:
+            return torch.zeros_like(self.V[0])
+        return 1 - F.cosine_similarity(self.V, self.V_sft, dim=0)
+
+    def _train_by_autograd(self, X: Features) -> None:
+        """Adam on W, then on V, in each iteration, on the loss of a subclass."""
+        adam_W = optim.Adam([self.W], lr=self.learning_rate)
+        adam_V = optim.Adam([self.V], lr=self.learning_rate)
+        for t in range(self.num_iterations):
+            alpha_t = self.alpha * anchor_schedule(t, self.num_iterations)
+            for adam, alpha in ((adam_W, 0.0), (adam_V, alpha_t)):
+                self.zero_grad()
+                _total(self.forward(X, alpha)).backward()
+                adam.step()
+
+
+def anchor_schedule(t: int, num_iterations: int) -> float:
+    """alpha_t / alpha of `LoRe_regularized`: 0 for 20 % of the iterations, 1 from 80 % on."""
+    return min(max((t / num_iterations - 0.2) / 0.6, 0.0), 1.0)
+
+
+def check_anchor(V_sft: torch.Tensor | None, alpha: float) -> None:
+    """Raise InputError if there is a penalty and no reward head to measure it from."""
+    if alpha and (V_sft is None or not V_sft.any()):
+        raise InputError("V_sft: missing or all 0, and alpha is not 0; give the reward head [d, 1]")
+
+
+def prune(w: torch.Tensor, V: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keep the columns whose largest user weight reaches the threshold, at least the largest.
+
+    w: `[N, K]`; V: `[d, K]`. Returns both with the columns that are left.
+    """
+    largest = w.max(0).values  # (K,)
+    keep = largest >= largest.max().clamp(max=threshold)
+    return w[:, keep], V[:, keep]
+
+
+class PersonalizeBatch(nn.Module):
+    """Few-shot fit: the weights of new users over a basis V that is frozen.
+
+    The loss (`forward`) is the sum over users of the user's mean negative log-likelihood; Adam
+    changes the logits `W` `[N, K]`, which start from N(0, 1). Arguments and subclasses as of
+    `LoRe`. `lore.questions.fit_new_user` is the other fit, closed and with an uncertainty; this
+    one is the released one, which the pipelines report.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        num_features: int,
+        num_basis_vectors: int,
+        num_iterations: int = 500,
+        learning_rate: float = 0.1,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_whole("num_basis_vectors", num_basis_vectors, 1)
+        check_training(num_iterations, learning_rate, seed)
+        self.num_classes = num_classes
+        self.num_features = num_features
+        self.num_iterations = num_iterations
+        self.learning_rate = learning_rate
+        self.member = Member(num_basis_vectors, 0.0, seed)
+        self.W = nn.Parameter(self.member.few_shot_start(num_classes))  # (N, K)
+
+    def forward(self, X: Features, V: torch.Tensor) -> torch.Tensor:
+        """The negative log-likelihood of the choices, a scalar. V: `[d, K]`."""
+        w = self.W.softmax(dim=1)  # (N, K)
+        return sum(choice_nll(X_i, V, w_i).mean() for X_i, w_i in zip(X, w))
+
+    def train(self, X: Any = True, V: Any = None) -> Any:
+        """Learn the users' weights -> a list of N simplex vectors `[K]`.
+
+        X: one `[m_i, d]`, or Pairs, per user; V: `[d, K]`. Raises InputError: other users, shapes.
+        A truth value is nn.Module's own train(mode).
+        """
+        if isinstance(X, bool):
+            return super().train(X)
+        X = check_features(X, "features", self.num_classes, self.num_features)
+        V = check_matrix(V, "V", self.num_features, self.W.shape[1]).to(self.W.device)
+        if type(self).forward is PersonalizeBatch.forward:
+            self._train_on_engine(X, V)
+        else:
+            self._train_by_autograd(X, V)
+        return list(self.W.detach().softmax(1))
+
+    @torch.no_grad()
+    def _train_on_engine(self, X: Features, V: torch.Tensor) -> None:
+        scores = list(pair_scores(X, V))
+        (W,) = fit_logits(
+            scores,
+            [self.member],
+            [V.shape[1]],
+            self.num_iterations,
+            self.learning_rate,
+            starts=[self.W],
+        )
+        self.W.copy_(W)
+
+    def _train_by_autograd(self, X: Features, V: torch.Tensor) -> None:
+        adam = optim.Adam([self.W], lr=self.learning_rate)
+        X = [X_i if isinstance(X_i, Pairs) else X_i.to(self.W.device) for X_i in X]
+        for _ in range(self.num_iterations):
+            adam.zero_grad()
+            _total(self.forward(X, V)).backward()
+            adam.step()
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. The engine
+#
+# It trains every rank, penalty and seed of a sweep side by side: all of them read the pairs, and
+# Adam works element by element, so that their columns can stand in one wide basis. Below:
+# N users have M pairs in all; G members of the sweep have C columns in all.
+# ---------------------------------------------------------------------------------------------
+
+KERNEL_NUMBERS = 2**22  # in the pairs; with so many the kernel pays for its compilation (seconds)
+KERNEL_BLOCK = 1024  # numbers of a pair that it takes at a time: four pairs' fit the first cache
+CHECKPOINT_SECONDS = 60  # of training, the most that an interruption loses
+FEW_SHOT_ITERATIONS = 500
+
+# torch has a fused Adam on the CPU from 2.6 on.
+FUSED_ADAM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One model of a sweep: `K` columns of the wide basis that all members share."""
+
+    K: int
+    alpha: float = 0.0
+    seed: int | None = None  # None: torch's own generator
+
+    def generator(self, purpose: int) -> torch.Generator | None:
+        """A generator for one purpose (0: the start of a training, 1: that of a few-shot fit, ..).
+
+        It is the member's own, so that its numbers do not depend on the other members.
+        """
+        if self.seed is None:
+            return None
+        sequence = np.random.SeedSequence([self.seed, self.K, purpose])
+        state = int(sequence.generate_state(1, np.uint64)[0])
+        return torch.Generator().manual_seed(state >> 1)
+
+    def start(self, N: int, d: int, regularized: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits `[N, K]` and basis `[K, d]` that a training starts from."""
+        generator = self.generator(0)
+        draw_logits = torch.rand if regularized else torch.randn
+        W = draw_logits(N, self.K, generator=generator)
+        return W, torch.randn(self.K, d, generator=generator)
+
+    def few_shot_start(self, N: int) -> torch.Tensor:
+        """Logits `[N, K]` that a few-shot fit starts from."""
+        return torch.randn(N, self.K, generator=self.generator(1))
+
+
+class Checkpoint(Protocol):
+    """Where a training leaves its state and finds it again, as `lore.files.TrainingCheckpoint`."""
+
+    def load(self, identity: str) -> dict | None: ...
+    def save(self, identity: str, state: dict) -> None: ...
+    def clear(self) -> None: ...
+
+
+class Likelihood:
+    """The Bradley-Terry likelihood of all choices under every member at once, with derivatives.
+
+    With P = X V `[M, C]` and the user weights w `[N, C]`, the loss of a member is
+
+        sum over pairs of  -weight_i * log sigmoid(m),
+        with  m = (P * w_i) summed over its columns / 100,
+
+    where weight_i of a pair of user i makes the sum a mean: over each user's pairs, or over all.
+
+    counts: how many pairs each user has. sizes: the K of each member. total: None if the loss is
+    the sum over users of each one's mean; else it is the mean over this many pairs.
+    """
+
+    def __init__(
+        self,
+        counts: list[int],
+        sizes: list[int],
+        device: torch.device,
+        total: int | None = None,
+    ) -> None:
+        self.counts = torch.tensor(counts, device=device)
+        self.sizes = list(sizes)
+        self.threads = torch.get_num_threads()
+        users = torch.arange(len(counts), device=device)
+        self.user = users.repeat_interleave(self.counts)  # (M,) of each pair
+        pairs = self.counts if total is None else torch.full_like(self.counts, total)
+        self.weight = 1 / pairs  # (N,)
+        members = [g for g, K in enumerate(sizes) for _ in range(K)]
+        self.member = torch.tensor(members, device=device)  # (C,) of each column
+        self.columns_of_member = F.one_hot(self.member, len(sizes)).float()  # (C, G)
+
+    def weights(self, W: torch.Tensor) -> torch.Tensor:
+        """The user weights, softmax over each member's logits. W: `[N, C]` -> `[N, C]`."""
+        return torch.cat([logits.softmax(1) for logits in W.split(self.sizes, 1)], 1)
+
+    def margins(self, P: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """m = x V w_i / 100 of each pair under each member: `[M, G]`."""
+        return (P * w[self.user]) @ self.columns_of_member / TEMPERATURE
+
+    def loss(self, P: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """The negative log-likelihood under each member: `[G]`."""
+        return -(self.weight[self.user, None] * F.logsigmoid(self.margins(P, w))).sum(0)
+
+    def residuals(self, P: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """The loss derived by x V w_i of each pair, for each column of its member: `[M, C]`."""
+        missing = torch.sigmoid(-self.margins(P, w))  # (M, G): 1 - P(chosen beats rejected)
+        return (-self.weight[self.user, None] * missing / TEMPERATURE)[:, self.member]
+
+    def grad_w(self, P: torch.Tensor, residuals: torch.Tensor) -> torch.Tensor:
+        """The loss derived by the user weights: `[N, C]`."""
+        return torch.segment_reduce(residuals * P, "sum", lengths=self.counts, axis=0)
+
+    def grad_logits(self, w: torch.Tensor, grad_w: torch.Tensor) -> torch.Tensor:
+        """The loss derived by the logits, through the softmax: `[N, C]`."""
+        mean = (w * grad_w) @ self.columns_of_member  # (N, G)
+        return w * (grad_w - mean[:, self.member])
+
+    def plain(
+        self,
+        X: torch.Tensor,
+        w: torch.Tensor,
+        V: torch.Tensor,
+        need_w: bool = True,
+        need_V: bool = True,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The loss derived by w `[N, C]` and by V `[C, d]`, on any device.
+
+        X: `[M, d]`; V: `[C, d]`. Two matrix products, which is what a GPU is best at.
+        """
+        P = X @ V.T  # (M, C)
+        residuals = self.residuals(P, w)  # (M, C)
+        grad_w = self.grad_w(P, residuals) if need_w else None
+        grad_V = (residuals * w[self.user]).T @ X if need_V else None  # (C, d)
+        return grad_w, grad_V
+
+    def kernel(
+        self,
+        X: torch.Tensor,
+        w: torch.Tensor,
+        V: torch.Tensor,
+        need_w: bool = True,
+        need_V: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for many pairs on a CPU, in one reading of X: see `_gradients`."""
+        threads = min(self.threads, numba.config.NUMBA_NUM_THREADS)
+        numba.set_num_threads(threads)
+        sizes = np.array(self.sizes)
+        grad_w = torch.zeros(w.shape)
+        grad_V = torch.zeros(threads, *V.shape)
+        _gradients(
+            X.numpy(),
+            np.concatenate([[0], np.cumsum(self.counts.numpy())]),
+            self.weight.numpy(),
+            w.numpy(),
+            V.numpy(),
+            np.cumsum(sizes) - sizes,
+            sizes,
+            grad_w.numpy(),
+            grad_V.numpy(),
+            need_w,
+            need_V,
+        )
+        return grad_w, grad_V.sum(0)
+
+
+# numba keeps the kernel's machine code on disk, if it finds a folder that it can write to.
+try:
+    CACHE_KERNEL = bool(numba.njit(cache=True)(process_rank))
+except RuntimeError:
+    CACHE_KERNEL = False
+
+# float32 constants: a Python number would make the kernel compute in float64
+_ZERO, _ONE, _TEMPERATURE = np.float32([0, 1, TEMPERATURE])
+
+
+@numba.njit
+def _four_pairs(X, p, last, start, end):
+    """The numbers start to end of the pairs p to p + 3; the last pair replaces missing ones."""
+    return (
+        X[p, start:end],
+        X[min(p + 1, last), start:end],
+        X[min(p + 2, last), start:end],
+        X[min(p + 3, last), start:end],
+    )
+
+
+@numba.njit(
+    cache=CACHE_KERNEL, parallel=True, fastmath={"reassoc", "contract", "nsz", "arcp", "afn"}
+)
+def _gradients(X, start, weight, w, V, first, size, grad_w, grad_V, need_w, need_V):
+    """The kernel: fills grad_w `[N, C]`, and grad_V `[threads, C, d]`, to be summed over threads.
+
+    It reads X `[M, d]` from memory once. The margin x V w_i is taken as x (V w_i): what meets the
+    pairs of user i is not all K columns, but one reward vector of each member,
+
+        reward_g = V w_i / 100.
+
+    With each pair's residual (the loss derived by its margin), the sum over the user's pairs
+
+        total_g = sum of residual * x / 100
+
+    gives both derivatives: V total_g by w_i, and w_i total_g^T by V.
+
+    User i's pairs are the rows start[i] to start[i + 1] of X, member g's columns first[g] to
+    first[g] + size[g] of w and V. Threads share out the users. Four pairs are taken at a time, so
+    that each number of a reward vector is loaded once for four products, and in blocks that stay
+    in the first cache while all members read them.
+    """
+    threads = len(grad_V)
+    G = len(size)
+    d = X.shape[1]
+    block = KERNEL_BLOCK if G > 1 else d
+    for thread in numba.prange(threads):
+        reward = np.empty((G, d), np.float32)
+        total = np.empty((G, d), np.float32)
+        margin = np.empty((G, 4), np.float32)  # then the residuals, in the same place
+        for i in range(thread, len(weight), threads):
+            last = start[i + 1] - 1
+
+            # Each member's reward vector of this user
+            for g in range(G):
+                reward[g] = _ZERO
+                total[g] = _ZERO
+                for c in range(first[g], first[g] + size[g]):
+                    for j in range(d):
+                        reward[g, j] += w[i, c] / _TEMPERATURE * V[c, j]
+
+            for p in range(start[i], last + 1, 4):
+                # The margins of four pairs under each member
+                margin[:] = _ZERO
+                for j in range(0, d, block):
+                    x0, x1, x2, x3 = _four_pairs(X, p, last, j, j + block)
+                    for g in range(G):
+                        v = reward[g, j : j + block]
+                        m0, m1, m2, m3 = margin[g, 0], margin[g, 1], margin[g, 2], margin[g, 3]
+                        for k in range(len(v)):
+                            m0 += x0[k] * v[k]
+                            m1 += x1[k] * v[k]
+                            m2 += x2[k] * v[k]
+                            m3 += x3[k] * v[k]
+                        margin[g, 0], margin[g, 1], margin[g, 2], margin[g, 3] = m0, m1, m2, m3
+
+                # Their residuals; a pair that stands in for a missing one weighs nothing
+                for q in range(4):
+                    pair_weight = weight[i] if p + q <= last else _ZERO
+                    for g in range(G):
+                        missing = _ONE / (_ONE + math.exp(margin[g, q]))
+                        margin[g, q] = -pair_weight * missing / _TEMPERATURE
+
+                # The sum of the pairs, weighted by the residuals
+                for j in range(0, d, block):
+                    x0, x1, x2, x3 = _four_pairs(X, p, last, j, j + block)
+                    for g in range(G):
+                        s = total[g, j : j + block]
+                        r0, r1, r2, r3 = margin[g, 0], margin[g, 1], margin[g, 2], margin[g, 3]
+                        for k in range(len(s)):
+                            s[k] += r0 * x0[k] + r1 * x1[k] + r2 * x2[k] + r3 * x3[k]
+
+            # Both derivatives
+            for g in range(G):
+                for c in range(first[g], first[g] + size[g]):
+                    if need_V:
+                        for j in range(d):
+                            grad_V[thread, c, j] += w[i, c] * total[g, j]
+                    if need_w:
+                        product = _ZERO
+                        for j in range(d):
+                            product += V[c, j] * total[g, j]
+                        grad_w[i, c] = product
+
+
+@contextlib.contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Limit torch to one thread: its idle threads spin on the cores that the kernel needs, and
+    small products are faster without them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+Gradients = Callable[
+    [torch.Tensor, bool, bool], tuple[torch.Tensor | None, torch.Tensor | None]
+]  # (w, need_w, need_V) -> the loss derived by w and by V
+
+
+@_one_torch_thread()
+def _descend(
+    likelihood: Likelihood,
+    W: torch.Tensor,
+    V: torch.Tensor | None,
+    gradients: Gradients,
+    num_iterations: int,
+    learning_rate: float,
+    penalty: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
+    alternating: bool = False,
+    checkpoint: Checkpoint | None = None,
+    identity: str = "",
+) -> None:
+    """Adam on the logits W `[N, C]` and, if it is given, on the basis V `[C, d]`, both in place.
+
+    They must be contiguous, for torch's fused Adam. penalty(V, t): `[C]`, added to the loss.
+    alternating: the step on V sees the W of the same iteration. checkpoint: where the state is
+    left every minute and found again; `identity` says which training it belongs to.
+    """
+    variables = [W] if V is None else [W, V]
+    adams = [
+        optim.Adam([variable], lr=learning_rate, fused=FUSED_ADAM or None) for variable in variables
+    ]
+    first = _resume(checkpoint, identity, variables, adams)
+    saved = time.monotonic()
+    label = "few-shot" if V is None else "training"
+    bar = progress_bar(label, num_iterations, initial=first, unit="it", leave=False)
+    for t in range(first, num_iterations):
+        w = likelihood.weights(W)
+        grad_w, grad_V = gradients(w, True, V is not None and not alternating)
+        W.grad = likelihood.grad_logits(w, grad_w)
+        adams[0].step()
+        if V is not None:
+            if alternating:
+                _, grad_V = gradients(likelihood.weights(W), False, True)
+            if process_count() > 1:
+                dist.all_reduce(grad_V)
+            if penalty is not None:
+                grad_V = grad_V + torch.func.grad(lambda V, t=t: penalty(V, t).sum())(V)
+            V.grad = grad_V
+            adams[1].step()
+        is_last = t + 1 == num_iterations
+        if checkpoint and (is_last or time.monotonic() - saved > CHECKPOINT_SECONDS):
+            state = {
+                "iterations": t + 1,
+                "variables": variables,
+                "adams": [adam.state_dict() for adam in adams],
+            }
+            checkpoint.save(identity, state)
+            saved = time.monotonic()
+        bar.update()
+    bar.close()
+
+
+def _resume(
+    checkpoint: Checkpoint | None,
+    identity: str,
+    variables: list[torch.Tensor],
+    adams: list[optim.Adam],
+) -> int:
+    """Take over the state of an interrupted training -> how many iterations it had done."""
+    state = checkpoint.load(identity) if checkpoint else None
+    if state is None:
+        return 0
+    for variable, adam, saved_variable, saved_adam in zip(
+        variables, adams, state["variables"], state["adams"]
+    ):
+        variable.copy_(saved_variable)
+        adam.load_state_dict(saved_adam)
+    print(f"resuming the training after {state['iterations']:,} iterations")
+    return state["iterations"]
+
+
+class TrainedBasis(NamedTuple):
+    """What the training of one member gives."""
+
+    weights: torch.Tensor  # (N, K), softmax of the logits
+    V: torch.Tensor  # (d, K)
+    loss: float  # without the penalty
+    logits: torch.Tensor  # (N, K)
+
+
+@torch.no_grad()
+def train_bases(
+    features: Features,
+    members: list[Member],
+    V_sft: torch.Tensor | None,
+    num_iterations: int,
+    learning_rate: float,
+    regularized: bool = False,
+    device: torch.device | None = None,
+    checkpoint: Checkpoint | None = None,
+    starts: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
+) -> list[TrainedBasis]:
+    """Learn basis and user weights of every member of a sweep, side by side.
+
+    features: one float32 `[m_i, d]` (or Pairs) per user. V_sft: `[d, 1]`, needed if an alpha is
+    not 0. regularized: the loss and steps of `LoRe_regularized` in place of `LoRe`'s.
+    starts: the logits `[N, K]` and basis `[K, d]` of each member; None draws them.
+    checkpoint: where the state is kept; the caller clears it.
+
+    Under torchrun each process holds a part of the users; all return the whole, and no state is
+    kept. Raises InputError: fewer users than processes, a training that diverges.
+    """
+    N = len(features)
+    d = features[0].shape[1]
+    ranks = process_count()
+    mine = slice(process_rank(), None, ranks)  # every ranks-th user
+    if N < ranks:
+        raise InputError(f"{N} users for {ranks} processes; start at most one process per user")
+    check_anchor(V_sft, max(member.alpha for member in members))
+    device = torch.device(device or getattr(features[0], "device", "cpu"))
+    X = _stack(features[mine], device)  # (M, d)
+    counts = [len(X_i) for X_i in features[mine]]
+    sizes = [member.K for member in members]
+    total = sum(map(len, features)) if regularized else None
+    likelihood = Likelihood(counts, sizes, device, total)
+
+    starts = starts or [member.start(N, d, regularized) for member in members]
+    W = torch.cat([W for W, _ in starts], 1).to(device, copy=True)  # (N, C)
+    V = torch.cat([V for _, V in starts]).to(device, copy=True).contiguous()  # (C, d)
+    if ranks > 1:  # without a seed, each process has drawn numbers of its own
+        dist.broadcast(W, 0)
+        dist.broadcast(V, 0)
+    W = W[mine].contiguous()
+
+    on_kernel = device.type == "cpu" and X.numel() >= KERNEL_NUMBERS
+    derivatives = likelihood.kernel if on_kernel else likelihood.plain
+    identity = ""
+    if ranks > 1:
+        checkpoint = None
+    if checkpoint:
+        settings = (members, num_iterations, learning_rate, regularized, V_sft)
+        identity = _training_identity(features, X, settings)
+    _descend(
+        likelihood,
+        W,
+        V,
+        lambda w, need_w, need_V: derivatives(X, w, V, need_w, need_V),
+        num_iterations,
+        learning_rate,
+        _penalty(members, V_sft, num_iterations, regularized, likelihood),
+        alternating=regularized,
+        checkpoint=checkpoint,
+        identity=identity,
+    )
+    if not V.isfinite().all():
+        if checkpoint:
+            checkpoint.clear()
+        raise InputError(
+            "the training has diverged, its basis is not finite; give a smaller alpha, or smaller "
+            "pairs"
+        )
+    loss = likelihood.loss(X @ V.T, likelihood.weights(W))  # (G,)
+    logits = torch.zeros(N, sum(sizes), device=device)
+    logits[mine] = W
+    if ranks > 1:
+        dist.all_reduce(logits)
+        dist.all_reduce(loss)
+    return [
+        TrainedBasis(logits_k.softmax(1), V_k.T, loss_k, logits_k)
+        for logits_k, V_k, loss_k in zip(logits.split(sizes, 1), V.split(sizes), loss.tolist())
+    ]
+
+
+def _stack(features: Features, device: torch.device) -> torch.Tensor:
+    """The pairs of all users, `[M, d]`, without a second copy of them on the way."""
+    X = torch.empty(sum(map(len, features)), features[0].shape[1], device=device)
+    for rows, X_i in zip(X.split([len(X_i) for X_i in features]), features):
+        rows.copy_(X_i.dense() if isinstance(X_i, Pairs) else X_i)
+    return X
+
+
+def _penalty(
+    members: list[Member],
+    V_sft: torch.Tensor | None,
+    num_iterations: int,
+    regularized: bool,
+    likelihood: Likelihood,
+) -> Callable[[torch.Tensor, int], torch.Tensor] | None:
+    """The penalty on each column, a function of V `[C, d]` and the iteration; None without one."""
+    if not any(member.alpha for member in members):
+        return None
+    reference = V_sft.to(likelihood.member.device, torch.float32).reshape(1, -1)  # (1, d)
+    # LoRe_regularized takes the mean over a member's columns, LoRe the sum.
+    alphas = [member.alpha / (member.K if regularized else 1) for member in members]
+    alpha = torch.tensor(alphas, device=reference.device)[likelihood.member]  # (C,)
+
+    def squared_distance(V: torch.Tensor, t: int) -> torch.Tensor:
+        return alpha * ((V - reference) ** 2).sum(1)
+
+    def scheduled_cosine(V: torch.Tensor, t: int) -> torch.Tensor:
+        share = anchor_schedule(t, num_iterations)
+        return share * alpha * (1 - F.cosine_similarity(V, reference, dim=1))
+
+    return scheduled_cosine if regularized else squared_distance
+
+
+def _training_identity(features: Features, X: torch.Tensor, settings: tuple) -> str:
+    """A digest of everything that a training depends on: a state goes on in no other training."""
+    *others, V_sft = settings
+    head = None if V_sft is None else V_sft.tolist()
+    counts = [len(X_i) for X_i in features]
+    text = repr((torch.__version__, str(X.device), counts, *others, head))
+    return hashlib.sha256(text.encode()).hexdigest() + _digest(X)
+
+
+def _digest(X: torch.Tensor) -> str:
+    return hashlib.sha256(X.cpu().numpy()).hexdigest()
+
+
+@torch.no_grad()
+def fit_logits(
+    scores: list[torch.Tensor],
+    members: list[Member],
+    sizes: list[int],
+    num_iterations: int,
+    learning_rate: float,
+    starts: list[torch.Tensor] | None = None,
+) -> list[torch.Tensor]:
+    """Few-shot fit of users over several frozen bases, side by side -> logits `[N, K]` of each.
+
+    With V frozen, X V is a constant: the fit works on K numbers a pair, not on d.
+
+    scores: X_i V `[m_i, C]` of each user under all bases. members: whose generators draw the
+    starts. sizes: the K of each basis, which may have lost columns. starts: logits in their place.
+    """
+    P = torch.cat(scores)  # (M, C)
+    likelihood = Likelihood([len(S) for S in scores], sizes, P.device)
+    if starts is None:
+        resized = [dataclasses.replace(member, K=K) for member, K in zip(members, sizes)]
+        starts = [member.few_shot_start(len(scores)) for member in resized]
+    W = torch.cat(starts, 1).to(P.device, copy=True)  # (N, C)
+
+    def gradients(w: torch.Tensor, *_: bool) -> tuple[torch.Tensor, None]:
+        return likelihood.grad_w(P, likelihood.residuals(P, w)), None
+
+    _descend(likelihood, W, None, gradients, num_iterations, learning_rate)
+    return list(W.split(sizes, 1))
+
+
+def fit_weights(*arguments: Any, **options: Any) -> list[torch.Tensor]:
+    """`fit_logits`, as user weights: their softmax `[N, K]` for each basis."""
+    return [logits.softmax(1) for logits in fit_logits(*arguments, **options)]
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. Evaluation
+# ---------------------------------------------------------------------------------------------
+
+
+def evaluate_model(X: Any, V: Any, w: Any) -> float:
+    """The share of pairs with a positive margin x V w.
+
+    X: `[m, d]` or Pairs; V: `[d, K]`; w: `[K]`; tensors or arrays.
+    Raises InputError: no pairs, other shapes, NaN.
+    """
+    V = check_matrix(V, "V")
+    X = check_matrix(X, "X", None, len(V))
+    w = w.detach() if isinstance(w, torch.Tensor) else np.asarray(w)
+    w = check_matrix(w.reshape(-1, 1), "w", V.shape[1], 1).to(V.device)
+    return float(accuracies_per_user([X], [V], [w.T])[0, 0])
+
+
+def eval_multiple(W_list: Iterable, V_list: Iterable, test_features: Iterable) -> list[float]:
+    """`evaluate_model` for every user; prints the mean and the standard deviation over users.
+
+    W_list: a w `[K]` per user; V_list: a V `[d, K]` per user; test_features: `[m_i, d]` per user.
+    Raises InputError: not equally many of each, and as `evaluate_model`.
+    """
+    W_list, V_list, test_features = list(W_list), list(V_list), list(test_features)
+    if not len(W_list) == len(V_list) == len(test_features) > 0:
+        raise InputError(
+            f"{len(W_list)} weights, {len(V_list)} bases, {len(test_features)} users; "
+            "give equally many"
+        )
+    accuracies = [evaluate_model(X, V, w) for w, V, X in zip(W_list, V_list, test_features)]
+    print_accuracy(accuracies)
+    return accuracies
+
+
+def print_accuracy(accuracies: Iterable[float]) -> None:
+    """The two lines that the release prints."""
+    print(f"Average accuracy: {np.mean(accuracies):.4f}")
+    print(f"Standard deviation of accuracy: {np.std(accuracies):.4f}")
+
+
+def share_right(margins: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """The share of positive margins of each user: float64 `[users, columns]`.
+
+    margins: `[rows, columns]`; counts: how many of the rows each user has.
+    """
+    right = (margins > 0).double()
+    return torch.segment_reduce(right, "mean", lengths=counts, axis=0)
+
+
+@torch.no_grad()
+def accuracies_per_user(
+    features: Iterable[torch.Tensor | Pairs],
+    bases: list[torch.Tensor],
+    weights: list[torch.Tensor],
+) -> np.ndarray:
+    """The accuracy of each of N users under each of G models: float64 `[G, N]`.
+
+    features: `[m_i, d]` or Pairs, one per user. bases: G tensors `[d, K]`; weights: G `[N, K]`.
+    """
+    sizes = [V.shape[1] for V in bases]
+    w = torch.cat(weights, 1)  # (N, C)
+    shares = []
+    first = 0
+    for scores, counts in score_batches(features, torch.cat(bases, 1)):  # (rows, C)
+        users = slice(first, first + len(counts))
+        weighted = scores * w[users].repeat_interleave(counts, 0)
+        margins = torch.stack([member.sum(1) for member in weighted.split(sizes, 1)], 1)
+        shares.append(share_right(margins, counts))  # (users, G)
+        first += len(counts)
+    return torch.cat(shares).T.cpu().numpy()
+
+
+@torch.no_grad()
+def accuracies_under_each(
+    features: Iterable[torch.Tensor | Pairs], V: torch.Tensor, weights: torch.Tensor
+) -> np.ndarray:
+    """The accuracy of each of N users under each of J weight vectors: float64 `[N, J]`.
+
+    features: `[m_i, d]` or Pairs, one per user. V: `[d, K]`; weights: `[J, K]`.
+    """
+    shares = [
+        share_right(scores @ weights.T, counts)
+        for scores, counts in score_batches(features, V, columns=len(weights))
+    ]
+    return torch.cat(shares).cpu().numpy()
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. Pipelines
+# ---------------------------------------------------------------------------------------------
+
+SETTINGS = (
+    "Train Performance",  # seen users, the pairs that were trained on
+    "Seen User Unseen Prompts",
+    "Few Shot Train Performance",  # unseen users, the pairs that their weights were fitted from
+    "Unseen User Unseen Prompts",
+)
+TRAIN, SEEN_TEST, FEW_SHOT_TRAIN, UNSEEN_TEST = SETTINGS
+UNSEEN_SETTINGS = (FEW_SHOT_TRAIN, UNSEEN_TEST)
+
+
+@dataclasses.dataclass
+class Fit:
+    """What a sweep finds at one rank, one alpha and one seed."""
+
+    K: int
+    alpha: float
+    seed: int | None
+    V: torch.Tensor  # (d, columns), the basis
+    W: torch.Tensor  # (N, columns), the weights of the seen users
+    W_unseen: torch.Tensor  # (N_unseen, columns), the weights of the unseen users
+    loss: float  # of the training, without the penalty; NaN for the reference, which is not trained
+    accuracies: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # of each user
+
+    @property
+    def model(self) -> tuple[int, float]:
+        """What the seeds of one model share: (K, alpha)."""
+        return self.K, self.alpha
+
+
+def fits_per_model(fits: list[Fit]) -> dict[tuple[int, float], list[Fit]]:
+    """The fits of each model, one per seed: {(K, alpha): fits}, in the order of the sweep."""
+    models: dict[tuple[int, float], list[Fit]] = {}
+    for fit in fits:
+        models.setdefault(fit.model, []).append(fit)
+    return models
+
+
+def accuracy_per_user(fits: list[Fit], setting: str) -> np.ndarray:
+    """Each user's accuracy in a setting, the mean over a model's seeds: float64 `[users]`."""
+    return np.mean([fit.accuracies[setting] for fit in fits], 0)
+
+
+def sweep_members(
+    K_list: Iterable, alpha_list: Iterable, seeds: Iterable[int | None]
+) -> list[Member]:
+    """The members of a sweep: alpha is the outer loop, then the rank, then the seed."""
+    # A whole alpha stays whole: released file names and lines show it as it was given.
+    alphas = [alpha if isinstance(alpha, int) else float(alpha) for alpha in alpha_list]
+    return [
+        Member(int(K), alpha, None if seed is None else int(seed))
+        for alpha in alphas
+        for K in K_list
+        for seed in seeds
+    ]
+
+
+def _check_users(named: dict[str, tuple[Any, Any]], d: int) -> list[Features]:
+    """Each of {argument name: (features, number of users)} checked, in their order."""
+    return [check_features(features, name, users, d) for name, (features, users) in named.items()]
+
+
+def sweep(
+    K_list: Any,
+    alpha_list: Any,
+    V_final: Any,
+    train_features: Any,
+    test_features_sparse: Any,
+    train_features_unseen: Any,
+    test_features_sparse_unseen: Any,
+    N: int,
+    N_unseen: int,
+    device: Any,
+    seed: Any = None,
+    num_iterations: int = 1000,
+    checkpoint: Checkpoint | None = None,
+    regularized: bool = False,
+    threshold: float = 0.0,
+) -> list[Fit]:
+    """Learn LoRe on the seen users at several ranks and penalties, fit the unseen, evaluate all.
+
+    K_list: ranks; 0 is the reference (V_final, every weight 1), 1 one Bradley-Terry model for all.
+    alpha_list: penalties, see `LoRe`. V_final: the reward head `[d, 1]`; it may be None if no rank
+    is 0 and no alpha above 0. The four features: one float32 `[m_i, d]` (or Pairs) per user;
+    N and N_unseen: how many users. seed: a whole number, a list of several that are trained side
+    by side, or None for torch's own generator. regularized: `LoRe_regularized` in place of `LoRe`.
+    threshold: columns whose largest weight among the seen users is below it are left out.
+    checkpoint: where the state of the training is kept; the caller clears it.
+
+    Returns a Fit for each alpha, rank and seed. Raises InputError for arguments without a meaning.
+    """
+    seeds = seed if isinstance(seed, (list, tuple, range, np.ndarray)) else [seed]
+    check_sweep(K_list, alpha_list, [0] if seed is None else seeds, num_iterations, threshold)
+    device = check_device(device)
+    members = sweep_members(K_list, alpha_list, seeds)
+    d = None
+    if V_final is not None or any(member.K == 0 or member.alpha for member in members):
+        V_final = check_head(V_final, "V_final").to(device)
+        d = len(V_final)
+    features = _check_users(
+        {
+            "train_features": (train_features, N),
+            "test_features_sparse": (test_features_sparse, N),
+            "train_features_unseen": (train_features_unseen, N_unseen),
+            "test_features_sparse_unseen": (test_features_sparse_unseen, N_unseen),
+        },
+        d,
+    )
+    train, _, train_unseen, _ = features
+
+    fits = _train(
+        members,
+        train,
+        N_unseen,
+        V_final,
+        num_iterations,
+        regularized,
+        threshold,
+        device,
+        checkpoint,
+    )
+    _fit_unseen(fits, train_unseen, 0.5 if regularized else 0.1)
+    for setting, part in zip(SETTINGS, features):
+        weights = [fit.W_unseen if setting in UNSEEN_SETTINGS else fit.W for fit in fits]
+        accuracies = accuracies_per_user(part, [fit.V for fit in fits], weights)
+        for fit, accuracies_of_fit in zip(fits, accuracies):
+            fit.accuracies[setting] = accuracies_of_fit
+    return fits
+
+
+def _train(
+    members: list[Member],
+    train: Features,
+    N_unseen: int,
+    V_final: torch.Tensor | None,
+    num_iterations: int,
+    regularized: bool,
+    threshold: float,
+    device: torch.device,
+    checkpoint: Checkpoint | None,
+) -> list[Fit]:
+    """The members as Fits with the weights of the seen users; those of the unseen are 1 so far."""
+    to_train = [member for member in members if member.K > 0]
+    trained = {}
+    if to_train:
+        bases = train_bases(
+            train, to_train, V_final, num_iterations, 0.5, regularized, device, checkpoint
+        )
+        trained = dict(zip(to_train, bases))
+    fits = []
+    for member in members:
+        if member.K == 0:
+            w = torch.ones(len(train), 1, device=device)
+            V = V_final
+            loss = math.nan
+        else:
+            w, V, loss, _ = trained[member]
+        w, V = prune(w, V, threshold)
+        ones = torch.ones(N_unseen, 1, device=device)
+        fits.append(Fit(member.K, member.alpha, member.seed, V, w, ones, loss))
+    return fits
+
+
+def _fit_unseen(fits: list[Fit], train_unseen: Features, learning_rate: float) -> None:
+    """Give every fit with several columns the few-shot weights of the unseen users."""
+    personal = [fit for fit in fits if fit.V.shape[1] > 1]
+    if not personal:
+        return
+    weights = fit_weights(
+        list(pair_scores(train_unseen, torch.cat([fit.V for fit in personal], 1))),
+        [Member(fit.K, fit.alpha, fit.seed) for fit in personal],
+        [fit.V.shape[1] for fit in personal],
+        FEW_SHOT_ITERATIONS,
+        learning_rate,
+    )
+    for fit, w in zip(personal, weights):
+        fit.W_unseen = w
+
+
+class Accuracies(tuple):
+    """The eight arrays that the released `run` returns, with the models behind them as `.fits`."""
+
+    fits: list[Fit]
+
+    @classmethod
+    def of(cls, fits: list[Fit]) -> "Accuracies":
+        """The eight arrays: means over users in each of SETTINGS, then quarters of deviations."""
+        models = fits_per_model(fits).values()
+        per_setting = [
+            [accuracy_per_user(seeds, setting) for seeds in models] for setting in SETTINGS
+        ]
+        means = [np.array([np.mean(a) for a in models]) for models in per_setting]
+        quarters = [np.array([np.std(a) / 4 for a in models]) for models in per_setting]
+        accuracies = cls(means + quarters)
+        accuracies.fits = fits
+        return accuracies
+
+
+def run(
+    K_list: Any,
+    alpha_list: Any,
+    V_final: Any,
+    train_features: Any,
+    test_features_sparse: Any,
+    train_features_unseen: Any,
+    test_features_sparse_unseen: Any,
+    N: int,
+    N_unseen: int,
+    device: Any,
+    seed: Any = None,
+    num_iterations: int = 1000,
+    checkpoint: Checkpoint | None = None,
+    threshold: float = 0.0,
+) -> Accuracies:
+    """`sweep` with `LoRe`, printed and returned as released; arguments and errors as of `sweep`.
+
+    Returns 8 arrays of length len(alpha_list) * len(K_list), alpha outer: the mean accuracy over
+    users of the four SETTINGS, then for each a quarter of the standard deviation over users (the
+    band of the released plots). Several seeds are averaged within a user. `.fits` has the models.
+    """
+    fits = sweep(
+        K_list,
+        alpha_list,
+        V_final,
+        train_features,
+        test_features_sparse,
+        train_features_unseen,
+        test_features_sparse_unseen,
+        N,
+        N_unseen,
+        device,
+        seed,
+        num_iterations,
+        checkpoint,
+        threshold=threshold,
+    )
+    _print_sweep(fits, {"K": "K"})
+    return Accuracies.of(fits)
+
+
+def run_regularized(
+    K_list: Any,
+    alpha_list: Any,
+    V_final: Any,
+    train_features: Any,
+    test_features_sparse: Any,
+    train_features_unseen: Any,
+    test_features_sparse_unseen: Any,
+    N: int,
+    N_unseen: int,
+    device: Any,
+    seed: Any = None,
+    num_iterations: int = 20000,
+    checkpoint: Checkpoint | None = None,
+    threshold: float = 1e-2,
+) -> Accuracies:
+    """`run` with `LoRe_regularized`: alternating steps, an anchor, unused columns left out.
+
+    threshold: columns whose largest weight among the seen users is below it go; 0 keeps all.
+    """
+    fits = sweep(
+        K_list,
+        alpha_list,
+        V_final,
+        train_features,
+        test_features_sparse,
+        train_features_unseen,
+        test_features_sparse_unseen,
+        N,
+        N_unseen,
+        device,
+        seed,
+        num_iterations,
+        checkpoint,
+        regularized=True,
+        threshold=threshold,
+    )
+    _print_sweep(fits, {"alpha": "alpha", "Rank": "K"})
+    return Accuracies.of(fits)
+
+
+def _print_sweep(fits: list[Fit], headings: dict[str, str]) -> None:
+    """The lines of the quickstart's step 5. headings: label -> the field of Fit behind it."""
+    for seeds in fits_per_model(fits).values():
+        for label, field in headings.items():
+            print(label, ":", getattr(seeds[0], field))
+        for setting in SETTINGS:
+            print(setting)
+            print_accuracy(accuracy_per_user(seeds, setting))
+
+
+class Curves(list):
+    """The four lists that `run_few_shot_vary_shots` returns, and what is behind them.
+
+    rows: a dict per alpha, rank and number of shots: K, alpha, shots, and under each of
+    UNSEEN_SETTINGS float64 `[N_unseen]`, each unseen user's accuracy, the mean over trials.
+    fits: the trained models of all seeds; their `W_unseen` are 1, as nobody is fitted in them yet.
+    """
+
+    rows: list[dict[str, Any]]
+    fits: list[Fit]
+
+
+def run_few_shot_vary_shots(
+    trials: int,
+    alpha_list: Any,
+    K_list: Any,
+    num_shots: Any,
+    train_features: Any,
+    train_features_unseen: Any,
+    test_features_sparse_unseen: Any,
+    V_final: Any,
+    N: int,
+    N_unseen: int,
+    device: Any,
+    seed: int | None = None,
+    num_iterations: int = 500,
+    groups: list[torch.Tensor] | None = None,
+    checkpoint: Checkpoint | None = None,
+    further_seeds: Iterable[int] = (),
+) -> Curves:
+    """How the accuracy on unseen users grows with the number of pairs that they are fitted from.
+
+    trials: how often each number of shots is drawn. num_shots: a list of whole numbers.
+    groups: int64 `[m_i]` per unseen user, the number of each pair's group, such as its
+    conversation, counted from 0; a shot is then a whole group. further_seeds: models that are
+    trained beside that of `seed`, for `.fits` alone. Otherwise as `sweep`.
+
+    Returns 4 lists over num_shots (for each alpha and rank in turn, if there are several): mean
+    and standard deviation over trials of the accuracy on the shots, then of that on the unseen
+    users' unseen prompts.
+    """
+    seeds = [seed, *further_seeds]
+    check_sweep(K_list, alpha_list, [0] if seed is None else seeds, num_iterations)
+    check_whole_numbers("num_shots", num_shots, 1)
+    check_whole("trials", trials, 1)
+    device = check_device(device)
+    V_final = check_head(V_final, "V_final").to(device)
+    train, train_unseen, test_unseen = _check_users(
+        {
+            "train_features": (train_features, N),
+            "train_features_unseen": (train_features_unseen, N_unseen),
+            "test_features_sparse_unseen": (test_features_sparse_unseen, N_unseen),
+        },
+        len(V_final),
+    )
+    if groups is not None:
+        check_groups(groups, train_unseen)
+
+    members = sweep_members(K_list, alpha_list, [seed])
+    further = [m for m in sweep_members(K_list, alpha_list, further_seeds) if m.K > 0]
+    fits = _train(
+        members + further, train, N_unseen, V_final, num_iterations, False, 0.0, device, checkpoint
+    )
+    curves = Curves([[], [], [], []])
+    curves.fits = fits
+    curves.rows = []
+    for member, fit in zip(members, fits):
+        print("K :", member.K)
+        S_train = list(pair_scores(train_unseen, fit.V))
+        S_test = list(pair_scores(test_unseen, fit.V))
+        for shots in num_shots:
+            print("Shots :", shots)
+            accuracies = few_shot_trials(member, S_train, S_test, shots, trials, groups)
+            row = {"K": member.K, "alpha": member.alpha, "shots": shots}
+            for i, (setting, of_trials) in enumerate(zip(UNSEEN_SETTINGS, accuracies)):
+                print(setting)
+                means = of_trials.mean(1)  # (trials,)
+                print_accuracy(means)
+                curves[2 * i].append(float(np.mean(means)))
+                curves[2 * i + 1].append(float(np.std(means)))
+                row[setting] = of_trials.mean(0)
+            curves.rows.append(row)
+    return curves
+
+
+@torch.no_grad()
+def few_shot_trials(
+    member: Member,
+    S_train: list[torch.Tensor],
+    S_test: list[torch.Tensor],
+    shots: int,
+    trials: int,
+    groups: list[torch.Tensor] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fit every unseen user from `shots` pairs, which each trial draws again.
+
+    S_train, S_test: the scores X_i V `[m_i, K]` of each user's pairs. member: its K says whether
+    there are weights to fit, its generator draws. Returns the accuracies on the drawn and on the
+    test pairs, two float64 arrays `[trials, users]`.
+    """
+    users = len(S_test)
+    generator = member.generator(2 + shots)
+    drawn = []
+    for _ in range(trials):
+        drawn += sample_shots(S_train, shots, generator, groups)
+    device = drawn[0].device
+    w = torch.ones(len(drawn), 1, device=device)  # (trials * users, K)
+    if member.K > 1:
+        (w,) = fit_weights(drawn, [member], [member.K], FEW_SHOT_ITERATIONS, 0.1)
+
+    def share(scores: torch.Tensor, counts: torch.Tensor, w: torch.Tensor) -> np.ndarray:
+        margins = (scores * w.repeat_interleave(counts, 0)).sum(1, keepdim=True)
+        return share_right(margins, counts)[:, 0].cpu().numpy()
+
+    counts = torch.tensor([len(S) for S in drawn], device=device)
+    train = share(torch.cat(drawn), counts, w).reshape(trials, users)
+    S_all = torch.cat(S_test)
+    counts = torch.tensor([len(S) for S in S_test], device=device)
+    test = np.stack([share(S_all, counts, w_trial) for w_trial in w.split(users)])
+    return train, test
+
+
+# ---------------------------------------------------------------------------------------------
+# 7. Released API
+#
+# The other functions of the released file, for scripts that were written for it. Where no seed or
+# generator is given, they draw as the release does: from torch's generator (starts, shots),
+# numpy's (populations, sparse draws) or Python's `random` (PRISM's shots).
+# ---------------------------------------------------------------------------------------------
+
+
+def solve(
+    train_features: Any,
+    num_basis_vectors: int,
+    num_iterations: int = 1000,
+    learning_rate: float = 0.01,
+    seed: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Train `LoRe` without a penalty -> (softmax(W) `[N, K]`, V `[d, K]`)."""
+    return solve_regularized(
+        None, 0.0, train_features, num_basis_vectors, num_iterations, learning_rate, seed
+    )
+
+
+def solve_regularized(
+    V_sft: Any,
+    alpha: float,
+    train_features: Any,
+    num_basis_vectors: int,
+    num_iterations: int = 1000,
+    learning_rate: float = 0.01,
+    seed: int | None = None,
+    model: type[LoRe] = LoRe,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Train `LoRe` (or another `model`) -> (softmax(W) `[N, K]`, V `[d, K]`)."""
+    X = check_features(train_features, "train_features")
+    d = X[0].shape[1]
+    lore = model(V_sft, alpha, len(X), d, num_basis_vectors, num_iterations, learning_rate, seed)
+    return lore.train(X)
+
+
+def solve_regularized_simplex(
+    V_sft: Any,
+    alpha: float,
+    train_features: Any,
+    num_basis_vectors: int,
+    num_iterations: int = 1000,
+    learning_rate: float = 0.01,
+    seed: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Train `LoRe_regularized` -> (softmax(W) `[N, kept]`, V `[d, kept]`), kept <= K columns."""
+    return solve_regularized(
+        V_sft,
+        alpha,
+        train_features,
+        num_basis_vectors,
+        num_iterations,
+        learning_rate,
+        seed,
+        LoRe_regularized,
+    )
+
+
+def learn_multiple_few_shot(
+    train_features: Any,
+    V: Any,
+    num_iterations: int = 1000,
+    learning_rate: float = 0.01,
+    seed: int | None = None,
+) -> list[torch.Tensor]:
+    """Train `PersonalizeBatch` -> a list of N simplex vectors `[K]`."""
+    X = check_features(train_features, "train_features")
+    V = check_matrix(V, "V")
+    return PersonalizeBatch(len(X), *V.shape, num_iterations, learning_rate, seed).train(X, V)
+
+
+def learn_single_reward(
+    train_features: Any,
+    num_iterations: int = 1000,
+    learning_rate: float = 0.01,
+    seed: int | None = None,
+) -> torch.Tensor:
+    """One Bradley-Terry model for all users, LoRe at K = 1 -> V `[d, 1]`. A baseline."""
+    return solve(train_features, 1, num_iterations, learning_rate, seed)[1]
+
+
+def learn_single_reward_regularized(
+    V_ref: Any,
+    alpha: float,
+    train_features: Any,
+    num_iterations: int = 1000,
+    learning_rate: float = 0.01,
+    seed: int | None = None,
+) -> torch.Tensor:
+    """`learn_single_reward` with the penalty alpha * |V - V_ref|^2 -> V `[d, 1]`. A baseline."""
+    return solve_regularized(V_ref, alpha, train_features, 1, num_iterations, learning_rate, seed)[
+        1
+    ]
+
+
+def learn_multiple(
+    train_features: Any,
+    num_iterations: int = 1000,
+    learning_rate: float = 0.01,
+    seed: int | None = None,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """A baseline: a Bradley-Terry model per user -> (N weights `[1]`, all 1; N bases `[d, 1]`)."""
+    features = check_features(train_features, "train_features")
+    V = [learn_single_reward([X], num_iterations, learning_rate, seed) for X in features]
+    return [torch.ones(1) for _ in V], V
+
+
+def sample_shots(
+    train_features_unseen: Features,
+    shots: int,
+    generator: torch.Generator | None = None,
+    groups: list[torch.Tensor] | None = None,
+) -> Features:
+    """Draw `shots` of each user's pairs without replacement; all of them if there are fewer.
+
+    train_features_unseen: `[m_i, d]` per user. Returns `[min(shots, m_i), d]` per user.
+    generator: on the CPU; None for torch's own. groups: see `run_few_shot_vary_shots`.
+    """
+    check_whole("shots", shots, 1)
+    if groups is None:
+        return [
+            X[torch.randperm(len(X), generator=generator)[:shots]] for X in train_features_unseen
+        ]
+    check_groups(groups, train_features_unseen)
+    drawn = []
+    for X, group in zip(train_features_unseen, groups):
+        count = int(group.max()) + 1
+        chosen = torch.randperm(count, generator=generator)[:shots]
+        drawn.append(X[torch.isin(group, chosen)])
+    return drawn
+
+
+def generate_population(alpha: Any, N: int, seed: Any = None) -> np.ndarray:
+    """N users as mixtures over scorers: Dirichlet draws, float64 `[N, scorers]`.
+
+    alpha: the concentration, one number per scorer, or one for all ten. seed: None draws from
+    numpy's own generator, as released.
+    """
+    concentration = np.full(10, alpha) if np.ndim(alpha) == 0 else np.asarray(alpha)
+    for value in concentration.tolist():
+        check_number("concentration", value, 1e-6, 1e6)
+    check_whole("N", N, 1)
+    generator = np.random if seed is None else np.random.default_rng(seed)
+    return generator.dirichlet(concentration, N)
+
+
+generate_popupulation = generate_population  # the released spelling
+
+
+def best_and_worst(reward_tensor: Any, w: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The answers that a user scores highest and lowest -> two int64 `[prompts]`.
+
+    reward_tensor: `[prompts, answers, scorers]`, a tensor or an array (of objects, too).
+    w: the user's mixture `[scorers]`. Both numbers are equal where all answers are tied.
+    """
+    if not isinstance(reward_tensor, torch.Tensor):
+        reward_tensor = torch.from_numpy(np.asarray(reward_tensor, np.float64))
+    if not reward_tensor.is_floating_point():
+        reward_tensor = reward_tensor.float()
+    scores = reward_tensor @ torch.as_tensor(
+        w, dtype=reward_tensor.dtype, device=reward_tensor.device
+    )
+    best = scores.argmax(1)
+    worst = scores.argmin(1)
+    # If every scorer ties all answers, rounding would decide.
+    tied = (reward_tensor == reward_tensor[:, :1]).all(2).all(1)
+    return best, torch.where(tied, best, worst)
+
+
+def simulate_user(reward_tensor: Any, features: Any, w: Any) -> torch.Tensor:
+    """A simulated user's pairs: the answer scored highest minus that scored lowest, `[prompts, d]`.
+
+    reward_tensor: `[prompts, answers, scorers]`. features: `[prompts, answers, d]`, a tensor or
+    nested lists of vectors. w: `[scorers]`. Returns float32.
+    """
+    return simulate_population(reward_tensor, features, [w])[0]
+
+
+def simulate_population(reward_tensor: Any, features: Any, W: Any) -> torch.Tensor:
+    """`simulate_user` for every row of W `[N, scorers]` -> float32 `[N, prompts, d]`.
+
+    For many users take `Pairs`, which need not hold users x prompts x d numbers.
+    """
+    if not isinstance(features, torch.Tensor):
+        features = torch.stack(
+            [torch.stack([torch.as_tensor(phi) for phi in answers]) for answers in features]
+        )
+    prompts = torch.arange(len(features))
+    users = []
+    for w in W:
+        best, worst = best_and_worst(reward_tensor, w)
+        users.append(features[prompts, best].float() - features[prompts, worst].float())
+    return torch.stack(users)
+
+
+def create_sparse_tensor(
+    dense_tensor: torch.Tensor,
+    sample_percentage: float,
+    generator: np.random.Generator | None = None,
+) -> list[torch.Tensor]:
+    """For each user a random share of the prompts -> N tensors `[int(share * prompts), d]`.
+
+    dense_tensor: `[N, prompts, d]`. sample_percentage: a share from 0 to 1, in spite of its
+    released name. generator: None for numpy's own. Raises InputError if that leaves no pair.
+    """
+    prompts = dense_tensor.shape[1]
+    count = count_of_share(prompts, sample_percentage)
+    permutation = (generator or np.random).permutation
+    return [X[torch.from_numpy(permutation(prompts)[:count])] for X in dense_tensor]
+
+
+def count_of_share(prompts: int, fraction: float, what: str = "sample_percentage") -> int:
+    """How many prompts a fraction of them is, rounded down. Raises InputError if none is left."""
+    rounding = 1e-9  # 0.29 of 100 is 29, and not the 28.999.. of the floating-point product
+    if not isinstance(fraction, Real) or not 1 <= fraction * prompts + rounding <= prompts + 1e-6:
+        raise InputError(
+            f"{what}: fraction {fraction} of {prompts} prompts leaves no pairs for a user, or is "
+            f"more than all; give a number from {1 / prompts:.2g} to 1.0, or more prompts"
+        )
+    return int(fraction * prompts + rounding)
+
+
+def turn_pairs(row: dict) -> torch.Tensor:
+    """The pairs of one turn, chosen minus each rejected answer: float32 `[rejected, d]`.
+
+    row: one of our files, with `chosen_conv_embedding` `[d]` and `rejected_conv_embedding`
+    `[rejected, d]` (`[d]` in released files) in its `extra_info`.
+    """
+    info = row["extra_info"]
+    chosen = torch.as_tensor(info["chosen_conv_embedding"]).float().reshape(1, -1)
+    rejected = torch.as_tensor(info["rejected_conv_embedding"]).float()
+    return chosen - rejected.reshape(-1, chosen.shape[1])
+
+
+def group_by_dialog(embeddings: Any) -> dict[str, dict[str, list[dict]]]:
+    """user -> dialog -> list of rows, users and dialogs in the order of their ids.
+
+    embeddings: a list of rows with `user_id` and `dialog_id` in `extra_info`, or a dict of lists.
+    """
+    rows = embeddings if isinstance(embeddings, list) else itertools.chain(*embeddings.values())
+
+    def ids(row: dict) -> list[str]:
+        return [str(row["extra_info"][key]) for key in ("user_id", "dialog_id")]
+
+    users: dict[str, dict[str, list[dict]]] = {}
+    for row in sorted(rows, key=ids):
+        info = row["extra_info"]
+        users.setdefault(info["user_id"], {}).setdefault(info["dialog_id"], []).append(row)
+    return users
+
+
+def create_dataset_prism(embeddings: Any) -> list[torch.Tensor]:
+    """The pairs of each user: float32 `[m_i, d]`.
+
+    embeddings: our rows, see `group_by_dialog` (users sorted by id); or the released nesting,
+    user -> dialog -> {"chosen": [vectors], "rejected": [vectors]}, in its own order.
+    """
+    return create_dataset_prism_shots(embeddings, None)
+
+
+def create_dataset_prism_shots(
+    embeddings: Any, shots: int | None, generator: random.Random | None = None
+) -> list[torch.Tensor]:
+    """As `create_dataset_prism`, from `shots` dialogs of each user; every call draws again.
+
+    shots: None, or more than a user has, takes all. generator: None for Python's `random`.
+    """
+    features = []
+    for dialogs in _pairs_per_dialog(embeddings).values():
+        drawn = list(dialogs.values())
+        if shots is not None:
+            drawn = (generator or random).sample(drawn, min(shots, len(drawn)))
+        features.append(torch.cat(drawn))
+    return features
+
+
+def _pairs_per_dialog(embeddings: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """user -> dialog -> the pairs of its turns, float32 `[m, d]`."""
+    if _is_released_nesting(embeddings):
+        return {
+            user: {name: _released_pairs(dialog) for name, dialog in dialogs.items()}
+            for user, dialogs in embeddings.items()
+        }
+    return {
+        user: {name: torch.cat([turn_pairs(row) for row in rows]) for name, rows in dialogs.items()}
+        for user, dialogs in group_by_dialog(embeddings).items()
+    }
+
+
+def _is_released_nesting(embeddings: Any) -> bool:
+    """Whether these are nested dicts down to "chosen" and "rejected", and not lists of rows."""
+    return isinstance(embeddings, dict) and all(
+        isinstance(dialogs, dict) for dialogs in embeddings.values()
+    )
+
+
+def _released_pairs(dialog: dict[str, list]) -> torch.Tensor:
+    """The pairs of a dialog in the released nesting, one per turn: float32 `[turns, d]`."""
+    chosen = torch.stack([torch.as_tensor(phi).float().flatten() for phi in dialog["chosen"]])
+    rejected = torch.stack([torch.as_tensor(phi).float().flatten() for phi in dialog["rejected"]])
+    return chosen - rejected
+
+
+# ---- temporary
+
 WHOLE, POSITIVE = (Integral, 0, 2**32 - 1), (Integral, 1, 2**32 - 1)
+
 RULES = {  # for what stands at the top of a script, or is given to a function; of lists, for each value
     **dict.fromkeys(
         (
@@ -120,1291 +2105,3 @@ def check_settings(**settings):
                 )
         if is_list and name != "fractions" and len(set(value)) < len(value):
             raise InputError(f"{name}: {list(value)}; give each value once")
-
-
-def process_rank():
-    """The number of this process under torchrun, 0 without it."""
-    return int(os.environ.get("RANK", 0))
-
-
-def process_count():
-    """How many processes torchrun has started, 1 without it. Connects them at the first call."""
-    count = int(os.environ.get("WORLD_SIZE", 1))
-    if count > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(default_device())  # where NCCL's barrier runs
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-            timeout=datetime.timedelta(days=7),
-        )  # a slow neighbour may embed for hours
-    return count
-
-
-def default_device():
-    """This process's GPU, or the CPU where there is none. Raises InputError where processes outnumber the GPUs."""
-    return check_device(
-        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    )
-
-
-def check_device(device):
-    """A torch.device that is there. Raises InputError where it is not."""
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise InputError(
-            f"device {device!r}: not on this machine ({str(error).splitlines()[0]}); give cpu, or a GPU "
-            "that is there, such as cuda:0"
-        ) from None
-
-
-def progress_bar(label, total, **options):
-    """A tqdm bar on stderr, shown from the third second on; in a log file it writes a line every ten seconds."""
-    return tqdm(
-        desc=label,
-        total=total,
-        delay=2,
-        mininterval=0.2 if sys.stderr.isatty() else 10,
-        disable=process_rank() > 0,
-        **options,
-    )
-
-
-class Pairs:
-    """Preference pairs as row numbers of one table of embeddings, for many pairs over few responses.
-    embeddings: `[rows, d]`, any float dtype; chosen, rejected: int64 `[m]`. Behaves like the float32 matrix
-    `embeddings[chosen] - embeddings[rejected]` of shape `[m, d]` without holding it."""
-
-    def __init__(self, embeddings, chosen, rejected):
-        self.embeddings, self.chosen, self.rejected = (
-            embeddings,
-            torch.as_tensor(chosen),
-            torch.as_tensor(rejected),
-        )
-        for rows in (self.chosen, self.rejected):
-            if (
-                rows.shape != self.chosen.shape
-                or rows.ndim != 1
-                or rows.dtype == torch.bool
-                or len(rows)
-                and (rows.min() < 0 or rows.max() >= len(embeddings) or (rows != rows.long()).any())
-            ):
-                raise InputError(
-                    f"Pairs: chosen {tuple(self.chosen.shape)}, rejected {tuple(self.rejected.shape)}: rows "
-                    f"{rows.tolist()[:5]}; give two equally long lists of row numbers of the "
-                    f"{len(embeddings)} rows"
-                )
-        self.chosen, self.rejected = self.chosen.long(), self.rejected.long()
-
-    def __len__(self):
-        return len(self.chosen)
-
-    @property
-    def shape(self):
-        return torch.Size((len(self), self.embeddings.shape[1]))
-
-    def __getitem__(self, rows):
-        return Pairs(self.embeddings, self.chosen[rows], self.rejected[rows])
-
-    def __matmul__(self, V):
-        return next(pair_scores([self], V))
-
-    def dense(self):
-        """The float32 matrix `[m, d]` itself."""
-        return self.embeddings[self.chosen].float() - self.embeddings[self.rejected].float()
-
-
-def pair_scores(features, V):
-    """X_i V of each user in turn, `[m_i, C]`; the rows of a table that users share are multiplied once."""
-    table = scores = None
-    for X in features:
-        if isinstance(X, Pairs):
-            if X.embeddings is not table:
-                table = X.embeddings
-                scores = torch.cat(
-                    [part.to(V.device, torch.float32) @ V for part in table.split(8192)]
-                )
-            yield scores[X.chosen.to(V.device)] - scores[X.rejected.to(V.device)]
-        else:
-            yield X.to(V.device) @ V
-
-
-def is_finite(table):
-    """Whether a tensor's numbers are no NaN and within float32, without a copy of it."""
-    return all(abs(float(extreme)) <= torch.finfo(torch.float32).max for extreme in table.aminmax())
-
-
-def check_matrix(X, what, rows=None, columns=None, finite=None):
-    """X, a tensor, array or Pairs, as a finite float32 tensor `[rows, columns]` (None: any number from 1) or as Pairs.
-    finite: a table that is known to be. Raises InputError that begins with `what`."""
-    try:
-        table = X.embeddings if isinstance(X, Pairs) else torch.as_tensor(X).detach()
-    except (TypeError, ValueError, RuntimeError):
-        table = torch.zeros(0, dtype=torch.bool)
-    if table.is_complex() or table.dtype == torch.bool:
-        raise InputError(
-            f"{what}: {type(X).__name__} where a matrix of numbers should be; give a float32 tensor"
-        )
-    X = X if isinstance(X, Pairs) else table.float()
-    if (
-        len(X.shape) != 2
-        or 0 in X.shape
-        or rows not in (None, X.shape[0])
-        or columns not in (None, X.shape[1])
-    ):
-        raise InputError(
-            f"{what}: shape {tuple(X.shape)} where [{rows or 'rows >= 1'}, {columns or 'd'}] should be; "
-            "give one of that shape, of the same model and users, none without pairs"
-        )
-    if table is not finite and not is_finite(table):
-        raise InputError(f"{what}: NaN or infinite values; leave them out, or make them again")
-    return X
-
-
-def check_features(features, what, users=None, d=None):
-    """A list with one finite float32 `[m_i, d]` tensor (or Pairs) per user, of any iterable of tensors, arrays or Pairs.
-    Raises InputError that names the user: no users or not `users` of them, a user without pairs, another width than `d`
-    or than the first user's, NaN or infinite values."""
-    features = list(features) if isinstance(features, Iterable) else []
-    if not features or users not in (None, len(features)):
-        raise InputError(
-            f"{what}: {len(features)} users where {users or 'at least 1'} should be; "
-            "give one tensor per user"
-        )
-    for i, X in enumerate(features):
-        before = getattr(features[i - 1], "embeddings", None) if i else None
-        features[i] = check_matrix(X, f"{what}, user {i}", None, d, before)
-        d = features[i].shape[1]
-    return features
-
-
-def check_head(V, what, d=None):
-    """A reward head as float32 `[d, 1]`; raises InputError where it is no such vector, not finite or all zero."""
-    if isinstance(V, (torch.Tensor, np.ndarray)) and math.prod(V.shape) == max(V.shape, default=0):
-        V = V.reshape(-1, 1)
-    V = check_matrix(V, what, d, 1)
-    if not V.any():
-        raise InputError(f"{what}: all zero; read the reward head again")
-    return V
-
-
-def sample_shots(train_features_unseen, shots, generator=None, groups=None):
-    """For each user `shots` of the pairs, drawn without replacement anew at each call (all pairs of a user with fewer).
-    train_features_unseen: list of `[m_i, d]`. Returns a list of `[min(shots, m_i), d]`.
-    generator: a CPU torch.Generator; default torch's own. groups: see `run_few_shot_vary_shots`."""
-    check_settings(shots=shots)
-    if groups is None:
-        return [
-            X[torch.randperm(len(X), generator=generator)[:shots]] for X in train_features_unseen
-        ]
-    check_groups(groups, train_features_unseen)
-    return [
-        X[torch.isin(group, torch.randperm(int(group.max()) + 1, generator=generator)[:shots])]
-        for X, group in zip(train_features_unseen, groups)
-    ]
-
-
-def check_groups(groups, features):
-    """Raise InputError unless each user has one int64 `[m_i]` that numbers groups of pairs from 0 without a gap."""
-    groups = groups if isinstance(groups, (list, tuple)) else []
-    for i, (group, X) in enumerate(itertools.zip_longest(groups, features)):
-        if (
-            X is None
-            or not isinstance(group, torch.Tensor)
-            or tuple(group.shape) != (len(X),)
-            or (set(group.tolist()) != set(range(int(group.max()) + 1)))
-        ):
-            raise InputError(
-                f"groups, user {i}: not a number for each pair of this user; give a list with a tensor per "
-                "user that has the number of each pair's group, counted from 0 without a gap"
-            )
-
-
-def generate_population(alpha, N, seed=None):
-    """N users as mixtures over scorers: Dirichlet draws, numpy float64 `[N, scorers]`.
-    alpha: the concentration, one number per scorer, or a single number for ten scorers. seed: default another each time.
-    """
-    concentration = np.full(10, alpha) if np.ndim(alpha) == 0 else np.asarray(alpha)
-    for value in concentration.tolist():
-        check_settings(concentration=value, N=N)
-    return np.random.default_rng(seed).dirichlet(concentration, N)
-
-
-generate_popupulation = generate_population  # the released spelling
-
-
-def best_and_worst(reward_tensor, w):
-    """The responses that a user scores highest and lowest -> two int64 `[prompts]`, equal where all are tied.
-    reward_tensor: `[prompts, responses, scorers]`, a tensor or an array, also of objects; w: the mixture `[scorers]`."""
-    if not isinstance(reward_tensor, torch.Tensor):
-        reward_tensor = torch.from_numpy(np.asarray(reward_tensor, np.float64))
-    reward_tensor = reward_tensor if reward_tensor.is_floating_point() else reward_tensor.float()
-    scores = reward_tensor @ torch.as_tensor(
-        w, dtype=reward_tensor.dtype, device=reward_tensor.device
-    )
-    best, worst = scores.argmax(1), scores.argmin(1)
-    tied = (reward_tensor == reward_tensor[:, :1]).all(2).all(1)  # here rounding would decide
-    return best, torch.where(tied, best, worst)
-
-
-def simulate_user(reward_tensor, features, w):
-    """One simulated user's pairs: the embedding of the response scored highest minus that of the one scored lowest.
-    reward_tensor: `[prompts, responses, scorers]`; features: `[prompts, responses, d]`, a tensor or nested lists of
-    vectors; w: `[scorers]`. Returns float32 `[prompts, d]`."""
-    return simulate_population(reward_tensor, features, [w])[0]
-
-
-def simulate_population(reward_tensor, features, W):
-    """`simulate_user` for every row of W `[N, scorers]` -> float32 `[N, prompts, d]`. For many users take `Pairs`."""
-    if not isinstance(features, torch.Tensor):
-        features = torch.stack(
-            [torch.stack(list(map(torch.as_tensor, responses))) for responses in features]
-        )
-    prompts = torch.arange(len(features))
-    choices = (best_and_worst(reward_tensor, w) for w in W)
-    return torch.stack(
-        [
-            features[prompts, best].float() - features[prompts, worst].float()
-            for best, worst in choices
-        ]
-    )
-
-
-def create_sparse_tensor(dense_tensor, sample_percentage, generator=None):
-    """For each user a random share of the prompts, rounded down, as a list of N tensors `[int(share * prompts), d]`.
-    dense_tensor: `[N, prompts, d]`; sample_percentage: a share from 0 to 1, as released. InputError: that leaves no pair.
-    """
-    return sample_shots(
-        list(dense_tensor), share_of(dense_tensor.shape[1], sample_percentage), generator
-    )
-
-
-def share_of(prompts, fraction, what="sample_percentage"):
-    """How many a fraction of so many prompts is, rounded down. Raises InputError where none is left."""
-    if not isinstance(fraction, Real) or not 1 <= fraction * prompts + 1e-9 <= prompts + 1e-6:
-        raise InputError(
-            f"{what}: fraction {fraction} of {prompts} prompts leaves no pairs for a user, or is more "
-            f"than all; give a number from {1 / prompts:.2g} to 1.0, or more prompts"
-        )
-    return int(
-        fraction * prompts + 1e-9
-    )  # 0.29 of 100 is 29, not the 28.999.. of the floating-point product
-
-
-def turn_pairs(row):
-    """The pairs of one turn of a dialogue, chosen minus each rejected response: float32 `[rejected, d]`.
-    row: `extra_info` holds `chosen_conv_embedding` `[d]` and `rejected_conv_embedding` `[rejected, d]` (released: `[d]`).
-    """
-    chosen, rejected = (
-        torch.as_tensor(row["extra_info"][side]).float()
-        for side in ("chosen_conv_embedding", "rejected_conv_embedding")
-    )
-    return chosen.reshape(1, -1) - rejected.reshape(-1, chosen.numel())
-
-
-def group_by_dialog(embeddings):
-    """user -> conversation -> list of rows, users and conversations in order of their ids.
-    embeddings: a list of rows with `user_id` and `dialog_id` in `extra_info`, or a dict of such lists."""
-    rows = embeddings if isinstance(embeddings, list) else itertools.chain(*embeddings.values())
-    users = {}
-    for row in sorted(
-        rows, key=lambda row: [str(row["extra_info"][key]) for key in ("user_id", "dialog_id")]
-    ):
-        users.setdefault(row["extra_info"]["user_id"], {}).setdefault(
-            row["extra_info"]["dialog_id"], []
-        ).append(row)
-    return users
-
-
-def create_dataset_prism(embeddings):
-    """The pairs of each user, users sorted by id: list of float32 `[m_i, d]`. embeddings: see `group_by_dialog`."""
-    return create_dataset_prism_shots(embeddings, None)
-
-
-def create_dataset_prism_shots(embeddings, shots, generator=None):
-    """As `create_dataset_prism`, from `shots` conversations of each user (None: all), drawn anew at each call."""
-    features = []
-    for dialogs in group_by_dialog(embeddings).values():
-        drawn = (
-            range(len(dialogs))
-            if shots is None
-            else torch.randperm(len(dialogs), generator=generator)[:shots]
-        )
-        features.append(
-            torch.cat([turn_pairs(row) for i in drawn for row in list(dialogs.values())[i]])
-        )
-    return features
-
-
-TEMPERATURE = 100.0  # of the Bradley-Terry model, fixed
-FEW_SHOT_ITERATIONS = 500
-BLOCK = 1024  # numbers of a pair that the kernel takes at a time; four pairs' lie in a core's first cache
-KERNEL_NUMBERS = (
-    2**22
-)  # in the pairs, from which on a CPU compiles the kernel: seconds, at its first use
-CHECKPOINT_SECONDS = 60  # of training that an interruption loses at most
-
-
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """One model of a sweep: `K` columns of the wide basis that all members are trained in, side by side."""
-
-    K: int
-    alpha: float = 0.0
-    seed: int = 0
-
-    def generator(
-        self, step
-    ):  # of the member's own, so that its start does not depend on its neighbours
-        (state,) = np.random.SeedSequence([self.seed, self.K, step]).generate_state(1, np.uint64)
-        return torch.Generator().manual_seed(int(state) >> 1)
-
-    def start(self, N, d, regularized):
-        """The logits and the basis that a training begins with, `[N, K]` and `[K, d]`."""
-        generator = self.generator(0)
-        return (torch.rand if regularized else torch.randn)(
-            N, self.K, generator=generator
-        ), torch.randn(self.K, d, generator=generator)
-
-
-class Likelihood:
-    """The Bradley-Terry likelihood of the users' choices under every member of a sweep at once, and its derivatives.
-    N users with M pairs in all, G members with C columns in all; P = X V `[M, C]`, w `[N, C]` the user weights.
-    counts: pairs of each user; sizes: K of each member; total: the loss is a mean over that many pairs, None: the sum
-    over users of each one's mean."""
-
-    def __init__(self, counts, sizes, device, total=None):
-        self.counts, self.sizes, self.threads = (
-            torch.tensor(counts, device=device),
-            list(sizes),
-            torch.get_num_threads(),
-        )
-        self.user = torch.arange(len(counts), device=device).repeat_interleave(self.counts)  # (M,)
-        self.weight = 1 / (
-            self.counts if total is None else torch.full_like(self.counts, total)
-        )  # (N,)
-        self.member = torch.tensor(
-            [g for g, K in enumerate(sizes) for _ in range(K)], device=device
-        )  # (C,)
-        self.of_member = torch.nn.functional.one_hot(self.member, len(sizes)).float()  # (C, G)
-
-    def weights(self, W):  # the softmax over each member's logits: (N, C)
-        return torch.cat([logits.softmax(1) for logits in W.split(self.sizes, 1)], 1)
-
-    def margins(self, P, w):  # x V w_i / 100 of each pair under each member: (M, G)
-        return (P * w[self.user]) @ self.of_member / TEMPERATURE
-
-    def loss(self, P, w):  # negative log-likelihood of each member: (G,)
-        return -(self.weight[self.user, None] * logsigmoid(self.margins(P, w))).sum(0)
-
-    def residuals(self, P, w):  # the loss derived by x V w_i, at each column of its member: (M, C)
-        return (-self.weight[self.user, None] * torch.sigmoid(-self.margins(P, w)) / TEMPERATURE)[
-            :, self.member
-        ]
-
-    def by_weights(self, P, r):  # the loss derived by w: (N, C)
-        return torch.segment_reduce(r * P, "sum", lengths=self.counts, axis=0)
-
-    def by_logits(self, w, by_weights):  # the loss derived by W, through the softmax: (N, C)
-        return w * (by_weights - ((w * by_weights) @ self.of_member)[:, self.member])
-
-    def plain(self, X, w, V, of_weights=True, of_basis=True):
-        """The loss derived by w: (N, C), and by V: (C, d), of X `[M, d]` and V `[C, d]` on any device."""
-        P = X @ V.T  # (M, C)
-        r = self.residuals(P, w)
-        return self.by_weights(P, r) if of_weights else None, (
-            r * w[self.user]
-        ).T @ X if of_basis else None
-
-    def kernel(self, X, w, V, of_weights=True, of_basis=True):
-        """The same for many pairs on a CPU: see `_gradients`."""
-        numba.set_num_threads(threads := min(self.threads, numba.config.NUMBA_NUM_THREADS))
-        size, start = np.array(self.sizes), np.concatenate([[0], np.cumsum(self.counts.numpy())])
-        by_weights, by_basis = torch.zeros(w.shape), torch.zeros(threads, *V.shape)
-        _gradients(
-            X.numpy(),
-            start,
-            self.weight.numpy(),
-            w.numpy(),
-            V.numpy(),
-            np.cumsum(size) - size,
-            size,
-            by_weights.numpy(),
-            by_basis.numpy(),
-            of_weights,
-            of_basis,
-        )
-        return by_weights, by_basis.sum(0)
-
-
-_zero, _one, _temperature = np.float32([0, 1, TEMPERATURE])
-try:  # machine code is kept on disk, or only in this process where no folder for it can be written
-    CACHE_KERNEL = bool(numba.njit(cache=True)(process_rank))
-except RuntimeError:
-    CACHE_KERNEL = False
-_four = numba.njit(
-    lambda X, p, last, j, end: (  # a block of the numbers of four pairs, or less and the last again
-        X[p, j:end],
-        X[min(p + 1, last), j:end],
-        X[min(p + 2, last), j:end],
-        X[min(p + 3, last), j:end],
-    )
-)
-
-
-@numba.njit(
-    cache=CACHE_KERNEL, parallel=True, fastmath={"reassoc", "contract", "nsz", "arcp", "afn"}
-)
-def _gradients(X, start, weight, w, V, first, size, by_weights, by_basis, of_weights, of_basis):
-    """The kernel: fills by_weights `[N, C]`, and by_basis `[threads, C, d]`, whose sum is the loss derived by V.
-    It reads X `[M, d]` once, users shared out among threads: user i's pairs are the rows start[i] to start[i + 1],
-    member g's columns first[g] to first[g] + size[g]. The margin x V w_i is taken as x (V w_i): one reward vector
-    v_g = V w_i / 100 of a member meets the pairs; s_g, their sum weighted by the residuals, gives both derivatives."""
-    threads, G, d, block = (
-        len(by_basis),
-        len(size),
-        X.shape[1],
-        BLOCK if len(size) > 1 else X.shape[1],
-    )
-    for thread in numba.prange(threads):
-        v, s, m = (
-            np.empty((G, d), np.float32),
-            np.empty((G, d), np.float32),
-            np.empty((G, 4), np.float32),
-        )
-        for i in range(thread, len(weight), threads):
-            last = start[i + 1] - 1
-            for g in range(G):
-                v[g], s[g] = _zero, _zero
-                for c in range(first[g], first[g] + size[g]):
-                    for j in range(d):
-                        v[g, j] += w[i, c] / _temperature * V[c, j]
-            for p in range(
-                start[i], last + 1, 4
-            ):  # four pairs, of which a block stays in the cache for all members
-                m[:] = _zero
-                for j in range(0, d, block):
-                    x0, x1, x2, x3 = _four(X, p, last, j, j + block)
-                    for g in range(G):
-                        vg, m0, m1, m2, m3 = v[g, j : j + block], m[g, 0], m[g, 1], m[g, 2], m[g, 3]
-                        for k in range(len(vg)):
-                            m0 += x0[k] * vg[k]
-                            m1 += x1[k] * vg[k]
-                            m2 += x2[k] * vg[k]
-                            m3 += x3[k] * vg[k]
-                        m[g, 0], m[g, 1], m[g, 2], m[g, 3] = m0, m1, m2, m3
-                for q in range(
-                    4
-                ):  # where there are fewer than four, the last stands in, weighted 0
-                    for g in range(G):
-                        m[g, q] = (
-                            -(weight[i] if p + q <= last else _zero)
-                            / (_one + math.exp(m[g, q]))
-                            / _temperature
-                        )
-                for j in range(0, d, block):
-                    x0, x1, x2, x3 = _four(X, p, last, j, j + block)
-                    for g in range(G):
-                        sg, r0, r1, r2, r3 = s[g, j : j + block], m[g, 0], m[g, 1], m[g, 2], m[g, 3]
-                        for k in range(len(sg)):
-                            sg[k] += r0 * x0[k] + r1 * x1[k] + r2 * x2[k] + r3 * x3[k]
-            for g in range(G):
-                for c in range(first[g], first[g] + size[g]):
-                    total = _zero
-                    if of_basis:
-                        for j in range(d):
-                            by_basis[thread, c, j] += w[i, c] * s[g, j]
-                    if of_weights:
-                        for j in range(d):
-                            total += V[c, j] * s[g, j]
-                        by_weights[i, c] = total
-
-
-@contextlib.contextmanager
-def _one_thread_of_torch():
-    """Torch's own threads would wait, busily, on the kernel's cores, and for small products longer than these take."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@_one_thread_of_torch()
-def _descend(
-    likelihood,
-    W,
-    V,
-    derivatives,
-    num_iterations,
-    learning_rate,
-    penalty=None,
-    alternating=False,
-    checkpoint=None,
-    identity=None,
-):
-    """Adam on the logits W `[N, C]` and, unless it is None, on the basis V `[C, d]`; both are changed in place, and have to
-    be contiguous for torch's fused Adam, taken from torch 2.6 on.
-    derivatives(w, of_weights, of_basis) are the loss's, penalty(V, t) is `[C]`. Alternating: the step on V sees the new
-    W. checkpoint: a `TrainingCheckpoint` to leave the state in and to go on from, which belongs to `identity`."""
-    variables = [W] if V is None else [W, V]
-    adams = [
-        torch.optim.Adam([variable], lr=learning_rate, fused=FUSED_ADAM or None)
-        for variable in variables
-    ]
-    first, saved = 0, time.monotonic()
-    if checkpoint and (state := checkpoint.load(identity)):
-        for variable, adam, variable_saved, adam_saved in zip(
-            variables, adams, state["variables"], state["adams"]
-        ):
-            variable.copy_(variable_saved)
-            adam.load_state_dict(adam_saved)
-        first = state["iterations"]
-        print(f"resuming the training after {first:,} iterations")
-    bar = progress_bar(
-        "few-shot" if V is None else "training",
-        num_iterations,
-        initial=first,
-        unit="it",
-        leave=False,
-    )
-    for t in range(first, num_iterations):
-        w = likelihood.weights(W)
-        by_weights, by_basis = derivatives(w, True, V is not None and not alternating)
-        W.grad = likelihood.by_logits(w, by_weights)
-        adams[0].step()
-        if V is not None:
-            if alternating:
-                _, by_basis = derivatives(likelihood.weights(W), False, True)
-            if process_count() > 1:
-                dist.all_reduce(by_basis)
-            V.grad = (
-                by_basis
-                if penalty is None
-                else by_basis + torch.func.grad(lambda V: penalty(V, t).sum())(V)
-            )
-            adams[1].step()
-        if checkpoint and (
-            t + 1 == num_iterations or time.monotonic() - saved > CHECKPOINT_SECONDS
-        ):
-            checkpoint.save(
-                identity,
-                {
-                    "iterations": t + 1,
-                    "variables": variables,
-                    "adams": [adam.state_dict() for adam in adams],
-                },
-            )
-            saved = time.monotonic()
-        bar.update()
-    bar.close()
-
-
-@torch.no_grad()
-def train_bases(
-    features,
-    members,
-    V_sft,
-    num_iterations,
-    learning_rate,
-    regularized=False,
-    device=None,
-    checkpoint=None,
-):
-    """Learn basis and user weights of every member of a sweep together -> list of (w `[N, K]`, V `[d, K]`, loss).
-    features: list of float32 `[m_i, d]` (or Pairs), one per user. Members share nothing but the reading of X, as Adam is
-    elementwise. V_sft: `[d, 1]`, needed where an alpha is not 0. regularized: as `LoRe_regularized`. checkpoint: a
-    `TrainingCheckpoint`, to go on from when it is started again, which the caller clears. loss: without penalty.
-    Under torchrun each process holds a part of the users, all return the whole, and nothing is saved on the way."""
-    ranks, N, d = process_count(), len(features), features[0].shape[1]
-    mine = slice(process_rank(), None, ranks)
-    if N < ranks:
-        raise InputError(f"{N} users for {ranks} processes; start at most one process per user")
-    if any(member.alpha for member in members) and (V_sft is None or not V_sft.any()):
-        raise InputError("V_sft: missing or all 0, and alpha is not 0; give the reward head [d, 1]")
-    device = torch.device(device or getattr(features[0], "device", "cpu"))
-    counts, sizes = list(map(len, features[mine])), [member.K for member in members]
-    X = torch.empty(sum(counts), d, device=device)  # (M, d)
-    for rows, of_user in zip(X.split(counts), features[mine]):
-        rows.copy_(of_user.dense() if isinstance(of_user, Pairs) else of_user)
-    likelihood = Likelihood(counts, sizes, device, sum(map(len, features)) if regularized else None)
-    W, V = zip(*(member.start(N, d, regularized) for member in members))
-    W, V = torch.cat(W, 1)[mine].contiguous().to(device), torch.cat(V).to(device)  # (N, C), (C, d)
-    alpha = torch.tensor([m.alpha / (m.K if regularized else 1) for m in members], device=device)[
-        likelihood.member
-    ]
-
-    def penalty(V, t):  # (C,)
-        reference = V_sft.to(V).reshape(1, -1)
-        if not regularized:
-            return alpha * ((V - reference) ** 2).sum(1)
-        share = min(
-            max((t / num_iterations - 0.2) / 0.6, 0.0), 1.0
-        )  # 0 for 20 % of the iterations, 1 from 80 % on
-        return share * alpha * (1 - cosine_similarity(V, reference, dim=1))
-
-    on_kernel = device.type == "cpu" and X.numel() >= KERNEL_NUMBERS
-    derivatives = functools.partial(likelihood.kernel if on_kernel else likelihood.plain, X)
-    identity, checkpoint = None, None if ranks > 1 else checkpoint
-    if checkpoint:
-        settings = (
-            torch.__version__,
-            str(device),
-            list(map(len, features)),
-            members,
-            num_iterations,
-            learning_rate,
-            regularized,
-            None if V_sft is None else V_sft.tolist(),
-        )
-        identity = (
-            hashlib.sha256(repr(settings).encode()).hexdigest()
-            + hashlib.sha256(X.cpu().numpy()).hexdigest()
-        )
-    _descend(
-        likelihood,
-        W,
-        V,
-        lambda w, *of: derivatives(w, V, *of),
-        num_iterations,
-        learning_rate,
-        penalty if alpha.any() else None,
-        regularized,
-        checkpoint,
-        identity,
-    )
-    if not V.isfinite().all():
-        if checkpoint:
-            checkpoint.clear()
-        raise InputError(
-            "the training has diverged, its basis is not finite; give a smaller alpha, or smaller pairs"
-        )
-    w = torch.zeros(N, sum(sizes), device=device)
-    w[mine] = likelihood.weights(W)
-    loss = likelihood.loss(X @ V.T, w[mine])
-    for total in (w, loss) if ranks > 1 else ():
-        dist.all_reduce(total)
-    return list(zip(w.split(sizes, 1), (V_k.T for V_k in V.split(sizes)), loss.tolist()))
-
-
-@torch.no_grad()
-def fit_weights(scores, members, sizes, num_iterations, learning_rate):
-    """Few-shot fit of new users: their weights over each of several frozen bases -> list of w `[N, K]`.
-    scores: P_i = X_i V `[m_i, C]` of each user under all bases, constants; members, sizes: Member and K of each."""
-    P, N = torch.cat(scores), len(scores)
-    likelihood = Likelihood(list(map(len, scores)), sizes, P.device)
-    W = torch.cat(
-        [
-            torch.randn(N, K, generator=dataclasses.replace(member, K=K).generator(1))
-            for member, K in zip(members, sizes)
-        ],
-        1,
-    ).to(P.device)
-    _descend(
-        likelihood,
-        W,
-        None,
-        lambda w, *of: (likelihood.by_weights(P, likelihood.residuals(P, w)), None),
-        num_iterations,
-        learning_rate,
-    )
-    return list(likelihood.weights(W).split(sizes, 1))
-
-
-class LoRe:
-    """Low-rank reward model: basis and user weights by one Adam on both.
-    Loss: the sum over users of the user's mean negative log-likelihood, plus alpha * sum_j |V_j - V_sft|^2.
-    V_sft: `[d, 1]` (None where alpha is 0). num_classes: users N; num_features: d; num_basis_vectors: K."""
-
-    regularized = False
-
-    def __init__(
-        self,
-        V_sft,
-        alpha,
-        num_classes,
-        num_features,
-        num_basis_vectors,
-        num_iterations=1000,
-        learning_rate=0.5,
-        seed=0,
-        threshold=0.0,
-    ):
-        check_settings(
-            num_basis_vectors=num_basis_vectors,
-            alpha_list=[alpha],
-            num_iterations=num_iterations,
-            learning_rate=learning_rate,
-            seed=seed,
-            threshold=threshold,
-        )
-        self.V_sft = None if V_sft is None else check_head(V_sft, "V_sft", num_features)
-        self.shape, self.steps, self.threshold = (
-            (num_classes, num_features),
-            (num_iterations, learning_rate),
-            threshold,
-        )
-        self.member = Member(num_basis_vectors, float(alpha), seed)
-
-    def train(self, X):
-        """X: a float32 `[m_i, d]` per user -> (softmax(W) `[N, K]`, V `[d, K]`). Raises InputError: other users or widths."""
-        X = check_features(X, "features", *self.shape)
-        w, V, _ = train_bases(X, [self.member], self.V_sft, *self.steps, self.regularized)[0]
-        return prune(w, V, self.threshold)
-
-
-class LoRe_regularized(LoRe):
-    """LoRe with alternating steps and a cosine anchor: in each iteration one Adam step on W, then one on V.
-    Loss: the mean negative log-likelihood of all pairs, plus alpha_t * mean_j (1 - cos(V_j, V_sft)), so one column feels
-    alpha_t / K; alpha_t is 0 for the first 20 % of the iterations, rises linearly and is alpha from 80 % on.
-    `train` leaves out columns whose largest user weight is below `threshold` (0 keeps all)."""
-
-    regularized = True
-
-    def __init__(
-        self,
-        V_sft,
-        alpha,
-        num_classes,
-        num_features,
-        num_basis_vectors,
-        num_iterations=20000,
-        learning_rate=0.5,
-        seed=0,
-        threshold=1e-2,
-    ):
-        super().__init__(
-            V_sft,
-            alpha,
-            num_classes,
-            num_features,
-            num_basis_vectors,
-            num_iterations,
-            learning_rate,
-            seed,
-            threshold,
-        )
-
-
-def prune(w, V, threshold):
-    """Keep the columns whose largest user weight reaches `threshold`, at least the largest -> (w, V)."""
-    keep = (largest := w.max(0).values) >= largest.max().clamp(max=threshold)
-    return w[:, keep], V[:, keep]
-
-
-class PersonalizeBatch(LoRe):
-    """Few-shot fit of new users' weights with the basis V frozen, from logits drawn from N(0, 1).
-    Loss: the sum over users of the user's mean negative log-likelihood. Arguments as of `LoRe`."""
-
-    def __init__(
-        self,
-        num_classes,
-        num_features,
-        num_basis_vectors,
-        num_iterations=FEW_SHOT_ITERATIONS,
-        learning_rate=0.1,
-        seed=0,
-    ):
-        super().__init__(
-            None,
-            0.0,
-            num_classes,
-            num_features,
-            num_basis_vectors,
-            num_iterations,
-            learning_rate,
-            seed,
-        )
-
-    def train(self, X, V):
-        """X: list of `[m_i, d]`, one per user; V: `[d, K]`. Returns a list of N simplex vectors `[K]`."""
-        scores = pair_scores(
-            check_features(X, "features", *self.shape),
-            check_matrix(V, "V", self.shape[1], self.member.K),
-        )
-        return list(fit_weights(list(scores), [self.member], [self.member.K], *self.steps)[0])
-
-
-SETTINGS = (
-    "Train Performance",
-    "Seen User Unseen Prompts",
-    "Few Shot Train Performance",
-    "Unseen User Unseen Prompts",
-)
-UNSEEN_TEST, VALIDATION = (
-    SETTINGS[3],
-    "Validation",
-)  # the setting that counts; held-out training pairs
-
-
-@dataclasses.dataclass
-class Fit:
-    """What a pipeline found at one rank, one alpha, one seed."""
-
-    K: int
-    alpha: float
-    seed: int
-    V: torch.Tensor  # (d, columns), the basis
-    W: torch.Tensor  # (N, columns), weights of the seen users
-    W_unseen: torch.Tensor  # (N_unseen, columns), weights of the unseen users
-    loss: float  # of the training, without the penalty; NaN for the reference, which is not trained
-    accuracies: dict = dataclasses.field(
-        default_factory=dict
-    )  # setting -> float64 array, one accuracy per user
-
-
-def evaluate_model(X, V, w):
-    """The fraction of pairs with a positive margin x V w, a float.
-    X: `[m, d]` or Pairs; V: `[d, K]`; w: `[K]`, tensors or arrays. Raises InputError: no pairs, other shapes, NaN."""
-    V = check_matrix(V, "V")
-    w = w.detach() if isinstance(w, torch.Tensor) else np.asarray(w)
-    w = check_matrix(w.reshape(-1, 1), "w", V.shape[1], 1).to(V.device)
-    return float(accuracies_per_user([check_matrix(X, "X", None, len(V))], [V], [w.T])[0, 0])
-
-
-def eval_multiple(W_list, V_list, test_features):
-    """`evaluate_model` for every user, with a w `[K]`, a V `[d, K]` and pairs of each -> list of accuracies; prints
-    their mean and standard deviation."""
-    W_list, V_list, test_features = map(list, (W_list, V_list, test_features))
-    if not len(W_list) == len(V_list) == len(test_features) > 0:
-        raise InputError(
-            f"{len(W_list)} weights, {len(V_list)} bases, {len(test_features)} users; give equally many"
-        )
-    accuracies = [evaluate_model(X, V, w) for w, V, X in zip(W_list, V_list, test_features)]
-    _print_accuracy(accuracies)
-    return accuracies
-
-
-def _print_accuracy(accuracies):
-    print(f"Average accuracy: {np.mean(accuracies):.4f}")
-    print(f"Standard deviation of accuracy: {np.std(accuracies):.4f}")
-
-
-def accuracies_per_user(features, bases, weights):
-    """Accuracy of each user under each of G models: float64 array `[G, N]`; `[G, N, J]` for J weight vectors a user.
-    features: N of `[m_i, d]` or Pairs; bases: G tensors `[d, K]`; weights: G tensors `[N, K]` or `[N, J, K]`."""
-    sizes = [V.shape[1] for V in bases]
-    right = [
-        torch.stack(
-            [
-                (w[i] @ P.T).gt_(0).sum(-1).double() / len(P)
-                for w, P in zip(weights, S.split(sizes, 1))
-            ]
-        )
-        for i, S in enumerate(pair_scores(features, torch.cat(bases, 1)))
-    ]
-    return torch.stack(right, 1).cpu().numpy()
-
-
-def fits_per_model(fits):
-    """The fits of each row of the tables, one a seed: {(K, alpha): [Fit]}, in the order of the sweep."""
-    return {
-        row: [fit for fit in fits if (fit.K, fit.alpha) == row]
-        for row in dict.fromkeys((fit.K, fit.alpha) for fit in fits)
-    }
-
-
-def accuracy_per_user(fits, setting):
-    """The accuracy of each user in a setting, averaged over the seeds of one row: float64 `[users]`."""
-    return np.mean([fit.accuracies[setting] for fit in fits], 0)
-
-
-def toss(features, seed=0):
-    """The same pairs, each turned round or not by the toss of a seeded coin, user after user."""
-    coin = torch.Generator().manual_seed(seed)
-    for X in features:
-        heads = torch.rand(len(X), generator=coin) < 0.5
-        yield (
-            Pairs(
-                X.embeddings, X.chosen.where(heads, X.rejected), X.rejected.where(heads, X.chosen)
-            )
-            if isinstance(X, Pairs)
-            else X.where(heads.to(X.device)[:, None], -X)
-        )
-
-
-def hold_out(prompts, share, seed=0):
-    """Which pairs of each user are held out: bool `[m_i]`, those of a seeded `share` of the user's prompts.
-    prompts: one list of prompts (texts, ids or digests) per user. Raises InputError where a user has one prompt only."""
-    chance, held = np.random.default_rng(seed), []
-    for i, of_user in enumerate(prompts):
-        numbers, distinct = pd.factorize(np.array(of_user, object))
-        if len(distinct) < 2:
-            raise InputError(
-                f"validation_share: user {i} has training pairs of one prompt only; leave this user out"
-            )
-        count = min(max(1, round(share * len(distinct))), len(distinct) - 1)
-        held.append(torch.from_numpy(np.isin(numbers, chance.permutation(len(distinct))[:count])))
-    return held
-
-
-def sweep_members(K_list, alpha_list, seeds):
-    """The members of a sweep: alpha outer, rank, seed inner. A whole alpha stays whole, as it is printed."""
-    alphas = [alpha if isinstance(alpha, int) else float(alpha) for alpha in alpha_list]
-    return [Member(int(K), alpha, int(seed)) for alpha in alphas for K in K_list for seed in seeds]
-
-
-def _fit(members, parts, V_final, num_iterations, regularized, threshold, device, checkpoint=None):
-    """Train the members, fit the unseen users few-shot, evaluate -> a Fit each. parts: features under each setting."""
-    trained = [member for member in members if member.K]
-    N, N_unseen = (len(parts[setting]) for setting in (SETTINGS[0], SETTINGS[2]))
-    bases, fits = (
-        iter(
-            train_bases(
-                parts[SETTINGS[0]],
-                trained,
-                V_final,
-                num_iterations,
-                0.5,
-                regularized,
-                device,
-                checkpoint,
-            )
-            if trained
-            else ()
-        ),
-        [],
-    )
-    for member in members:
-        w, V, loss = (
-            next(bases) if member.K else (torch.ones(N, 1, device=device), V_final, math.nan)
-        )
-        w, V = prune(w, V, threshold)
-        fits.append(
-            Fit(
-                member.K,
-                member.alpha,
-                member.seed,
-                V,
-                w,
-                torch.ones(N_unseen, 1, device=device),
-                loss,
-            )
-        )
-    personal = [fit for fit in fits if fit.V.shape[1] > 1]
-    if personal:
-        scores = list(pair_scores(parts[SETTINGS[2]], torch.cat([fit.V for fit in personal], 1)))
-        weights = fit_weights(
-            scores,
-            [Member(fit.K, fit.alpha, fit.seed) for fit in personal],
-            [fit.V.shape[1] for fit in personal],
-            FEW_SHOT_ITERATIONS,
-            0.5 if regularized else 0.1,
-        )
-        for fit, w in zip(personal, weights):
-            fit.W_unseen = w
-    for setting, features in parts.items():
-        weights = [fit.W_unseen if setting in SETTINGS[2:] else fit.W for fit in fits]
-        for fit, accuracies in zip(
-            fits, accuracies_per_user(features, [fit.V for fit in fits], weights)
-        ):
-            fit.accuracies[setting] = accuracies
-    return fits
-
-
-def run(
-    K_list,
-    alpha_list,
-    V_final,
-    train_features,
-    test_features_sparse,
-    train_features_unseen,
-    test_features_sparse_unseen,
-    N,
-    N_unseen,
-    device,
-    seed=0,
-    num_iterations=1000,
-    fits=None,
-    checkpoint=None,
-    validation_share=0,
-    prompts=None,
-    tossed=None,
-    regularized=False,
-    threshold=0.0,
-):
-    """Sweep ranks and penalties: learn LoRe on the seen users, fit the unseen few-shot, evaluate and print.
-    K_list: ranks; 0 is the reference model (V_final, every weight 1), 1 the pooled Bradley-Terry model.
-    alpha_list: penalties of `LoRe`. V_final: the reward head, float32 `[d, 1]`.
-    The four features: one float32 `[m_i, d]` (or Pairs) per user; N and N_unseen: how many users.
-    seed: whole number, or several whose accuracies are averaged; all are trained together.
-    fits: a list that is extended with a `Fit` per alpha, rank and seed. checkpoint: see `train_bases`.
-    validation_share: of each seen user's training prompts, held out; fits then have accuracies of "Validation", too.
-    prompts: a list per seen user of what tells the pairs' prompts apart; default every pair has its own.
-    tossed: a list that is extended with (K, alpha, accuracies `[N_unseen]`) of the largest rank where no choice means
-    anything. All pairs are tossed: an untossed test would still see on which side of any direction their mean lies.
-    Returns 8 arrays of length len(alpha_list) * len(K_list), alpha outer: the mean accuracy over users of the four
-    SETTINGS, then for each a quarter of the standard deviation over users. Raises InputError on unusable arguments."""
-    seeds = seed if isinstance(seed, (list, tuple, range, np.ndarray)) else [seed]
-    check_settings(
-        K_list=K_list,
-        alpha_list=alpha_list,
-        seeds=seeds,
-        num_iterations=num_iterations,
-        threshold=threshold,
-        validation_share=validation_share,
-    )
-    device, V_final = check_device(device), check_head(V_final, "V_final")
-    parts = {
-        setting: check_features(features, name, users, len(V_final))
-        for setting, features, name, users in zip(
-            SETTINGS,
-            (
-                train_features,
-                test_features_sparse,
-                train_features_unseen,
-                test_features_sparse_unseen,
-            ),
-            (
-                "train_features",
-                "test_features_sparse",
-                "train_features_unseen",
-                "test_features_sparse_unseen",
-            ),
-            (N, N, N_unseen, N_unseen),
-        )
-    }
-    if validation_share:
-        train = parts[SETTINGS[0]]
-        held = hold_out(prompts or [range(len(X)) for X in train], validation_share)
-        parts[VALIDATION], parts[SETTINGS[0]] = (
-            [X[rows] for X, rows in zip(train, of)] for of in (held, [~h for h in held])
-        )
-    members, how = (
-        sweep_members(K_list, alpha_list, seeds),
-        (V_final.to(device), num_iterations, regularized, threshold, device),
-    )
-    found = _fit(members, parts, *how, checkpoint)
-    largest = max(members, key=lambda member: member.K)
-    if tossed is not None and largest.K > 1:
-        coins = {
-            setting: toss(parts[setting], i)
-            for i, setting in enumerate((SETTINGS[0], *SETTINGS[2:]))
-        }
-        (fit,) = _fit(
-            [largest],
-            {s: coin if s == UNSEEN_TEST else list(coin) for s, coin in coins.items()},
-            *how,
-        )
-        tossed.append((fit.K, fit.alpha, fit.accuracies[UNSEEN_TEST]))
-    if fits is not None:
-        fits.extend(found)
-    return _report(found, {"alpha": "alpha", "Rank": "K"} if regularized else {"K": "K"})
-
-
-def _report(fits, lines):
-    """Print each model's accuracies and return the eight arrays of `run`; seeds are averaged user by user."""
-    means, bands = ([[] for _ in SETTINGS] for _ in range(2))
-    for group in fits_per_model(fits).values():
-        for label, field in lines.items():
-            print(label, ":", getattr(group[0], field))
-        for i, setting in enumerate(SETTINGS):
-            print(setting)
-            accuracies = accuracy_per_user(group, setting)
-            _print_accuracy(accuracies)
-            means[i].append(np.mean(accuracies))
-            bands[i].append(np.std(accuracies) / 4)
-    return tuple(np.array(values) for values in means + bands)
-
-
-def run_regularized(
-    K_list,
-    alpha_list,
-    V_final,
-    train_features,
-    test_features_sparse,
-    train_features_unseen,
-    test_features_sparse_unseen,
-    N,
-    N_unseen,
-    device,
-    seed=0,
-    num_iterations=20000,
-    threshold=1e-2,
-    **options,
-):
-    """`run` with `LoRe_regularized`: alternating steps, a cosine anchor to V_final, unused columns left out.
-    threshold: leave out columns whose largest weight among the seen users is below it; 0 keeps all."""
-    return run(
-        K_list,
-        alpha_list,
-        V_final,
-        train_features,
-        test_features_sparse,
-        train_features_unseen,
-        test_features_sparse_unseen,
-        N,
-        N_unseen,
-        device,
-        seed,
-        num_iterations,
-        regularized=True,
-        threshold=threshold,
-        **options,
-    )
-
-
-def run_few_shot_vary_shots(
-    trials,
-    alpha_list,
-    K_list,
-    num_shots,
-    train_features,
-    train_features_unseen,
-    test_features_sparse_unseen,
-    V_final,
-    N,
-    N_unseen,
-    device,
-    seed=0,
-    num_iterations=500,
-    groups=None,
-    checkpoint=None,
-    of_users=None,
-):
-    """How the accuracy on unseen users grows with the number of pairs that they are fitted from.
-    trials: how often each number of shots is drawn anew; num_shots: list of whole numbers. Otherwise as `run`.
-    groups: for each unseen user an int64 `[m_i]` that names the group of each pair, such as its conversation, numbered
-    from 0; a shot is then a whole group. of_users: a list that is extended with a dict per alpha, rank and number of
-    shots: K, alpha, shots, and under each of SETTINGS[2:] means over trials `[N_unseen]`.
-    Returns 4 lists over num_shots (for each alpha and rank in turn, where there are several): mean and standard
-    deviation over trials of the few-shot train accuracy, then of the accuracy on unseen users' unseen prompts."""
-    check_settings(
-        K_list=K_list,
-        alpha_list=alpha_list,
-        num_shots=num_shots,
-        trials=trials,
-        seed=seed,
-        num_iterations=num_iterations,
-    )
-    device, V_final = check_device(device), check_head(V_final, "V_final")
-    train, train_unseen, test_unseen = (
-        check_features(part, name, users, len(V_final))
-        for part, name, users in (
-            (train_features, "train_features", N),
-            (train_features_unseen, "train_features_unseen", N_unseen),
-            (test_features_sparse_unseen, "test_features_sparse_unseen", N_unseen),
-        )
-    )
-    if groups is not None:
-        check_groups(groups, train_unseen)
-    members = sweep_members(K_list, alpha_list, [seed])
-    trained = [member for member in members if member.K]
-    bases = iter(
-        train_bases(
-            train, trained, V_final, num_iterations, 0.5, device=device, checkpoint=checkpoint
-        )
-        if trained
-        else ()
-    )
-    results = ([], [], [], [])
-    for member in members:
-        V = next(bases)[1] if member.K else V_final.to(device)
-        print("K :", member.K)
-        S_train, S_test = (list(pair_scores(part, V)) for part in (train_unseen, test_unseen))
-        for shots in num_shots:
-            print("Shots :", shots)
-            found = dict(
-                zip(SETTINGS[2:], few_shot_trials(member, S_train, S_test, shots, trials, groups))
-            )
-            for i, (setting, accuracies) in enumerate(found.items()):
-                print(setting)
-                _print_accuracy(values := accuracies.mean(1))
-                results[2 * i].append(float(np.mean(values)))
-                results[2 * i + 1].append(float(np.std(values)))
-            if of_users is not None:
-                of_users.append(
-                    {
-                        "K": member.K,
-                        "alpha": member.alpha,
-                        "shots": shots,
-                        **{setting: accuracies.mean(0) for setting, accuracies in found.items()},
-                    }
-                )
-    return results
-
-
-def few_shot_trials(member, S_train, S_test, shots, trials, groups):
-    """Fit every unseen user from `shots` pairs, drawn anew in each trial -> two float64 arrays `[trials, users]`,
-    the accuracy on these pairs and on the test pairs. S: the pairs' scores X V `[m_i, K]` of each user."""
-    generator = member.generator(2 + shots)
-    drawn = [S for _ in range(trials) for S in sample_shots(S_train, shots, generator, groups)]
-    w = torch.ones(len(drawn), 1, device=drawn[0].device)
-    if member.K > 1:
-        (w,) = fit_weights(drawn, [member], [member.K], FEW_SHOT_ITERATIONS, 0.1)
-    train = [(S @ w[i] > 0).double().mean().item() for i, S in enumerate(drawn)]
-    w = w.reshape(trials, len(S_test), -1)
-    test = torch.stack(
-        [(S @ w[:, i].T > 0).double().mean(0) for i, S in enumerate(S_test)]
-    )  # (users, trials)
-    return np.reshape(train, (trials, -1)), test.T.cpu().numpy()
-
-
-def solve(train_features, num_basis_vectors, num_iterations=1000, learning_rate=0.01, seed=0):
-    """Train `LoRe` without a penalty -> (softmax(W) `[N, K]`, V `[d, K]`)."""
-    return solve_regularized(
-        None, 0.0, train_features, num_basis_vectors, num_iterations, learning_rate, seed
-    )
-
-
-def solve_regularized(
-    V_sft,
-    alpha,
-    train_features,
-    num_basis_vectors,
-    num_iterations=1000,
-    learning_rate=0.01,
-    seed=0,
-    model=LoRe,
-):
-    """Train `LoRe` -> (softmax(W) `[N, K]`, V `[d, K]`)."""
-    X = check_features(train_features, "train_features")
-    return model(
-        V_sft, alpha, len(X), X[0].shape[1], num_basis_vectors, num_iterations, learning_rate, seed
-    ).train(X)
-
-
-def solve_regularized_simplex(
-    V_sft, alpha, train_features, num_basis_vectors, num_iterations=1000, learning_rate=0.01, seed=0
-):
-    """Train `LoRe_regularized` -> (softmax(W) `[N, kept]`, V `[d, kept]`), kept <= K columns."""
-    return solve_regularized(
-        V_sft,
-        alpha,
-        train_features,
-        num_basis_vectors,
-        num_iterations,
-        learning_rate,
-        seed,
-        LoRe_regularized,
-    )
-
-
-def learn_multiple_few_shot(
-    train_features, V, num_iterations=FEW_SHOT_ITERATIONS, learning_rate=0.1, seed=0
-):
-    """Train `PersonalizeBatch` -> list of N simplex vectors `[K]`."""
-    X, V = check_features(train_features, "train_features"), check_matrix(V, "V")
-    return PersonalizeBatch(len(X), *V.shape, num_iterations, learning_rate, seed).train(X, V)
-
-
-def learn_single_reward(train_features, num_iterations=1000, learning_rate=0.01, seed=0):
-    """One Bradley-Terry model for all users, LoRe at K = 1 -> V `[d, 1]`. A baseline."""
-    return solve(train_features, 1, num_iterations, learning_rate, seed)[1]
-
-
-def learn_single_reward_regularized(
-    V_ref, alpha, train_features, num_iterations=1000, learning_rate=0.01, seed=0
-):
-    """`learn_single_reward` with the penalty alpha * |V - V_ref|^2 -> V `[d, 1]`. A baseline."""
-    return solve_regularized(V_ref, alpha, train_features, 1, num_iterations, learning_rate, seed)[
-        1
-    ]
-
-
-def learn_multiple(train_features, num_iterations=1000, learning_rate=0.01, seed=0):
-    """A Bradley-Terry model of each user's own -> (N weights `[1]`, all 1, and N bases `[d, 1]`). A baseline."""
-    features = check_features(train_features, "train_features")
-    V = [learn_single_reward([X], num_iterations, learning_rate, seed) for X in features]
-    return [torch.ones(1) for _ in V], V

@@ -19,7 +19,7 @@ from utils import (
     check_settings,
     generate_population,
     is_finite,
-    share_of,
+    count_of_share,
 )
 
 DATASET = "namkoong-lab/PersonalLLM"
@@ -140,7 +140,7 @@ def simulate_pairs(embeddings, scores, W, fraction, chance, what):
     the users in errors. Returns (list of N `Pairs`, how many pairs were dropped because all responses to a prompt are
     tied). Raises InputError where a user is left without pairs.
     """
-    kept, users = share_of(len(scores), fraction, what), []
+    kept, users = count_of_share(len(scores), fraction, what), []
     for i, w in enumerate(W):
         drawn = torch.from_numpy(np.sort(chance.choice(len(scores), kept, replace=False)))
         best, worst = best_and_worst(scores[drawn], w)

@@ -1,6 +1,7 @@
 """The three models, step by step against float64 loops over the users, and on users planted from a known basis; the
 plain likelihood and the kernel against each other and against float64; threads, processes, interruptions."""
 
+import functools
 import gzip
 import json
 import math
@@ -27,7 +28,17 @@ from torch.nn.functional import logsigmoid
 
 import lore.files
 import utils
-from utils import Likelihood, LoRe, LoRe_regularized, Member, Pairs, PersonalizeBatch, train_bases
+from utils import Likelihood, Pairs, train_bases
+
+# With a seed, two models of equal arguments start from the same numbers.
+LoRe = functools.partial(utils.LoRe, seed=0)
+LoRe_regularized = functools.partial(utils.LoRe_regularized, seed=0)
+PersonalizeBatch = functools.partial(utils.PersonalizeBatch, seed=0)
+
+
+def Member(K, alpha=0.0, seed=0):
+    return utils.Member(K, alpha, seed)
+
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -313,14 +324,14 @@ def test_both_ways_give_the_loss_and_gradients_of_autograd_in_float64(features, 
     torch.testing.assert_close(likelihood.loss(X @ V.T, w).double(), loss, rtol=1e-5, atol=1e-6)
     for way, threads in WAYS:
         torch.set_num_threads(threads)
-        by_weights, by_basis = getattr(likelihood, way)(X, w, V)
+        grad_w, grad_V = getattr(likelihood, way)(X, w, V)
         torch.testing.assert_close(
-            likelihood.by_logits(w, by_weights).double(), by_W, rtol=1e-5, atol=1e-6
+            likelihood.grad_logits(w, grad_w).double(), by_W, rtol=1e-5, atol=1e-6
         )
-        torch.testing.assert_close(by_basis.T.double(), by_V, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(grad_V.T.double(), by_V, rtol=1e-5, atol=1e-6)
         for of_weights in (True, False):
             one, other = getattr(likelihood, way)(X, w, V, of_weights, not of_weights)
-            alone, both = (one, by_weights) if of_weights else (other, by_basis)
+            alone, both = (one, grad_w) if of_weights else (other, grad_V)
             torch.testing.assert_close(alone, both, rtol=0, atol=1e-7)
 
 
@@ -343,13 +354,13 @@ def test_gradients_stay_finite_and_exact_for_margins_of_ten_thousand(way, thread
     likelihood, w = likelihood_of(X.split(1), [1]), torch.ones(3, 1)
     torch.set_num_threads(threads)
     assert likelihood.loss(X @ V.T, w).item() == pytest.approx(0 + 1e4 + np.log(2))
-    by_weights, by_basis = getattr(likelihood, way)(
+    grad_w, grad_V = getattr(likelihood, way)(
         X, w, V
     )  # residual * x V, and the sum of residual * x
-    assert by_weights.flatten().tolist() == pytest.approx(
+    assert grad_w.flatten().tolist() == pytest.approx(
         [0, 1e4, 0]
-    ) and by_basis.item() == pytest.approx(1e4)
-    assert likelihood.by_weights(X, likelihood.residuals(X, w)).flatten().tolist() == pytest.approx(
+    ) and grad_V.item() == pytest.approx(1e4)
+    assert likelihood.grad_w(X, likelihood.residuals(X, w)).flatten().tolist() == pytest.approx(
         [0, 1e4, 0]
     )
 
@@ -372,7 +383,7 @@ def test_a_sweep_on_the_kernel_is_that_of_the_plain_way(
     on_kernel, again = (
         train_bases(features, members, V_sft, 15, 0.1, regularized) for _ in range(2)
     )
-    for (w, V, loss), (w_plain, V_plain, loss_plain), (w_again, V_again, _) in zip(
+    for (w, V, loss, _), (w_plain, V_plain, loss_plain, _), (w_again, V_again, *_) in zip(
         on_kernel, plain, again
     ):
         assert_same_model((w, V), (w_plain.double(), V_plain.double()))
@@ -467,8 +478,8 @@ def test_a_member_learns_the_same_alone_and_beside_others(features, V_sft, regul
         Member(3),
     ]
     together = train_bases(features, members, V_sft, 40, 0.1, regularized)
-    for member, (w, V, loss) in zip(members, together, strict=True):
-        ((w_alone, V_alone, loss_alone),) = train_bases(
+    for member, (w, V, loss, _) in zip(members, together, strict=True):
+        ((w_alone, V_alone, loss_alone, _),) = train_bases(
             features, [member], V_sft, 40, 0.1, regularized
         )
         assert_same_model((w, V), [w_alone.double(), V_alone.double()], 1e-4)
@@ -478,7 +489,7 @@ def test_a_member_learns_the_same_alone_and_beside_others(features, V_sft, regul
 @pytest.mark.parametrize("regularized", [False, True])
 def test_the_loss_of_a_member_is_its_likelihood_without_the_penalty(features, V_sft, regularized):
     loss_of = mean_over_pairs if regularized else sum_over_users
-    for w, V, loss in train_bases(
+    for w, V, loss, _ in train_bases(
         features, [Member(1, 0.5), Member(3, 0.5)], V_sft, 20, 0.5, regularized
     ):
         assert loss == pytest.approx(
@@ -501,13 +512,13 @@ def test_frozen_bases_are_fitted_the_same_alone_and_beside_others(features):
 @pytest.mark.parametrize(
     "train",
     [
-        lambda seed, features: LoRe(torch.ones(d, 1), 0.1, len(COUNTS), d, 3, 20, 0.1, seed).train(
-            features
-        ),
-        lambda seed, features: LoRe_regularized(
+        lambda seed, features: utils.LoRe(
             torch.ones(d, 1), 0.1, len(COUNTS), d, 3, 20, 0.1, seed
         ).train(features),
-        lambda seed, features: PersonalizeBatch(len(COUNTS), d, 3, 20, 0.1, seed).train(
+        lambda seed, features: utils.LoRe_regularized(
+            torch.ones(d, 1), 0.1, len(COUNTS), d, 3, 20, 0.1, seed
+        ).train(features),
+        lambda seed, features: utils.PersonalizeBatch(len(COUNTS), d, 3, 20, 0.1, seed).train(
             features, planted_basis(d, 3)
         ),
     ],
@@ -537,8 +548,8 @@ def trained(features, V_sft, of_user=torch.clone, of_all=list, of_matrix=None):
         *LoRe(head, 0.1, *shape, 5).train(of_all(X)),
         *LoRe_regularized(head, 0.1, *shape, 5).train(of_all(X)),
         *PersonalizeBatch(*shape, 5).train(of_all(X), V),
-        *utils.learn_multiple(of_all(X), 5)[1],
-        *utils.learn_multiple_few_shot(of_all(X), V, 5),
+        *utils.learn_multiple(of_all(X), 5, seed=0)[1],
+        *utils.learn_multiple_few_shot(of_all(X), V, 5, seed=0),
     )
 
 
@@ -625,6 +636,156 @@ def test_k1_is_the_pooled_bradley_terry_model():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The models as modules, as a script written for the release uses them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def model_of(kind, V_sft, num_iterations=20, **options):
+    return kind(V_sft, 0.3, len(COUNTS), d, 3, num_iterations, 0.1, **options)
+
+
+def loss_of(model, features, alpha_t=0.3):
+    if isinstance(model, utils.LoRe_regularized):
+        nll, penalty, _ = model.forward(features, alpha_t)
+    else:
+        nll, penalty = model.forward(features)
+    return nll + penalty
+
+
+@pytest.mark.parametrize("kind", [utils.LoRe, utils.LoRe_regularized])
+def test_forward_is_the_loss_written_out_in_float64(features, V_sft, kind):
+    model = model_of(kind, V_sft)
+    W, V = model.W.double(), model.V.double()
+    if kind is utils.LoRe:
+        expected = sum_over_users(features, V, W), 0.3 * squared_distance(V, V_sft)
+        found = model(features)
+    else:
+        weights = W.softmax(1).tolist()
+        entropy = np.mean([-sum(p * math.log(p) for p in w) for w in weights])
+        expected = mean_over_pairs(features, V, W), 0.3 * one_minus_cosine(V, V_sft), entropy
+        found = model(features, 0.3)
+    assert [x.item() for x in found] == pytest.approx([float(x) for x in expected], rel=1e-4)
+
+
+def test_forward_of_the_few_shot_model_is_the_loss_written_out_in_float64(features):
+    V = planted_basis(d, 3, length=5.0)
+    model = utils.PersonalizeBatch(len(COUNTS), d, 3)
+    expected = sum_over_users(features, V.double(), model.W.double())
+    assert model(features, V).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [utils.LoRe, utils.LoRe_regularized])
+def test_the_engine_has_the_derivatives_of_forward(features, V_sft, kind):
+    model = model_of(kind, V_sft)
+    model.alpha = 0.0
+    loss_of(model, features, 0.0).backward()
+    regularized = kind is utils.LoRe_regularized
+    likelihood = likelihood_of(features, [3], "pairs" if regularized else "users")
+    with torch.no_grad():
+        w = likelihood.weights(model.W)
+        grad_w, grad_V = likelihood.plain(torch.cat(features), w, model.V.T)
+        grad_W = likelihood.grad_logits(w, grad_w)
+    torch.testing.assert_close(model.W.grad, grad_W, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(model.V.grad, grad_V.T, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", [utils.LoRe, utils.LoRe_regularized])
+def test_a_subclass_with_the_same_forward_is_trained_by_autograd_to_the_same_model(
+    features, V_sft, kind
+):
+    calls = []
+
+    class Mine(kind):
+        def forward(self, *arguments):
+            calls.append(1)
+            return super().forward(*arguments)
+
+    ours = model_of(kind, V_sft, seed=0, threshold=0).train(features)
+    mine = model_of(Mine, V_sft, seed=0, threshold=0).train(features)
+    assert len(calls) == (20 if kind is utils.LoRe else 40)
+    assert_same_model(ours, [x.double() for x in mine])
+
+
+def test_a_subclass_may_minimise_another_loss(features):
+    class Hinge(utils.LoRe):
+        def forward(self, X):
+            w = self.W.softmax(1)
+            return sum((1 - X_i @ self.V @ w_i).relu().mean() for X_i, w_i in zip(X, w))
+
+    hinge = Hinge(None, 0, len(COUNTS), d, 2, 200, 0.1, seed=0)
+    before = hinge(features).item()
+    hinge.train(features)
+    assert hinge(features).item() < 0.5 * before
+
+
+def test_a_subclass_of_the_few_shot_model_is_trained_by_autograd(features):
+    class Mine(utils.PersonalizeBatch):
+        def forward(self, X, V):
+            return super().forward(X, V)
+
+    V = planted_basis(d, 3, length=5.0)
+    ours, mine = (
+        torch.stack(kind(len(COUNTS), d, 3, 30, seed=0).train(features, V))
+        for kind in (utils.PersonalizeBatch, Mine)
+    )
+    torch.testing.assert_close(ours, mine, rtol=1e-3, atol=1e-3)
+
+
+def test_training_goes_on_from_the_parameters_and_leaves_the_whole_model_in_them(features, V_sft):
+    model = utils.LoRe_regularized(V_sft, 0, len(COUNTS), d, 12, 60, 0.5, seed=0)
+    with torch.no_grad():
+        model.V[:, 0] = 7.0
+    w, V = model.train(features)
+    assert V.shape[1] < 12 and model.V.shape == (d, 12) and model.W.shape == (len(COUNTS), 12)
+    used = model.W.softmax(1).max(0).values >= 1e-2
+    assert torch.equal(V, model.V[:, used])
+    stay = utils.LoRe(V_sft, 0, len(COUNTS), d, 3, num_iterations=0)
+    with torch.no_grad():
+        stay.V.fill_(2.0)
+        stay.W.zero_()
+    w, V = stay.train(features)
+    assert torch.equal(V, torch.full((d, 3), 2.0)) and torch.allclose(w, torch.tensor(1 / 3))
+
+
+def test_a_model_is_an_nn_module(features, V_sft):
+    model = model_of(utils.LoRe, V_sft, seed=0).to(torch.device("cpu"))
+    assert isinstance(model, torch.nn.Module)
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == {
+        "W": (len(COUNTS), 3),
+        "V": (d, 3),
+    }
+    assert list(model.state_dict()) == ["W", "V"]
+    other = model_of(utils.LoRe, V_sft, seed=1)
+    other.load_state_dict(model.state_dict())
+    for one, same in zip(model.train(features), other.train(features)):
+        assert torch.equal(one, same)
+    assert model.eval() is model and not model.training
+    assert utils.PersonalizeBatch(2, d, 3).eval().training is False
+
+
+def test_without_a_seed_torchs_generator_chooses_the_start(features, V_sft):
+    def drawn(make):
+        torch.manual_seed(3)
+        return make()
+
+    def starts():
+        model = model_of(utils.LoRe, V_sft)
+        return model.W.detach(), model.V.detach()
+
+    torch.manual_seed(3)
+    expected = torch.randn(len(COUNTS), 3), torch.randn(3, d).T
+    assert all(map(torch.equal, drawn(starts), expected))
+    for train in (
+        lambda: utils.solve(features, 2, 5)[1],
+        lambda: utils.solve_regularized_simplex(V_sft, 0.1, features, 2, 5)[1],
+        lambda: torch.stack(utils.learn_multiple_few_shot(features, torch.ones(d, 2), 5)),
+        lambda: utils.learn_single_reward(features, 5),
+    ):
+        first, second, other = drawn(train), drawn(train), train()
+        assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The released functions
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -632,13 +793,16 @@ def test_k1_is_the_pooled_bradley_terry_model():
 def test_solve_is_lore_without_penalty_at_a_hundredth(features, V_sft):
     start = start_of(*LoRe(None, 0, len(COUNTS), d, 3, 0).train(features))
     assert_same_model(
-        utils.solve(features, 3, num_iterations=50), plain_lore(start, features, V_sft, 0, 50, 0.01)
+        utils.solve(features, 3, num_iterations=50, seed=0),
+        plain_lore(start, features, V_sft, 0, 50, 0.01),
     )
 
 
 def test_solve_regularized_is_lore_with_its_penalty(features, V_sft):
     start = start_of(*LoRe(V_sft, 0.2, len(COUNTS), d, 3, 0).train(features))
-    ours = utils.solve_regularized(V_sft, 0.2, features, 3, num_iterations=50, learning_rate=0.1)
+    ours = utils.solve_regularized(
+        V_sft, 0.2, features, 3, num_iterations=50, learning_rate=0.1, seed=0
+    )
     assert_same_model(ours, plain_lore(start, features, V_sft, 0.2, 50, 0.1))
 
 
@@ -649,7 +813,7 @@ def test_solve_regularized_simplex_is_the_alternating_model(features, V_sft):
     w, V = plain_lore_regularized(start, features, V_sft, 1.0, 50, 0.1)
     used = w.max(0).values >= 1e-2
     ours = utils.solve_regularized_simplex(
-        V_sft, 1.0, features, 3, num_iterations=50, learning_rate=0.1
+        V_sft, 1.0, features, 3, num_iterations=50, learning_rate=0.1, seed=0
     )
     assert_same_model(ours, (w[:, used], V[:, used]))
 
@@ -657,14 +821,14 @@ def test_solve_regularized_simplex_is_the_alternating_model(features, V_sft):
 def test_learn_multiple_few_shot_is_the_few_shot_fit(features):
     V = planted_basis(d, 4, length=5.0)
     start = PersonalizeBatch(len(COUNTS), d, 4, 0).train(features, V)
-    ours = utils.learn_multiple_few_shot(features, V, num_iterations=50, learning_rate=0.2)
+    ours = utils.learn_multiple_few_shot(features, V, num_iterations=50, learning_rate=0.2, seed=0)
     assert isinstance(ours, list)
     assert_same_model([torch.stack(ours)], [plain_personalize(start, features, V, 50, 0.2)])
 
 
 def test_learn_multiple_fits_every_user_a_model_of_their_own(features):
-    _, starts = utils.learn_multiple(features, num_iterations=0)
-    w, V = utils.learn_multiple(features, num_iterations=60, learning_rate=0.1)
+    _, starts = utils.learn_multiple(features, num_iterations=0, seed=0)
+    w, V = utils.learn_multiple(features, num_iterations=60, learning_rate=0.1, seed=0)
     assert all(torch.equal(one, torch.ones(1)) for one in w) and len(w) == len(V) == len(COUNTS)
     plain = [plain_bradley_terry(X, v[:, 0], 60, 0.1)[:, None] for X, v in zip(features, starts)]
     assert_same_model(V, plain)
@@ -672,14 +836,14 @@ def test_learn_multiple_fits_every_user_a_model_of_their_own(features):
 
 def test_learn_single_reward_fits_one_model_for_all(features, V_sft):
     start = start_of(*LoRe(None, 0, len(COUNTS), d, 1, 0).train(features))
-    ours = utils.learn_single_reward(features, num_iterations=60, learning_rate=0.1)
+    ours = utils.learn_single_reward(features, num_iterations=60, learning_rate=0.1, seed=0)
     assert_same_model([ours], plain_lore(start, features, V_sft, 0, 60, 0.1)[1:])
 
 
 def test_learn_single_reward_regularized_is_pulled_to_the_reference(features, V_sft):
     start = start_of(*LoRe(V_sft, 0.2, len(COUNTS), d, 1, 0).train(features))
     ours = utils.learn_single_reward_regularized(
-        V_sft, 0.2, features, num_iterations=60, learning_rate=0.1
+        V_sft, 0.2, features, num_iterations=60, learning_rate=0.1, seed=0
     )
     assert_same_model([ours], plain_lore(start, features, V_sft, 0.2, 60, 0.1)[1:])
 
@@ -817,17 +981,17 @@ def test_an_interrupted_training_goes_on_where_it_was_and_ends_the_same(
     def train(checkpoint=None):
         return train_bases(features, sweep, V_sft, 30, 0.5, regularized, checkpoint=checkpoint)
 
-    by_logits = Likelihood.by_logits
+    grad_logits = Likelihood.grad_logits
 
     def killed_in_iteration_20(*arguments):
         calls.append(1)
         if len(calls) == 20:
             raise Killed
-        return by_logits(*arguments)
+        return grad_logits(*arguments)
 
     unbroken = train()
     monkeypatch.setattr(utils, "CHECKPOINT_SECONDS", 0)
-    monkeypatch.setattr(Likelihood, "by_logits", killed_in_iteration_20)
+    monkeypatch.setattr(Likelihood, "grad_logits", killed_in_iteration_20)
     with pytest.raises(Killed):
         train(lore.files.TrainingCheckpoint(path))
     assert path.exists()
@@ -859,7 +1023,7 @@ def test_the_state_of_another_training_is_not_used(other, tmp_path):
         path.write_bytes(path.read_bytes()[:-100])
     if other == "another file":
         lore.files.save_torch(path, [1, 2])
-    ((w, V, _),) = train_bases(
+    ((w, V, *_),) = train_bases(
         features,
         [Member(2)],
         None,
@@ -867,7 +1031,7 @@ def test_the_state_of_another_training_is_not_used(other, tmp_path):
         learning_rate,
         checkpoint=lore.files.TrainingCheckpoint(path),
     )
-    ((w_expected, V_expected, _),) = train_bases(features, [Member(2)], None, 5, learning_rate)
+    ((w_expected, V_expected, *_),) = train_bases(features, [Member(2)], None, 5, learning_rate)
     assert torch.equal(w, w_expected) and torch.equal(V, V_expected)
 
 
@@ -903,13 +1067,13 @@ found = {}
 for name, numbers in (("plain", sys.maxsize), ("kernel", 0)):
     utils.KERNEL_NUMBERS = numbers
     for regularized in (False, True):
-        fits = utils.train_bases(users, [utils.Member(1, 0.3), utils.Member(3, 0.3)], V_sft, 20, 0.1, regularized)
-        found[name, regularized] = [(w, V.contiguous(), loss) for w, V, loss in fits]
+        fits = utils.train_bases(users, [utils.Member(1, 0.3, 0), utils.Member(3, 0.3, 0)], V_sft, 20, 0.1, regularized)
+        found[name, regularized] = [(w, V.contiguous(), loss) for w, V, loss, _ in fits]
 if utils.process_count() > 1:
     assert utils.process_count() == 2 and torch.distributed.get_world_size() == 2
 torch.save(found, f"{sys.argv[1]}.{utils.process_rank()}")
 try:
-    utils.train_bases(users[:1], [utils.Member(1)], None, 1, 0.1)
+    utils.train_bases(users[:1], [utils.Member(1, seed=0)], None, 1, 0.1)
 except utils.InputError as error:
     print(error, flush=True)
 os._exit(0)  # torch 2.3 now and then aborts as it ends, when the other process has ended before

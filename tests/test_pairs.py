@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import random
 import sys
 import types
 
@@ -686,15 +687,53 @@ def test_prism_shots_are_whole_conversations_drawn_anew():
     pairs_of = {
         tuple(range(1, 2 + i)) * 2 for i in range(6)
     }  # conversation i: gaps 1 .. 1 + i, twice
-    generator, drawn = chance(), set()
+    generator, drawn = random.Random(0), set()
     for _ in range(40):
         (X,) = utils.create_dataset_prism_shots(rows, 1, generator)
         drawn.add(tuple(int(gap) for gap in X[:, 0].tolist()))
     assert drawn == pairs_of
-    (two,) = utils.create_dataset_prism_shots(rows, 2, chance(3))
-    (same,) = utils.create_dataset_prism_shots(rows, 2, chance(3))
+    (two,) = utils.create_dataset_prism_shots(rows, 2, random.Random(3))
+    (same,) = utils.create_dataset_prism_shots(rows, 2, random.Random(3))
     assert torch.equal(two, same)
     (everything,) = utils.create_dataset_prism_shots(rows, 99)
     assert sorted(everything[:, 0].tolist()) == sorted(
         utils.create_dataset_prism(rows)[0][:, 0].tolist()
     )
+
+
+def test_the_released_nesting_gives_the_pairs_of_its_turns():
+    """user -> dialog -> the vectors of the chosen and of the rejected answers, turn by turn."""
+    one, two = torch.ones(D).bfloat16(), 2 * torch.ones(D).bfloat16()
+    released = {
+        "u2": {"c1": {"chosen": [two, one], "rejected": [one, two]}},
+        "u1": {
+            "c2": {"chosen": [two], "rejected": [two]},
+            "c3": {"chosen": [3 * two], "rejected": [one]},
+        },
+    }
+    first, second = utils.create_dataset_prism(released)  # in the order of the file
+    assert first.dtype == torch.float32
+    assert first.tolist() == [[1.0] * D, [-1.0] * D]
+    assert second.tolist() == [[0.0] * D, [5.0] * D]
+    random.seed(0)
+    drawn = {
+        tuple(utils.create_dataset_prism_shots(released, 1)[1][:, 0].tolist()) for _ in range(30)
+    }
+    assert drawn == {(0.0,), (5.0,)}
+
+
+def test_without_a_seed_the_released_generators_draw():
+    """numpy's for populations and sparse draws, Python's for PRISM's dialogs, torch's for shots."""
+    X = torch.arange(30.0).reshape(1, 30, 1)
+    rows = [prism_row("u", f"c{i}", 0, i, 10.0) for i in range(1, 9)]  # dialog i has i pairs
+    cases = [
+        (np.random.seed, lambda: utils.generate_population(0.1, 3).tolist()),
+        (np.random.seed, lambda: utils.create_sparse_tensor(X, 0.3)[0].tolist()),
+        (random.seed, lambda: utils.create_dataset_prism_shots(rows, 2)[0].tolist()),
+        (torch.manual_seed, lambda: utils.sample_shots([X[0]], 3)[0].tolist()),
+    ]
+    for seed, draw in cases:
+        seed(1)
+        first, other = draw(), draw()
+        seed(1)
+        assert draw() == first != other

@@ -2,6 +2,7 @@
 the released scripts."""
 
 import contextlib
+import functools
 import inspect
 import io
 import math
@@ -15,15 +16,11 @@ from helpers import input_error, planted_basis, planted_pairs, planted_weights
 
 import lore.files
 import utils
-from utils import (
-    LoRe,
-    LoRe_regularized,
-    Pairs,
-    PersonalizeBatch,
-    evaluate_model,
-    run,
-    run_few_shot_vary_shots,
-)
+from utils import Pairs, evaluate_model, run, run_few_shot_vary_shots
+
+LoRe = functools.partial(utils.LoRe, seed=0)
+LoRe_regularized = functools.partial(utils.LoRe_regularized, seed=0)
+PersonalizeBatch = functools.partial(utils.PersonalizeBatch, seed=0)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,10 +57,10 @@ CROWD = 60, 20, (100, 100, 40, 200)  # enough users to find the planted basis
 
 def printed_by(pipeline, *arguments, **options):
     """(what the pipeline returned, what it printed, its fits)."""
-    out, fits = io.StringIO(), []
+    out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        found = pipeline(*arguments, fits=fits, **options)
-    return found, out.getvalue(), fits
+        found = pipeline(*arguments, **options)
+    return found, out.getvalue(), found.fits
 
 
 def sweep(
@@ -74,6 +71,7 @@ def sweep(
     users=(N, N_UNSEEN),
     pipeline=run,
     num_iterations=60,
+    seed=0,
     **options,
 ):
     return printed_by(
@@ -85,6 +83,7 @@ def sweep(
         *users,
         "cpu",
         num_iterations=num_iterations,
+        seed=seed,
         **options,
     )
 
@@ -233,9 +232,8 @@ def test_run_regularized_keeps_every_column_at_threshold_0():
 
 def test_the_published_number_of_iterations_is_the_default():
     train = planted_features()[0]
-    fits = []
     with contextlib.redirect_stdout(io.StringIO()):
-        run([2], [0], V_FINAL, *planted_features(), N, N_UNSEEN, "cpu", fits=fits)
+        fits = run([2], [0], V_FINAL, *planted_features(), N, N_UNSEEN, "cpu", seed=0).fits
     torch.testing.assert_close(
         fits[0].V, LoRe(None, 0, N, d, 2, 1000, 0.5).train(train)[1], rtol=1e-3, atol=1e-3
     )
@@ -395,6 +393,7 @@ def vary_shots(
     features=None,
     V_final=V_FINAL,
     users=(N, N_UNSEEN),
+    seed=0,
     **options,
 ):
     train, _, unseen, unseen_test = features or planted_features()
@@ -410,6 +409,7 @@ def vary_shots(
         *users,
         "cpu",
         num_iterations=num_iterations,
+        seed=seed,
         **options,
     )
 
