@@ -1,4 +1,7 @@
-"""What others take from a basis: an exported model, a reward for trainers, a new user's weights, what to ask next."""
+"""What others take from a basis.
+
+An exported model, a reward for trainers, a new user's weights, and which question to ask next.
+"""
 
 import json
 import math
@@ -19,63 +22,83 @@ from helpers import (
 
 import lore.embedding
 import lore.export
+import lore.reward_model
 import utils
 from lore.export import export_reward_model
 from lore.questions import fit_new_user, question_curves, question_values
-from lore.reward_model import load_reward_model
+from lore.reward_model import load_reward_model, load_tokenizer
 from lore.rewards import best_of_n, personal_reward
 from utils import Pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 D, K = 64, 3
+
+
+def message(role, text):
+    return {"role": role, "content": text}
+
+
 CONVERSATIONS = [
-    [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    for prompt, answer in (
-        ("Where do we eat?", "At the pier."),
-        ("And then?", "We walk home along the canal, if it does not rain."),
-    )
-] + [
     [
-        {"role": role, "content": text}
-        for role, text in (
-            ("user", "One?"),
-            ("assistant", "Two."),
-            ("user", "Three?"),
-            ("assistant", "Four, and then we stop."),
-        )
-    ]
+        message("user", "Where do we eat?"),
+        message("assistant", "At the pier."),
+    ],
+    [
+        message("user", "And then?"),
+        message("assistant", "We walk home along the canal, if it does not rain."),
+    ],
+    [
+        message("user", "One?"),
+        message("assistant", "Two."),
+        message("user", "Three?"),
+        message("assistant", "Four, and then we stop."),
+    ],
 ]
-# What a server does: batches, padded, with the pad token that the folder says
+# What a server does: padded batches, with the pad token that the folder names. It runs without this
+# repository.
 SERVER = """
 import importlib.util, json, sys
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 assert importlib.util.find_spec("utils") is None
-folder, conversations = sys.argv[1], json.loads(sys.argv[2])
+assert importlib.util.find_spec("lore") is None
+folder = sys.argv[1]
+conversations = json.loads(sys.argv[2])
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-texts = [tokenizer.apply_chat_template(conversation, tokenize=False) for conversation in conversations]
+texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in conversations]
 tokens = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
 with torch.no_grad():
     logits = model(tokens["input_ids"], tokens["attention_mask"]).logits
-print(json.dumps([logits.tolist(), str(logits.dtype), model.config.problem_type, model.config.id2label,
-                  tokenizer.pad_token, model.config.pad_token_id == tokenizer.pad_token_id, type(model).__name__]))
+print(json.dumps({
+    "logits": logits.tolist(),
+    "dtype": str(logits.dtype),
+    "class": type(model).__name__,
+    "problem_type": model.config.problem_type,
+    "labels": model.config.id2label,
+    "pad_token": tokenizer.pad_token,
+    "pad_ids": [model.config.pad_token_id, tokenizer.pad_token_id],
+}))
 """
 
 
-def changed(path, **values):
+def change_json(path, **values):
     """Replace entries of a JSON file."""
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
+    """A reward model in one file."""
     return build_model(tmp_path_factory.mktemp("models") / "single", hidden_size=D)
 
 
 @pytest.fixture(scope="module")
 def sharded(single, tmp_path_factory):
-    """The same model in several files, the head not alone in its own; tied embeddings; a pad token that ends a turn."""
+    """The same model in several files, one of which holds the head and more.
+
+    Its embeddings are tied, and its pad token also ends a turn.
+    """
     from transformers import AutoModelForSequenceClassification
 
     folder = tmp_path_factory.mktemp("models") / "sharded"
@@ -84,19 +107,55 @@ def sharded(single, tmp_path_factory):
     AutoModelForSequenceClassification.from_pretrained(single).save_pretrained(
         folder, max_shard_size="200KB"
     )
-    changed(folder / "config.json", tie_word_embeddings=True, pad_token_id=3)
+    change_json(folder / "config.json", tie_word_embeddings=True, pad_token_id=3)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).exists():
-            changed(folder / name, pad_token="<|eot_id|>")
+            change_json(folder / name, pad_token="<|eot_id|>")
     return folder
 
 
 @pytest.fixture(scope="module")
 def basis():
+    """(V `[d, K]`, the weights of seven users `[7, K]`)"""
     return planted_basis(D, K, length=30.0), planted_weights(7, K)
 
 
-def served(folder):
+def refuse(*arguments, **options):
+    """Stands in for a function that a test does not allow."""
+    raise OSError("not allowed here")
+
+
+# ---- A tokenizer that is loaded already
+
+
+def test_a_tokenizer_that_is_given_is_not_loaded_again(monkeypatch, single, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = load_tokenizer(single)
+    without_tokenizer = tmp_path / "model"
+    without_tokenizer.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(single / name, without_tokenizer)
+    monkeypatch.setattr(lore.reward_model, "load_tokenizer", refuse)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", refuse)
+
+    backbone, given = load_reward_model(str(without_tokenizer), "cpu", tokenizer=tokenizer)
+    assert given is tokenizer
+    _, given = load_reward_model(
+        str(without_tokenizer), "cpu", tokenizer_name="no such tokenizer", tokenizer=tokenizer
+    )
+    assert given is tokenizer
+
+    monkeypatch.undo()
+    whole, _ = load_reward_model(str(single), "cpu")
+    state = state_alone(whole, tokenizer, CONVERSATIONS[0])
+    assert torch.equal(state_alone(backbone, tokenizer, CONVERSATIONS[0]), state)
+
+
+# ---- Export
+
+
+def serve(folder):
     """What a fresh process with transformers only makes of a folder."""
     status, out, err = outcome(
         fresh_process(SERVER, folder, json.dumps(CONVERSATIONS), PYTHONPATH="")
@@ -106,99 +165,94 @@ def served(folder):
 
 
 def states(model_name, dtype=torch.float64):
-    """phi of each of CONVERSATIONS in float64 `[n, d]`."""
+    """phi of each of CONVERSATIONS in float64 `[n, d]`, each in a forward pass of its own."""
     backbone, tokenizer = load_reward_model(str(model_name), "cpu", dtype=dtype)
-    ids = [
-        tokenizer(
-            tokenizer.apply_chat_template(conversation, tokenize=False),
-            add_special_tokens=False,
-            return_tensors="pt",
-        ).input_ids
-        for conversation in CONVERSATIONS
-    ]
-    with torch.no_grad():
-        return torch.stack([backbone(input_ids=one).last_hidden_state[0, -1] for one in ids])
-
-
-# ---- Export ---------------------------------------------------------------------------------------------------------
+    last = []
+    for conversation in CONVERSATIONS:
+        text = tokenizer.apply_chat_template(conversation, tokenize=False)
+        tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+        with torch.no_grad():
+            last.append(backbone(input_ids=tokens.input_ids).last_hidden_state[0, -1])
+    return torch.stack(last)
 
 
 @pytest.mark.parametrize("kind", ["single", "sharded"])
-@pytest.mark.parametrize("whose", [2, None])
+@pytest.mark.parametrize("user", [2, None])
 def test_an_export_gives_the_personalised_reward_to_transformers_alone(
-    request, basis, tmp_path, kind, whose
+    request, basis, tmp_path, kind, user
 ):
-    model, (V, W) = request.getfixturevalue(kind), basis
-    export_reward_model(tmp_path / "export", model, V, None if whose is None else W[whose])
-    logits, dtype, problem_type, labels, pad, same_pad, name = served(tmp_path / "export")
-    expected = states(model) @ (
-        V.double() if whose is None else (V.double() @ W[whose].double())[:, None]
-    )
-    size = float(expected.abs().max())
-    torch.testing.assert_close(torch.tensor(logits).double(), expected, rtol=1e-5, atol=1e-5 * size)
-    assert (
-        dtype == "torch.float32"
-        and problem_type == "regression"
-        and name == "LlamaForSequenceClassification"
-    )
-    assert len(labels) == (K if whose is None else 1) and pad == "<|pad|>" and same_pad
+    model = request.getfixturevalue(kind)
+    V, W = basis
+    if user is None:
+        export_reward_model(tmp_path / "export", model, V)
+        head = V.double()  # (d, K)
+    else:
+        export_reward_model(tmp_path / "export", model, V, W[user])
+        head = (V.double() @ W[user].double())[:, None]  # (d, 1)
+    expected = states(model) @ head
+
+    served = serve(tmp_path / "export")
+    logits = torch.tensor(served["logits"]).double()
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5 * scale)
+    assert served["dtype"] == "torch.float32"
+    assert served["class"] == "LlamaForSequenceClassification"
+    assert served["problem_type"] == "regression"
+    assert len(served["labels"]) == head.shape[1]
+    assert served["pad_token"] == "<|pad|>"
+    config_pad_id, tokenizer_pad_id = served["pad_ids"]
+    assert config_pad_id == tokenizer_pad_id
 
 
-def test_the_backbones_shards_are_linked_but_the_one_that_held_the_old_head(
+def weight_map(folder):
+    """The name of each tensor -> the name of its file."""
+    return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+def test_the_backbones_shards_are_linked_except_the_one_that_held_the_old_head(
     sharded, basis, tmp_path
 ):
-    export_reward_model(tmp_path / "export", sharded, basis[0])
-    old, new = (
-        json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-        for folder in (sharded, tmp_path / "export")
-    )
-    assert old.keys() == new.keys() and len(set(old.values())) > 2
+    V, _ = basis
+    export_reward_model(tmp_path / "export", sharded, V)
+    old = weight_map(sharded)
+    new = weight_map(tmp_path / "export")
+    assert old.keys() == new.keys()
+    assert len(set(old.values())) > 2
     for name in old.keys() - {"score.weight"}:
-        linked = os.path.samefile(sharded / old[name], tmp_path / "export" / new[name])
-        assert linked == (old[name] != old["score.weight"])
-    assert [tensor for tensor, file in new.items() if file == new["score.weight"]] == [
-        "score.weight"
-    ]
-    modes = {
-        path.name: path.stat().st_mode
-        for path in (tmp_path / "export").iterdir()
-        if path.stat().st_nlink == 1
-    }
-    assert len(set(modes.values())) == 1, modes
+        is_linked = os.path.samefile(sharded / old[name], tmp_path / "export" / new[name])
+        assert is_linked == (old[name] != old["score.weight"])
+    beside_the_head = [name for name, file in new.items() if file == new["score.weight"]]
+    assert beside_the_head == ["score.weight"]
+
+    statuses = [path.stat() for path in (tmp_path / "export").iterdir()]
+    modes_of_new_files = {status.st_mode for status in statuses if status.st_nlink == 1}
+    assert len(modes_of_new_files) == 1
 
 
-def test_where_links_fail_the_shards_are_copied(monkeypatch, sharded, basis, tmp_path):
-    def refuse(*arguments):
-        raise OSError("another disk")
-
-    monkeypatch.setattr(os, "link", refuse)
-    export_reward_model(tmp_path / "export", sharded, *basis[:1])
+def test_if_links_fail_the_shards_are_copied(monkeypatch, sharded, basis, tmp_path):
+    V, _ = basis
+    monkeypatch.setattr(os, "link", refuse)  # as on another disk
+    export_reward_model(tmp_path / "export", sharded, V)
     assert all(path.stat().st_nlink == 1 for path in (tmp_path / "export").iterdir())
 
 
 def test_the_card_names_data_rank_seed_and_evidence(single, basis, tmp_path):
-    interval = {"mean": 0.75, "low": 0.7, "high": 0.8}
-    export_reward_model(
-        tmp_path / "export",
-        single,
-        *basis[:1],
-        about={
-            "config": {"data": "the data"},
-            "K": K,
-            "alpha": 0.5,
-            "seed": 17,
-            "users": list("abcde"),
-            "verdict": {"text": "Undecided: so far."},
-            "evidence": [
-                {
-                    "K": K,
-                    "alpha": alpha,
-                    "accuracy": {utils.UNSEEN_TEST: {**interval, "mean": mean}},
-                }
-                for alpha, mean in ((0, 0.71), (0.5, 0.75))
-            ],
-        },
-    )
+    V, _ = basis
+
+    def evidence(alpha, mean):
+        interval = {"mean": mean, "low": 0.7, "high": 0.8}
+        return {"K": K, "alpha": alpha, "accuracy": {utils.UNSEEN_TEST: interval}}
+
+    run_info = {
+        "config": {"data": "the data"},
+        "K": K,
+        "alpha": 0.5,
+        "seed": 17,
+        "users": ["a", "b", "c", "d", "e"],
+        "verdict": {"text": "Undecided: so far."},
+        "evidence": [evidence(alpha=0, mean=0.71), evidence(alpha=0.5, mean=0.75)],
+    }
+    export_reward_model(tmp_path / "export", single, V, about=run_info)
     card = (tmp_path / "export" / "README.md").read_text()
     for text in (
         "the data",
@@ -210,43 +264,43 @@ def test_the_card_names_data_rank_seed_and_evidence(single, basis, tmp_path):
         "Undecided: so far.",
     ):
         assert text in card
-    assert "0.710" not in card
+    assert "0.710" not in card  # the evidence of another alpha
 
 
 def test_a_tokenizer_without_a_spare_token_is_refused_with_the_reason(single, basis, tmp_path):
-    shutil.copytree(single, tmp_path / "model")
-    tokens = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
+    V, _ = basis
+    model = shutil.copytree(single, tmp_path / "model")
+    tokens = json.loads((model / "tokenizer.json").read_text())
     tokens["added_tokens"] = [
         token for token in tokens["added_tokens"] if token["content"] != "<|pad|>"
     ]
-    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(tokens))
-    for path in (tmp_path / "model").glob("*.json"):
-        if path.name in ("tokenizer_config.json", "special_tokens_map.json"):
-            changed(
-                path,
-                pad_token="<|eot_id|>",
-                **({"added_tokens_decoder": {}} if "config" in path.name else {}),
-            )
+    (model / "tokenizer.json").write_text(json.dumps(tokens))
+    change_json(model / "tokenizer_config.json", pad_token="<|eot_id|>", added_tokens_decoder={})
+    if (model / "special_tokens_map.json").exists():
+        change_json(model / "special_tokens_map.json", pad_token="<|eot_id|>")
     with input_error("to its tokenizer", "end of a turn"):
-        export_reward_model(tmp_path / "export", tmp_path / "model", basis[0])
+        export_reward_model(tmp_path / "export", model, V)
     assert not (tmp_path / "export").exists()
 
 
 def test_a_model_with_code_of_its_own_is_refused_with_the_reason(single, basis, tmp_path):
-    shutil.copytree(single, tmp_path / "model")
-    changed(tmp_path / "model" / "config.json", auto_map={"AutoModel": "modeling.Own"})
+    V, _ = basis
+    model = shutil.copytree(single, tmp_path / "model")
+    change_json(model / "config.json", auto_map={"AutoModel": "modeling.Own"})
     with input_error("trust_remote_code", "code of its own"):
-        export_reward_model(tmp_path / "export", tmp_path / "model", basis[0])
+        export_reward_model(tmp_path / "export", model, V)
     assert not (tmp_path / "export").exists()
 
 
 def test_an_interrupted_export_leaves_nothing(monkeypatch, single, basis, tmp_path):
+    V, _ = basis
+
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(lore.export, "_prove_export", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        export_reward_model(tmp_path / "export", single, basis[0])
+        export_reward_model(tmp_path / "export", single, V)
     assert not list(tmp_path.iterdir())
 
 
@@ -254,18 +308,21 @@ def test_an_interrupted_export_leaves_nothing(monkeypatch, single, basis, tmp_pa
 def test_an_export_whose_logits_are_not_the_rewards_is_refused_and_leaves_nothing(
     monkeypatch, single, basis, tmp_path, damage
 ):
-    write = lore.export._write_checkpoint
+    V, _ = basis
+    write_weights = lore.export._write_weights
 
-    def spoil(folder, model, tokenizer, pad_name, head):
-        write(folder, model, tokenizer, pad_name, head * (1.001 if damage == "head" else 1))
-        if damage == "pad":  # the end of a turn, which stands in the middle of a conversation too
-            changed(folder / "config.json", pad_token_id=3)
+    def spoil(folder, model_name, head):
+        if damage == "head":
+            head = 1.001 * head
+        write_weights(folder, model_name, head)
+        if damage == "pad":  # this token also ends a turn in the middle of a conversation
+            change_json(folder / "config.json", pad_token_id=3)
         if damage == "backbone":
-            changed(folder / "config.json", num_hidden_layers=1)
+            change_json(folder / "config.json", num_hidden_layers=1)
 
-    monkeypatch.setattr(lore.export, "_write_checkpoint", spoil)
+    monkeypatch.setattr(lore.export, "_write_weights", spoil)
     with input_error("nothing was written"):
-        export_reward_model(tmp_path / "export", single, basis[0])
+        export_reward_model(tmp_path / "export", single, V)
     assert not list(tmp_path.iterdir())
 
 
@@ -277,72 +334,104 @@ def test_bases_and_folders_that_do_not_fit_are_refused(single, basis, tmp_path):
         export_reward_model(tmp_path / "export", single, V, W[0, 1:])
     with input_error("not empty"):
         export_reward_model(single, single, V)
+    (tmp_path / "file").write_text("")
+    with input_error("a file, or not empty"):
+        export_reward_model(tmp_path / "file", single, V)
     assert not (tmp_path / "export").exists()
 
 
-# ---- A reward for trainers ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "other", [{"identity": {"reward_head": "another's"}}, {"K": K - 1}], ids=["model", "rank"]
+)
+def test_a_basis_of_another_model_or_a_lower_rank_is_refused(single, basis, tmp_path, other):
+    V, _ = basis
+    with input_error("this basis"):
+        export_reward_model(tmp_path / "export", single, V, about=other)
+    assert not (tmp_path / "export").exists()
 
 
-def conversational(text, role):
-    return [{"role": role, "content": text}]
+# ---- A reward for trainers
 
 
 def test_a_personal_reward_scores_every_completion_for_its_user(monkeypatch, single, basis):
     V, W = basis
-    calls, embed = [], lore.embedding.embed_conversations
-    monkeypatch.setattr(
-        lore.rewards,
-        "embed_conversations",
-        lambda *arguments, **options: calls.append(options) or embed(*arguments, **options),
-    )
+    embed = lore.embedding.embed_conversations
+    options_given = []
+
+    def listen(*arguments, **options):
+        options_given.append(options)
+        return embed(*arguments, **options)
+
+    monkeypatch.setattr(lore.rewards, "embed_conversations", listen)
     reward = personal_reward(single, V, {"ada": W[0], 7: W[1].tolist()}, token_budget=64)
-    prompts, completions, users = (
-        ["One?", "One?", "Two?"],
-        ["yes", "no", "it is so"],
-        ["ada", 7, "ada"],
-    )
-    found = reward(prompts, completions, user=users, prompt_id=[1, 2, 3])
-    assert reward.__name__ == "personal_reward" and calls == [{"token_budget": 64}]
+    assert reward.__name__ == "personal_reward"
+    prompts = ["One?", "One?", "Two?"]
+    completions = ["yes", "no", "it is so"]
+    users = ["ada", 7, "ada"]
+    scores = reward(prompts, completions, user=users, prompt_id=[1, 2, 3])
+    assert options_given == [{"token_budget": 64}]
+
     backbone, tokenizer = load_reward_model(str(single), "cpu")
-    for prompt, completion, user, score in zip(prompts, completions, users, found, strict=True):
-        phi = state_alone(
-            backbone,
-            tokenizer,
-            conversational(prompt, "user") + conversational(completion, "assistant"),
-        )
+    true_weights = {"ada": W[0].double(), 7: W[1].double()}
+    conversations = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        conversations.append([message("user", prompt), message("assistant", completion)])
+    for conversation, user, score in zip(conversations, users, scores, strict=True):
+        phi = state_alone(backbone, tokenizer, conversation).double()
         assert isinstance(score, float)
-        expected = phi.double() @ V.double() @ W[int(user != "ada")].double()
-        assert score == pytest.approx(float(expected), rel=1e-4, abs=1e-3)
-    assert found == pytest.approx(
-        reward(
-            [conversational(prompt, "user") for prompt in prompts],
-            [conversational(completion, "assistant") for completion in completions],
-            users,
-        )
+        expected = float(phi @ V.double() @ true_weights[user])
+        assert score == pytest.approx(expected, rel=1e-4, abs=1e-3)
+
+    as_lists_of_messages = reward(
+        [conversation[:1] for conversation in conversations],
+        [conversation[1:] for conversation in conversations],
+        users,
     )
-    with input_error("user 'eve'", "fit_new_user"):
-        reward(prompts, completions, user=["ada", "eve", 7])
+    assert scores == pytest.approx(as_lists_of_messages)
+
+
+def test_users_of_a_matrix_of_weights_are_its_row_numbers(single, basis):
+    V, W = basis
+    by_row = personal_reward(single, V, W, "cpu")
+    by_name = personal_reward(single, V, {"ada": W[2]}, "cpu")
+    assert by_row(["One?"], ["yes"], [2]) == by_name(["One?"], ["yes"], ["ada"])
 
 
 def test_each_process_of_a_trainer_scores_its_own_completions(monkeypatch, single, basis):
-    reward = personal_reward(single, basis[0], {"ada": basis[1][0]}, "cpu")
+    V, W = basis
+    reward = personal_reward(single, V, {"ada": W[0]}, "cpu")
     alone = reward(["One?"], ["yes"], ["ada"])
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    assert reward(["One?"], ["yes"], ["ada"]) == alone and os.environ["RANK"] == "1"
+    assert reward(["One?"], ["yes"], ["ada"]) == alone
+    assert os.environ["RANK"] == "1"
 
 
 def test_best_of_n_gives_scores_and_their_order():
-    scores, order = best_of_n(
-        lambda prompts, completions, user: [
-            len(text) * (user[i] == "ada") * (prompts[i] == "One?")
-            for i, text in enumerate(completions)
-        ],
-        "One?",
-        ["yes", "indeed", "no"],
-        "ada",
-    )
-    assert scores == [3, 6, 2] and order == [1, 0, 2]
+    def length_for_ada(prompts, completions, user):
+        assert prompts == ["One?"] * 3
+        assert user == ["ada"] * 3
+        return [len(completion) for completion in completions]
+
+    scores, order = best_of_n(length_for_ada, "One?", ["yes", "indeed", "no"], "ada")
+    assert scores == [3, 6, 2]
+    assert order == [1, 0, 2]
+
+
+def test_rewards_refuse_what_does_not_fit_together(single, basis):
+    V, W = basis
+    reward = personal_reward(single, V, {"ada": W[0]})
+    for prompts, completions, users in (
+        (["a"], ["b", "c"], ["ada"]),
+        (["a", "b"], ["c"], ["ada"]),
+        (["a"], ["b"], ["ada", "ada"]),
+    ):
+        with input_error("equally many"):
+            reward(prompts, completions, user=users)
+    with input_error("user 'eve'", "fit_new_user"):
+        reward(["a", "b", "c"], ["d", "e", "f"], user=["ada", "eve", 7])
+    with input_error("neither a text nor"):
+        best_of_n(reward, "a", [None], "ada")
 
 
 def test_trl_trains_with_the_callable_and_with_an_exported_folder(single, basis, tmp_path):
@@ -352,13 +441,13 @@ def test_trl_trains_with_the_callable_and_with_an_exported_folder(single, basis,
 
     V, W = basis
     export_reward_model(tmp_path / "export", single, V, W[0])
-    reward, seen = personal_reward(single, V, {"ada": W[0], "ben": W[1]}), []
+    reward = personal_reward(single, V, {"ada": W[0], "ben": W[1]})
+    calls = []  # (users, scores) of each step
 
     def listening(prompts, completions, **columns):
-        seen.append(
-            (prompts, completions, columns["user"], reward(prompts, completions, **columns))
-        )
-        return seen[-1][-1]
+        scores = reward(prompts, completions, **columns)
+        calls.append((columns["user"], scores))
+        return scores
 
     tokenizer = AutoTokenizer.from_pretrained(single, padding_side="left")
     policy = LlamaForCausalLM(
@@ -373,16 +462,12 @@ def test_trl_trains_with_the_callable_and_with_an_exported_folder(single, basis,
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    rows = [{"prompt": [message("user", "Shall we?")], "user": user} for user in ("ada", "ben") * 4]
     trainer = trl.GRPOTrainer(
         model=policy,
         processing_class=tokenizer,
         reward_funcs=[reward, listening, str(tmp_path / "export")],
-        train_dataset=Dataset.from_list(
-            [
-                {"prompt": conversational("Shall we?", "user"), "user": user}
-                for user in ("ada", "ben") * 4
-            ]
-        ),
+        train_dataset=Dataset.from_list(rows),
         args=trl.GRPOConfig(
             output_dir=str(tmp_path / "run"),
             max_steps=2,
@@ -397,28 +482,30 @@ def test_trl_trains_with_the_callable_and_with_an_exported_folder(single, basis,
         ),
     )
     trainer.train()
-    logged = [
-        entry for entry in trainer.state.log_history if "rewards/personal_reward/mean" in entry
+    logged_means = [
+        entry["rewards/personal_reward/mean"]
+        for entry in trainer.state.log_history
+        if "rewards/personal_reward/mean" in entry
     ]
-    assert len(logged) == 2 and len(seen) == 2
-    for entry, (_, _, _, scores) in zip(logged, seen):
-        assert entry["rewards/personal_reward/mean"] == pytest.approx(
-            sum(scores) / len(scores), rel=1e-4
-        )
-    assert {user for _, _, users, _ in seen for user in users} == {"ada", "ben"}
+    assert len(logged_means) == 2
+    assert len(calls) == 2
+    for logged_mean, (_, scores) in zip(logged_means, calls):
+        assert logged_mean == pytest.approx(sum(scores) / len(scores), rel=1e-4)
+    assert {user for users, _ in calls for user in users} == {"ada", "ben"}
 
 
-# ---- A new user -----------------------------------------------------------------------------------------------------
+# ---- A new user
 
 
-def by_hand(X, V, W):
+def posterior_by_hand(X, V, W):
     """The posterior over the rows of W in Python's own floats."""
-    log = [0.0] * len(W)
+    log_likelihood = [0.0] * len(W)
     for x in X.double():
         for j, w in enumerate(W.double()):
-            log[j] -= math.log1p(math.exp(-float(x @ V.double() @ w) / 100))
-    weights = [math.exp(value - max(log)) for value in log]
-    return torch.tensor([weight / sum(weights) for weight in weights])
+            margin = float(x @ V.double() @ w) / 100
+            log_likelihood[j] -= math.log1p(math.exp(-margin))
+    likelihood = [math.exp(value - max(log_likelihood)) for value in log_likelihood]
+    return torch.tensor([value / sum(likelihood) for value in likelihood])
 
 
 @pytest.mark.parametrize("m", [1, 4, 1000])
@@ -426,12 +513,13 @@ def test_a_new_users_weights_are_the_mean_of_the_seen_users_by_their_likelihood(
     V, W = basis
     (X,) = planted_pairs(V, W[:1], m, seed=3, sampled=True)
     w, posterior = fit_new_user(X, V, W)
-    expected = by_hand(X, V, W)
+    expected = posterior_by_hand(X, V, W)
     torch.testing.assert_close(posterior, expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(w, (expected[:, None] * W).sum(0), rtol=1e-4, atol=1e-6)
+
     table = torch.cat([X, torch.zeros(1, D)])
-    of_pairs = fit_new_user(Pairs(table, list(range(m)), [m] * m), V, W)
-    torch.testing.assert_close(of_pairs, (w, posterior), rtol=1e-4, atol=1e-5)
+    pairs = Pairs(table, list(range(m)), [m] * m)  # row i minus the row of zeros
+    torch.testing.assert_close(fit_new_user(pairs, V, W), (w, posterior), rtol=1e-4, atol=1e-5)
 
 
 def test_without_choices_a_new_user_is_the_mean_user(basis):
@@ -446,38 +534,56 @@ def test_contradictory_and_extreme_choices_and_one_direction_give_weights_on_the
     V, W = basis
     X = 1e4 * torch.randn(500, D, generator=torch.Generator().manual_seed(1))
     for features in (torch.cat([X, -X]), X):
-        w, posterior = fit_new_user(features, V, W)
-        for weights in (w, posterior):
-            assert weights.isfinite().all() and weights.sum() == pytest.approx(1, abs=1e-5)
+        for weights in fit_new_user(features, V, W):
+            assert weights.isfinite().all()
+            assert weights.sum() == pytest.approx(1, abs=1e-5)
     w, posterior = fit_new_user(X, V[:, :1], torch.ones(5, 1))
-    assert w.tolist() == [1] and posterior.tolist() == pytest.approx([0.2] * 5)
+    assert w.tolist() == [1]
+    assert posterior.tolist() == pytest.approx([0.2] * 5)
 
 
 def test_many_choices_find_the_user_who_makes_them():
     V, W = planted_basis(D, K), torch.eye(K)
     (X,) = planted_pairs(V, W[1:2], 50)
     w, posterior = fit_new_user(X, V, W)
-    assert posterior[1] > 0.99 and w[1] > 0.99
+    assert posterior[1] > 0.99
+    assert w[1] > 0.99
+
+
+# ---- What to ask next
+
+
+def mutual_information(x, V, W, posterior):
+    """In nats, of the user and of the answer to one question, from the joint distribution."""
+    prior = posterior.tolist()
+    prefers = [1 / (1 + math.exp(-float(x @ V.double() @ w) / 100)) for w in W.double()]
+    information = 0.0
+    for answer in (prefers, [1 - p for p in prefers]):
+        joint = [q * p for q, p in zip(prior, answer)]
+        for p, q in zip(joint, prior):
+            information += p * math.log(p / (q * sum(joint)))
+    return information
 
 
 def test_a_questions_value_is_the_mutual_information_of_answer_and_user(basis):
     V, W = basis
     X = torch.randn(6, D, generator=torch.Generator().manual_seed(2))
     posterior = torch.tensor([0.3, 0.1, 0.2, 0.1, 0.05, 0.15, 0.1])
-    found = question_values(X, V, W, posterior)
-    for x, value in zip(X.double(), found, strict=True):
-        information = 0.0
-        yes = [1 / (1 + math.exp(-float(x @ V.double() @ w) / 100)) for w in W.double()]
-        for answer in (yes, [1 - p for p in yes]):
-            joint = [q * p for q, p in zip(posterior.tolist(), answer)]
-            information += sum(
-                p * math.log(p / (q * sum(joint))) for p, q in zip(joint, posterior.tolist())
-            )
-        assert float(value) == pytest.approx(information, abs=1e-6)
+    values = question_values(X, V, W, posterior)
+    for x, value in zip(X.double(), values, strict=True):
+        assert float(value) == pytest.approx(mutual_information(x, V, W, posterior), abs=1e-6)
     assert not question_values(X, V[:, :1], torch.ones(7, 1), posterior).any()
     assert question_values(1e6 * X, V, W, posterior).isfinite().all()
-    assert not question_values(X, V, W, torch.eye(7)[2]).any()  # who the user is is known
+    who_it_is_is_known = torch.eye(7)[2]
+    assert not question_values(X, V, W, who_it_is_is_known).any()
     assert len(question_values([], V, W, posterior)) == 0
+
+
+def test_a_posterior_that_is_none_is_refused(basis):
+    V, W = basis
+    for posterior in (torch.ones(6) / 6, torch.full((7,), math.nan), W[0]):
+        with input_error("posterior"):
+            question_values(torch.ones(2, D), V, W, posterior)
 
 
 def test_chosen_questions_tell_more_than_random_ones():
@@ -504,30 +610,6 @@ def test_chosen_questions_tell_more_than_random_ones():
         and mean["released fit, random"][4] > mean["released fit, random"][1]
     )
     assert question_curves(4, 5, [0], [0, 1], data, None, "cpu").empty
-
-
-def test_what_does_not_fit_together_is_one_line(single, basis, tmp_path):
-    V, W = basis
-    reward = personal_reward(single, V, {"ada": W[0]})
-    for arguments in (
-        (["a"], ["b", "c"], ["ada"]),
-        (["a", "b"], ["c"], ["ada"]),
-        (["a"], ["b"], ["ada"] * 2),
-    ):
-        with input_error("equally many"):
-            reward(*arguments[:2], user=arguments[2])
-    with input_error("neither a text nor"):
-        best_of_n(reward, "a", [None], "ada")
-    for posterior in (torch.ones(6) / 6, torch.full((7,), math.nan), W[0]):
-        with input_error("posterior"):
-            question_values(torch.ones(2, D), V, W, posterior)
-    for about in ({"identity": {"reward_head": "another's"}}, {"K": K - 1}):
-        with input_error("this basis"):
-            export_reward_model(tmp_path / "export", single, V, about=about)
-    (tmp_path / "file").write_text("")
-    with input_error("a file, or not empty"):
-        export_reward_model(tmp_path / "file", single, V)
-    assert not (tmp_path / "export").exists()
 
 
 def test_no_more_questions_are_asked_than_there_are(basis):
