@@ -965,7 +965,7 @@ def test_digests_of_files_are_remembered_until_the_files_change(checkpoint, tmp_
     first = model_identity(folder, tmp_path)
     assert folder / "model.safetensors" in read
     read.clear()
-    monkeypatch.setattr(lore.reward_model, "_DIGESTS", {})  # another process
+    monkeypatch.setattr(lore.reward_model, "_known_digests", {})  # another process
     assert model_identity(folder, tmp_path) == first and folder / "model.safetensors" not in read
     os.utime(folder / "model.safetensors")
     assert model_identity(folder, tmp_path) == first and folder / "model.safetensors" in read
