@@ -37,7 +37,7 @@ from utils import (
 )
 
 VALIDATION = "Validation"  # the setting of held-out training pairs, beside those of SETTINGS
-SEEN_TEST = SETTINGS[1]
+SEEN_TEST = SETTINGS[1]  # "Seen User Unseen Prompts"
 
 
 # ---- Validation
@@ -46,9 +46,9 @@ SEEN_TEST = SETTINGS[1]
 def hold_out(study: Study, share: float, seed: int = 0) -> tuple[Study, Features | None]:
     """Hold a share of each seen user's training prompts out of the training.
 
-    All pairs of a prompt are held out together; of a group (a conversation), if the study has
-    groups of its training pairs; each pair alone, if neither is known. Of each user at least one
-    prompt is held out and at least one stays.
+    If the study knows the groups of its training pairs (conversations), a group takes the place
+    of a prompt; if it knows neither groups nor prompts, each pair is a prompt of its own. Of each
+    user at least one prompt is held out and at least one stays.
     share: from 0 to 0.9. seed: of the draw.
     Returns the study without these pairs (and what it knows of them), and the pairs, one entry
     per seen user; the study itself and None for a share of 0.
@@ -135,8 +135,10 @@ def kept_fit(fits: list[Fit]) -> Fit:
     """
 
     def quality(fit: Fit) -> tuple[float, float]:
-        held_out = fit.accuracies.get(VALIDATION)
-        return 0.0 if held_out is None else held_out.mean(), -fit.loss
+        accuracy = 0.0
+        if VALIDATION in fit.accuracies:
+            accuracy = fit.accuracies[VALIDATION].mean()
+        return accuracy, -fit.loss
 
     return max(fits, key=quality)
 
@@ -210,8 +212,8 @@ def tossed_control(
         return None
     train = list(toss(study.train, seed=0))
     train_unseen = list(toss(study.train_unseen, seed=1))
-    # The test pairs are many. Tossed user by user, they are never in memory all at once, as they
-    # would be in `sweep`: that one evaluates the training pairs again, and is not asked for these.
+    # The test pairs are many, so they are tossed and judged one user at a time, further down.
+    # `sweep` would need all of them at once; in their place it is given the training pairs.
     (fit,) = sweep(  # one rank, one alpha, one seed: one fit
         [K],
         [alpha_list[0]],
