@@ -299,7 +299,8 @@ def describe_basis(fits: list[Fit], reward_head: torch.Tensor) -> dict:
 def angles_between_seeds(fits: list[Fit]) -> list[float] | None:
     """The principal angles between the spans of two seeds' bases, in degrees, smallest first.
 
-    Means over all pairs of seeds; None for a single seed, and for the reference.
+    Means over all pairs of seeds; None for a single seed, and for the reference. The angles are
+    as many as the smallest basis has columns: a threshold may leave each seed another number.
     """
     from scipy.linalg import subspace_angles  # here: scipy.linalg takes a while to import
 
@@ -308,7 +309,10 @@ def angles_between_seeds(fits: list[Fit]) -> list[float] | None:
         np.degrees(subspace_angles(V, other))[::-1]  # scipy's begin with the largest
         for V, other in itertools.combinations(bases, 2)
     ]
-    return np.mean(angles, 0).tolist() if angles else None
+    if not angles:
+        return None
+    fewest = min(map(len, angles))
+    return np.mean([degrees[:fewest] for degrees in angles], 0).tolist()
 
 
 def is_collapsed(fits: list[Fit], reward_head: torch.Tensor) -> bool:

@@ -353,6 +353,16 @@ def test_cosines_and_angles_are_those_that_were_planted():
     assert basis["largest_cosine_to_head"] == pytest.approx(0.5**0.5)
 
 
+def test_angles_are_compared_of_seeds_that_kept_different_numbers_of_columns():
+    axes = torch.eye(d)
+    fits = [random_fit(3, seed) for seed in range(3)]
+    fits[0].V = axes[:, :3]
+    fits[1].V = axes[:, 1:4]
+    fits[2].V = axes[:, 1:3]
+    angles = describe_basis(fits, axes[:, :1])["angles_between_seeds"]
+    np.testing.assert_allclose(angles, [0, 0], atol=1e-4)
+
+
 def test_a_basis_pulled_onto_the_head_is_said_to_have_collapsed_with_the_remedy(study):
     study = dataclasses.replace(study, reward_head=planted_basis(d, 1, seed=8))
     fits = swept(study, K_list=(0, 2), alpha_list=(0, 1e4), num_iterations=400)
