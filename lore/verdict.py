@@ -13,7 +13,7 @@ COLLAPSED = 0.99  # |cosine| with the reward head from which on a column counts 
 
 # What controls of an entry are called in sentences.
 CONTROLS = {
-    "tossed": "trained on choices swapped by a coin",
+    "tossed": "a model trained on randomly flipped choices",
     "longer": "taking the longer answer",
 }
 
@@ -203,7 +203,7 @@ def sentences_on_controls(entries: list[dict]) -> list[str]:
     for control, name in CONTROLS.items():
         accuracy = first_control(entries, control)
         if accuracy is not None:
-            lines.append(f"Control, {name}: {INTERVAL.format(**accuracy)}; chance is 0.5.")
+            lines.append(f"Control: {name} scores {INTERVAL.format(**accuracy)}; chance is 0.5.")
     return lines
 
 

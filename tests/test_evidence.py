@@ -255,7 +255,9 @@ def test_models_of_tossed_pairs_are_at_chance_even_if_all_differences_share_a_di
         control = entry_of(results, 3)["controls"]["tossed"]
         assert control["low"] <= 0.5 <= control["high"]
         assert entry_of(results, 1)["controls"]["tossed"] is None
-        assert "Signs of an artefact: none in these checks." in results["verdict"]["text"]
+        text = results["verdict"]["text"]
+        assert "Control: a model trained on randomly flipped choices scores 0." in text
+        assert "Signs of an artefact: none in these checks." in text
 
 
 @pytest.mark.parametrize("regularized", [False, True])
@@ -324,6 +326,8 @@ def test_the_longer_answer_is_scored_if_texts_are_known(study, fits):
     results = evidence(fits, with_texts)
     expected = pytest.approx({"mean": 0.625, "low": 0.625, "high": 0.625})
     assert entry_of(results, 3)["controls"]["longer"] == expected
+    assert "Control: taking the longer answer scores 0.625" in results["verdict"]["text"]
+    assert "Signs of an artefact: taking the longer answer." in results["verdict"]["text"]
     assert entry_of(evidence(fits, study), 3)["controls"]["longer"] is None
 
 
