@@ -23,7 +23,7 @@ from lore.intervals import DIFFERENCE, INTERVAL, interval  # noqa: F401 - lore/t
 from lore.study import Features, Study
 from lore.verdict import COLLAPSED, ModelEvidence, write_verdict
 from utils import (
-    SETTINGS,
+    SEEN_TEST,
     UNSEEN_TEST,
     Fit,
     InputError,
@@ -37,7 +37,6 @@ from utils import (
 )
 
 VALIDATION = "Validation"  # the setting of held-out training pairs, beside those of SETTINGS
-SEEN_TEST = SETTINGS[1]  # "Seen User Unseen Prompts"
 
 
 # ---- Validation

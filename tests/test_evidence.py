@@ -39,9 +39,8 @@ from lore.evidence import (
 from lore.intervals import interval, joint_intervals
 from lore.study import PARTS, Study
 from lore.verdict import ModelEvidence, judge
-from utils import SETTINGS, Fit, Pairs
+from utils import SEEN_TEST, SETTINGS, UNSEEN_TEST, Fit, Pairs
 
-SEEN_TEST, UNSEEN_TEST = SETTINGS[1], SETTINGS[3]
 d = 16
 N = 24
 
