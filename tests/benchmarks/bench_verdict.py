@@ -1,15 +1,15 @@
-"""How often the verdict is "yes" where nobody has tastes, and how often an interval covers the planted personal part.
+"""How often the verdict says "yes" if nobody has tastes, and how often its interval is right.
 
     python tests/benchmarks/bench_verdict.py        some three minutes on one core
 
-First, data sets of users who all choose by the same direction, and of users with planted tastes: the sweep of
-train_basis.py and its verdict on each. "yes" without tastes in more than 1 of 20 would be a fault. Then the planted
-models themselves, on many draws of users and pairs: in how many of 100 the 95 % interval of the personal part covers the
-planted one, which is the mean over many large draws of as many users.
+First the verdict on simulated data sets, by the sweep of train_basis.py: on users who all choose
+by the same direction, and on users with planted tastes. Without tastes, "yes" on more than 1 of
+20 data sets would be a fault.
+
+Then the 95 % interval of the personal part, under the planted models themselves: on how many of
+100 draws of users and pairs it covers the planted one, the mean over many large draws.
 """
 
-import contextlib
-import io
 import sys
 import time
 from collections import Counter
@@ -23,73 +23,98 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 from helpers import planted_basis, planted_pairs, planted_weights
 
 from lore.evidence import evidence, exchanged_accuracies, interval
-from utils import Fit, run
+from lore.study import PARTS, Study
+from utils import Fit, sweep
 
-# ---------------------------------------------------------------------------------------------------------------------
-d, N = 16, 40  # users, as many seen as unseen
+d = 16
+N = 40  # users, as many seen as unseen
 K_list = [0, 1, 2, 3, 5]
-pairs = {"train": 40, "test": 30, "train_unseen": 30, "test_unseen": 60}  # of a user
-data_sets = 40
+planted_rank = 3
+pairs = {"train": 40, "test": 30, "train_unseen": 30, "test_unseen": 60}  # of each user
+data_sets = 40  # with tastes, and as many without
 iterations = 300
-covered_sets, covered_pairs = 400, 30  # of the second part; pairs of a user
-# ---------------------------------------------------------------------------------------------------------------------
+interval_draws = 400
+interval_pairs = 30  # of each user
 
-V = planted_basis(d, 3)
+V = planted_basis(d, planted_rank)
 
 
-def population(seed, tastes):
-    """Users whose mixtures are drawn, or all equal where they have no tastes."""
-    seen, unseen = (
-        planted_weights(N, 3, 0.1, seed + 100 * i) if tastes else torch.full((N, 3), 1 / 3)
-        for i in range(2)
-    )
-    parts = {
-        part: planted_pairs(V, seen if i < 2 else unseen, m, 10 * seed + i, sampled=True)
-        for i, (part, m) in enumerate(pairs.items())
+def simulated_study(seed: int, tastes: bool) -> Study:
+    """Seen and unseen users with drawn weights, or all with equal ones if they have no tastes."""
+    weights = [torch.full((N, planted_rank), 1 / planted_rank)] * 2
+    if tastes:
+        weights = [planted_weights(N, planted_rank, 0.1, seed + 100 * i) for i in range(2)]
+    seen, unseen = weights
+    features = {
+        part: planted_pairs(
+            V, unseen if "unseen" in part else seen, pairs[part], 10 * seed + i, sampled=True
+        )
+        for i, part in enumerate(PARTS)
     }
-    return parts | {"seen": list(range(N)), "unseen": list(range(N))}
-
-
-def verdict_on(data, seed):
-    """(yes, no or undecided; the personal part at the planted rank)."""
-    fits, head = [], torch.ones(d, 1)
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        run(K_list, [0], head, *(data[part] for part in pairs), N, N, "cpu", seed, iterations, fits)
-    found = evidence(fits, data, head)
-    entry = next(entry for entry in found["evidence"] if entry["K"] == 3)
-    return found["verdict"]["personal"], entry["personal_part"]["mean"]
-
-
-def personal_part(m, seed):
-    """Of N users with m pairs each under the planted models: float64 `[N]`."""
-    W = planted_weights(N, 3, 0.1, seed)
-    own, mean, _ = exchanged_accuracies(
-        planted_pairs(V, W, m, seed, sampled=True), [Fit(3, 0, 0, V, W, W, 0.0)]
+    return Study(
+        title="simulated",
+        seen=[f"seen {i}" for i in range(N)],
+        unseen=[f"unseen {i}" for i in range(N)],
+        reward_head=torch.ones(d, 1),
+        **features,
     )
-    return own - mean
 
 
-def main():
-    torch.set_num_threads(1)
-    for name, tastes in (("nobody has tastes", False), ("planted tastes", True)):
-        start = time.perf_counter()
-        verdicts, parts = zip(
-            *(verdict_on(population(seed, tastes), seed) for seed in range(data_sets))
-        )
-        print(
-            f"{name}: {dict(Counter(verdicts))} in {data_sets} data sets, mean personal part at K = 3 "
-            f"{np.mean(parts):+.3f}; {time.perf_counter() - start:.0f} s",
-            flush=True,
-        )
+def verdict_on(study: Study, seed: int) -> tuple[str, float]:
+    """The verdict ("yes", "no" or "undecided"), and the personal part at the planted rank."""
+    fits = sweep(
+        K_list,
+        [0],
+        study.reward_head,
+        *study.features().values(),
+        N,
+        N,
+        "cpu",
+        seed=seed,
+        num_iterations=iterations,
+    )
+    results = evidence(fits, study)
+    entry = next(entry for entry in results["evidence"] if entry["K"] == planted_rank)
+    return results["verdict"]["personal"], entry["personal_part"]["mean"]
+
+
+def personal_part(pairs_per_user: int, seed: int) -> np.ndarray:
+    """The personal part of N users under the planted models: float64 `[N]`."""
+    W = planted_weights(N, planted_rank, 0.1, seed)
+    features = planted_pairs(V, W, pairs_per_user, seed, sampled=True)
+    return exchanged_accuracies(features, [Fit(planted_rank, 0, 0, V, W, W, 0.0)]).personal_part
+
+
+def report_verdicts(name: str, tastes: bool) -> None:
+    start = time.perf_counter()
+    verdicts = Counter()
+    parts = []
+    for seed in range(data_sets):
+        verdict, part = verdict_on(simulated_study(seed, tastes), seed)
+        verdicts[verdict] += 1
+        parts.append(part)
+    print(
+        f"{name}: {dict(verdicts)} on {data_sets} data sets, mean personal part at "
+        f"K = {planted_rank} {np.mean(parts):+.3f}; {time.perf_counter() - start:.0f} s",
+        flush=True,
+    )
+
+
+def report_coverage() -> None:
     truth = np.mean([personal_part(200, 5000 + i).mean() for i in range(100)])
     covered = []
-    for seed in range(covered_sets):
-        found = interval(personal_part(covered_pairs, seed))
-        covered.append(found["low"] <= truth <= found["high"])
-    print(
-        f"planted personal part {truth:.3f}: covered in {[sum(covered[i : i + 100]) for i in range(0, covered_sets, 100)]} "
-        "of 100 each"
-    )
+    for seed in range(interval_draws):
+        result = interval(personal_part(interval_pairs, seed))
+        covered.append(result["low"] <= truth <= result["high"])
+    in_each_hundred = np.reshape(covered, (-1, 100)).sum(1).tolist()
+    print(f"planted personal part {truth:.3f}: covered on {in_each_hundred} of 100 draws each")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    report_verdicts("nobody has tastes", tastes=False)
+    report_verdicts("planted tastes", tastes=True)
+    report_coverage()
 
 
 if __name__ == "__main__":
