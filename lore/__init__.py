@@ -1,1 +1,27 @@
-"""What surrounds the method of utils.py: files, embedding, evidence, results and their use, a subject a file."""
+"""What surrounds the method of utils.py, a file for each subject.
+
+A module imports only utils.py and modules above it in this list.
+
+    files             whole files, JSON, safetensors, pickles of others, checkpoints of trainings
+    rows              rows of other people's files, and the messages in them
+    conversations     conversations as the token ids that the reward model reads
+    reward_model      the frozen reward model: checkpoint, reward head, tokenizer, identity
+    prefix_attention  the forward pass of a batch, as padded rows or with shared beginnings
+    batching          sequences in batches through the model, shard by shard
+    batching_trial    the trial on the model that chooses the batching
+    embedding         phi(prompt, response), and the cache of finished embeddings
+    embedding_files   files of embeddings, and the reward head beside them
+    study             what every data set returns: people, their pairs, what is known of both
+    intervals         intervals over users, and tests of differences
+    verdict           "yes", "no" or "undecided", and why, in sentences
+    evidence          pairs held out, controls, what the basis looks like, leaks
+    tables            results as tables of text
+    report            report.md
+    pictures          accuracy by rank, personal part, and other curves
+    questions         new users: their weights from a few choices, and what to ask them next
+    results           the files in results/
+    export            a checkpoint with a user's reward, for servers and trainers
+    rewards           a user's reward as a function, for trainers
+    standin           the demo's reward model
+    scripts           the command line and the main steps of the data sets' scripts
+"""
