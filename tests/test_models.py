@@ -1,5 +1,8 @@
-"""The three models, step by step against float64 loops over the users, and on users planted from a known basis; the
-plain likelihood and the kernel against each other and against float64; threads, processes, interruptions."""
+"""The three models and the engine.
+
+The models are compared step by step with float64 loops over the users, and on users planted from a
+known basis; the plain likelihood and the kernel with each other and with float64 autograd.
+"""
 
 import functools
 import gzip
@@ -42,16 +45,16 @@ def Member(K, alpha=0.0, seed=0):
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-COUNTS, d = (1, 40, 3, 7, 1, 12), 9  # ragged users
+COUNTS = (1, 40, 3, 7, 1, 12)  # ragged users
+USERS = len(COUNTS)
+d = 9
 
 
 class Killed(Exception):
     pass
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The models written out: one loop over users, float64, autograd
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The models written out: one loop over users, float64, autograd
 
 
 def mean_loss_of_user(X, V, logits):
@@ -82,7 +85,10 @@ def one_minus_cosine(V, V_sft):
 
 
 def start_of(w, V):
-    """Logits and basis of a model of 0 iterations: adding a number to a row of W changes nothing, so W = log(w)."""
+    """Logits and basis of a model of 0 iterations.
+
+    A number added to a row of W changes nothing, so W may be log(w).
+    """
     return w.double().log().requires_grad_(), V.double().requires_grad_()
 
 
@@ -147,9 +153,7 @@ def V_sft():
     return torch.randn(d, 1, generator=torch.Generator().manual_seed(9))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# LoRe
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- LoRe
 
 
 @pytest.mark.parametrize("alpha", [0, 0.2])
@@ -185,9 +189,7 @@ def test_a_large_alpha_holds_every_column_at_the_reward_head(features, V_sft):
     torch.testing.assert_close(V, V_sft.expand(-1, 3), rtol=0, atol=0.01)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# LoRe_regularized
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- LoRe_regularized
 
 
 @pytest.mark.parametrize("alpha", [0, 1.0])
@@ -237,9 +239,7 @@ def test_the_most_used_column_always_stays(features, V_sft):
     assert torch.equal(V_left, V[:, [largest]]) and torch.equal(w_left, w[:, [largest]])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Few-shot
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Few-shot
 
 
 def test_personalize_follows_the_plain_loop_with_the_basis_frozen(features):
@@ -276,9 +276,7 @@ def test_a_user_is_fitted_alone_or_in_company_to_the_same_weights():
         torch.testing.assert_close(alone, w, rtol=0, atol=0.02)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The likelihood under all three: plain and kernel
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The likelihood under all three: plain and kernel
 
 THREADS = [1, 2]
 
@@ -304,7 +302,7 @@ def likelihood_of(features, sizes, over="users"):
     )
 
 
-def drawn(sizes, N=len(COUNTS), width=d):
+def drawn(sizes, N=USERS, width=d):
     generator = torch.Generator().manual_seed(3)
     return torch.randn(N, sum(sizes), generator=generator), torch.randn(
         sum(sizes), width, generator=generator
@@ -463,9 +461,7 @@ def test_the_machine_code_is_kept_on_disk_also_where_the_checkout_cannot_be_writ
     assert outcome(again)[1] == out.replace(" 0\n", " 1\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The sweep
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The sweep
 
 
 @pytest.mark.parametrize("regularized", [False, True])
@@ -595,9 +591,7 @@ def test_training_leaves_features_and_reward_head_as_they_were(V_sft, model):
     assert torch.equal(X, before) and torch.equal(V_sft, head)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Planted users
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Planted users
 
 
 @pytest.mark.parametrize("model", [LoRe, LoRe_regularized])
@@ -635,9 +629,7 @@ def test_k1_is_the_pooled_bradley_terry_model():
     torch.testing.assert_close(learned.double(), 100 * theta.detach(), rtol=0, atol=0.1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The models as modules, as a script written for the release uses them
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The models as modules, as a script written for the release uses them
 
 
 def model_of(kind, V_sft, num_iterations=20, **options):
@@ -785,9 +777,7 @@ def test_without_a_seed_torchs_generator_chooses_the_start(features, V_sft):
         assert torch.equal(first, second) and not torch.equal(first, other)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The released functions
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The released functions
 
 
 def test_solve_is_lore_without_penalty_at_a_hundredth(features, V_sft):
@@ -848,14 +838,12 @@ def test_learn_single_reward_regularized_is_pulled_to_the_reference(features, V_
     assert_same_model([ours], plain_lore(start, features, V_sft, 0.2, 60, 0.1)[1:])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Wrong input
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Wrong input
 
 
 @pytest.mark.parametrize("model", [LoRe, LoRe_regularized])
 def test_features_that_do_not_fit_the_model_are_refused(features, V_sft, model):
-    def train(features, N=len(COUNTS)):
+    def train(features, N=USERS):
         model(V_sft, 0, N, d, 2, 5, 0.5).train(features)
 
     with input_error("features", "6 users", "7"):
@@ -962,9 +950,7 @@ def test_personalize_refuses_a_basis_of_another_shape(features):
         PersonalizeBatch(len(COUNTS), d, 3).train(features, torch.zeros(d, 4))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Interruptions
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Interruptions
 
 
 @pytest.mark.parametrize("kernel", [False, True])
@@ -1055,9 +1041,7 @@ def test_an_interruption_after_the_training_keeps_its_state(tmp_path, monkeypatc
     assert lore.files.load_pickle(tmp_path / lore.files.CHECKPOINT_FILE)["iterations"] == 4
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Several processes
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Several processes
 
 SHARED = """
 import os, sys, torch, utils
@@ -1067,7 +1051,8 @@ found = {}
 for name, numbers in (("plain", sys.maxsize), ("kernel", 0)):
     utils.KERNEL_NUMBERS = numbers
     for regularized in (False, True):
-        fits = utils.train_bases(users, [utils.Member(1, 0.3, 0), utils.Member(3, 0.3, 0)], V_sft, 20, 0.1, regularized)
+        members = [utils.Member(1, 0.3, 0), utils.Member(3, 0.3, 0)]
+        fits = utils.train_bases(users, members, V_sft, 20, 0.1, regularized)
         found[name, regularized] = [(w, V.contiguous(), loss) for w, V, loss, _ in fits]
 if utils.process_count() > 1:
     assert utils.process_count() == 2 and torch.distributed.get_world_size() == 2

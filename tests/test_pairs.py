@@ -25,9 +25,7 @@ def chance(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which files are a split
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Which files are a split
 
 WORDS = dict(train=["train"], validation=["validation", "test"])
 
@@ -103,9 +101,7 @@ def test_an_empty_folder_and_one_that_is_none_are_refused(tmp_path):
             lore.rows.split_files(nowhere, **WORDS)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Rows
 
 ROWS = [{"text": f'line {i}, "é"\nand one more', "n": str(i), "empty": ""} for i in range(2500)]
 FORMATS = {
@@ -238,9 +234,7 @@ def test_rows_of_the_hub_are_named_after_their_own_split(monkeypatch):
         lore.rows.hub_rows("some/dataset")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pairs
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Pairs
 
 CHOSEN, REJECTED = [0, 3, 3, 5], [1, 0, 4, 5]
 
@@ -325,9 +319,7 @@ def test_pairs_take_row_numbers_of_any_whole_kind(table):
         assert torch.equal(Pairs(table, kind(CHOSEN), kind(REJECTED)).dense(), expected)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The check at the border
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The check at the border
 
 
 @pytest.mark.parametrize(
@@ -415,9 +407,7 @@ def test_many_pairs_with_equal_sides_are_warned_about(capsys):
     assert "warning" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Shots and sparse prompts
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Shots and sparse prompts
 
 
 def rows_of(X):
@@ -521,9 +511,7 @@ def test_a_fraction_that_leaves_no_pair_is_refused(fraction):
         utils.create_sparse_tensor(torch.zeros(5, 30, 2), fraction)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Simulated users
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Simulated users
 
 
 def test_a_population_is_mixtures_over_the_ten_scorers():
@@ -596,7 +584,7 @@ def test_a_simulated_user_prefers_the_best_response_to_the_worst(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_responses_of_a_prompt_that_are_all_tied_are_no_pair(dtype):
-    """Seven equal rows of a matrix product may differ in rounding, from the last ones that a vector does not fill."""
+    """Equal rows of a matrix product may differ in rounding, if they do not fill a vector."""
     tied, free = (
         torch.randn(333, 1, 10, generator=chance(), dtype=dtype),
         torch.randn(50, 7, 10, generator=chance(1)),
@@ -607,13 +595,11 @@ def test_the_responses_of_a_prompt_that_are_all_tied_are_no_pair(dtype):
         assert torch.equal(best[:333], worst[:333]) and (best[333:] != worst[333:]).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pairs of dialogues
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Pairs of dialogues
 
 
 def prism_row(user, dialog, turn, rejected, value):
-    """A turn whose chosen embedding is [value] * D and whose rejected ones are [value - 1], [value - 2], ..."""
+    """A turn: the chosen embedding is [value] * D, the rejected ones are [value - 1] * D, ..."""
     vectors = [torch.full((D,), value - j) for j in range(1 + rejected)]
     return {
         "prompt": [],

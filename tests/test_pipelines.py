@@ -1,5 +1,7 @@
-"""run, run_regularized and run_few_shot_vary_shots: what they return, what they print, what they refuse; the calls of
-the released scripts."""
+"""run, run_regularized and run_few_shot_vary_shots: what they return, print and refuse.
+
+Then the calls of the released scripts.
+"""
 
 import contextlib
 import functools
@@ -36,7 +38,7 @@ V_FINAL = PLANTED.mean(1, keepdim=True)
 
 
 def planted_features():
-    """Train and test pairs of the seen users, then of the unseen, in the order of `run`; users have 12 to 44 pairs."""
+    """Train and test pairs of seen, then of unseen users, as `run` takes them; 12 to 44 each."""
     return [
         [X[: 12 + 4 * i] for i, X in enumerate(part)]
         for part in planted_crowd(N, N_UNSEEN, (44, 44, 44, 44))
@@ -114,7 +116,7 @@ def accuracies_by_counting(fit):
 
 
 def assert_same_weights(one, other):
-    """Of logits too, which still move where the weights have nearly reached a corner of the simplex."""
+    """Their logits are compared too: near a corner of the simplex only these still move."""
     for x, y in (
         (one, torch.stack(other)),
         (one.clamp(1e-30).log(), torch.stack(other).clamp(1e-30).log()),
@@ -123,7 +125,7 @@ def assert_same_weights(one, other):
 
 
 def expected_print(headings, of_settings):
-    """The quickstart's step 5: the headings of a model, then each setting's name and its two lines."""
+    """The quickstart's step 5: a model's headings, then each setting's name and its two lines."""
     lines = list(headings)
     for setting, accuracies in of_settings.items():
         lines += [
@@ -134,9 +136,7 @@ def expected_print(headings, of_settings):
     return "".join(line + "\n" for line in lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the sweeps return
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- What the sweeps return
 
 
 @pytest.mark.parametrize("which", ["swept", "swept_regularized"])
@@ -252,9 +252,7 @@ def test_planted_users_are_served_best_at_the_planted_rank():
     assert max(*seen[:2], *unseen[:2]) < 0.8
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What they print
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- What they print
 
 
 def test_run_prints_the_quickstarts_lines(swept):
@@ -263,7 +261,8 @@ def test_run_prints_the_quickstarts_lines(swept):
         expected_print([f"K : {fit.K}"], accuracies_by_counting(fit)) for fit in fits
     )
     assert re.match(
-        r"K : 0\nTrain Performance\nAverage accuracy: 0\.\d{4}\nStandard deviation of accuracy: 0\.\d{4}\n"
+        r"K : 0\nTrain Performance\n"
+        r"Average accuracy: 0\.\d{4}\nStandard deviation of accuracy: 0\.\d{4}\n"
         r"Seen User Unseen Prompts\n",
         printed,
     )
@@ -286,9 +285,7 @@ def test_pairs_of_two_equal_sides_count_as_wrong():
     assert not any(map(any, vary_shots(2, [0], [0, 2], [3], features=zeros, num_iterations=2)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Seeds, pairs, features of every kind
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Seeds, pairs, features of every kind
 
 
 def test_several_seeds_are_averaged_user_by_user(swept):
@@ -379,9 +376,7 @@ def test_a_sweep_leaves_features_and_reward_head_as_they_were(pipeline):
         assert all(torch.equal(X, same) for X, same in zip(part, before, strict=True))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Number of shots
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Number of shots
 
 
 def vary_shots(
@@ -464,7 +459,7 @@ def test_every_pair_as_shot_is_the_few_shot_fit_of_run():
 
 
 def test_groups_make_a_shot_a_whole_group():
-    """Of groups in which all pairs are the same one, shots of groups are shots of pairs, without a rest."""
+    """If all pairs of a group are the same one, shots of groups are shots of pairs."""
     train, _, unseen, unseen_test = planted_features()
     groups = [torch.arange(len(X)).repeat_interleave(3) for X in unseen]
     thrice = [train, None, [X.repeat_interleave(3, 0) for X in unseen], unseen_test]
@@ -498,9 +493,7 @@ def test_vary_shots_prints_the_rank_the_shots_and_their_two_settings(capsys):
     assert re.fullmatch(shape, capsys.readouterr().out)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Wrong input
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Wrong input
 
 RANKS_AND_PENALTIES = [
     (dict(K_list=[]), "K_list"),
@@ -676,16 +669,16 @@ def test_what_is_no_list_of_features_is_refused_by_name():
             sweep(features=features)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The calls of the released scripts
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The calls of the released scripts
 
 FOUR = "train_features test_features_sparse train_features_unseen test_features_sparse_unseen"
 MODEL = "V_sft alpha num_classes num_features num_basis_vectors num_iterations learning_rate"
-ARGUMENTS = {  # of design.md, section 2: in this order, by these names; others may only follow, with a default
+# In this order, by these names; other arguments may only follow, with a default.
+ARGUMENTS = {
     "run": f"K_list alpha_list V_final {FOUR} N N_unseen device",
     "run_regularized": f"K_list alpha_list V_final {FOUR} N N_unseen device",
-    "run_few_shot_vary_shots": "trials alpha_list K_list num_shots train_features train_features_unseen "
+    "run_few_shot_vary_shots": "trials alpha_list K_list num_shots "
+    "train_features train_features_unseen "
     "test_features_sparse_unseen V_final N N_unseen device",
     "LoRe": MODEL,
     "LoRe_regularized": MODEL,
@@ -727,7 +720,7 @@ def test_arguments_have_the_released_names_and_order(name):
 
 
 def test_the_personalllm_script_of_the_release_can_be_run():
-    """Scores as a numpy array of objects, features as nested lists of bfloat16 tensors, W as numpy's."""
+    """Scores are an array of objects, features nested lists of bfloat16 tensors, W is numpy's."""
     prompts, scorers = 40, 10
     generator, chance = torch.Generator().manual_seed(0), np.random.default_rng(0)
     features = [
@@ -764,7 +757,7 @@ def test_the_personalllm_script_of_the_release_can_be_run():
 
 
 def by_keyword():
-    """Each numerical function of section 2 as others call it, by keyword alone: name -> what it gives."""
+    """Each numerical function as others call it, by keyword alone: name -> what it gives."""
     train, test, unseen, unseen_test = planted_features()
     V = planted_basis(d, 2)
     parts = dict(zip(FOUR.split(), (train, test, unseen, unseen_test)))
