@@ -1,16 +1,17 @@
-"""How much faster the training engine of utils.py is than a plain loop over users, and how much memory training takes.
+"""How much faster the engine of utils.py is than a plain loop over users, and its memory.
 
-    python tests/benchmarks/bench_training.py                 all sections, some minutes on two cores, 4 GB
-    python tests/benchmarks/bench_training.py gradient run    only these; of memory, personalllm, gradient, run, few-shot,
-                                                              seeds, prism
+    python tests/benchmarks/bench_training.py                 all sections: minutes, 4 GB
+    python tests/benchmarks/bench_training.py gradient run    only these sections
 
-Prints a line per figure: seconds of ours and of the plain loop, their ratio (the median of the repeats, and the
-smallest and largest of them) and the target. Nothing is asserted, the exit status is 0.
+The sections are memory, personalllm, gradient, run, few-shot, seeds, prism and evaluation.
 
-The plain loop stands below: in every step one user after the other, a training per rank, autograd and torch's Adam, the
-margin taken as x (V w_i). Both sides run in this process on the same features, in turn, so that a busy machine slows
-both; the kernel has been compiled before. Features are synthetic: standard normal, as wide as the 8B model's; neither
-side's cost depends on their values.
+Prints a line per figure: seconds of ours and of the plain loop, their ratio (the median of the
+repeats, and the smallest and largest of them) and the target. Nothing is asserted.
+
+The plain loop below takes one user after the other in every step, a training per rank, autograd
+and torch's Adam, and the margin as x (V w_i). Both sides run in this process on the same features,
+in turn, so that a busy machine slows both; the kernel has been compiled before. Features are
+synthetic: standard normal, as wide as the 8B model's. Neither side's cost depends on their values.
 """
 
 import contextlib
@@ -35,7 +36,6 @@ import lore.embedding_files
 import lore.files
 import utils
 
-# ---------------------------------------------------------------------------------------------------------------------
 d = 4096
 REPEATS = 5  # of each comparison, ours and plain in turn
 TLDR_USERS, TLDR_RANKS = 38, [1, 2, 3, 4, 5, 6]
@@ -52,7 +52,7 @@ PRISM_USERS, PRISM_PAIRS, PRISM_RANKS, PRISM_ALPHA = (
     1e4,
 )
 PRISM_UNSEEN_USERS, PRISM_UNSEEN_PAIRS = 257, 4900 / 257
-# ---------------------------------------------------------------------------------------------------------------------
+SMALL_USERS, SMALL_PAIRS, SMALL_WIDTH = 26_000, 20, 64  # of the evaluation of many users
 
 V_SFT = torch.randn(d, 1, generator=torch.Generator().manual_seed(0))
 
@@ -158,12 +158,12 @@ def seconds(call, *arguments):
 
 
 def per_iteration(train, iterations):
-    """Seconds of one iteration of `train(num_iterations)`, without what it does before the first and after the last."""
+    """Seconds of one iteration of `train(num_iterations)`, without its beginning and end."""
     return (seconds(train, iterations) - seconds(train, 0)) / iterations
 
 
 def compare(figure, ours, plain, target, repeats=REPEATS):
-    """A line of the table: what `ours()` and `plain()` report, in turn, after a call of each that does not count."""
+    """A line of the table: what `ours()` and `plain()` report, in turn, after a call to warm up."""
     if repeats > 1:
         ours(), plain()
     pairs = [(ours(), plain()) for _ in range(repeats)]
@@ -172,16 +172,17 @@ def compare(figure, ours, plain, target, repeats=REPEATS):
 
 def line(figure, one, other, ratios, target, unit="s"):
     spread = f" ({min(ratios):.1f} .. {max(ratios):.1f})" if len(ratios) > 1 else ""
+    ratio = f"{statistics.median(ratios):.2f}{spread}"
     print(
-        f"{figure:<52} {one:>9.4g} {unit:<2} {other:>9.4g} {unit:<2} {f'{statistics.median(ratios):.2f}{spread}':<22} "
-        f"{target}",
+        f"{figure:<52} {one:>9.4g} {unit:<2} {other:>9.4g} {unit:<2} {ratio:<22} {target}",
         flush=True,
     )
 
 
 def heading(title):
     print(
-        f"\n{title}\n{'':<52} {'ours':>9} {'':<2} {'plain':>9}    {'ratio (min .. max)':<22} target",
+        f"\n{title}\n{'':<52} {'ours':>9} {'':<2} {'plain':>9}    "
+        f"{'ratio (min .. max)':<22} target",
         flush=True,
     )
 
@@ -191,7 +192,7 @@ def heading(title):
 
 def gradient():
     heading(
-        "One gradient, by W and by V, ours of all ranks together; plain: a loop over users for each rank"
+        "One gradient, by W and by V. Ours: all ranks together; plain: a loop over users per rank"
     )
     for figure, users, pairs, ranks, target in (
         ("38 x 150, K = 1..6", TLDR_USERS, TLDR_PAIRS["train"], TLDR_RANKS, 0),
@@ -221,8 +222,9 @@ def gradient():
 
 def run():
     heading(
-        f"`run` at TL;DR's size, 2 x {TLDR_USERS} users, K = 1..6, {TLDR_ITERATIONS} + {FEW_SHOT_ITERATIONS} "
-        "iterations. Ours: measured whole; plain:\nevaluation measured, trainings extrapolated from 2 iterations each"
+        f"`run` at TL;DR's size, 2 x {TLDR_USERS} users, K = 1..6, {TLDR_ITERATIONS} + "
+        f"{FEW_SHOT_ITERATIONS} iterations. Ours: measured whole; plain:\nevaluation measured, "
+        "trainings extrapolated from 2 iterations each"
     )
     features = [users_of(TLDR_USERS, pairs) for pairs in TLDR_PAIRS.values()]
 
@@ -251,7 +253,8 @@ def run():
 def few_shot():
     heading(
         f"Few-shot fit, {PERSONAL_UNSEEN_USERS} users x {PERSONAL_UNSEEN_PAIRS} pairs, K = 5, "
-        f"{FEW_SHOT_ITERATIONS} iterations. Ours: measured whole, with X V; plain: extrapolated from 5"
+        f"{FEW_SHOT_ITERATIONS} iterations.\nOurs: measured whole, with X V; plain: extrapolated "
+        "from 5"
     )
     features, V = users_of(PERSONAL_UNSEEN_USERS, PERSONAL_UNSEEN_PAIRS), torch.randn(d, 5)
     compare(
@@ -264,7 +267,8 @@ def few_shot():
 
 def seeds():
     heading(
-        "Five seeds of the K = 1..6 sweep against one, ours in both columns: `run` with a tenth of its iterations"
+        "Five seeds of the K = 1..6 sweep against one, ours in both columns: `run` with a tenth of "
+        "its iterations"
     )
     features = [users_of(TLDR_USERS, pairs) for pairs in TLDR_PAIRS.values()]
 
@@ -292,8 +296,8 @@ def seeds():
 
 def prism():
     heading(
-        f"PRISM, {PRISM_USERS} users, {PRISM_USERS * PRISM_PAIRS:,.0f} pairs, ranks {PRISM_RANKS}. Measured: one iteration of the sweep, "
-        "a step on W\nand one on V, the mean of 6 (plain: 1)"
+        f"PRISM, {PRISM_USERS} users, {PRISM_USERS * PRISM_PAIRS:,.0f} pairs, ranks {PRISM_RANKS}. "
+        "Measured: one iteration\nof the sweep, a step on W and one on V, the mean of 6 (plain: 1)"
     )
     features = users_of(PRISM_USERS, PRISM_PAIRS)
     compare(
@@ -318,7 +322,7 @@ def peak_bytes():
 
 
 def alone(work, *arguments):
-    """What `work` reports, in a process of its own: a process inherits the peak of the one that starts it."""
+    """What `work` reports, in a fresh process: a forked one inherits the peak of its parent."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
 
@@ -376,11 +380,13 @@ def write_personalllm(folder):
 
 
 def train_personalllm(folder):
-    """main() of train_basis.py with few iterations -> peak resident bytes, seconds, seconds of the evaluation."""
+    """main() of train_basis.py with few iterations -> peak bytes, seconds, those of evaluation."""
     spec = importlib.util.spec_from_file_location(
         "train_basis", ROOT / "PersonalLLM" / "train_basis.py"
     )
-    script, evaluate, spent = importlib.util.module_from_spec(spec), utils.accuracies_per_user, []
+    script = importlib.util.module_from_spec(spec)
+    evaluate = utils.accuracies_per_user
+    spent = []
     spec.loader.exec_module(script)
 
     def timed(*arguments):
@@ -389,11 +395,9 @@ def train_personalllm(folder):
         spent.append(time.perf_counter() - begin)
         return found
 
-    script.num_iterations, utils.accuracies_per_user, sys.argv = (
-        5,
-        timed,
-        ["train_basis.py", "--dir", str(folder)],
-    )
+    script.num_iterations = 5
+    utils.accuracies_per_user = timed
+    sys.argv = ["train_basis.py", "--dir", str(folder)]
     with contextlib.redirect_stdout(io.StringIO()):
         total = seconds(script.main)
     return peak_bytes(), total, sum(spent)
@@ -404,8 +408,33 @@ def personal():
         alone(write_personalllm, Path(folder))
         peak, total, evaluation = alone(train_personalllm, Path(folder))
     print(
-        f"\nPersonalLLM/train_basis.py as a whole at its published size, 5 iterations: {total:.1f} s, of which evaluation "
-        f"{evaluation:.2f} s (target 60), peak memory {peak / 1e9:.2f} GB (target 8)"
+        "\nPersonalLLM/train_basis.py as a whole at its published size, 5 iterations: "
+        f"{total:.1f} s, "
+        f"of which evaluation {evaluation:.2f} s (target 60), peak memory {peak / 1e9:.2f} GB "
+        "(target 8)"
+    )
+
+
+def evaluation():
+    heading(
+        f"Evaluation of {SMALL_USERS:,} users x {SMALL_PAIRS} pairs, d = {SMALL_WIDTH}, K = 1..6. "
+        "Plain: a small product per user"
+    )
+    features = list(torch.randn(SMALL_USERS * SMALL_PAIRS, SMALL_WIDTH).split(SMALL_PAIRS))
+    bases = [torch.randn(SMALL_WIDTH, K) for K in TLDR_RANKS]
+    weights = [torch.randn(SMALL_USERS, K) for K in TLDR_RANKS]
+
+    def plain():
+        for V, W in zip(bases, weights):
+            for X, w in zip(features, W):
+                (X @ (V @ w) > 0).float().mean()
+
+    compare(
+        "accuracies",
+        lambda: seconds(utils.accuracies_per_user, features, bases, weights),
+        lambda: seconds(plain),
+        1,
+        repeats=3,
     )
 
 
@@ -417,13 +446,15 @@ SECTIONS = {
     "few-shot": few_shot,
     "seeds": seeds,
     "prism": prism,
+    "evaluation": evaluation,
 }
 
 
 def main():
     print(
-        f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, {torch.get_num_threads()} "
-        f"threads, {torch.backends.cpu.get_cpu_capability()}; d = {d}, synthetic features, float32"
+        f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}; d = {d}, "
+        "synthetic features, float32"
     )
     chosen = sys.argv[1:] or list(SECTIONS)
     if not set(chosen) <= set(SECTIONS):
