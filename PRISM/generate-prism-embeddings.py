@@ -35,7 +35,7 @@ def embed(rows, args):
     """Add the embeddings to every row, bfloat16, and the format of its pairs; returns what they depend on."""
     numbers, about = {}, {}
     for row in rows:
-        for conversation in prism.conversations_of(row):
+        for conversation in prism.row_conversations(row):
             numbers.setdefault(json.dumps(conversation), len(numbers))
     print(f"{len(numbers):,} distinct conversations to embed")
     embeddings = embed_conversations(
@@ -49,7 +49,7 @@ def embed(rows, args):
     ).bfloat16()
     for row in rows:
         chosen, *rejected = (
-            numbers[json.dumps(conversation)] for conversation in prism.conversations_of(row)
+            numbers[json.dumps(conversation)] for conversation in prism.row_conversations(row)
         )
         row["extra_info"].update(
             chosen_conv_embedding=embeddings[chosen].clone(),
