@@ -1,4 +1,4 @@
-"""Score RewardBench 2 with the reward model's own head, or with every column of a learnt basis in one pass.
+"""Score RewardBench 2 with the reward model's own head, or with all columns of a basis in one pass.
 
     python eval_rb2.py                                   the reward model itself
     python eval_rb2.py --rm_head checkpoints/PRISM_V_lore_K_10_alpha_10000.0.pt --mode lmhead
@@ -32,30 +32,18 @@ from lore.embedding import embed_conversations
 from lore.files import atomic_write, check_writable, digest_of, load_json, load_pickle, load_tensors
 from lore.reward_model import check_gpu, load_reward_head, load_reward_model
 from lore.rows import hub_rows, parse_rows, read_rows, split_files
-from lore.scripts import run_script, script_parser
+from lore.scripts import CACHE_FOLDER, STANDIN_FOLDER, run_script, script_parser
 from lore.standin import build_standin_model
 from utils import InputError, check_device, check_matrix, check_number, check_whole
 
+# ---- Settings
+
 MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"
+TOKEN_BUDGET = None  # tokens in a batch; None: as the device takes
+
 DATASET = "allenai/reward-bench-2"
 SUBSETS = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
-TOKEN_BUDGET = None  # tokens in a batch; None: as many as suit the device
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-class BenchmarkRow(BaseModel):
-    """A row of the benchmark; only these columns are needed."""
-
-    id: StrictStr
-    prompt: StrictStr
-    chosen: Annotated[list[StrictStr], Field(min_length=1)]
-    rejected: Annotated[list[StrictStr], Field(min_length=1)]
-    subset: Literal[SUBSETS]
-
-    @property
-    def answers(self) -> list[str]:
-        """All answers: the chosen, then the rejected ones."""
-        return [*self.chosen, *self.rejected]
 
 
 # ---- The command line
@@ -132,7 +120,7 @@ def is_demo(folder: Path) -> bool:
 
 def demo_model(folder: Path) -> Path:
     """The stand-in model in this folder, built now if prepare.py --demo has not built it yet."""
-    model = folder / ".standin"
+    model = folder / STANDIN_FOLDER
     if not (model / "tokenizer.json").exists():  # the file that is written last
         texts = []
         for path in sorted((HERE / "demo").glob("*.jsonl.gz")):
@@ -142,6 +130,21 @@ def demo_model(folder: Path) -> Path:
 
 
 # ---- The benchmark
+
+
+class BenchmarkRow(BaseModel):
+    """A row of the benchmark; only these columns are needed."""
+
+    id: StrictStr
+    prompt: StrictStr
+    chosen: Annotated[list[StrictStr], Field(min_length=1)]
+    rejected: Annotated[list[StrictStr], Field(min_length=1)]
+    subset: Literal[SUBSETS]
+
+    @property
+    def answers(self) -> list[str]:
+        """All answers: the chosen, then the rejected ones."""
+        return [*self.chosen, *self.rejected]
 
 
 def read_benchmark(
@@ -214,7 +217,8 @@ def ties_score(answers: list[tuple[str, list[float], list[float]]]) -> float:
     )
 
 
-def mean_or_zero(values: list[float] | list[bool]) -> float:
+def mean_or_zero(values: list[float]) -> float:
+    """The mean; 0 if there are no values, as the benchmark counts."""
     return sum(values) / len(values) if values else 0.0
 
 
@@ -442,7 +446,7 @@ def main() -> None:
         conversations,
         model,
         tokenizer,
-        cache_dir=args.dir / ".embedding_cache",
+        cache_dir=args.dir / CACHE_FOLDER,
         token_budget=TOKEN_BUDGET,
         max_length=args.max_length,
         truncation_side=args.truncation_side,

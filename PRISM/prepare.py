@@ -21,10 +21,12 @@ from lore.rows import warn_of_blank_texts, warn_of_equal_sides
 from lore.scripts import prepare_arguments, run_script
 from utils import InputError, check_number, check_whole
 
-# The model that generate-prism-embeddings.py will use
+# ---- Settings
+
+# The model that generate-prism-embeddings.py will use.
 MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"
 
-# The split; these are the released values
+# The split. These are the released values.
 split_seed = 123
 seen_share = 0.8  # of the users, rounded down
 fewest_conversations = 6  # users with fewer are left out

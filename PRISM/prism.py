@@ -362,8 +362,7 @@ def load_embeddings(folder: Path | str, model_name: str) -> Study:
     }
     features = {part: create_dataset_prism(rows) for part, rows in part_rows.items()}
     users = {part: group_by_dialog(rows) for part, rows in part_rows.items()}
-    _check_users("seen", users["train"], users["test"], place)
-    _check_users("unseen", users["train_unseen"], users["test_unseen"], place)
+    _check_users(users, place)
 
     pairs = {}  # part -> one list per user
     for part in PARTS:
@@ -458,12 +457,17 @@ def _check_split(folder: Path, provenance: dict[str, Any]) -> None:
         )
 
 
-def _check_users(kind: str, train: Users, test: Users, folder: Path) -> None:
-    """Raise InputError unless both files have the same users of this kind, at least one."""
-    if not train or list(train) != list(test):
+def _check_users(users: dict[str, Users], folder: Path) -> None:
+    """Raise InputError unless both files have the same seen and the same unseen users."""
+    ids = {part: list(users[part]) for part in PARTS}
+    both_kinds = ids["train"] and ids["train_unseen"]
+    same = ids["train"] == ids["test"] and ids["train_unseen"] == ids["test_unseen"]
+    if not both_kinds or not same:
         raise InputError(
-            f"{folder}: {len(train)} {kind} users in {FILES[0]} and {len(test)} in {FILES[1]}, and "
-            "they must be the same; make both files in one run of generate-prism-embeddings.py"
+            f"{folder}: {len(ids['train'])} seen and {len(ids['train_unseen'])} unseen users in "
+            f"{FILES[0]}, {len(ids['test'])} and {len(ids['test_unseen'])} in {FILES[1]}; "
+            "they must be the same, at least one of each kind; make both files in one run of "
+            "generate-prism-embeddings.py"
         )
 
 
