@@ -3,7 +3,7 @@
     python vary_fewshot.py                             reads what generate-prism-embeddings.py wrote
 
 Learns the basis on the seen users, then fits every unseen user from the pairs of 1, 2, 3 of the
-user's conversations, drawn anew in each trial. Writes vary_fewshot.json, .csv and .tex (means with
+user's conversations, drawn again in each trial. Writes vary_fewshot.json, .csv and .tex (means with
 95 % intervals over users), .png and .pdf to results/ beside itself.
 
 Then asks the unseen users one question (a pair) at a time, random ones or those that tell the most,
@@ -29,7 +29,7 @@ num_iterations = 500
 seed = 0  # of the training and of the drawn shots
 
 trials = 20  # how often each number of shots is drawn
-num_shots = [1, 2, 3]  # conversations; most users have six, of which half are for training
+num_shots = [1, 2, 3]  # conversations; most users have six, half of them for training
 
 # Questions to an unseen user, one by one: random pairs, or those that tell the most.
 num_questions = 8
