@@ -1,104 +1,100 @@
-"""Score RewardBench 2 with the reward model's own head, or with every column of a learnt basis in one pass.
+"""Score RewardBench 2 with the reward model's own head, or with all columns of a basis in one pass.
 
-    python eval_rb2.py                                                        the reward model itself
+    python eval_rb2.py                                   the reward model itself
     python eval_rb2.py --rm_head checkpoints/PRISM_V_lore_K_10_alpha_10000.0.pt --mode lmhead
     python eval_rb2.py --rm_head results/K_10.safetensors --user_weights results/K_10.safetensors
-    python eval_rb2.py --model MODEL --data DIR                               a local copy, test.jsonl or .parquet
+    python eval_rb2.py --model MODEL --data DIR          a local copy, test.jsonl or .parquet
+    python eval_rb2.py --demo                            a stand-in model, a synthetic benchmark
 
-After `prepare.py --demo` it takes the stand-in model and the written benchmark beside it.
+After `prepare.py --demo` it does what --demo does, if neither --model nor --data is given.
 
-Prints accuracy by subset, a line per column; with --user_weights also the mean user's reward (the average weights) and
-the average over users of each one's personalised reward. --save_csv writes the same table.
+Prints accuracy by subset, a line per column; with --user_weights also the mean user's reward (the
+average weights) and the average over users of each one's personalised reward. --save_csv writes
+the same table.
 """
 
+import argparse
+import json
+import math
 import sys
 from pathlib import Path
-from typing import List, Literal
-
-from pydantic import BaseModel, Field, StrictStr
-from typing_extensions import Annotated
+from typing import Annotated, Any, Literal, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-import math
-
 import numpy as np
 import pandas as pd
 import torch
+from pydantic import BaseModel, Field, StrictStr
 
 import prism
 from lore.embedding import embed_conversations
 from lore.files import atomic_write, check_writable, digest_of, load_json, load_pickle, load_tensors
 from lore.reward_model import check_gpu, load_reward_head, load_reward_model
 from lore.rows import hub_rows, parse_rows, read_rows, split_files
-from lore.scripts import run_script, script_parser
-from utils import InputError, check_device, check_matrix, check_settings
+from lore.scripts import CACHE_FOLDER, STANDIN_FOLDER, run_script, script_parser
+from lore.standin import build_standin_model
+from utils import InputError, check_device, check_matrix, check_number, check_whole
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Settings
+
 MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"
+TOKEN_BUDGET = None  # tokens in a batch; None: as the device takes
+
 DATASET = "allenai/reward-bench-2"
 SUBSETS = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
-TOKEN_BUDGET = None  # tokens in a batch; None: as the device takes
-# ---------------------------------------------------------------------------------------------------------------------
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-class Row(BaseModel):
-    """A row of the benchmark, of whose columns these are needed."""
-
-    id: StrictStr
-    prompt: StrictStr
-    chosen: Annotated[List[StrictStr], Field(min_length=1)]
-    rejected: Annotated[List[StrictStr], Field(min_length=1)]
-    subset: Literal[SUBSETS]
+# ---- The command line
 
 
-def arguments():
+def read_arguments() -> argparse.Namespace:
+    """Read and check the command line. Raises InputError that names the option."""
     parser = script_parser(__doc__, HERE)
-    parser.add_argument(
-        "--model", default=None, metavar="ID_OR_PATH", help=f"default: {MODEL_NAME}"
-    )
-    parser.add_argument("--tokenizer", metavar="ID_OR_PATH", help="default: the model's")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--demo", action="store_true", help="a tiny stand-in model, and the benchmark in demo/")
+    add("--model", metavar="ID_OR_PATH", help=f"default: {MODEL_NAME}")
+    add("--tokenizer", metavar="ID_OR_PATH", help="default: the model's")
+    add(
         "--mode",
         choices=("auto", "seqclf", "lmhead"),
         default="auto",
-        help="seqclf: the checkpoint's score head; lmhead: --rm_head; auto: --rm_head where given",
+        help="seqclf: the checkpoint's score head; lmhead: --rm_head; auto: --rm_head if given",
     )
-    parser.add_argument(
-        "--rm_head",
-        type=Path,
-        metavar="FILE",
-        help="head or basis [d, K]: .pt, .npy or .safetensors",
-    )
-    parser.add_argument("--head_bias", type=float, default=0.0, help="added to every score")
-    parser.add_argument(
-        "--head_key", help="the tensor's name in a file of several (default: V or reward_head)"
-    )
-    parser.add_argument(
-        "--user_weights", type=Path, metavar="FILE", help="weights [users, K] over the columns"
-    )
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--subset", metavar="NAME", help=f"one of {', '.join(SUBSETS)}")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="a folder with a local copy")
-    parser.add_argument("--batch_size", type=int, help="answers in a batch (default: as fit)")
-    parser.add_argument("--max_length", type=int, help="truncate conversations to so many tokens")
-    parser.add_argument("--truncation_side", choices=("left", "right"), default="left")
-    parser.add_argument("--device", help="default: the GPU, else the CPU")
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16 on a GPU"
-    )
-    parser.add_argument("--trust_remote_code", action="store_true")
-    parser.add_argument("--save_csv", type=Path, metavar="FILE")
-    parser.add_argument("--top_k", type=int, metavar="N", help="print only the N best lines")
-    parser.add_argument(
-        "--verbose_failures", action="store_true", help="list the rows that column 0 gets wrong"
-    )
+    add("--rm_head", type=Path, metavar="FILE", help="head or basis: .pt, .npy or .safetensors")
+    add("--head_bias", type=float, default=0.0, help="added to every score")
+    add("--head_key", help="the tensor's name in a file of several (default: V or reward_head)")
+    add("--user_weights", type=Path, metavar="FILE", help="weights [users, K] over the columns")
+    add("--split", default="test")
+    add("--subset", metavar="NAME", help=f"one of {', '.join(SUBSETS)}")
+    add("--limit", type=int, metavar="N", help="only the first N rows")
+    add("--data", type=Path, metavar="DIR", help="a folder with a local copy")
+    add("--batch_size", type=int, help="answers in a batch (default: as many as fit)")
+    add("--max_length", type=int, help="truncate conversations to so many tokens")
+    add("--truncation_side", choices=("left", "right"), default="left")
+    add("--device", help="default: the GPU, or the CPU if there is none")
+    add("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on a GPU, float32 on the CPU")
+    add("--trust_remote_code", action="store_true")
+    add("--save_csv", type=Path, metavar="FILE")
+    add("--top_k", type=int, metavar="N", help="print only the N best lines")
+    add("--verbose_failures", action="store_true", help="list the rows that column 0 gets wrong")
     args = parser.parse_args()
+    check_arguments(args)
+    return args
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise InputError for a value out of range, or options that exclude each other."""
+    if args.demo and (args.data or args.model):
+        raise InputError(
+            "--demo brings its own data and model; leave out --data and --model, or --demo"
+        )
     for name in ("limit", "batch_size", "max_length", "top_k"):
-        if getattr(args, name) is not None:
-            check_settings(**{f"--{name}": getattr(args, name)})
-    check_settings(**{"--head_bias": args.head_bias})
+        value = getattr(args, name)
+        if value is not None:
+            check_whole(f"--{name}", value, least=1)
+    check_number("--head_bias", args.head_bias, -1e6, 1e6)
     if args.device is not None:
         check_device(args.device)
     if args.save_csv is not None:
@@ -106,261 +102,366 @@ def arguments():
             raise InputError(f"--save_csv {args.save_csv}: a folder; give the name of a file")
         check_writable(args.save_csv.parent)
     if args.subset is not None and args.subset not in SUBSETS:
-        raise InputError(f"--subset {args.subset}: unknown; one of {', '.join(SUBSETS)}")
+        raise InputError(f"--subset {args.subset}: unknown; give one of {', '.join(SUBSETS)}")
     if args.mode == "lmhead" and args.rm_head is None:
         raise InputError("--mode lmhead needs --rm_head, the head to score with")
     if args.mode == "seqclf" and args.rm_head is not None:
         raise InputError(
-            "--mode seqclf takes the checkpoint's own head; leave out --rm_head, or use --mode lmhead"
+            "--mode seqclf takes the checkpoint's own head; leave out --rm_head, or use "
+            "--mode lmhead"
         )
-    return args
 
 
-def read_matrix(path, keys, what):
-    """A 1- or 2-dimensional float32 tensor from a .pt, .npy or .safetensors file, by the first of `keys` it holds."""
+def is_demo(folder: Path) -> bool:
+    """Whether prepare.py --demo wrote the split in this folder."""
+    split_file = folder / prism.SPLIT_FOLDER / "split.json"
+    return split_file.exists() and load_json(split_file, "demo")["demo"]
+
+
+def demo_model(folder: Path) -> Path:
+    """The stand-in model in this folder, built now if prepare.py --demo has not built it yet."""
+    model = folder / STANDIN_FOLDER
+    if not (model / "tokenizer.json").exists():  # the file that is written last
+        texts = []
+        for path in sorted((HERE / "demo").glob("*.jsonl.gz")):
+            texts += [json.dumps(row) for _, row in read_rows(path)]
+        build_standin_model(model, texts)
+    return model
+
+
+# ---- The benchmark
+
+
+class BenchmarkRow(BaseModel):
+    """A row of the benchmark; only these columns are needed."""
+
+    id: StrictStr
+    prompt: StrictStr
+    chosen: Annotated[list[StrictStr], Field(min_length=1)]
+    rejected: Annotated[list[StrictStr], Field(min_length=1)]
+    subset: Literal[SUBSETS]
+
+    @property
+    def answers(self) -> list[str]:
+        """All answers: the chosen, then the rejected ones."""
+        return [*self.chosen, *self.rejected]
+
+
+def read_benchmark(
+    data: Path | None, split: str, subset: str | None, limit: int | None
+) -> list[BenchmarkRow]:
+    """The first `limit` rows of the split that are of the subset (None: of any).
+
+    data: a folder with a local copy; None: download it. Raises InputError that names row and field,
+    or says that the split is unknown or no row is left.
+    """
+    if data is None:
+        splits = hub_rows(DATASET)
+        if split not in splits:
+            raise InputError(f"--split {split}: {DATASET} has {', '.join(splits)}")
+        raw_rows = splits[split]
+    else:
+        paths = split_files(data, **{split: [split]})[split]
+        raw_rows = (row for path in paths for row in read_rows(path))
+
+    rows = [row for _, row in parse_rows(raw_rows, BenchmarkRow, DATASET)]
+    if subset is not None:
+        rows = [row for row in rows if row.subset == subset]
+    if not rows:
+        raise InputError(f"no rows of subset {subset or 'any'} in split {split}; choose another")
+    return rows[:limit]
+
+
+class TiesPrompt(NamedTuple):
+    """How the answers to a prompt of the Ties subset were scored."""
+
+    margin: float  # of the worst correct answer over the best incorrect one
+    spread: float  # between the best and the worst correct answer
+
+
+def ties_score(answers: list[tuple[str, list[float], list[float]]]) -> float:
+    """The score of the Ties subset, as the benchmark defines it.
+
+    answers: of each prompt its id, the scores of the correct and of the incorrect answers. Ids are
+    `ref:P` (one correct answer) and `tied:P` (several); most P are there in both kinds.
+
+    A prompt is accurate if its worst correct answer beats its best incorrect one. The last three
+    terms are about the prompts that are there in both kinds: their margin must exceed the spread of
+    the tied correct answers. Raises InputError: an id of another form, or one that is there twice.
+    """
+    prompts: dict[str, dict[str, TiesPrompt]] = {"ref": {}, "tied": {}}
+    for row_id, correct, incorrect in answers:
+        kind, _, name = row_id.partition(":")
+        if kind not in prompts:
+            raise InputError(
+                f"Ties row {row_id}: its id should begin with ref: or tied:; take the benchmark's "
+                "own file"
+            )
+        if name in prompts[kind]:
+            raise InputError(f"Ties row {row_id}: its id is there twice; leave one out")
+        prompts[kind][name] = TiesPrompt(
+            margin=min(correct) - max(incorrect), spread=max(correct) - min(correct)
+        )
+
+    tied = prompts["tied"]
+    ref = prompts["ref"]
+    in_both = [name for name in tied if name in ref]
+    smaller_margins = {name: min(ref[name].margin, tied[name].margin) for name in in_both}
+    return (
+        0.30 * mean_or_zero([prompt.margin > 0 for prompt in tied.values()])
+        + 0.30 * mean_or_zero([prompt.margin > 0 for prompt in ref.values()])
+        + 0.20 * mean_or_zero([tied[name].margin > tied[name].spread for name in in_both])
+        + 0.20 * mean_or_zero([smaller_margins[name] > tied[name].spread for name in in_both])
+        + 0.01
+        * mean_or_zero([ties_bonus(smaller_margins[name], tied[name].spread) for name in in_both])
+    )
+
+
+def mean_or_zero(values: list[float]) -> float:
+    """The mean; 0 if there are no values, as the benchmark counts."""
+    return sum(values) / len(values) if values else 0.0
+
+
+def ties_bonus(margin: float, spread: float) -> float:
+    """tanh(margin / spread - 1), and its limit for a spread of 0; 0 if both are 0."""
+    if spread > 0:
+        return math.tanh(margin / spread - 1)
+    if margin == 0:
+        return 0.0  # the benchmark counts what is not a number as 0
+    return math.copysign(1.0, margin)
+
+
+def row_score(chosen: np.ndarray, rejected: np.ndarray) -> float:
+    """1 if the chosen answer beats every rejected one, 1 / n if it shares the top with n - 1.
+
+    chosen, rejected: scores, float64; only the first chosen answer counts, as in the benchmark.
+    """
+    scores = np.concatenate([chosen, rejected])
+    top = scores.max()
+    if scores[0] < top:
+        return 0.0
+    return 1 / np.count_nonzero(scores == top)
+
+
+def evaluate(rows: list[BenchmarkRow], scores: np.ndarray) -> tuple[dict[str, float], list[str]]:
+    """What one reward reaches: its score by subset and their average, and the ids it gets wrong.
+
+    scores: float64 `[answers]`, of the answers of one row after the other.
+    """
+    row_scores: dict[str, list[float]] = {}  # by subset, without Ties
+    ties = []
+    wrong_ids = []
+    ends = np.cumsum([len(row.chosen) + len(row.rejected) for row in rows])
+    for row, answer_scores in zip(rows, np.split(scores, ends[:-1])):
+        chosen, rejected = np.split(answer_scores, [len(row.chosen)])
+        if row.subset == "Ties":
+            ties.append((row.id, chosen.tolist(), rejected.tolist()))
+            is_right = chosen.min() > rejected.max()
+        else:
+            score = row_score(chosen, rejected)
+            row_scores.setdefault(row.subset, []).append(score)
+            is_right = score == 1
+        if not is_right:
+            wrong_ids.append(row.id)
+
+    table = {}
+    for subset in SUBSETS:
+        if subset in row_scores:
+            table[subset] = float(np.mean(row_scores[subset]))
+    if ties:
+        table["Ties"] = ties_score(ties)
+    table["Average"] = float(np.mean(list(table.values())))
+    return table, wrong_ids
+
+
+def table_of_rewards(
+    rows: list[BenchmarkRow], scores: np.ndarray, weights: np.ndarray | None
+) -> tuple[pd.DataFrame, list[str]]:
+    """A line per column of the basis, then the mean user's and the average over users.
+
+    scores: float64 `[answers, K]`; weights: float64 `[users, K]`, or None for no users' lines.
+    Returns the table and the ids of the rows that column 0 gets wrong.
+    """
+    columns = [evaluate(rows, column_scores) for column_scores in scores.T]
+    if len(columns) == 1:
+        lines = {"reward head": columns[0][0]}
+    else:
+        lines = {f"column {k}": table for k, (table, _) in enumerate(columns)}
+    if weights is not None:
+        lines["mean user"], _ = evaluate(rows, scores @ weights.mean(0))
+        users = pd.DataFrame([evaluate(rows, scores @ w)[0] for w in weights])
+        lines["average over users"] = users.mean().to_dict()
+    _, wrong_ids = columns[0]
+    return pd.DataFrame.from_dict(lines, orient="index"), wrong_ids
+
+
+# ---- Heads and user weights
+
+
+def read_matrix(path: Path, names: list[str], what: str) -> torch.Tensor:
+    """Read a matrix from a .pt, .npy or .safetensors file: float32, of two dimensions.
+
+    names: of a file of several tensors take the first of these that it holds. what: "head" or
+    "user weights", for messages. A vector becomes a matrix of one column.
+    Raises InputError: no such file, none of the names in it, not a finite matrix of numbers.
+    """
     if not path.exists():
         raise InputError(f"{path}: no such file; give the {what}")
-    if path.suffix == ".safetensors":
-        content = load_tensors(path)[0]
-    elif path.suffix == ".npy":
-        try:
-            content = torch.from_numpy(np.load(path, allow_pickle=False))
-        except (ValueError, OSError, TypeError, EOFError) as error:
-            raise InputError(
-                f"{path}: no array of numbers ({error}); save it with numpy.save"
-            ) from None
-    else:
-        content = load_pickle(path)
+    content = _read_content(path)
     if isinstance(content, dict):
-        found = [key for key in keys if key in content] or (
-            list(content) if len(content) == 1 else []
-        )
-        if not found:
+        held_names = [name for name in names if name in content]
+        if len(content) == 1:
+            held_names += list(content)  # a file of one tensor, whatever its name
+        if not held_names:
+            remedy = "name one with --head_key"
+            if what != "head":
+                remedy = f"give a file with the {what}"
             raise InputError(
-                f"{path}: holds {', '.join(map(str, content))}, and none of {', '.join(keys)}; "
-                f"{'name one with --head_key' if what == 'head' else f'give a file with the {what}'}"
+                f"{path}: holds {', '.join(map(str, content))}, and none of {', '.join(names)}; "
+                f"{remedy}"
             )
-        content = content[found[0]]
+        content = content[held_names[0]]
     if isinstance(content, torch.Tensor) and content.ndim == 1:
         content = content.reshape(-1, 1)
     return check_matrix(content, f"{path}, {what}")
 
 
-def read_benchmark(args):
-    """The rows of the split, of the subset asked for. Raises InputError that names row and field, or no row."""
-    if args.data is None:
-        splits = hub_rows(DATASET)
-        if args.split not in splits:
-            raise InputError(f"--split {args.split}: {DATASET} has {', '.join(splits)}")
-        rows = splits[args.split]
-    else:
-        rows = (
-            row
-            for path in split_files(args.data, **{args.split: [args.split]})[args.split]
-            for row in read_rows(path)
-        )
-    found = [row for _, row in parse_rows(rows, Row, DATASET) if args.subset in (None, row.subset)][
-        : args.limit
-    ]
-    if not found:
+def _read_content(path: Path) -> Any:
+    """The tensor in a file, or a dict of its tensors; of a .pt file whatever it holds."""
+    if path.suffix == ".safetensors":
+        return load_tensors(path)[0]
+    if path.suffix != ".npy":
+        return load_pickle(path)
+    try:
+        return torch.from_numpy(np.load(path, allow_pickle=False))
+    except (ValueError, OSError, TypeError, EOFError) as error:
         raise InputError(
-            f"no rows of subset {args.subset or 'any'} in split {args.split}; choose another"
-        )
-    return found
+            f"{path}: no array of numbers ({error}); save it with numpy.save"
+        ) from None
 
 
-def ties_score(prompts):
-    """The benchmark's score of its Ties subset.
+def read_heads(path: Path | None, key: str | None, model_name: str, d: int) -> torch.Tensor:
+    """The reward vectors to score with, float32 `[d, K]`: those in a file, or the model's own head.
 
-    prompts: list of (id, scores of the correct answers, scores of the incorrect ones); ids are `ref:P` (one correct
-    answer) and `tied:P` (several). A prompt is accurate when its worst correct answer beats its best incorrect one; its
-    margin is that difference, its spread the range of the correct scores. The shares of prompts are over those that
-    stand there in both kinds.
+    key: the name of the tensor in the file. d: the width of the model's states.
+    Raises InputError: unreadable, of another width, or learnt from another model.
     """
-    kinds = {"ref": {}, "tied": {}}
-    for name, correct, incorrect in prompts:
-        kind, _, prompt = name.partition(":")
-        if kind not in kinds:
-            raise InputError(
-                f"Ties row {name}: its id should begin with ref: or tied:; take the benchmark's own file"
-            )
-        if prompt in kinds[kind]:
-            raise InputError(f"Ties row {name}: its id stands there twice; leave one out")
-        kinds[kind][prompt] = (min(correct) - max(incorrect), max(correct) - min(correct))
-
-    def share(values):
-        values = list(values)
-        return sum(values) / len(values) if values else 0.0
-
-    def safely(
-        margin, spread
-    ):  # a quotient that the benchmark counts as 0 where it is not a number
-        if spread == 0:
-            return 0.0 if margin == 0 else math.copysign(1.0, margin)
-        return math.tanh(margin / spread - 1)
-
-    tied, ref = kinds["tied"], kinds["ref"]
-    both = [
-        (margin, min(ref[prompt][0], margin), spread)
-        for prompt, (margin, spread) in tied.items()
-        if prompt in ref
-    ]
-    return (
-        0.30 * share(margin > 0 for margin, _ in tied.values())
-        + 0.30 * share(margin > 0 for margin, _ in ref.values())
-        + 0.20 * share(margin > spread for margin, _, spread in both)
-        + 0.20 * share(smaller > spread for _, smaller, spread in both)
-        + 0.01 * share(safely(smaller, spread) for _, smaller, spread in both)
-    )
-
-
-def evaluate(rows, scores):
-    """Score by subset of one reward, their average, and the ids of the rows it gets wrong.
-
-    scores: float64 `[answers]`, of each row's chosen and then its rejected answers. A row outside Ties counts 1 where
-    its chosen answer beats every rejected one, and 1 / n where it shares the top score with n - 1 others.
-    """
-    by_subset, failures, ends = (
-        {},
-        [],
-        np.cumsum([len(row.chosen) + len(row.rejected) for row in rows]),
-    )
-    for row, of_row in zip(rows, np.split(scores, ends[:-1])):
-        chosen, rejected = of_row[: len(row.chosen)], of_row[len(row.chosen) :]
-        if row.subset == "Ties":
-            by_subset.setdefault("Ties", []).append((row.id, chosen.tolist(), rejected.tolist()))
-            right = chosen.min() > rejected.max()
-        else:
-            right = float(chosen[0] == of_row.max()) / (of_row == of_row.max()).sum()
-            by_subset.setdefault(row.subset, []).append(right)
-        if right < 1:
-            failures.append(row.id)
-    table = {
-        subset: ties_score(by_subset[subset]) if subset == "Ties" else np.mean(by_subset[subset])
-        for subset in SUBSETS
-        if subset in by_subset
-    }
-    return {**table, "Average": np.mean(list(table.values()))}, failures
-
-
-def tables_of(rows, scores, weights):
-    """A line per column of the basis, then of the mean user and the average over users -> (DataFrame, failures of the
-    first). scores: float64 `[answers, K]`; weights: `[users, K]` or None."""
-    columns = [evaluate(rows, column) for column in scores.T]
-    tables = {
-        f"column {k}" if len(columns) > 1 else "reward head": table
-        for k, (table, _) in enumerate(columns)
-    }
-    if weights is not None:
-        tables["mean user"] = evaluate(rows, scores @ weights.mean(0))[0]
-        users = pd.DataFrame([evaluate(rows, scores @ w)[0] for w in weights])
-        tables["average over users"] = users.mean().to_dict()
-    return pd.DataFrame.from_dict(tables, orient="index"), columns[0][1]
-
-
-def read_heads(args, d_of_model):
-    """The heads `[d, K]` and the user weights `[users, K]`, or None. Raises InputError: other shapes, another model."""
-    of_head = of_weights = None
-    if args.rm_head is None:
-        heads = load_reward_head(args.model)
+    if path is None:
+        heads = load_reward_head(model_name)
     else:
-        heads = read_matrix(
-            args.rm_head,
-            [args.head_key] if args.head_key else ["V", "reward_head", "score.weight"],
-            "head",
-        )
-        of_head = check_same_model(args.rm_head, args.model)
-    if heads.shape == (1, d_of_model):
+        names = [key] if key else ["V", "reward_head", "score.weight"]
+        heads = read_matrix(path, names, "head")
+        check_same_model(path, model_name)
+    if heads.shape == (1, d):  # a score.weight
         heads = heads.T
-    if heads.shape[0] != d_of_model:
+    if heads.shape[0] != d:
         raise InputError(
-            f"{args.rm_head}: a matrix of shape {tuple(heads.shape)}, and {args.model} has d = {d_of_model}; "
-            "it should be [d, K]"
+            f"{path}: a matrix of shape {tuple(heads.shape)}, and {model_name} has d = {d}; it "
+            "should be [d, K]"
         )
-    weights = None
-    if args.user_weights is not None:
-        weights = read_matrix(args.user_weights, ["W", "W_unseen"], "user weights")
-        of_weights = check_same_model(args.user_weights, args.model)
-    if weights is not None and (
-        weights.shape[1] != heads.shape[1]
-        or (weights < 0).any()
-        or ((weights.sum(1) - 1).abs() > 1e-2).any()
-    ):
-        raise InputError(
-            f"{args.user_weights}: weights of shape {tuple(weights.shape)} for {heads.shape[1]} columns; "
-            "they should be [users, K], shares of 1 in each row"
-        )
-    if None not in (of_head, of_weights) and any(
-        of_head.get(key) != of_weights.get(key) for key in ("K", "alpha", "seed")
-    ):
-        raise InputError(
-            f"{args.user_weights}: weights of another fit than {args.rm_head}; give the same file twice"
-        )
-    return heads, weights
+    return heads
 
 
-def check_same_model(path, model_name):
-    """What a safetensors file says of itself, None of others. Raises InputError where that is another model's basis."""
-    about = load_tensors(path)[1] if path.suffix == ".safetensors" else None
-    identity = about and about.get("identity")
+def read_user_weights(path: Path, model_name: str, K: int) -> torch.Tensor:
+    """The weights of users over the K heads, float32 `[users, K]`.
+
+    Raises InputError: unreadable, not shares of 1 for K columns, or learnt from another model.
+    """
+    weights = read_matrix(path, ["W", "W_unseen"], "user weights")
+    check_same_model(path, model_name)
+    sums = weights.sum(1)
+    if weights.shape[1] != K or (weights < 0).any() or ((sums - 1).abs() > 1e-2).any():
+        raise InputError(
+            f"{path}: weights of shape {tuple(weights.shape)} for {K} columns; they should be "
+            "[users, K], shares of 1 in each row"
+        )
+    return weights
+
+
+def read_provenance(path: Path) -> dict[str, Any] | None:
+    """What a safetensors file says of itself; None for other files, which say nothing."""
+    return load_tensors(path)[1] if path.suffix == ".safetensors" else None
+
+
+def check_same_model(path: Path, model_name: str) -> None:
+    """Raise InputError if the file says that it was learnt with another model's embeddings."""
+    provenance = read_provenance(path)
+    identity = provenance.get("identity") if provenance else None
     if identity and identity["reward_head"] != digest_of(load_reward_head(model_name).tolist()):
         raise InputError(
-            f"{path}: learnt from embeddings of {identity['model']}, whose reward head is not that of "
-            f"{model_name}; give --model the one it was learnt from"
+            f"{path}: learnt from embeddings of {identity['model']}, whose reward head is not that "
+            f"of {model_name}; give --model the one it was learnt from"
         )
-    return about
 
 
-def is_demo(folder):
-    """Whether prepare.py --demo wrote the split in this folder."""
-    split = folder / prism.SPLIT_FOLDER / "split.json"
-    return split.exists() and load_json(split, "demo")["demo"]
+def check_same_fit(heads_path: Path | None, weights_path: Path) -> None:
+    """Raise InputError if both files say of which fit they are, and these differ."""
+    if heads_path is None:
+        return
+    of_heads = read_provenance(heads_path)
+    of_weights = read_provenance(weights_path)
+    if of_heads is None or of_weights is None:
+        return
+    if any(of_heads.get(key) != of_weights.get(key) for key in ("K", "alpha", "seed")):
+        raise InputError(
+            f"{weights_path}: weights of another fit than {heads_path}; give the same file twice"
+        )
 
 
-def main():
-    args = arguments()
-    if is_demo(args.dir) and args.model is None and args.data is None:
+def main() -> None:
+    args = read_arguments()
+    if args.model is None and args.data is None and (args.demo or is_demo(args.dir)):
         print(
-            "demo: a stand-in model with random weights and a synthetic benchmark; the scores say nothing"
+            "demo: a stand-in model with random weights and a synthetic benchmark; the scores say "
+            "nothing"
         )
-        args.model, args.data = str(args.dir / ".standin"), HERE / "demo"
-    if args.model is None and args.device is None:
-        check_gpu(MODEL_NAME)
-    args.model = args.model or MODEL_NAME
-    rows = read_benchmark(args)
+        args.model = str(demo_model(args.dir))
+        args.data = HERE / "demo"
+    if args.model is None:
+        args.model = MODEL_NAME
+        if args.device is None:
+            check_gpu(MODEL_NAME)
+
+    rows = read_benchmark(args.data, args.split, args.subset, args.limit)
     model, tokenizer = load_reward_model(
         args.model,
         args.device,
+        dtype=DTYPES.get(args.dtype),
         tokenizer_name=args.tokenizer,
-        dtype=getattr(torch, args.dtype) if args.dtype else None,
         trust_remote_code=args.trust_remote_code,
     )
-    heads, weights = read_heads(args, model.config.hidden_size)
+    heads = read_heads(args.rm_head, args.head_key, args.model, model.config.hidden_size)
+    weights = None
+    if args.user_weights is not None:
+        weights = read_user_weights(args.user_weights, args.model, K=heads.shape[1])
+        check_same_fit(args.rm_head, args.user_weights)
+        weights = weights.double().numpy()
+
     conversations = [
         [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": answer}]
         for row in rows
-        for answer in (*row.chosen, *row.rejected)
+        for answer in row.answers
     ]
     embeddings = embed_conversations(
         conversations,
         model,
         tokenizer,
-        args.dir / ".embedding_cache",
-        TOKEN_BUDGET,
+        cache_dir=args.dir / CACHE_FOLDER,
+        token_budget=TOKEN_BUDGET,
         max_length=args.max_length,
         truncation_side=args.truncation_side,
         batch_size=args.batch_size,
     )
     scores = (embeddings.float() @ heads).double().numpy() + args.head_bias  # (answers, K)
-    table, failures = tables_of(rows, scores, None if weights is None else weights.double().numpy())
+
+    table, wrong_ids = table_of_rewards(rows, scores, weights)
     if args.top_k:
         table = table.nlargest(args.top_k, "Average")
-    print(f"{args.model}, {len(rows):,} rows\n" + table.to_string(float_format="{:.4f}".format))
+    print(f"{args.model}, {len(rows):,} rows")
+    print(table.to_string(float_format="{:.4f}".format))
     if args.verbose_failures:
-        print(
-            f"rows that {'column 0' if heads.shape[1] > 1 else 'reward head'} gets wrong: "
-            f"{', '.join(failures) or 'none'}"
-        )
+        reward = "column 0" if heads.shape[1] > 1 else "reward head"
+        print(f"rows that {reward} gets wrong: {', '.join(wrong_ids) or 'none'}")
     if args.save_csv:
         with atomic_write(args.save_csv) as file:
             table.to_csv(file, index_label="reward")

@@ -1,65 +1,40 @@
-"""Embed PRISM's responses with the frozen reward model: every chosen and every rejected one as prose of its own.
+"""Embed PRISM's responses with the frozen reward model, each chosen and each rejected one as prose.
 
-    python generate-prism-embeddings.py                        on a CUDA GPU with 18 GB or more, after prepare.py
+    python generate-prism-embeddings.py                        after prepare.py, on a CUDA GPU
+                                                               with 18 GB or more
     torchrun --nproc-per-node 8 generate-prism-embeddings.py   the same on eight GPUs
-    python generate-prism-embeddings.py --model ID_OR_PATH     another reward model, on the CPU where there is no GPU
+    python generate-prism-embeddings.py --model ID_OR_PATH     another reward model; on the CPU if
+                                                               there is no GPU
 
-After `prepare.py --demo` it takes the stand-in model. Writes beside itself train_embeddings.pkl and test_embeddings.pkl
-(torch.save of the list of rows, with chosen_conv_embedding `[d]` and rejected_conv_embedding `[rejected, d]` in
-extra_info) and reward_head.safetensors. An interrupted run resumes from .embedding_cache/.
+After `prepare.py --demo` it takes the stand-in model.
+Writes beside itself train_embeddings.pkl and test_embeddings.pkl (torch.save of the list of rows,
+with chosen_conv_embedding `[d]` and rejected_conv_embedding `[rejected, d]` in extra_info) and
+reward_head.safetensors. An interrupted run resumes from .embedding_cache/.
 """
 
+import argparse
+import json
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-import json
+import torch
 
 import prism
-from lore.embedding import embed_conversations
-from lore.embedding_files import embeddings_are_finished, new_embeddings
-from lore.files import digest_of, save_torch
-from lore.reward_model import check_gpu, load_reward_head, model_identity
-from lore.scripts import run_script, script_parser
-from utils import process_rank
+from lore.files import save_torch
+from lore.reward_model import check_gpu
+from lore.scripts import STANDIN_FOLDER, EmbeddingFile, embed_files, run_script, script_parser
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Settings
+
 MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"
 TOKEN_BUDGET = None  # tokens in a batch; None: as the device takes
 SHARD_SIZE = 1024  # conversations per file of the cache, the most that an interruption loses
-# ---------------------------------------------------------------------------------------------------------------------
 
 
-def embed(rows, args):
-    """Add the embeddings to every row, bfloat16, and the format of its pairs; returns what they depend on."""
-    numbers, about = {}, {}
-    for row in rows:
-        for conversation in prism.conversations_of(row):
-            numbers.setdefault(json.dumps(conversation), len(numbers))
-    print(f"{len(numbers):,} distinct conversations to embed")
-    embeddings = embed_conversations(
-        [json.loads(text) for text in numbers],
-        args.model,
-        None,
-        args.dir / ".embedding_cache",
-        TOKEN_BUDGET,
-        SHARD_SIZE,
-        about=about,
-    ).bfloat16()
-    for row in rows:
-        chosen, *rejected = (
-            numbers[json.dumps(conversation)] for conversation in prism.conversations_of(row)
-        )
-        row["extra_info"].update(
-            chosen_conv_embedding=embeddings[chosen].clone(),
-            rejected_conv_embedding=embeddings[rejected],
-            pair_format=prism.PAIR_FORMAT,
-        )
-    return about
-
-
-def main():
+def read_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = script_parser(__doc__, HERE)
     parser.add_argument(
         "--model", metavar="ID_OR_PATH", help="the reward model (default: the one prepare.py names)"
@@ -69,43 +44,62 @@ def main():
         action="store_true",
         help="replace finished embeddings of another model or data",
     )
-    args = parser.parse_args()
-    rows, split = prism.load_split(args.dir / prism.SPLIT_FOLDER)
-    standin = split["demo"] and args.model is None
-    args.model = args.model or (str(args.dir / ".standin") if standin else split["model"])
-    if args.model == MODEL_NAME:
-        check_gpu(MODEL_NAME)
-    head = load_reward_head(args.model)
-    outputs = [args.dir / name for name in prism.FILES]
-    identity = {
-        "model": "stand-in" if standin else args.model,
-        "data": split["rows"],
-        "reward_head": digest_of(head.tolist()),
-        **model_identity(args.model, args.dir / ".embedding_cache"),
-    }
-    if embeddings_are_finished(outputs, identity, args.overwrite):
-        print(f"these embeddings are finished already, in {args.dir}; next: python train_basis.py")
-        return
+    return parser.parse_args()
 
-    about = embed([row for name in rows for row in rows[name]], args)
-    if process_rank() > 0:
-        return
-    with new_embeddings(
-        args.dir,
-        head,
-        identity,
-        model=identity["model"],
-        data=split["data"],
-        demo=split["demo"],
-        embedding=about,
-    ) as folder:
-        for path, name in zip(outputs, rows):
-            save_torch(folder / path.name, rows[name])
-    for path, name in zip(outputs, rows):
-        print(
-            f"{path.name}: {len(rows[name]):,} turns, d = {len(head)}, {path.stat().st_size / 1e6:,.1f} MB"
+
+def write_rows(path: Path, rows: list[prism.Row], embeddings: torch.Tensor) -> None:
+    """Add the embeddings of its responses to each row, and the format of its pairs; write the rows.
+
+    embeddings: bfloat16 `[n, d]`, of the `prism.row_conversations` of one row after the other.
+    """
+    counts = [1 + len(row["extra_info"]["rejected_utterance"]) for row in rows]
+    for row, (chosen, *rejected) in zip(rows, embeddings.split(counts)):
+        row["extra_info"].update(
+            chosen_conv_embedding=chosen.clone(),  # a view would be saved with its whole table
+            rejected_conv_embedding=torch.stack(rejected),
+            pair_format=prism.PAIR_FORMAT,
         )
-    print("next: python train_basis.py")
+    save_torch(path, rows)
+
+
+def file_of(name: str, rows: list[prism.Row]) -> EmbeddingFile:
+    """The file of embeddings of the train or the test rows."""
+    conversations = []
+    for row in rows:
+        conversations += prism.row_conversations(row)
+
+    def write(path: Path, embeddings: torch.Tensor) -> None:
+        write_rows(path, rows, embeddings)
+
+    return EmbeddingFile(name, f"{len(rows):,} turns", conversations, write)
+
+
+def main() -> None:
+    args = read_arguments()
+    rows, split = prism.load_split(args.dir / prism.SPLIT_FOLDER)
+    is_standin = split["demo"] and args.model is None
+    if is_standin:
+        checkpoint = str(args.dir / STANDIN_FOLDER)
+    else:
+        checkpoint = args.model or split["model"]
+    if checkpoint == MODEL_NAME:
+        check_gpu(MODEL_NAME)
+
+    files = [file_of(name, rows[part]) for name, part in zip(prism.FILES, ("train", "test"))]
+    distinct = {json.dumps(conversation) for file in files for conversation in file.conversations}
+    embed_files(
+        files,
+        f"{len(distinct):,} distinct conversations to embed",
+        folder=args.dir,
+        checkpoint=checkpoint,
+        model="stand-in" if is_standin else checkpoint,
+        data=split["data"],
+        data_digest=split["rows"],
+        token_budget=TOKEN_BUDGET,
+        shard_size=SHARD_SIZE,
+        overwrite=args.overwrite,
+        demo=split["demo"],
+    )
 
 
 if __name__ == "__main__":

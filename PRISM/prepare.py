@@ -1,12 +1,13 @@
 """Parse PRISM's conversations, split its users and write one row per turn.
 
-    python prepare.py                          downloads the JSONL files; no GPU, no model
-    python prepare.py --demo                   the synthetic corpus in demo/, and a tiny stand-in model
-    python prepare.py --data DIR               survey.jsonl and conversations.jsonl from a folder
+    python prepare.py               downloads the JSONL files; no GPU, no model
+    python prepare.py --demo        the synthetic corpus in demo/, and a tiny stand-in model
+    python prepare.py --data DIR    survey.jsonl and conversations.jsonl from a folder
 
-Writes to data/prism/ beside itself: train.parquet, test.parquet, split.json. Next: python generate-prism-embeddings.py
-The full data set must come to 1,030 seen users and, of seen and unseen users together, 12,999 train turns, 19,638 train
-and 19,727 test pairs.
+Writes to data/prism/ beside itself: train.parquet, test.parquet, split.json.
+Next: python generate-prism-embeddings.py
+The full data set must come to 1,030 seen users and, of seen and unseen users together, 12,999
+train turns, 19,638 train pairs and 19,727 test pairs.
 """
 
 import sys
@@ -18,102 +19,127 @@ import prism
 from lore.files import digest_of, load_json
 from lore.rows import warn_of_blank_texts, warn_of_equal_sides
 from lore.scripts import prepare_arguments, run_script
-from utils import InputError, check_settings
+from utils import InputError, check_number, check_whole
 
-# ---------------------------------------------------------------------------------------------------------------------
-MODEL_NAME = (
-    "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"  # what generate-prism-embeddings.py will use
-)
-split_seed = 123  # of the released split
+# ---- Settings
+
+# The model that generate-prism-embeddings.py will use.
+MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"
+
+# The split. These are the released values.
+split_seed = 123
 seen_share = 0.8  # of the users, rounded down
 fewest_conversations = 6  # users with fewer are left out
-# ---------------------------------------------------------------------------------------------------------------------
 
 
-def read(args):
-    """The complete turns of each conversation, and each user's conversations; says what was left out."""
-    turns, dialogs_of, left_out, empty, conversations = {}, {}, 0, 0, 0
-    for user, of_user in prism.read_conversations(args.data, args.limit).items():
-        for conversation in of_user:
-            found, incomplete, without_text = prism.turns_of(conversation)
-            left_out += incomplete
-            empty += without_text
-            conversations += 1
-            if found:
-                turns[conversation.conversation_id] = found
-                dialogs_of.setdefault(user, []).append(conversation.conversation_id)
-    print(
-        f"{len(dialogs_of):,} users, {conversations:,} conversations, {sum(map(len, turns.values())):,} complete "
-        f"turns; {left_out:,} turns without exactly one message, one chosen and a rejected response left out"
-        + f"; {empty:,} responses without a text left out"
-        * (empty > 0)
+def read_turns(
+    data: Path | None, limit: int | None
+) -> tuple[dict[str, list[prism.Turn]], dict[str, list[str]]]:
+    """Read the complete turns, and print how many there are and how many are left out.
+
+    Returns (conversation id -> its turns, user id -> conversation ids), of the conversations that
+    have a complete turn and the users who have such a conversation.
+    """
+    turns = {}
+    conversations_per_user: dict[str, list[str]] = {}
+    conversation_count = 0
+    incomplete_count = 0
+    textless_count = 0
+    for user, conversations in prism.read_conversations(data, limit).items():
+        conversation_count += len(conversations)
+        for conversation in conversations:
+            complete = prism.complete_turns(conversation)
+            messages = conversation.conversation_history
+            incomplete_count += len({message.turn for message in messages}) - len(complete)
+            textless_count += sum(message.content is None for message in messages)
+            if complete:
+                turns[conversation.conversation_id] = complete
+                conversations_per_user.setdefault(user, []).append(conversation.conversation_id)
+
+    turn_count = sum(len(complete) for complete in turns.values())
+    line = (
+        f"{len(conversations_per_user):,} users, {conversation_count:,} conversations, "
+        f"{turn_count:,} complete turns; {incomplete_count:,} turns without exactly one message, "
+        "one chosen and a rejected response left out"
     )
-    return turns, dialogs_of
+    if textless_count > 0:
+        line += f"; {textless_count:,} responses without a text left out"
+    print(line)
+    return turns, conversations_per_user
 
 
-def report(counts, rows, full):
-    """Print the counts, with a warning where those of the full data set are other than published."""
-    for key, count in counts.items():
-        expected = prism.EXPECTED.get(key, count) if full else count
-        print(
-            f"{key}: {count:,}"
-            + f"  WARNING: {expected:,} expected of the full data set" * (count != expected)
+def print_counts(counts: dict[str, int], is_full: bool) -> None:
+    """Print the counts; of the full data set, with a warning if they are not the published ones."""
+    for name, count in counts.items():
+        expected = prism.EXPECTED_COUNTS.get(name, count)
+        line = f"{name}: {count:,}"
+        if is_full and count != expected:
+            line += f"  WARNING: {expected:,} expected of the full data set"
+        print(line)
+
+
+def warn_of_texts(rows: dict[str, list[prism.Row]], pair_count: int) -> None:
+    """Warn of pairs of two equal responses, and of blank responses."""
+    equal_count = 0
+    responses = []
+    for row in rows["train"] + rows["test"]:
+        chosen = row["extra_info"]["chosen_utterance"]
+        rejected = row["extra_info"]["rejected_utterance"]
+        equal_count += rejected.count(chosen)
+        responses += [chosen, *rejected]
+    warn_of_equal_sides("both splits", equal_count, pair_count)
+    warn_of_blank_texts("responses", responses)
+
+
+def check_replaceable(folder: Path, rows: dict[str, list[prism.Row]]) -> None:
+    """Raise InputError if the folder holds other rows, or rows whose split.json is missing."""
+    files = [folder / name for name in ("split.json", "train.parquet", "test.parquet")]
+    if not any(file.exists() for file in files):
+        return
+    present = {"rows": None}
+    if files[0].exists():
+        present = load_json(files[0], "rows")
+    if present["rows"] != digest_of(rows):
+        raise InputError(
+            f"{folder} holds other rows ({present.get('data', 'unknown')}); move it away, or "
+            "replace it with --overwrite"
         )
-    infos = [row["extra_info"] for name in rows for row in rows[name]]
-    warn_of_equal_sides(
-        "both splits",
-        sum(info["rejected_utterance"].count(info["chosen_utterance"]) for info in infos),
-        counts["train pairs"] + counts["test pairs"],
-    )
-    warn_of_blank_texts(
-        "responses",
-        (
-            text
-            for info in infos
-            for text in (info["chosen_utterance"], *info["rejected_utterance"])
-        ),
-    )
 
 
-def main():
+def absolute_model(model: str) -> str:
+    """The model's id on the hub, or its absolute path, so that any script finds it."""
+    if Path(model).is_dir():
+        return str(Path(model).resolve())
+    return model
+
+
+def main() -> None:
     args = prepare_arguments(__doc__, HERE, MODEL_NAME, embeds=False)
-    check_settings(
-        split_seed=split_seed, seen_share=seen_share, fewest_conversations=fewest_conversations
-    )
-    turns, dialogs_of = read(args)
-    split = prism.split_users(dialogs_of, split_seed, seen_share, fewest_conversations)
-    rows = prism.rows_of(split, turns)
-    counts = prism.counts_of(rows)
-    report(counts, rows, full=not args.demo and args.limit is None)
+    check_whole("split_seed", split_seed)
+    check_number("seen_share", seen_share, 0.01, 0.99)
+    check_whole("fewest_conversations", fewest_conversations, least=2)
+
+    turns, conversations_per_user = read_turns(args.data, args.limit)
+    split = prism.split_users(conversations_per_user, split_seed, seen_share, fewest_conversations)
+    rows = prism.rows_per_part(split, turns)
+    counts = prism.count_rows(rows)
+    print_counts(counts, is_full=not args.demo and args.limit is None)
+    warn_of_texts(rows, counts["train pairs"] + counts["test pairs"])
 
     folder = args.dir / prism.SPLIT_FOLDER
-    model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
-    about = {
+    if not args.overwrite:
+        check_replaceable(folder, rows)
+    provenance = {
         "data": args.label or prism.DATASET,
-        "model": model,
+        "model": absolute_model(args.model),
         "demo": args.demo,
         "counts": counts,
         "split_seed": split_seed,
-        "users": {
-            user: dict(zip(("seen", "train", "test"), parts)) for user, parts in split.items()
-        },
     }
-    if not args.overwrite and any(
-        (folder / name).exists() for name in ("split.json", "train.parquet", "test.parquet")
-    ):
-        old = (
-            load_json(folder / "split.json", "rows")
-            if (folder / "split.json").exists()
-            else {"rows": None}
-        )
-        if old["rows"] != digest_of(rows):
-            raise InputError(
-                f"{folder} holds other rows ({old.get('data', 'unknown')}); move it away, or replace it "
-                "with --overwrite"
-            )
-    prism.save_split(folder, rows, about)
+    prism.save_split(folder, rows, split, provenance)
     print(
-        f"train.parquet, test.parquet and split.json are in {folder}; next: python generate-prism-embeddings.py"
+        f"train.parquet, test.parquet and split.json are in {folder}; "
+        "next: python generate-prism-embeddings.py"
     )
 
 

@@ -1,7 +1,12 @@
-"""PRISM: where the conversations are from, how they become turns and pairs, the released split, the embeddings files."""
+"""PRISM: its source files, turns, the released split, and its embeddings files.
 
+PRISM is a survey of people and their conversations with language models. In each turn of a
+conversation a person read up to four responses and chose one. A row of our files is one turn.
+"""
+
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import List, Literal, Optional
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -11,13 +16,14 @@ from pydantic import BaseModel, Field, StrictStr
 from lore.embedding_files import find_reward_head
 from lore.files import atomic_write, digest_of, load_json, load_pickle, replace_files_in, save_json
 from lore.rows import parse_rows, read_rows, split_files
+from lore.study import PARTS, Study
 from utils import InputError, create_dataset_prism, group_by_dialog, is_finite, turn_pairs
 
 DATASET = "HannahRoseKirk/prism-alignment"
 FILES = ("train_embeddings.pkl", "test_embeddings.pkl")
+SPLIT_FOLDER = Path("data") / "prism"  # prepare.py writes there, and the released scripts do too
 PAIR_FORMAT = "one embedding per rejected response"
-SPLIT_FOLDER = Path("data") / "prism"  # of what prepare.py writes
-INFO = (
+INFO_KEYS = (
     "split",
     "seen",
     "user_id",
@@ -27,323 +33,478 @@ INFO = (
     "chosen_utterance",
     "rejected_utterance",
 )
-EXPECTED = {
+# Counts of the full data set, as independent reruns of the release report them.
+EXPECTED_COUNTS = {
     "seen users": 1030,
     "train turns": 12999,
     "train pairs": 19638,
     "test pairs": 19727,
-}  # of the full data set
+}
+
+Row = dict[str, Any]  # {"prompt": messages, "extra_info": {key: value for each of INFO_KEYS}}
+Users = dict[str, dict[str, list[Row]]]  # user -> conversation -> its turns
+
+
+# ---- The data set's own files
 
 
 class User(BaseModel):
+    """A row of survey.jsonl; only these columns are needed."""
+
     user_id: StrictStr
     num_completed_conversations: int
 
 
 class Message(BaseModel):
+    """An item of `conversation_history`."""
+
     turn: int = Field(ge=0, lt=10000)
     role: Literal["user", "model"]
-    content: Optional[StrictStr]
-    if_chosen: Optional[bool] = None
+    content: StrictStr | None
+    if_chosen: bool | None = None
 
 
 class Conversation(BaseModel):
+    """A row of conversations.jsonl; only these columns are needed."""
+
     conversation_id: StrictStr
     user_id: StrictStr
-    conversation_history: List[Message]
+    conversation_history: list[Message]
 
 
-def source_file(folder, name):
-    """The path of survey.jsonl or conversations.jsonl in a folder (.gz there too), or downloaded where it is None."""
+def source_file(folder: Path | None, name: str) -> Path:
+    """The path of `name`.jsonl, in a folder or, if that is None, downloaded from the hub.
+
+    name: "survey" or "conversations". A folder may also hold the other formats that `read_rows`
+    reads. Raises InputError: not in the folder, several there, not served by the hub.
+    """
     if folder is not None:
-        word = name.split(".")[0]
-        return split_files(folder, **{word: [word]})[word][0]
-    from huggingface_hub import hf_hub_download
+        return split_files(folder, **{name: [name]})[name][0]
+
+    from huggingface_hub import hf_hub_download  # only the download needs it
 
     try:
-        return Path(hf_hub_download(DATASET, name, repo_type="dataset"))
-    except Exception as error:  # no network, no such file, no access: a class of its own for each
+        return Path(hf_hub_download(DATASET, f"{name}.jsonl", repo_type="dataset"))
+    except Exception as error:  # no network, no such file, no access: each has its own class
         raise InputError(
-            f"data set {DATASET}, {name}: the hub did not serve it ({type(error).__name__}); check the "
-            "network, or give a downloaded copy with --data"
+            f"data set {DATASET}, {name}.jsonl: the hub did not serve it ({type(error).__name__}); "
+            "check the network, or give a downloaded copy with --data"
         ) from None
 
 
-def read_conversations(folder, limit=None):
-    """The first `limit` users with a completed conversation -> user -> list of Conversation, in survey and file order.
+def read_conversations(
+    folder: Path | None, limit: int | None = None
+) -> dict[str, list[Conversation]]:
+    """Read the conversations of each user who completed one: user id -> conversations.
 
-    Raises InputError that names file, row and field; a conversation twice, or of nobody in the survey.
+    folder: holds the survey and the conversations; None: download them. limit: only the first
+    so many of these users. Users are in the order of the survey, conversations in that of the file.
+    Raises InputError that names file, row and field; also if a conversation is there twice or its
+    user is not in the survey.
     """
-    survey, conversations = (
-        source_file(folder, f"{name}.jsonl") for name in ("survey", "conversations")
-    )
-    people = [user for _, user in parse_rows(read_rows(survey), User, DATASET)]
-    of_user = {
-        user.user_id: []
-        for user in [u for u in people if u.num_completed_conversations > 0][:limit]
-    }
-    everyone, ids = {user.user_id for user in people}, set()
+    survey = source_file(folder, "survey")
+    conversations = source_file(folder, "conversations")
+
+    users = [user for _, user in parse_rows(read_rows(survey), User, DATASET)]
+    surveyed = {user.user_id for user in users}
+    active = [user.user_id for user in users if user.num_completed_conversations > 0]
+    conversations_per_user: dict[str, list[Conversation]] = {user: [] for user in active[:limit]}
+
+    known_ids = set()
     for where, conversation in parse_rows(read_rows(conversations), Conversation, DATASET):
-        if conversation.user_id not in everyone or conversation.conversation_id in ids:
+        if conversation.conversation_id in known_ids:
             raise InputError(
-                f"{where}: conversation {conversation.conversation_id} stands there twice, or its user "
-                f"{conversation.user_id} is not in {survey}; take both files of one release"
+                f"{where}: conversation {conversation.conversation_id} is in the file twice; "
+                "remove one of the two rows"
             )
-        ids.add(conversation.conversation_id)
-        if conversation.user_id in of_user:
-            of_user[conversation.user_id].append(conversation)
-    return of_user
+        if conversation.user_id not in surveyed:
+            raise InputError(
+                f"{where}: conversation {conversation.conversation_id} is of user "
+                f"{conversation.user_id}, who is not in {survey}; take both files of one release"
+            )
+        known_ids.add(conversation.conversation_id)
+        if conversation.user_id in conversations_per_user:
+            conversations_per_user[conversation.user_id].append(conversation)
+    return conversations_per_user
 
 
-def turns_of(conversation):
-    """The complete turns of a conversation, each with what was said before on the chosen path, and how many are not.
+# ---- Turns
 
-    A complete turn has a user message, one chosen response (twice the same text counts once) and a rejected one;
-    responses without a text are left out. Returns ([{prompt, turn_nb, chosen_utterance, rejected_utterance}], how many
-    turns and how many responses were left out).
+
+@dataclass
+class Turn:
+    """One question, the response that was chosen, and at least one that was not."""
+
+    prompt: list[dict[str, str]]  # messages, up to the question of this turn
+    number: int
+    chosen: str
+    rejected: list[str]
+
+
+def complete_turns(conversation: Conversation) -> list[Turn]:
+    """The turns of a conversation that have one question, one chosen and some rejected responses.
+
+    A chosen response that is repeated with the same text counts once. Messages without a text are
+    passed over. A prompt follows the chosen path: it holds the question and the chosen response of
+    each earlier turn that has one of both, also if nothing was rejected there.
     """
-    by_turn, found, history = {}, [], []
+    messages_per_turn: dict[int, list[Message]] = {}
     for message in conversation.conversation_history:
         if message.content is not None:
-            by_turn.setdefault(message.turn, []).append(message)
-    for number in sorted(by_turn):
-        asked = [m.content for m in by_turn[number] if m.role == "user"]
-        chosen = {m.content for m in by_turn[number] if m.role == "model" and m.if_chosen}
-        rejected = [m.content for m in by_turn[number] if m.role == "model" and not m.if_chosen]
-        if len(asked) != 1 or len(chosen) != 1:
+            messages_per_turn.setdefault(message.turn, []).append(message)
+
+    turns = []
+    history: list[dict[str, str]] = []
+    for number in sorted(messages_per_turn):
+        messages = messages_per_turn[number]
+        responses = [message for message in messages if message.role == "model"]
+        questions = [message.content for message in messages if message.role == "user"]
+        chosen = {message.content for message in responses if message.if_chosen}
+        rejected = [message.content for message in responses if not message.if_chosen]
+        if len(questions) != 1 or len(chosen) != 1:
             continue
+
         answer = chosen.pop()
-        history = history + [{"role": "user", "content": asked[0]}]
+        prompt = [*history, {"role": "user", "content": questions[0]}]
         if rejected:
-            found.append(
-                {
-                    "prompt": history,
-                    "turn_nb": number,
-                    "chosen_utterance": answer,
-                    "rejected_utterance": rejected,
-                }
-            )
-        history = history + [{"role": "assistant", "content": answer}]
-    messages = conversation.conversation_history
-    return (
-        found,
-        len({m.turn for m in messages}) - len(found),
-        sum(m.content is None for m in messages),
-    )
+            turns.append(Turn(prompt, number, answer, rejected))
+        history = [*prompt, {"role": "assistant", "content": answer}]
+    return turns
 
 
-def split_users(dialogs_of, seed, seen_share, fewest_conversations):
-    """The released split, from one generator: user -> (seen, train conversation ids, test conversation ids).
+# ---- The released split
 
-    dialogs_of: user id -> list of conversation ids, users in survey order, conversations in file order.
+
+@dataclass
+class UserSplit:
+    """Where one user's conversations go: ids for training and for testing."""
+
+    seen: bool
+    train: list[str]
+    test: list[str]
+
+
+def split_users(
+    conversations_per_user: dict[str, list[str]],
+    seed: int,
+    seen_share: float,
+    fewest_conversations: int,
+) -> dict[str, UserSplit]:
+    """Split users into seen and unseen, and each one's conversations into train and test.
+
+    conversations_per_user: user id -> conversation ids; users in the order of the survey,
+    conversations in that of the file. Users with fewer than `fewest_conversations` are left out.
+
+    This is the released split, to the letter. One legacy generator shuffles the users, the first
+    `seen_share` of whom, rounded down, are seen. Then it shuffles the conversation ids of one kept
+    user after the other; the first half, rounded down, is for training.
+    Raises InputError: no seen or no unseen user is left.
     """
     generator = np.random.RandomState(seed)
-    users = np.array(list(dialogs_of))
+    users = np.array(list(conversations_per_user))
     generator.shuffle(users)
-    first_unseen, split = int(seen_share * len(users)), {}
+    seen_count = int(seen_share * len(users))
+
+    split = {}
     for place, user in enumerate(users.tolist()):
-        ids = np.array(dialogs_of[user])
-        if len(ids) < fewest_conversations:
+        conversations = np.array(conversations_per_user[user])
+        if len(conversations) < fewest_conversations:
             continue
-        generator.shuffle(ids)
-        split[user] = (
-            place < first_unseen,
-            ids[: len(ids) // 2].tolist(),
-            ids[len(ids) // 2 :].tolist(),
+        generator.shuffle(conversations)
+        half = len(conversations) // 2
+        split[user] = UserSplit(
+            seen=place < seen_count,
+            train=conversations[:half].tolist(),
+            test=conversations[half:].tolist(),
         )
-    if len({seen for seen, *_ in split.values()}) < 2:
+
+    seen = [user.seen for user in split.values()]
+    if all(seen) or not any(seen):
         raise InputError(
-            f"no seen or no unseen user has {fewest_conversations} conversations with a complete turn; "
-            "take the whole data set, or a larger --limit"
+            f"no seen or no unseen user has {fewest_conversations} conversations with a complete "
+            "turn; take the whole data set, or a larger --limit"
         )
     return split
 
 
-def rows_of(split, turns):
-    """One row per turn -> {"train": rows, "test": rows}. turns: conversation id -> list of its turns."""
-    rows = {"train": [], "test": []}
-    for user, (seen, *parts) in split.items():
-        for name, ids in zip(rows, parts):
-            rows[name] += [
-                {
-                    "prompt": turn["prompt"],
-                    "extra_info": dict(
-                        zip(
-                            INFO,
-                            (
-                                name,
-                                seen,
-                                user,
-                                dialog,
-                                turn["turn_nb"],
-                                len(turns[dialog]),
-                                turn["chosen_utterance"],
-                                turn["rejected_utterance"],
-                            ),
-                        )
-                    ),
-                }
-                for dialog in ids
-                for turn in turns[dialog]
-            ]
+def rows_per_part(
+    split: dict[str, UserSplit], turns: dict[str, list[Turn]]
+) -> dict[str, list[Row]]:
+    """One row per turn: {"train": rows, "test": rows}. turns: conversation id -> its turns."""
+    rows: dict[str, list[Row]] = {"train": [], "test": []}
+    for user, user_split in split.items():
+        for part in rows:
+            for conversation in getattr(user_split, part):
+                for turn in turns[conversation]:
+                    info = {
+                        "split": part,
+                        "seen": user_split.seen,
+                        "user_id": user,
+                        "dialog_id": conversation,
+                        "turn_nb": turn.number,
+                        "total_turn_nb": len(turns[conversation]),
+                        "chosen_utterance": turn.chosen,
+                        "rejected_utterance": turn.rejected,
+                    }
+                    rows[part].append({"prompt": turn.prompt, "extra_info": info})
     return rows
 
 
-def counts_of(rows):
-    """Users, turns and pairs of the rows of a split, those that EXPECTED names among them."""
-    infos = pd.DataFrame([row["extra_info"] for name in rows for row in rows[name]])
-    infos["pairs"] = infos.rejected_utterance.map(len)
-    users = infos.groupby("seen").user_id.nunique()
-    turns, pairs = infos.groupby("split").size(), infos.groupby("split").pairs.sum()
-    return {
-        "seen users": int(users.get(True, 0)),
-        "unseen users": int(users.get(False, 0)),
-        **{f"{name} turns": int(turns[name]) for name in rows},
-        **{f"{name} pairs": int(pairs[name]) for name in rows},
+def count_rows(rows: dict[str, list[Row]]) -> dict[str, int]:
+    """Users of both parts together, and turns and pairs of each part; see `EXPECTED_COUNTS`."""
+    infos = {part: [row["extra_info"] for row in rows[part]] for part in rows}
+    users = {(info["user_id"], info["seen"]) for part in rows for info in infos[part]}
+    seen_count = sum(seen for _, seen in users)
+    turns = {f"{part} turns": len(infos[part]) for part in rows}
+    pairs = {
+        f"{part} pairs": sum(len(info["rejected_utterance"]) for info in infos[part])
+        for part in rows
     }
+    return {"seen users": seen_count, "unseen users": len(users) - seen_count, **turns, **pairs}
 
 
-def save_split(folder, rows, about):
-    """Write train.parquet and test.parquet, and split.json with `about` and the digest of the rows."""
-    with replace_files_in(folder) as new:
-        for name in rows:
-            with atomic_write(new / f"{name}.parquet") as file:
-                pd.DataFrame(rows[name]).to_parquet(file)
-        save_json(new / "split.json", {**about, "rows": digest_of(rows)})
+def save_split(
+    folder: Path, rows: dict[str, list[Row]], split: dict[str, UserSplit], provenance: dict
+) -> None:
+    """Write train.parquet, test.parquet and split.json, all or none.
 
-
-def load_split(folder):
-    """Read what `save_split` wrote -> (rows, split.json). Raises InputError: files missing, or of different runs."""
-    about = load_json(folder / "split.json", "rows", "model", "demo", "data")
-    rows = {
-        name: [
-            {
-                "prompt": [
-                    {key: message.get(key) for key in ("role", "content")}
-                    for message in row["prompt"]
-                ],
-                "extra_info": {key: row["extra_info"].get(key) for key in INFO},
-            }  # some versions of pyarrow sort them
-            for _, row in read_rows(folder / f"{name}.parquet")
-        ]
-        for name in ("train", "test")
-    }
-    if digest_of(rows) != about["rows"]:
-        raise InputError(
-            f"{folder}: train.parquet, test.parquet and split.json are of different runs; run prepare.py "
-            "--overwrite"
+    split.json holds `provenance` (JSON values), each user's conversations and the rows' digest.
+    """
+    users = {user: asdict(user_split) for user, user_split in split.items()}
+    with replace_files_in(folder) as new_folder:
+        for part in rows:
+            with atomic_write(new_folder / f"{part}.parquet") as file:
+                pd.DataFrame(rows[part]).to_parquet(file)
+        save_json(
+            new_folder / "split.json", {**provenance, "users": users, "rows": digest_of(rows)}
         )
-    return rows, about
 
 
-def conversations_of(row):
-    """The conversations of a turn: the chosen response's, then one for each rejected response."""
+def load_split(folder: Path) -> tuple[dict[str, list[Row]], dict[str, Any]]:
+    """Read what `save_split` wrote -> ({"train": rows, "test": rows}, the content of split.json).
+
+    Raises InputError: files missing or damaged, or not of one run.
+    """
+    content = load_json(folder / "split.json", "rows", "model", "demo", "data")
+    rows = {
+        part: [_in_written_order(row) for _, row in read_rows(folder / f"{part}.parquet")]
+        for part in ("train", "test")
+    }
+    if digest_of(rows) != content["rows"]:
+        raise InputError(
+            f"{folder}: train.parquet, test.parquet and split.json are of different runs; "
+            "run prepare.py --overwrite"
+        )
+    return rows, content
+
+
+def _in_written_order(row: Row) -> Row:
+    """The row with its keys in the order of `rows_per_part`; some versions of pyarrow sort them."""
+    return {
+        "prompt": [
+            {key: message.get(key) for key in ("role", "content")} for message in row["prompt"]
+        ],
+        "extra_info": {key: row["extra_info"].get(key) for key in INFO_KEYS},
+    }
+
+
+# ---- Embeddings
+
+
+def row_conversations(row: Row) -> list[list[dict[str, str]]]:
+    """What the reward model reads for one turn, as lists of messages.
+
+    The first is the prompt with the chosen response, the others with each rejected response.
+    """
     info = row["extra_info"]
-    return [
-        [*row["prompt"], {"role": "assistant", "content": response}]
-        for response in (info["chosen_utterance"], *info["rejected_utterance"])
-    ]
+    responses = [info["chosen_utterance"], *info["rejected_utterance"]]
+    return [[*row["prompt"], {"role": "assistant", "content": response}] for response in responses]
 
 
-def _embedded_rows(path):
-    """The rows of an embeddings file, each checked for its user and for finite pairs; where each width was seen."""
-    rows, width = load_pickle(path, "generate-prism-embeddings.py"), {}
+def load_embeddings(folder: Path | str, model_name: str) -> Study:
+    """Read the embeddings of generate-prism-embeddings.py, or of the released script.
+
+    The files are in `folder`, or in data/prism/ below it, where the released script wrote them.
+    model_name: the checkpoint whose reward head is read if there is none beside the files.
+
+    Users of the `Study` are in the order of their ids, a user's pairs in that of the conversations'
+    ids. `groups` numbers the conversation of each training pair. `prompts` and `texts` are there if
+    all rows hold texts and none is in the released format, whose rejected side is malformed.
+    Raises InputError that names file and row: files missing or damaged; embeddings missing, not
+    finite, of different widths, or of other rows than those in data/prism/.
+    """
+    folder = Path(folder)
+    place = _find_embeddings(folder)
+    train_rows = _load_rows(place / FILES[0])
+    test_rows = _load_rows(place / FILES[1])
+    first_rows = {
+        **_first_row_per_width(test_rows, place / FILES[1]),
+        **_first_row_per_width(train_rows, place / FILES[0]),
+    }
+    reward_head, provenance = find_reward_head(place, model_name, "PRISM", first_rows, FILES)
+    title = provenance.pop("title")
+    _check_split(folder, provenance)
+
+    all_rows = train_rows + test_rows
+    malformed = sum("pair_format" not in row["extra_info"] for row in all_rows)
+    if malformed:
+        print(
+            f"{malformed:,} rows are in the released format, whose rejected side is malformed: "
+            "all rejected responses of a turn as one printed list"
+        )
+    texts_are_known = not malformed and all(_holds_texts(row) for row in all_rows)
+
+    part_rows = {
+        "train": [row for row in train_rows if row["extra_info"]["seen"]],
+        "test": [row for row in test_rows if row["extra_info"]["seen"]],
+        "train_unseen": [row for row in train_rows if not row["extra_info"]["seen"]],
+        "test_unseen": [row for row in test_rows if not row["extra_info"]["seen"]],
+    }
+    features = {part: create_dataset_prism(rows) for part, rows in part_rows.items()}
+    users = {part: group_by_dialog(rows) for part, rows in part_rows.items()}
+    _check_users(users, place)
+
+    pairs = {}  # part -> one list per user
+    for part in PARTS:
+        pairs[part] = [_user_pairs(conversations) for conversations in users[part].values()]
+    prompts = {}
+    texts = {}
+    if texts_are_known:
+        for part in PARTS:
+            prompts[part] = [[pair.prompt for pair in user_pairs] for user_pairs in pairs[part]]
+            texts[part] = [[pair.texts for pair in user_pairs] for user_pairs in pairs[part]]
+    groups = {}
+    for part in ("train", "train_unseen"):
+        numbers = [[pair.conversation for pair in user_pairs] for user_pairs in pairs[part]]
+        groups[part] = [torch.tensor(user_numbers) for user_numbers in numbers]
+
+    return Study(
+        title=title,
+        seen=list(users["train"]),
+        unseen=list(users["train_unseen"]),
+        **features,
+        reward_head=reward_head,
+        prompts=prompts,
+        texts=texts,
+        groups=groups,
+        provenance=provenance,
+    )
+
+
+def _find_embeddings(folder: Path) -> Path:
+    """The folder that holds the embeddings files: `folder`, or else data/prism/ below it.
+
+    Raises InputError that names both places, if one of the files is missing.
+    """
+    released = folder / SPLIT_FOLDER
+    beside = [name for name in FILES if (folder / name).exists()]
+    below = [name for name in FILES if (released / name).exists()]
+    # A place that holds one file of two is not passed over: the other place may hold older ones.
+    place = released if below and not beside else folder
+    for name in FILES:
+        if not (place / name).exists():
+            raise InputError(
+                f"{place / name}: no such file; both embeddings files are needed in {folder} or, "
+                f"as released, in {released}; run generate-prism-embeddings.py first"
+            )
+    return place
+
+
+def _load_rows(path: Path) -> list[Row]:
+    """The rows of an embeddings file. Raises InputError that names file and row."""
+    rows = load_pickle(path, "generate-prism-embeddings.py")
     if not isinstance(rows, list) or not rows:
         raise InputError(
             f"{path}: not a list of rows; run generate-prism-embeddings.py --overwrite"
         )
     for i, row in enumerate(rows):
-        try:
-            pairs = turn_pairs(row)
-            usable = len(pairs) > 0 and is_finite(pairs)
-            usable &= {"seen", "user_id", "dialog_id"} <= row["extra_info"].keys()
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError):
-            usable = False
-        if not usable:
+        if not _is_usable(row):
             raise InputError(
                 f"{path}, row {i}: no user, no embeddings, or NaN or infinite ones; run "
                 "generate-prism-embeddings.py --overwrite"
             )
-        width.setdefault(pairs.shape[1], f"{path}, row {i}")
-    return rows, width
+    return rows
 
 
-def load_embeddings(folder, model_name):
-    """Read the embeddings of generate-prism-embeddings.py (or of the released script) and the reward head.
+def _is_usable(row: Any) -> bool:
+    """Whether a row, which may be anything, names its user and has at least one finite pair."""
+    try:
+        pairs = turn_pairs(row)  # (rejected, d)
+        is_named = {"seen", "user_id", "dialog_id"} <= row["extra_info"].keys()
+        return is_named and len(pairs) > 0 and is_finite(pairs)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError):
+        return False
 
-    Returns (data, head `[d, 1]`, what is known of model and data). data is a dict: `seen` and `unseen`, user ids in
-    order; one float32 `[m_i, d]` per user under `train`, `test`, `train_unseen`, `test_unseen`; `dialogs` and
-    `dialogs_unseen`, the conversation that each training pair of a user is from, int64 `[m_i]`; `prompts` and `longer`
-    of `evidence`, where the rows hold the texts and are not malformed.
-    Raises InputError that names file and row: missing or damaged files, embeddings missing, not finite, of different
-    widths or of other rows than data/prism/ beside them holds.
-    """
-    folder, data = Path(folder), {}
-    (train, width), (test, width_of_test) = (_embedded_rows(folder / name) for name in FILES)
-    head, about = find_reward_head(folder, model_name, "PRISM", {**width_of_test, **width}, FILES)
+
+def _first_row_per_width(rows: list[Row], path: Path) -> dict[int, str]:
+    """The widths d of the embeddings of a file, each with the first row that has it."""
+    first_rows: dict[int, str] = {}
+    for i, row in enumerate(rows):
+        width = torch.as_tensor(row["extra_info"]["chosen_conv_embedding"]).numel()
+        first_rows.setdefault(width, f"{path}, row {i}")
+    return first_rows
+
+
+def _check_split(folder: Path, provenance: dict[str, Any]) -> None:
+    """Raise InputError if data/prism/ holds other rows than those of the embeddings."""
     split_file = folder / SPLIT_FOLDER / "split.json"
-    if "identity" in about and split_file.exists():
-        if load_json(split_file, "rows")["rows"] != about["identity"].get("data"):
-            raise InputError(
-                f"the embeddings in {folder} are of other rows than {split_file.parent} holds; run "
-                "generate-prism-embeddings.py --overwrite"
-            )
-    malformed = sum("pair_format" not in row["extra_info"] for row in train + test)
-    if malformed:
-        print(
-            f"{malformed:,} rows are in the released format, whose rejected side is malformed: all rejected "
-            "responses of a turn as one printed list"
+    if "identity" not in provenance or not split_file.exists():
+        return
+    if load_json(split_file, "rows")["rows"] != provenance["identity"].get("data"):
+        raise InputError(
+            f"the embeddings in {folder} are of other rows than {split_file.parent} holds; "
+            "run generate-prism-embeddings.py --overwrite"
         )
-    texts = not malformed and all(
-        "prompt" in row
-        and "chosen_utterance" in row["extra_info"]
-        and "rejected_utterance" in row["extra_info"]
-        for row in train + test
-    )
-    data.update(prompts={}, longer=None)
-    for split, rows in (("train", train), ("test", test)):
-        for seen, suffix in ((True, ""), (False, "_unseen")):
-            of_group = [row for row in rows if bool(row["extra_info"]["seen"]) == seen]
-            users = group_by_dialog(of_group)
-            group = "seen" if seen else "unseen"
-            if not users or data.setdefault(group, list(users)) != list(users):
-                raise InputError(
-                    f"{folder}: {len(users)} {group} users in the {split} file, {len(data.get(group, []))} "
-                    "in the other; make both files in one run of generate-prism-embeddings.py"
-                )
-            data[split + suffix] = create_dataset_prism(of_group)
-            if split == "train":
-                data[f"dialogs{suffix}"] = of_pairs(
-                    users, lambda n, row: [n] * len(turn_pairs(row)), torch.tensor
-                )
-            if texts:
-                data["prompts"][split + suffix] = of_pairs(
-                    users, lambda _, row: [str(row["prompt"])] * len(turn_pairs(row))
-                )
-    if texts:  # users: the last, the unseen ones in test
-        data["longer"] = {"test_unseen": of_pairs(users, longer_sides, np.array)}
-    return data, head, about
 
 
-def of_pairs(users, found, kind=list):
-    """For each user what `found` gives for the pairs of a turn, (number of the conversation, row) -> a list."""
-    return [
-        kind(
-            [
-                one
-                for n, rows in enumerate(dialogs.values())
-                for row in rows
-                for one in found(n, row)
-            ]
+def _check_users(users: dict[str, Users], folder: Path) -> None:
+    """Raise InputError unless both files have the same seen and the same unseen users."""
+    ids = {part: list(users[part]) for part in PARTS}
+    both_kinds = ids["train"] and ids["train_unseen"]
+    same = ids["train"] == ids["test"] and ids["train_unseen"] == ids["test_unseen"]
+    if not both_kinds or not same:
+        raise InputError(
+            f"{folder}: {len(ids['train'])} seen and {len(ids['train_unseen'])} unseen users in "
+            f"{FILES[0]}, {len(ids['test'])} and {len(ids['test_unseen'])} in {FILES[1]}; "
+            "they must be the same, at least one of each kind; make both files in one run of "
+            "generate-prism-embeddings.py"
         )
-        for dialogs in users.values()
-    ]
 
 
-def longer_sides(_, row):
-    """1 for each pair of a turn whose chosen response is the longer one, -1 where it is the shorter, else 0."""
+def _holds_texts(row: Row) -> bool:
+    """Whether a row has its prompt, and the text of each response that has an embedding."""
     info = row["extra_info"]
-    return [
-        np.sign(len(info["chosen_utterance"]) - len(rejected))
-        for rejected in info["rejected_utterance"]
-    ]
+    chosen = info.get("chosen_utterance")
+    rejected = info.get("rejected_utterance")
+    if "prompt" not in row or not isinstance(chosen, str) or not isinstance(rejected, list):
+        return False
+    return len(rejected) == len(turn_pairs(row)) and all(isinstance(t, str) for t in rejected)
+
+
+class PairSource(NamedTuple):
+    """What a pair was made of."""
+
+    conversation: int  # its number, counted from 0 for each user
+    row: Row  # the turn
+    response: int  # which of the turn's rejected responses
+
+    @property
+    def prompt(self) -> str:
+        """One value for the messages of the prompt, equal for equal prompts."""
+        return str(self.row["prompt"])
+
+    @property
+    def texts(self) -> tuple[str, str]:
+        """The chosen and the rejected response."""
+        info = self.row["extra_info"]
+        return info["chosen_utterance"], info["rejected_utterance"][self.response]
+
+
+def _user_pairs(conversations: dict[str, list[Row]]) -> list[PairSource]:
+    """The pairs of one user, in the order in which `create_dataset_prism` makes them."""
+    pairs = []
+    for number, rows in enumerate(conversations.values()):
+        for row in rows:
+            for response in range(len(turn_pairs(row))):
+                pairs.append(PairSource(number, row, response))
+    return pairs

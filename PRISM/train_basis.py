@@ -1,23 +1,27 @@
-"""Learn PRISM's reward basis at several ranks, anchored to the pretrained reward head, and fit unseen users few-shot.
+"""Learn PRISM's reward basis at several ranks, anchored to the reward head, and fit unseen users.
 
-    python train_basis.py                              reads what generate-prism-embeddings.py wrote, ours or released
+    python train_basis.py                              reads what generate-prism-embeddings.py wrote
     torchrun --nproc-per-node 2 train_basis.py         the seen users shared among processes
 
-Prints the accuracies of each rank K (0: the reference model), then a table with 95 % intervals and the verdict: is the
-reward personal, by how much, is any of it an artefact. Writes beside itself the basis and the weights of each rank,
-checkpoints/PRISM_{V,W}_lore_K_{K}_alpha_{alpha}.pt, and results/: report.md, results.json, results.csv, a safetensors
-file per rank, two pictures (PNG and PDF). On the demo's synthetic corpus the ranks, the penalty and the iterations are
-the demo's.
+It reads embeddings of the released script, too, also in data/prism/, where that one writes them.
+
+Prints the accuracies of each rank K (0: the reference model), then a table with 95 % intervals and
+the verdict: is the reward personal, by how much, is any of it an artefact. Writes beside itself the
+basis and the weights of each rank, checkpoints/PRISM_{V,W}_lore_K_{K}_alpha_{alpha}.pt, and
+results/: report.md, results.json, results.csv, a safetensors file per rank, two pictures (PNG and
+PDF). On the demo's synthetic corpus the ranks, the penalty and the iterations are the demo's.
 """
 
+import functools
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import prism
-from lore.evidence import evidence, kept_fit
+from lore.evidence import hold_out, kept_fit
 from lore.files import (
     CHECKPOINT_FILE,
     TrainingCheckpoint,
@@ -25,133 +29,136 @@ from lore.files import (
     replace_files_in,
     save_torch,
 )
-from lore.results import print_results, save_results
 from lore.reward_model import load_released_reference
-from lore.scripts import run_script, script_parser
-from utils import check_settings, default_device, fits_per_model, process_rank, run_regularized
+from lore.scripts import check_training, finish_training, run_script, script_parser
+from utils import Fit, default_device, fits_per_model, run_regularized
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Settings
+
+# The sweep. All ranks, alphas and seeds are trained side by side; accuracies are averaged over the
+# seeds within a user, and the seed of the lowest loss is kept.
 K_list = [0, 1, 5, 10, 15, 20, 25, 50]
-alpha_list = [
-    1e4
-]  # of the cosine anchor; a mean over columns, so the penalty on one column is alpha / K
-validation_share = (
-    0  # of each seen user's training conversations, held out to choose K and alpha; 0: as released
-)
+alpha_list = [1e4]  # of the cosine anchor, a mean over columns: on one column it is alpha / K
 num_iterations = 20000
-threshold = 1e-2  # columns whose largest user weight is below it are left out; 0 keeps all
-seeds = [
-    0
-]  # of the training; with several, accuracies are averaged within a user, the seed of the lowest loss is kept
-controls = True  # also trains the largest rank on tossed choices, which must end at chance: a third more time
-demo_K_list, demo_num_iterations = [0, 1, 2, 3, 5], 1000
-demo_alpha_list = [
-    0.1
-]  # at d = 64 the anchor of 1e4 would leave nothing but the stand-in's random reward head
-# The released alpha pulls all columns onto the reward head, and nothing personal is left. To choose another:
-# alpha_list = demo_alpha_list = [0, 1e-4, 1e-2, 1, 1e2, 1e4]; validation_share = 0.2
-MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"  # whose head is read where none stands beside the embeddings
-released_reference = (
-    False  # True: in place of the reward head the vector of the released scripts, to compare with
-)
-# ---------------------------------------------------------------------------------------------------------------------
+threshold = 1e-2  # columns whose largest user weight is smaller are left out; 0 keeps all
+seeds = [0]
+
+# The share of each seen user's training conversations that is held out, to choose K and alpha; 0:
+# as released. The released alpha pulls all columns onto the reward head, and nothing personal is
+# left. To choose another: alpha_list = [0, 1e-4, 1e-2, 1, 1e2, 1e4] and validation_share = 0.2
+validation_share = 0
+# Also train the largest rank on tossed choices, which must end at chance: a third more time.
+controls = True
+
+# The demo's sweep. At d = 64 an alpha of 1e4 would leave nothing but the stand-in's random head.
+demo_K_list = [0, 1, 2, 3, 5]
+demo_alpha_list = [0.1]
+demo_num_iterations = 1000
+
+# The model whose reward head is read if there is none beside the embeddings.
+MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"
+# True: in place of the reward head take the vector of the released scripts, to compare with.
+released_reference = False
 
 
-def sweep(demo):
-    """Ranks, penalties and iterations: the demo's where the embeddings are the demo's."""
-    ranks, alphas, iterations = (
-        (demo_K_list, demo_alpha_list, demo_num_iterations)
-        if demo
-        else (K_list, alpha_list, num_iterations)
-    )
-    return dict(
-        K_list=ranks,
-        alpha_list=alphas,
-        num_iterations=iterations,
+def settings(is_demo: bool) -> dict[str, Any]:
+    """The settings above, as they go into the results; for the demo with its own sweep.
+
+    Raises InputError that names the setting.
+    """
+    config = dict(
+        K_list=K_list,
+        alpha_list=alpha_list,
+        num_iterations=num_iterations,
         seeds=seeds,
         threshold=threshold,
         validation_share=validation_share,
     )
-
-
-def save_checkpoints(folder, fits):
-    """Write V and W of the kept seed under the released names, in place of those of an earlier sweep."""
-    with replace_files_in(folder, ["PRISM_[VW]_lore_K_*.pt"]) as new:
-        for fit in map(kept_fit, fits_per_model(fits).values()):
-            for name, tensor in (("V", fit.V), ("W", fit.W)):
-                save_torch(
-                    new / f"PRISM_{name}_lore_K_{fit.K}_alpha_{fit.alpha}.pt", tensor.cpu().clone()
-                )
-
-
-def main():
-    args = script_parser(__doc__, HERE).parse_args()
-    for demo in (True, False):
-        check_settings(**sweep(demo))
-    data, V_final, about = prism.load_embeddings(args.dir, MODEL_NAME)
-    if released_reference:
-        V_final = load_released_reference(MODEL_NAME)
-    for folder in ("results", "checkpoints"):
-        check_writable(args.dir / folder)
-    config = sweep(about.get("demo"))
-    N, N_unseen = len(data["seen"]), len(data["unseen"])
-    print(
-        f"{about['title']}: {N} seen and {N_unseen} unseen users, {sum(map(len, data['train'])):,} train pairs, "
-        f"d = {len(V_final)}"
-    )
-    if about.get("demo"):
-        print(
-            "demo settings: K_list = {K_list}, alpha_list = {alpha_list}, {num_iterations} iterations".format(
-                **config
-            )
+    if is_demo:
+        config.update(
+            K_list=demo_K_list, alpha_list=demo_alpha_list, num_iterations=demo_num_iterations
         )
+    check_training(**config)
+    config.update(controls=controls, released_reference=released_reference)
+    return config
 
-    fits, tossed, start = [], [] if controls else None, time.perf_counter()
-    run_regularized(
-        config["K_list"],
-        config["alpha_list"],
-        V_final,
-        data["train"],
-        data["test"],
-        data["train_unseen"],
-        data["test_unseen"],
-        N,
-        N_unseen,
-        default_device(),
-        seed=seeds,
-        num_iterations=config["num_iterations"],
-        threshold=threshold,
-        fits=fits,
-        checkpoint=TrainingCheckpoint(args.dir / "results" / CHECKPOINT_FILE),
-        validation_share=validation_share,
-        prompts=[dialogs.tolist() for dialogs in data["dialogs"]],
-        tossed=tossed,
-    )
-    seconds = time.perf_counter() - start
 
+def print_columns(fits: list[Fit]) -> None:
+    """Print how many columns of each basis are left."""
     for fit in fits:
         if fit.K > 0:
             print(
-                f"rank {fit.K}, seed {fit.seed}: {fit.V.shape[1]} of {fit.K} columns have a user weight of "
-                f"{threshold:g} or more"
+                f"rank {fit.K}, seed {fit.seed}: {fit.V.shape[1]} of {fit.K} columns have a user "
+                f"weight of {threshold:g} or more"
             )
-    if process_rank() == 0:
-        config.update(controls=controls, released_reference=released_reference)
-        save_checkpoints(args.dir / "checkpoints", fits)
-        print_results(
-            save_results(
-                args.dir / "results",
-                fits,
-                data,
-                about,
-                config,
-                seconds,
-                evidence(fits, data, V_final, tossed or ()),
-            )
-        )
+
+
+def save_checkpoints(folder: Path, fits: list[Fit]) -> None:
+    """Write V and W of each model's kept seed under the released names, and remove older ones."""
+    with replace_files_in(folder, ["PRISM_[VW]_lore_K_*.pt"]) as new_folder:
+        for model_fits in fits_per_model(fits).values():
+            fit = kept_fit(model_fits)
+            model = f"lore_K_{fit.K}_alpha_{fit.alpha}"
+            save_torch(new_folder / f"PRISM_V_{model}.pt", fit.V.cpu().clone())
+            save_torch(new_folder / f"PRISM_W_{model}.pt", fit.W.cpu().clone())
+
+
+def main() -> None:
+    args = script_parser(__doc__, HERE).parse_args()
+    results = args.dir / "results"
+    checkpoints = args.dir / "checkpoints"
+    configs = {is_demo: settings(is_demo) for is_demo in (True, False)}
+
+    study = prism.load_embeddings(args.dir, MODEL_NAME)
+    if released_reference:
+        study.reward_head = load_released_reference(MODEL_NAME)
+    check_writable(results)
+    check_writable(checkpoints)
     print(
-        f"\n{seconds:.1f} s; read {args.dir / 'results' / 'report.md'}; pictures and each rank's basis are beside it; "
-        f"V and W are in {args.dir / 'checkpoints'}"
+        f"{study.title}: {len(study.seen)} seen and {len(study.unseen)} unseen users, "
+        f"{study.pair_count('train'):,} train pairs, d = {len(study.reward_head)}"
+    )
+    is_demo = bool(study.provenance.get("demo"))
+    config = configs[is_demo]
+    if is_demo:
+        print(
+            f"demo settings: K_list = {demo_K_list}, alpha_list = {demo_alpha_list}, "
+            f"{demo_num_iterations} iterations"
+        )
+
+    study_to_train, held_out = hold_out(study, validation_share)
+    checkpoint = TrainingCheckpoint(results / CHECKPOINT_FILE)
+    started = time.perf_counter()
+    accuracies = run_regularized(
+        config["K_list"],
+        config["alpha_list"],
+        study.reward_head,
+        study_to_train.train,
+        study.test,
+        study.train_unseen,
+        study.test_unseen,
+        len(study.seen),
+        len(study.unseen),
+        default_device(),
+        seed=seeds,
+        num_iterations=config["num_iterations"],
+        checkpoint=checkpoint,
+        threshold=threshold,
+    )
+    print_columns(accuracies.fits)
+
+    finish_training(
+        results,
+        accuracies.fits,
+        study,
+        study_to_train,
+        held_out,
+        config,
+        checkpoint,
+        started,
+        regularized=True,
+        save_more=functools.partial(save_checkpoints, checkpoints),
+        closing=f"; V and W are in {checkpoints}",
     )
 
 
