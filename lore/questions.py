@@ -5,7 +5,7 @@ import pandas as pd
 import torch
 from torch.nn.functional import logsigmoid
 
-from lore.evidence import interval
+from lore.intervals import interval
 from lore.study import Features, Study
 from utils import (
     TEMPERATURE,

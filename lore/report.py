@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from lore.evidence import VALIDATION
 from lore.tables import Entry, Results, model_cells, model_name, shown_rows, text_table
-from utils import SETTINGS, UNSEEN_TEST
+from utils import FEW_SHOT_TRAIN, SEEN_TEST, TRAIN, UNSEEN_TEST
 
 
 class Column(NamedTuple):
@@ -16,10 +16,10 @@ class Column(NamedTuple):
 
 # What each setting measures. Their names, which the released scripts print, are the headings.
 SETTING_MEANINGS = {
-    SETTINGS[0]: "Seen users, on the pairs that the basis was learned from.",
-    SETTINGS[1]: "Seen users, on other pairs.",
-    SETTINGS[2]: "Unseen users, on the pairs that their weights are fitted to.",
-    SETTINGS[3]: "Unseen users, on other pairs. This is the setting that counts.",
+    TRAIN: "Seen users, on the pairs that the basis was learned from.",
+    SEEN_TEST: "Seen users, on other pairs.",
+    FEW_SHOT_TRAIN: "Unseen users, on the pairs that their weights are fitted to.",
+    UNSEEN_TEST: "Unseen users, on other pairs. This is the setting that counts.",
     VALIDATION: "Seen users, on pairs that were held out of the training.",
 }
 

@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lore.evidence import interval, kept_fit
+from lore.evidence import kept_fit
 from lore.files import replace_files_in, save_json, save_tensors, save_text
+from lore.intervals import interval
 from lore.pictures import draw_accuracy_by_rank, draw_personal_part, save_picture, small_multiples
 from lore.report import report
 from lore.study import PARTS, Study
@@ -24,12 +25,11 @@ from lore.tables import (
     shown_rows,
     text_table,
 )
-from utils import SETTINGS, UNSEEN_TEST, Curves, Fit, fits_per_model, pair_scores
+from utils import UNSEEN_SETTINGS, UNSEEN_TEST, Curves, Fit, fits_per_model, pair_scores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FEW_SHOT_SETTINGS = (SETTINGS[2], UNSEEN_TEST)  # those of the unseen users
 # The four lists that `run_few_shot_vary_shots` returns, as vary_fewshot.json names them.
 CURVE_NAMES = ("few_shot_train_mean", "few_shot_train_std", "unseen_mean", "unseen_std")
 
@@ -167,7 +167,7 @@ def basis_file(fit: Fit, kept: bool, several_alphas: bool) -> str:
 
 def users_of(setting: str, study: Study) -> list[str]:
     """The ids of the users whose accuracies a setting has."""
-    return study.unseen if setting in FEW_SHOT_SETTINGS else study.seen
+    return study.unseen if setting in UNSEEN_SETTINGS else study.seen
 
 
 def save_basis(path: Path, fit: Fit, provenance: dict[str, Any]) -> None:
@@ -265,7 +265,7 @@ def curves_per_model(curves: Curves, config: dict[str, Any], shots: int) -> list
 def few_shot_intervals(curves: Curves) -> pd.DataFrame:
     """A row for each point of the curves: K, alpha, shots, setting, mean, low, high."""
     rows = []
-    for setting in FEW_SHOT_SETTINGS:
+    for setting in UNSEEN_SETTINGS:
         for row in curves.rows:
             point = {"K": row["K"], "alpha": row["alpha"], "shots": row["shots"]}
             rows.append(point | {"setting": setting} | interval(row[setting]))

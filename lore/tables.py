@@ -4,7 +4,7 @@ from typing import Any
 
 import pandas as pd
 
-from lore.evidence import DIFFERENCE, INTERVAL
+from lore.intervals import DIFFERENCE, INTERVAL
 
 REFERENCE = "ref"  # the name of K = 0 in tables and pictures
 
@@ -39,7 +39,7 @@ def model_cells(entry: Entry) -> dict[str, str]:
 def format_cell(value: Any) -> str:
     """The text of a cell.
 
-    value: an interval or a difference, as `lore.evidence.interval` returns them; a number, a truth
+    value: an interval or a difference, as `lore.intervals.interval` returns them; a number, a truth
     value or a text; a list of these; or None for what is not known.
     """
     if value is None:

@@ -28,7 +28,7 @@ from lore.results import (
 )
 from lore.study import PARTS, Study
 from lore.tables import format_cell
-from utils import SETTINGS
+from utils import SEEN_TEST, SETTINGS, TRAIN, UNSEEN_SETTINGS, UNSEEN_TEST
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -198,7 +198,7 @@ def test_a_saved_basis_gives_the_accuracies_again_and_names_its_model_and_data(s
             utils.evaluate_model(X, tensors["V"], w)
             for X, w in zip(study.test_unseen, tensors["W_unseen"], strict=True)
         ]
-        assert accuracies == pytest.approx(list(entry["accuracy_of_user"][SETTINGS[3]].values()))
+        assert accuracies == pytest.approx(list(entry["accuracy_of_user"][UNSEEN_TEST].values()))
         assert (metadata["K"], metadata["alpha"], metadata["seed"]) == (fit.K, fit.alpha, fit.seed)
         assert metadata["identity"] == IDENTITY
         assert metadata["users"] == SEEN
@@ -308,10 +308,10 @@ def test_the_csv_has_a_row_per_model_and_the_reference_once(tmp_path, study):
     assert table[["K", "alpha"]].values.tolist() == [[0, 0], [1, 0], [2, 0], [1, 0.5], [2, 0.5]]
     row = table.iloc[-1]
     entry = results["evidence"][-1]
-    gain = entry["minus_pooled"][SETTINGS[3]]
+    gain = entry["minus_pooled"][UNSEEN_TEST]
     for end in ("mean", "low", "high", "p"):
         assert row[f"personal_part.{end}"] == pytest.approx(entry["personal_part"][end])
-        assert row[f"minus_pooled.{SETTINGS[3]}.{end}"] == pytest.approx(gain[end])
+        assert row[f"minus_pooled.{UNSEEN_TEST}.{end}"] == pytest.approx(gain[end])
 
 
 # ---- The report
@@ -357,7 +357,7 @@ def test_the_tables_of_the_report_have_the_numbers_of_the_results(tmp_path, stud
     for row, entry in zip(accuracy[2:], trained, strict=True):
         assert row[2:] == [format_cell(entry["accuracy"][setting]) for setting in SETTINGS]
     for row, entry in zip(controls[1:], trained, strict=True):
-        gains = [entry[name][SETTINGS[3]] for name in ("minus_reference", "minus_pooled")]
+        gains = [entry[name][UNSEEN_TEST] for name in ("minus_reference", "minus_pooled")]
         expected = [*entry["controls"].values(), entry["personal_part"], *gains]
         assert row[2:] == [format_cell(value) for value in expected]
     for row, entry in zip(basis[1:], trained, strict=True):
@@ -369,7 +369,7 @@ def test_the_tables_of_the_report_have_the_numbers_of_the_results(tmp_path, stud
             str(fit["seed"]),
             "yes" if fit["kept"] else "no",
             f"{fit['training_loss']:.3g}",
-            f"{fit['mean_accuracy'][SETTINGS[3]]:.3g}",
+            f"{fit['mean_accuracy'][UNSEEN_TEST]:.3g}",
         ]
 
 
@@ -383,7 +383,7 @@ def test_the_report_counts_the_data_and_says_how_the_model_was_chosen(saved):
     assert "the lowest training loss" in text
 
     for entry in results["evidence"]:
-        entry["accuracy"][VALIDATION] = entry["accuracy"][SETTINGS[0]]
+        entry["accuracy"][VALIDATION] = entry["accuracy"][TRAIN]
     results["chosen"] = {"K": 3, "alpha": 0, "by": "validation"}
     text = report(results)
     assert "the model that was chosen by held-out pairs (K = 3, alpha 0)" in text
@@ -393,10 +393,10 @@ def test_the_report_counts_the_data_and_says_how_the_model_was_chosen(saved):
 
 def test_the_report_tells_no_leak_from_a_leak_that_is_not_known(saved):
     results = strict_json(saved / "results.json")
-    results["leaks"] = {SETTINGS[1]: None, SETTINGS[3]: 0.25}
+    results["leaks"] = {SEEN_TEST: None, UNSEEN_TEST: 0.25}
     text = report(results)
-    assert f"- **{SETTINGS[1]}**: not known" in text
-    assert f"- **{SETTINGS[3]}**: 25.0%" in text
+    assert f"- **{SEEN_TEST}**: not known" in text
+    assert f"- **{UNSEEN_TEST}**: 25.0%" in text
 
 
 def test_a_report_on_the_reference_alone_has_no_empty_tables(tmp_path, study):
@@ -456,7 +456,7 @@ def test_the_picture_of_the_personal_part_shows_whose_weights_predict_what(
     entry = results["evidence"][2]  # K = 3, the only model with a personal part
     heights = [line.get_ydata().tolist() for line in accuracy.lines if line.get_marker() == "o"]
     controls = entry["controls"]
-    expected = [entry["accuracy"][SETTINGS[3]], controls["mean_weights"], controls["other_users"]]
+    expected = [entry["accuracy"][UNSEEN_TEST], controls["mean_weights"], controls["other_users"]]
     assert heights == [[ends["mean"]] for ends in expected]
     assert personal.lines[-1].get_ydata().tolist() == [entry["personal_part"]["mean"]]
     assert {text.get_text() for text in accuracy.texts} == {
@@ -577,7 +577,7 @@ def few_shot_rows():
         for K in CONFIG["K_list"]:
             for shots in CONFIG["num_shots"]:
                 row = {"K": K, "alpha": alpha, "shots": shots}
-                for i, setting in enumerate(SETTINGS[2:]):
+                for i, setting in enumerate(UNSEEN_SETTINGS):
                     row[setting] = np.random.default_rng([K, shots, i]).random(2) + alpha
                 rows.append(row)
     return rows
@@ -628,7 +628,7 @@ def test_the_csv_of_the_curves_has_means_over_users_with_their_intervals(saved_c
     assert len(table) == 2 * len(ROWS)
     points = table.set_index(["K", "alpha", "shots", "setting"])
     for row in ROWS:
-        for setting in SETTINGS[2:]:
+        for setting in UNSEEN_SETTINGS:
             point = points.loc[row["K"], row["alpha"], row["shots"], setting]
             # The interval of two users reaches from the one to the other.
             expected = (row[setting].mean(), *sorted(row[setting]))
@@ -637,7 +637,7 @@ def test_the_csv_of_the_curves_has_means_over_users_with_their_intervals(saved_c
 
 def test_the_picture_of_the_curves_has_a_panel_per_setting_and_alpha(tmp_path, study, drawn):
     save_few_shot_curves(tmp_path, CURVES, study, CONFIG)
-    panels = [(setting, alpha) for setting in SETTINGS[2:] for alpha in CONFIG["alpha_list"]]
+    panels = [(setting, alpha) for setting in UNSEEN_SETTINGS for alpha in CONFIG["alpha_list"]]
     for axes, (setting, alpha) in zip(drawn[0].axes, panels, strict=True):
         heights = [line.get_ydata().tolist() for line in axes.lines if line.get_marker() == "o"]
         expected = [
