@@ -103,7 +103,7 @@ def import_matplotlib() -> Any:
 
 
 def describe_study(results: Results, band: str) -> str:
-    """What stands above every picture: the data, how many users and seeds, what the bands are."""
+    """The title of every picture: the data, how many users and seeds, what the bands are."""
     counts = results["counts"]
     seeds = len(results["seeds"])
     return (

@@ -8,7 +8,7 @@ from utils import FEW_SHOT_TRAIN, SEEN_TEST, TRAIN, UNSEEN_TEST
 
 
 class Column(NamedTuple):
-    """A column of a table: what stands above it, and the sentence that explains it."""
+    """A column of a table: its heading, and a sentence that explains it."""
 
     heading: str
     meaning: str
@@ -90,15 +90,15 @@ LOSS = Column("training loss", "The loss at the end of the training, without the
 
 def report(results: Results) -> str:
     """The text of report.md, in Markdown; results: what results.json holds."""
-    sections = [
+    sections = paragraphs(
         verdict_section(results),
         reading_section(results),
         accuracy_section(results),
         controls_section(results),
         basis_section(results),
         leaks_section(results),
-    ]
-    return "\n\n".join(sections) + "\n"
+    )
+    return sections + "\n"
 
 
 def verdict_section(results: Results) -> str:
@@ -209,10 +209,10 @@ def basis_section(results: Results) -> str:
 
 def leaks_section(results: Results) -> str:
     """How many test pairs have a prompt that the training has seen."""
-    shares = [
-        f"**{setting}**: {'not known' if share is None else f'{share:.1%}'}"
-        for setting, share in results["leaks"].items()
-    ]
+    shares = []
+    for setting, share in results["leaks"].items():
+        text = "not known" if share is None else f"{share:.1%}"
+        shares.append(f"**{setting}**: {text}")
     return paragraphs(
         "## Leaks",
         "These are the shares of test pairs with a prompt that is also the prompt of a training "
