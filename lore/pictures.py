@@ -1,19 +1,28 @@
-"""The pictures of results."""
+"""The pictures of results: small multiples, a panel for each setting or model."""
 
-import itertools
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from lore.files import atomic_write
-from lore.tables import shown_rows
+from lore.tables import REFERENCE, Entry, Results, shown_rows
 from utils import SETTINGS, UNSEEN_TEST
 
-RELEASED_BAND = (
-    False  # True: in the picture a quarter of the standard deviation over users, as released
-)
+if TYPE_CHECKING:  # matplotlib takes a second to load, and only a picture needs it
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# True: the picture shows a quarter of the standard deviation over users, as the released scripts
+# do, instead of the 95 % interval.
+RELEASED_BAND = False
+
+RANK = "rank K"  # the x axis that has a place for each rank, whatever its value
+PERSONAL_PART = "personal part: own minus mean"  # the row of panels in which 0 is the baseline
+CURVES_WITH_BANDS = 3  # in a panel with more curves bands would hide each other: they have bars
+
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -24,158 +33,248 @@ STYLE = {
     "pdf.fonttype": 42,
 }
 
+Color = str | list[float]
 
-def small_multiples(results, points, x, band="95 % interval", note=""):
-    """A Figure of small multiples: a panel for each `row` and `column` of the points, a curve for each `line`, with its
-    name at its end. Intervals are bands, or, of more than three curves, bars. x: "rank K", or a column of numbers."""
-    from scipy.optimize import isotonic_regression
 
-    os.environ.pop(
-        "MPLBACKEND", None
-    )  # a notebook's backend, none here, would keep the library from loading
-    import matplotlib.figure
+class Label(NamedTuple):
+    """A name that is written at the right end of a curve, or of the baseline."""
 
-    counts, seeds, frame = results["counts"], len(results["seeds"]), pd.DataFrame(points)
-    positions, ranks = pd.factorize(frame[x])
-    frame["x"] = positions if x == "rank K" else frame[x]
-    rows, columns, lines = (frame[key].unique() for key in ("row", "column", "line"))
-    scale = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.8, len({*lines} - {"ref"})))
-    colors = dict(zip([line for line in lines if line != "ref"], scale.tolist())) | {"ref": "0.4"}
+    height: float
+    name: str
+    color: Color
+
+
+CHANCE = Label(0.5, "chance", "0.3")
+NOTHING_PERSONAL = Label(0.0, "nothing personal", "0.3")
+
+
+def small_multiples(
+    results: Results,
+    points: list[dict[str, Any]],
+    x: str,
+    band: str = "95 % interval",
+    note: str = "",
+) -> "Figure":
+    """A picture with a panel for each row and column, and in it a curve for each line.
+
+    results: its `config`, `counts` and `seeds` are named above the panels.
+    points: dicts with `row`, `column` and `line` (texts), `mean`, `low` and `high`, and a number
+        under the key that `x` names. Panels and curves are in the order of the points.
+    x: the key of the horizontal axis, which is also its label. Ranks are spaced evenly, see `RANK`.
+    band: what `low` and `high` are the ends of. note: what else is said above the panels.
+    """
+    matplotlib = import_matplotlib()
+    frame = pd.DataFrame(points)
+    ranks = frame[x].unique()
+    frame["x"] = pd.factorize(frame[x])[0] if x == RANK else frame[x]
+    rows = frame["row"].unique()
+    columns = frame["column"].unique()
+    colors = line_colors(matplotlib, list(frame["line"].unique()))
+
     with matplotlib.rc_context(STYLE):
-        figure = matplotlib.figure.Figure(
-            (2.2 * len(columns) + 2.4, 2.4 * len(rows) + 0.5), layout="constrained"
-        )
-        figure.suptitle(
-            f"{results['config']['data']}: {counts['seen users']} seen, {counts['unseen users']} unseen "
-            f"users, {seeds} seed{'s' * (seeds > 1)}\nband or bar: {band} over users{note}",
-            fontsize=9,
-        )
+        size = (2.2 * len(columns) + 2.4, 2.4 * len(rows) + 0.5)  # inches
+        figure = matplotlib.figure.Figure(size, layout="constrained")
+        figure.suptitle(describe_study(results, band) + note, fontsize=9)
         figure.supxlabel(x, fontsize=9)
         grid = figure.subplots(len(rows), len(columns), sharex=True, sharey="row", squeeze=False)
-        for axes, (row, column) in zip(grid.flat, itertools.product(rows, columns)):
-            level = (
-                (0, "nothing personal", "0.3")
-                if row.startswith("personal")
-                else (0.5, "chance", "0.3")
-            )
-            axes.set(
-                title=column if row == rows[0] else "", ylabel=row if column == columns[0] else ""
-            )
-            axes.axhline(level[0], color="0.3", linewidth=0.9, linestyle="--")
-            if x == "rank K":
-                axes.set_xticks(range(len(ranks)), [K or "ref" for K in ranks])
-            curves = list(
-                frame[(frame["row"] == row) & (frame["column"] == column)].groupby(
-                    "line", sort=False
-                )
-            )
-            for i, (line, of_line) in enumerate(curves):
-                at, mean, low, high = of_line[["x", "mean", "low", "high"]].to_numpy(float).T
-                if bars := len(curves) > 3 or len(at) == 1:
-                    at = at + (i - (len(curves) - 1) / 2) * 0.12 * np.ptp(at) / max(
-                        len(at) - 1, 1
-                    )  # side by side
-                    axes.vlines(at, low, high, color=colors[line], linewidth=1)
-                else:
-                    axes.fill_between(at, low, high, color=colors[line], alpha=0.15, linewidth=0)
-                axes.plot(
-                    at, mean, "o-", color=colors[line], markersize=3, linewidth=0.7 if bars else 1.4
-                )
-            if column == columns[-1]:
-                ends = sorted(
-                    [level]
-                    + [
-                        (of_line["mean"].iloc[-1], line, colors[line])
-                        for line, of_line in curves
-                        if len(of_line) > 1 or line != "ref"
-                    ]
-                )
-                gaps = (
-                    0.085 * np.ptp(axes.get_ylim()) * np.arange(len(ends))
-                )  # lest names lie over each other
-                for y, (_, name, color) in zip(
-                    isotonic_regression([y for y, *_ in ends] - gaps).x + gaps, ends
-                ):
-                    axes.annotate(
-                        name,
-                        (1, y),
-                        (3, 0),
-                        ("axes fraction", "data"),
-                        "offset points",
-                        va="center",
-                        color=color,
-                        fontsize=8,
-                        annotation_clip=False,
-                    )
+        for row, panels in zip(rows, grid):
+            panels[0].set_ylabel(row)
+            baseline = NOTHING_PERSONAL if row == PERSONAL_PART else CHANCE
+            for column, axes in zip(columns, panels):
+                draw_panel(axes, curves_in(frame, row, column), baseline, colors)
+                if x == RANK:
+                    axes.set_xticks(range(len(ranks)), [K or REFERENCE for K in ranks])
+            label_right_end(panels[-1], curves_in(frame, row, columns[-1]), baseline, colors)
+        for column, axes in zip(columns, grid[0]):
+            axes.set_title(column)
     return figure
 
 
-def draw_accuracy_by_rank(results):
-    """A Figure: a panel per setting, a curve per alpha, the reference at its left."""
+def import_matplotlib() -> Any:
+    """matplotlib, whatever backend the environment names.
 
-    def released(entry, setting):
-        of_user = np.mean(
-            [
-                list(fit["accuracy_of_user"][setting].values())
-                for fit in results["fits"]
-                if (fit["K"], fit["alpha"]) == (entry["K"], entry["alpha"])
-            ],
-            0,
-        )
-        return dict(
-            zip(("low", "mean", "high"), of_user.mean() + of_user.std() / 4 * np.array([-1, 0, 1]))
-        )
+    A notebook names its own there, and in a process without that backend matplotlib refuses to
+    load. A Figure that is only written to files needs no backend.
+    """
+    os.environ.pop("MPLBACKEND", None)
+    import matplotlib.figure
 
-    return small_multiples(
-        results,
-        [
-            {
-                "row": "accuracy",
-                "column": setting,
-                "line": f"alpha {entry['alpha']:g}" if entry["K"] else "ref",
-                "rank K": entry["K"],
-                **(released(entry, setting) if RELEASED_BAND else entry["accuracy"][setting]),
-            }
-            for entry in shown_rows(results)
-            for setting in SETTINGS
-        ],
-        "rank K",
-        "a quarter of the standard deviation" if RELEASED_BAND else "95 % interval",
+    return matplotlib
+
+
+def describe_study(results: Results, band: str) -> str:
+    """The title of every picture: the data, how many users and seeds, what the bands are."""
+    counts = results["counts"]
+    seeds = len(results["seeds"])
+    return (
+        f"{results['config']['data']}: {counts['seen users']} seen, "
+        f"{counts['unseen users']} unseen users, {seeds} {'seed' if seeds == 1 else 'seeds'}\n"
+        f"band or bar: {band} over users"
     )
 
 
-def draw_personal_part(results):
-    """A Figure: accuracy by whose weights are used, and the personal part below; a column per alpha."""
-    return small_multiples(
-        results,
-        [
-            {
-                "row": row,
-                "column": f"alpha {entry['alpha']:g}",
-                "line": line,
-                "rank K": entry["K"],
-                **values,
-            }
-            for entry in results["evidence"]
-            if entry["personal_part"]
-            for row, line, values in (
-                ("accuracy", "own weights", entry["accuracy"][UNSEEN_TEST]),
-                ("accuracy", "everybody's mean", entry["controls"]["mean_weights"]),
-                ("accuracy", "other users'", entry["controls"]["other_users"]),
-                ("personal part, own less mean", "own weights", entry["personal_part"]),
+def line_colors(matplotlib: Any, lines: list[str]) -> dict[str, Color]:
+    """A colour for each line, along a scale from dark to light; the reference is grey."""
+    named = [line for line in lines if line != REFERENCE]
+    scale = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.8, len(named)))
+    return dict(zip(named, scale.tolist())) | {REFERENCE: "0.4"}
+
+
+def curves_in(frame: pd.DataFrame, row: str, column: str) -> dict[str, pd.DataFrame]:
+    """The points of a panel by line, in the order of their first points."""
+    points = frame[(frame["row"] == row) & (frame["column"] == column)]
+    curves = {}
+    for line, curve in points.groupby("line", sort=False):
+        curves[line] = curve
+    return curves
+
+
+def draw_panel(
+    axes: "Axes", curves: dict[str, pd.DataFrame], baseline: Label, colors: dict[str, Color]
+) -> None:
+    """Draw the baseline and the curves; a curve is a table with the columns x, mean, low, high."""
+    axes.axhline(baseline.height, color=baseline.color, linewidth=0.9, linestyle="--")
+    for i, (line, points) in enumerate(curves.items()):
+        if len(points) > 1 and len(curves) <= CURVES_WITH_BANDS:
+            draw_curve_with_band(axes, points, colors[line])
+        else:
+            off_centre = i - (len(curves) - 1) / 2  # in curves
+            draw_curve_with_bars(axes, points, off_centre, colors[line])
+
+
+def draw_curve_with_band(axes: "Axes", points: pd.DataFrame, color: Color) -> None:
+    """Draw a curve in a band from `low` to `high`."""
+    axes.fill_between(
+        points["x"], points["low"], points["high"], color=color, alpha=0.15, linewidth=0
+    )
+    axes.plot(points["x"], points["mean"], "o-", color=color, markersize=3, linewidth=1.4)
+
+
+def draw_curve_with_bars(
+    axes: "Axes", points: pd.DataFrame, off_centre: float, color: Color
+) -> None:
+    """Draw a curve with a bar from `low` to `high` at each point.
+
+    The bars of several curves would hide each other, so the curves are drawn side by side: each is
+    moved by 0.12 of the distance between two points, times `off_centre`.
+    """
+    width = points["x"].max() - points["x"].min()
+    distance = width / max(len(points) - 1, 1)
+    x = points["x"] + off_centre * 0.12 * distance
+    axes.vlines(x, points["low"], points["high"], color=color, linewidth=1)
+    axes.plot(x, points["mean"], "o-", color=color, markersize=3, linewidth=0.7)
+
+
+def label_right_end(
+    axes: "Axes", curves: dict[str, pd.DataFrame], baseline: Label, colors: dict[str, Color]
+) -> None:
+    """Write the names of the curves and of the baseline beside the panel, none over another."""
+    labels = [baseline]
+    for line, points in curves.items():
+        if line == REFERENCE and len(points) == 1:  # at the left, and named by the axis
+            continue
+        labels.append(Label(points["mean"].iloc[-1], line, colors[line]))
+    labels.sort(key=lambda label: (label.height, label.name))
+    text_height = 0.085 * np.ptp(axes.get_ylim())
+    heights = spread(np.array([label.height for label in labels]), text_height)
+    for height, label in zip(heights, labels):
+        axes.annotate(
+            label.name,
+            xy=(1, height),
+            xycoords=("axes fraction", "data"),
+            xytext=(3, 0),
+            textcoords="offset points",
+            va="center",
+            color=label.color,
+            fontsize=8,
+            annotation_clip=False,
+        )
+
+
+def spread(heights: np.ndarray, gap: float) -> np.ndarray:
+    """The nearest heights (least squares) that are at least `gap` apart; heights: ascending `[n]`.
+
+    If i gaps are taken off the i-th height, the rest only has to ascend. The nearest values that
+    ascend are found by isotonic regression.
+    """
+    from scipy.optimize import isotonic_regression  # here, because it takes a second to load
+
+    gaps = gap * np.arange(len(heights))
+    return isotonic_regression(heights - gaps).x + gaps
+
+
+def draw_accuracy_by_rank(results: Results) -> "Figure":
+    """A panel for each setting, with a curve for each alpha and the reference at its left."""
+    points = []
+    for entry in shown_rows(results):
+        for setting in SETTINGS:
+            if RELEASED_BAND:
+                ends = released_band(results, entry, setting)
+            else:
+                ends = entry["accuracy"][setting]
+            points.append(
+                {
+                    "row": "accuracy",
+                    "column": setting,
+                    "line": f"alpha {entry['alpha']:g}" if entry["K"] else REFERENCE,
+                    RANK: entry["K"],
+                    **ends,
+                }
             )
-            if values
-        ],
-        "rank K",
-        note=f"; {UNSEEN_TEST}",
-    )
+    band = "a quarter of the standard deviation" if RELEASED_BAND else "95 % interval"
+    return small_multiples(results, points, RANK, band)
 
 
-def save_picture(folder, name, figure):
-    """Write `name`.png and `name`.pdf."""
-    for form, metadata in (
-        ("png", None),
-        ("pdf", {"CreationDate": None}),
-    ):  # equal figures give equal files
+def released_band(results: Results, entry: Entry, setting: str) -> dict[str, float]:
+    """{low, mean, high}: a quarter of the standard deviation over users, below and above the mean.
+
+    As in the released plots. The accuracy of a user is the mean over the seeds of the model.
+    """
+    model = (entry["K"], entry["alpha"])
+    per_seed = [
+        list(fit["accuracy_of_user"][setting].values())
+        for fit in results["fits"]
+        if (fit["K"], fit["alpha"]) == model
+    ]
+    per_user = np.mean(per_seed, axis=0)
+    mean = per_user.mean()
+    quarter = per_user.std() / 4
+    return {"low": mean - quarter, "mean": mean, "high": mean + quarter}
+
+
+def draw_personal_part(results: Results) -> "Figure":
+    """Unseen users' accuracy by whose weights are used, and the personal part below it.
+
+    There is a column for each alpha. Models without a personal part are left out.
+    """
+    points = []
+    for entry in results["evidence"]:
+        if entry["personal_part"] is None:
+            continue
+        curves = [
+            ("accuracy", "own weights", entry["accuracy"][UNSEEN_TEST]),
+            ("accuracy", "everybody's mean weights", entry["controls"]["mean_weights"]),
+            ("accuracy", "other users' weights", entry["controls"]["other_users"]),
+            (PERSONAL_PART, "own weights", entry["personal_part"]),
+        ]
+        for row, line, interval in curves:
+            if interval is None:  # there is only one unseen user, so nobody else's weights
+                continue
+            points.append(
+                {
+                    "row": row,
+                    "column": f"alpha {entry['alpha']:g}",
+                    "line": line,
+                    RANK: entry["K"],
+                    **interval,
+                }
+            )
+    return small_multiples(results, points, RANK, note=f"; {UNSEEN_TEST}")
+
+
+def save_picture(folder: Path, name: str, figure: "Figure") -> None:
+    """Write `name`.png and `name`.pdf to the folder; equal figures give equal files."""
+    metadata = {"png": None, "pdf": {"CreationDate": None}}  # without the time of writing
+    for form in ("png", "pdf"):
         with atomic_write(Path(folder) / f"{name}.{form}") as file:
-            figure.savefig(file, format=form, dpi=200, metadata=metadata)
+            figure.savefig(file, format=form, dpi=200, metadata=metadata[form])

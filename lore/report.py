@@ -1,87 +1,255 @@
-"""report.md: the verdict, and what it rests on."""
+"""report.md: the verdict first, then the tables that it rests on."""
 
-from lore.tables import shown_rows, text_table
-from utils import UNSEEN_TEST
+from typing import Any, NamedTuple
+
+from lore.evidence import VALIDATION
+from lore.tables import Entry, Results, model_cells, model_name, shown_rows, text_table
+from utils import FEW_SHOT_TRAIN, SEEN_TEST, TRAIN, UNSEEN_TEST
 
 
-def report(results):
-    """`report.md` of what `results.json` holds: the verdict, then the tables that it rests on."""
-    counts, chosen, (first, *more) = (
-        results["counts"],
-        results["chosen"],
-        results["verdict"]["text"].splitlines(),
+class Column(NamedTuple):
+    """A column of a table: its heading, and a sentence that explains it."""
+
+    heading: str
+    meaning: str
+
+
+# What each setting measures. Their names, which the released scripts print, are the headings.
+SETTING_MEANINGS = {
+    TRAIN: "Seen users, on the pairs that the basis was learned from.",
+    SEEN_TEST: "Seen users, on other pairs.",
+    FEW_SHOT_TRAIN: "Unseen users, on the pairs that their weights are fitted to.",
+    UNSEEN_TEST: "Unseen users, on other pairs. This is the setting that counts.",
+    VALIDATION: "Seen users, on pairs that were held out of the training.",
+}
+
+# The columns of the other tables, by their keys in results.json.
+CONTROLS = {
+    "mean_weights": Column(
+        "everybody's mean weights",
+        "The accuracy if every user has the mean of all unseen users' weights.",
+    ),
+    "other_users": Column(
+        "other users' weights",
+        "The accuracy if every user has the weights of another unseen user, averaged over all "
+        "other users.",
+    ),
+    "tossed": Column(
+        "randomly flipped choices",
+        "The accuracy of the model of the largest rank, trained and tested on pairs with their "
+        "choices flipped at random. Nothing can be learned from these.",
+    ),
+    "longer": Column(
+        "longer answer",
+        "The accuracy of always predicting that the longer answer is chosen.",
+    ),
+}
+DIFFERENCES = {
+    "personal_part": Column(
+        "personal part",
+        "The accuracy with the user's own weights, minus that with everybody's mean weights.",
+    ),
+    "minus_reference": Column(
+        "gain over the reference",
+        "The accuracy minus that of the reference (K = 0).",
+    ),
+    "minus_pooled": Column(
+        "gain over K = 1",
+        "The accuracy minus that of one direction for everybody.",
+    ),
+}
+BASIS = {
+    "columns": Column("columns", "How many directions the basis has."),
+    "effective_rank": Column(
+        "effective rank",
+        "How many directions the basis really has, if each column counts as much as users weigh it "
+        "on average: the exponential of the entropy of the squared singular values.",
+    ),
+    "largest_cosine_between_columns": Column(
+        "largest cosine between columns",
+        "The absolute cosine of the two columns that are most alike.",
+    ),
+    "largest_cosine_to_head": Column(
+        "largest cosine to the reward head",
+        "The absolute cosine of the head and the column that is most like it.",
+    ),
+    "mean_weight_entropy": Column(
+        "mean entropy of user weights",
+        "In nats, a mean over seen users. It is 0 if every user takes one column only.",
+    ),
+    "angles_between_seeds": Column(
+        "angles between seeds",
+        "The principal angles in degrees between the bases of two seeds, the smallest first, as "
+        "means over all pairs of seeds. Small angles mean that the seeds found the same basis.",
+    ),
+}
+SEED = Column("seed", "The seed of the training.")
+KEPT = Column("kept", "Whether the basis of this seed is the one to use.")
+LOSS = Column("training loss", "The loss at the end of the training, without the penalty.")
+
+
+def report(results: Results) -> str:
+    """The text of report.md, in Markdown; results: what results.json holds."""
+    sections = paragraphs(
+        verdict_section(results),
+        reading_section(results),
+        accuracy_section(results),
+        controls_section(results),
+        basis_section(results),
+        leaks_section(results),
     )
-    trained, fits = (
-        [entry for entry in results[name] if entry["K"]] for name in ("evidence", "fits")
+    return sections + "\n"
+
+
+def verdict_section(results: Results) -> str:
+    """The title and the verdict, its first line in bold."""
+    first, *further = results["verdict"]["text"].splitlines()
+    return paragraphs(
+        f"# {results['config']['data']}: is the reward personal?", f"**{first}**", *further
     )
 
-    def markdown(entries, values):
-        table = text_table(entries, values)
-        return "\n".join(
-            f"| {' | '.join(row)} |" for row in (table, ["---"] * table.shape[1], *table.to_numpy())
-        )
 
-    return (
-        "\n\n".join(
-            [
-                f"# {results['config']['data']}: is the reward personal?",
-                f"**{first}**",
-                *more,
-                "---",
-                f"The verdict is about {'all ranks K >= 2 at once' if chosen['by'] == 'none' else 'the model'}, "
-                f"{'as none was' if chosen['by'] == 'none' else 'that was'} chosen by held-out pairs. The basis was learnt from "
-                f"{counts['train pairs']:,} pairs of {counts['seen users']} seen users; the weights of {counts['unseen users']} "
-                f"unseen users from {counts['train unseen pairs']:,} of their pairs, tested on {counts['test unseen pairs']:,} "
-                f"other pairs of theirs. {counts.get('pairs with equal sides', 0):,} pairs in all have two equal sides, and count as "
-                "wrong under every reward. K is the rank: ref (K = 0) the pretrained reward head, the reference; K = 1 one direction "
-                "for everybody; from K = 2 on a basis that users mix. alpha penalises the distance to the head. Figures: shares "
-                "of pairs predicted right, means over users and seeds, with 95 % intervals over users, for each row alone; p: "
-                "Wilcoxon signed-rank test.",
-                "## Accuracy",
-                markdown(shown_rows(results), lambda entry: entry["accuracy"]),
-                "![accuracy by rank](accuracy_by_rank.png)",
-                f"## Controls, on {UNSEEN_TEST}",
-                "Accuracies with other weights: the mean of all unseen users' weights; each "
-                "other user's weights, averaged over these users. Tossed: the largest rank, trained and tested on pairs that a "
-                "coin has turned round. Longer: always taking the longer answer. Personal part: the accuracy with own weights "
-                "minus that with mean weights; minus reference and minus pooled: minus that of K = 0 and of K = 1.",
-                markdown(
-                    trained,
-                    lambda entry: (
-                        entry["controls"]
-                        | {"personal_part": entry["personal_part"]}
-                        | {
-                            name: entry[name][UNSEEN_TEST]
-                            for name in ("minus_reference", "minus_pooled")
-                        }
-                    ),
-                ),
-                "![personal part](personal_part.png)"
-                * any(entry["personal_part"] for entry in trained),
-                "## Basis and seeds",
-                "Of each rank the kept seed, whose basis this is, has the "
-                + (
-                    "lowest training loss."
-                    if chosen["by"] == "none"
-                    else "best accuracy on held-out pairs."
-                )
-                + " Cosines are absolute; entropies, in nats, means over seen users; angles, in degrees, between two seeds' spans.",
-                markdown(trained, lambda entry: entry["basis"]),
-                markdown(
-                    fits,
-                    lambda fit: {
-                        **{k: fit[k] for k in ("seed", "kept", "training_loss")},
-                        UNSEEN_TEST: fit["mean_accuracy"][UNSEEN_TEST],
-                    },
-                ),
-                "## Leaks",
-                "Test pairs whose prompt stands among the training pairs of that group of users: "
-                + "; ".join(
-                    f"{name} {'not known' if share is None else f'{share:.1%}'}"
-                    for name, share in results["leaks"].items()
-                )
-                + ".",
-            ]
-        )
-        + "\n"
+def reading_section(results: Results) -> str:
+    """What the verdict is about, which data it rests on, and how to read the tables."""
+    counts = results["counts"]
+    chosen = results["chosen"]
+    if chosen["by"] == "none":
+        subject = "all ranks from K = 2 on at once, because none was chosen by held-out pairs"
+    else:
+        name = model_name(chosen["K"], chosen["alpha"])
+        subject = f"the model that was chosen by held-out pairs ({name})"
+    return paragraphs(
+        "## What the verdict rests on",
+        f"The verdict is about {subject}. The basis was learned from {counts['train pairs']:,} "
+        f"pairs of {counts['seen users']} seen users. The weights of {counts['unseen users']} "
+        f"unseen users were fitted to {counts['train unseen pairs']:,} of their pairs, and tested "
+        f"on {counts['test unseen pairs']:,} other pairs of theirs. Of all pairs "
+        f"{counts['pairs with equal sides']:,} have two equal sides. No reward can tell these "
+        "apart, so they count as predicted wrong.",
+        bullets(
+            "**K** is the rank. `ref` (K = 0) is the reference, the pretrained reward head. K = 1 "
+            "is one direction for everybody. From K = 2 on there is a basis of K directions, and "
+            "each user has weights over them.",
+            "**alpha** is the weight of the penalty on the distance between basis and reward head.",
+            "**Accuracies** are shares of pairs that are predicted right. They are means over "
+            "users and seeds, with 95 % intervals over users. An interval holds for its own row "
+            "alone, not for all rows at once.",
+            "**p** is the p-value of the Wilcoxon signed-rank test over users.",
+            "A dash means that a value is not known or does not exist.",
+        ),
     )
+
+
+def accuracy_section(results: Results) -> str:
+    """The accuracy of every model in every setting."""
+    entries = shown_rows(results)
+    settings = [Column(setting, SETTING_MEANINGS[setting]) for setting in entries[0]["accuracy"]]
+    return paragraphs(
+        "## Accuracy",
+        explain(settings),
+        markdown_table([model_cells(entry) | entry["accuracy"] for entry in entries]),
+        "![Accuracy by rank](accuracy_by_rank.png)",
+    )
+
+
+def controls_section(results: Results) -> str:
+    """What the accuracy on unseen users' unseen prompts would be without anything personal."""
+    trained = trained_models(results["evidence"])
+    section = paragraphs(
+        f"## Controls, on {UNSEEN_TEST}",
+        "Controls are accuracies that can be reached without knowing what the user likes.",
+        explain([*CONTROLS.values(), *DIFFERENCES.values()]),
+        markdown_table([model_cells(entry) | control_cells(entry) for entry in trained]),
+    )
+    if any(entry["personal_part"] for entry in trained):
+        section = paragraphs(section, "![Personal part by rank](personal_part.png)")
+    return section
+
+
+def control_cells(entry: Entry) -> dict[str, Any]:
+    """The controls of one model and what it gains, by their headings."""
+    gains = {
+        "personal_part": entry["personal_part"],
+        "minus_reference": entry["minus_reference"][UNSEEN_TEST],
+        "minus_pooled": entry["minus_pooled"][UNSEEN_TEST],
+    }
+    return with_headings(CONTROLS, entry["controls"]) | with_headings(DIFFERENCES, gains)
+
+
+def basis_section(results: Results) -> str:
+    """What the kept basis of every model looks like, and what its seeds reached."""
+    if results["chosen"]["by"] == "none":
+        kept = "the lowest training loss"
+    else:
+        kept = "the best accuracy on held-out pairs"
+    bases = [
+        model_cells(entry) | with_headings(BASIS, entry["basis"])
+        for entry in trained_models(results["evidence"])
+    ]
+    seeds = [
+        model_cells(fit)
+        | {
+            SEED.heading: fit["seed"],
+            KEPT.heading: fit["kept"],
+            LOSS.heading: fit["training_loss"],
+            UNSEEN_TEST: fit["mean_accuracy"][UNSEEN_TEST],
+        }
+        for fit in trained_models(results["fits"])
+    ]
+    return paragraphs(
+        "## Basis and seeds",
+        f"Of each model the seed with {kept} is kept. The first table describes its basis.",
+        explain(list(BASIS.values())),
+        markdown_table(bases),
+        "The second table lists all seeds.",
+        explain([SEED, KEPT, LOSS]),
+        markdown_table(seeds),
+    )
+
+
+def leaks_section(results: Results) -> str:
+    """How many test pairs have a prompt that the training has seen."""
+    shares = []
+    for setting, share in results["leaks"].items():
+        text = "not known" if share is None else f"{share:.1%}"
+        shares.append(f"**{setting}**: {text}")
+    return paragraphs(
+        "## Leaks",
+        "These are the shares of test pairs with a prompt that is also the prompt of a training "
+        "pair of the same group of users, seen or unseen.",
+        bullets(*shares),
+    )
+
+
+def trained_models(entries: list[Entry]) -> list[Entry]:
+    """The entries without those of the reference, which is not trained."""
+    return [entry for entry in entries if entry["K"] > 0]
+
+
+def with_headings(columns: dict[str, Column], values: dict[str, Any]) -> dict[str, Any]:
+    """The values under the headings of their columns."""
+    return {column.heading: values[key] for key, column in columns.items()}
+
+
+def explain(columns: list[Column]) -> str:
+    """A bullet for each column of a table, with its meaning."""
+    return bullets(*(f"**{column.heading}**: {column.meaning}" for column in columns))
+
+
+def bullets(*points: str) -> str:
+    """A Markdown list."""
+    return "\n".join(f"- {point}" for point in points)
+
+
+def paragraphs(*texts: str) -> str:
+    """The texts with an empty line between them."""
+    return "\n\n".join(texts)
+
+
+def markdown_table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table of rows `{heading: value}`."""
+    if not rows:
+        return "No model was trained, so there is no table."
+    table = text_table(rows)
+    lines = [list(table.columns), ["---"] * table.shape[1], *table.to_numpy()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

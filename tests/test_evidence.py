@@ -753,5 +753,5 @@ def test_held_out_posts_choose_the_model_that_is_judged(monkeypatch, capsys, tmp
     best = max(results["evidence"], key=lambda entry: entry["accuracy"][VALIDATION]["mean"])
     assert results["chosen"] == {"K": best["K"], "alpha": 0, "by": "validation"}
     assert best["K"] == 3 and "Validation" in printed
-    assert "the model, that was chosen by held-out pairs" in report
+    assert "the model that was chosen by held-out pairs" in report
     assert all(entry["controls"]["tossed"] is None for entry in results["evidence"])

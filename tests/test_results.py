@@ -1,9 +1,9 @@
-"""What a sweep leaves in results/: numbers, bases and pictures that say of which model and data they are."""
+"""What a training leaves in results/: files that say of which model and data they are."""
 
-import contextlib
-import io
+import dataclasses
 import json
 import os
+import re
 import statistics
 
 import numpy as np
@@ -17,60 +17,94 @@ import lore.files
 import lore.pictures
 import lore.results
 import utils
-from lore.evidence import evidence
+from lore.evidence import VALIDATION, evidence
 from lore.files import load_tensors
-from lore.results import save_few_shot_curves
-from utils import SETTINGS
+from lore.report import report
+from lore.results import (
+    print_results,
+    question_table,
+    save_few_shot_curves,
+    save_question_curves,
+)
+from lore.study import PARTS, Study
+from lore.tables import format_cell
+from utils import SEEN_TEST, SETTINGS, TRAIN, UNSEEN_SETTINGS, UNSEEN_TEST
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-d, SEEN, UNSEEN = 6, ["worker é", "b", "7"], ["x", "y"]
-ABOUT = {
-    "model": "a/model",
-    "title": "A data set (own)",
-    "identity": {"model": "123abc", "data": "456def"},
-}
-PARTS = "train", "test", "train_unseen", "test_unseen"
+d = 6
+SEEN = ["worker é", "b", "7"]
+UNSEEN = ["x", "y"]
+IDENTITY = {"model": "123abc", "data": "456def"}
+TITLE = "A data set (own)"
 
 
 @pytest.fixture(scope="module")
-def data():
-    counts = dict(zip(PARTS, ((9, 20, 7), (8, 8, 5), (4, 9), (30, 6))))
-    data = {part: random_users(counts[part], d, seed) for seed, part in enumerate(PARTS)}
-    data["train"][1][3] = data["test_unseen"][0][:2] = 0  # three pairs of two equal sides
-    return {"seen": SEEN, "unseen": UNSEEN, **data}
-
-
-def swept(data, K_list=(0, 1, 3), alpha_list=(0,), seed=0, num_iterations=10):
-    fits = []
-    with contextlib.redirect_stdout(io.StringIO()):
-        utils.run(
-            K_list,
-            alpha_list,
-            torch.ones(d, 1),
-            *(data[part] for part in PARTS),
-            3,
-            2,
-            "cpu",
-            seed=seed,
-            num_iterations=num_iterations,
-            fits=fits,
-        )
-    return fits
-
-
-@pytest.fixture(scope="module")
-def fits(data):
-    return swept(data)
-
-
-def save_results(folder, fits, data, config, seconds=1.0):
-    return lore.results.save_results(
-        folder, fits, data, ABOUT, config, seconds, evidence(fits, data, torch.ones(d, 1))
+def study():
+    """Three seen users and two unseen ones, and three pairs of two equal sides."""
+    train, test, train_unseen, test_unseen = (
+        random_users(counts, d, seed)
+        for seed, counts in enumerate([(9, 20, 7), (8, 8, 5), (4, 9), (30, 6)])
+    )
+    train[1][3] = 0
+    test_unseen[0][:2] = 0
+    return Study(
+        title=TITLE,
+        seen=SEEN,
+        unseen=UNSEEN,
+        train=train,
+        test=test,
+        train_unseen=train_unseen,
+        test_unseen=test_unseen,
+        reward_head=torch.ones(d, 1),
+        provenance={"model": "a/model", "identity": IDENTITY},
     )
 
 
+def swept(study, K_list=(0, 1, 3), alpha_list=(0,), seeds=(0,), num_iterations=10):
+    return utils.sweep(
+        list(K_list),
+        list(alpha_list),
+        study.reward_head,
+        *study.features().values(),
+        len(study.seen),
+        len(study.unseen),
+        "cpu",
+        seed=list(seeds),
+        num_iterations=num_iterations,
+    )
+
+
+@pytest.fixture(scope="module")
+def fits(study):
+    return swept(study)
+
+
+def save_results(folder, fits, study, config, seconds=1.0):
+    return lore.results.save_results(folder, fits, study, config, seconds, evidence(fits, study))
+
+
+SAVED_CONFIG = {  # as JSON
+    "data": "A data set (own)",
+    "model": "a/model",
+    "K_list": [0, 1, 3],
+    "seeds": [0],
+    "fractions": [0.5, 1.0],
+}
+
+
+@pytest.fixture(scope="module")
+def saved(study, fits, tmp_path_factory):
+    """A folder with the results of `fits`, to be read only."""
+    folder = tmp_path_factory.mktemp("results")
+    config = {"K_list": [0, 1, 3], "seeds": range(1), "fractions": np.array([0.5, 1])}
+    save_results(folder, fits, study, config, 12.5)
+    return folder
+
+
 def strict_json(path):
+    """The content of a file, which has no NaN or infinity."""
+
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")
 
@@ -80,7 +114,8 @@ def strict_json(path):
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that are saved from here on."""
-    figures, savefig = [], Figure.savefig
+    figures = []
+    savefig = Figure.savefig
 
     def watched(figure, *arguments, **options):
         figures.append(figure)
@@ -94,28 +129,17 @@ def is_a_picture(path):
     return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Of a sweep
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- A sweep
 
 
-def test_the_results_hold_every_accuracy_of_every_user_and_what_made_them(tmp_path, data, fits):
-    config = {"K_list": [0, 1, 3], "seeds": range(1), "fractions": np.array([0.5, 1])}
-    save_results(tmp_path, fits, data, config, 12.5)
-    results = strict_json(tmp_path / "results.json")
-    assert results["config"] == {
-        "data": "A data set (own)",
-        "model": "a/model",
-        "K_list": [0, 1, 3],
-        "seeds": [0],
-        "fractions": [0.5, 1.0],
-    }
-    assert (
-        results["users"] == SEEN
-        and results["unseen_users"] == UNSEEN
-        and results["identity"] == ABOUT["identity"]
-    )
-    assert results["seeds"] == [0] and results["seconds"] == 12.5
+def test_the_results_name_settings_users_model_data_versions_and_counts(saved):
+    results = strict_json(saved / "results.json")
+    assert results["config"] == SAVED_CONFIG
+    assert results["users"] == SEEN
+    assert results["unseen_users"] == UNSEEN
+    assert results["identity"] == IDENTITY
+    assert results["seeds"] == [0]
+    assert results["seconds"] == 12.5
     assert results["counts"] == {
         "seen users": 3,
         "unseen users": 2,
@@ -128,62 +152,74 @@ def test_the_results_hold_every_accuracy_of_every_user_and_what_made_them(tmp_pa
     }
     assert torch.__version__.startswith(results["versions"]["torch"])
     assert {"python", "numpy"} <= results["versions"].keys()
-    assert [entry["K"] for entry in results["fits"]] == [0, 1, 3]
-    for entry, fit in zip(results["fits"], fits, strict=True):
-        assert (entry["training_loss"] is None) == (fit.K == 0) and entry["columns"] == max(
-            fit.K, 1
-        )
-        for setting, part, W in zip(SETTINGS, PARTS, (fit.W, fit.W, fit.W_unseen, fit.W_unseen)):
+
+
+def test_results_of_embeddings_without_a_name_say_that_it_is_not_known(tmp_path, study, fits):
+    unnamed = dataclasses.replace(study, provenance={})
+    save_results(tmp_path, fits, unnamed, {})
+    results = strict_json(tmp_path / "results.json")
+    assert results["config"] == {"data": TITLE, "model": None}
+    assert results["identity"] is None
+
+
+def accuracy_pair_by_pair(X, V, w):
+    """The share of pairs with a positive margin, in float64 and Python's own sum."""
+    margins = (X.double() @ V.double() @ w.double()).tolist()
+    return sum(margin > 0 for margin in margins) / len(margins)
+
+
+def test_the_results_hold_every_accuracy_of_every_user(saved, study, fits):
+    entries = strict_json(saved / "results.json")["fits"]
+    assert [entry["K"] for entry in entries] == [0, 1, 3]
+    for entry, fit in zip(entries, fits, strict=True):
+        assert (entry["training_loss"] is None) == (fit.K == 0)
+        assert entry["columns"] == max(fit.K, 1)
+        weights = [fit.W, fit.W, fit.W_unseen, fit.W_unseen]
+        for setting, part, W in zip(SETTINGS, PARTS, weights, strict=True):
             users = UNSEEN if "unseen" in part else SEEN
-            of_user = {
-                user: sum(m > 0 for m in (X.double() @ fit.V.double() @ w.double()).tolist())
-                / len(X)
-                for user, X, w in zip(users, data[part], W, strict=True)
+            expected = {
+                user: accuracy_pair_by_pair(X, fit.V, w)
+                for user, X, w in zip(users, getattr(study, part), W, strict=True)
             }
-            assert entry["accuracy_of_user"][setting] == pytest.approx(of_user)
-            assert entry["mean_accuracy"][setting] == pytest.approx(
-                statistics.fmean(of_user.values())
-            )
-            assert entry["std_over_users"][setting] == pytest.approx(
-                statistics.pstdev(of_user.values())
-            )
+            mean = statistics.fmean(expected.values())
+            std = statistics.pstdev(expected.values())
+            assert entry["accuracy_of_user"][setting] == pytest.approx(expected)
+            assert entry["mean_accuracy"][setting] == pytest.approx(mean)
+            assert entry["std_over_users"][setting] == pytest.approx(std)
 
 
-def test_a_saved_basis_gives_the_accuracies_again_and_names_its_model_and_data(
-    tmp_path, data, fits
-):
-    save_results(tmp_path, fits, data, {"num_iterations": 10})
-    for entry, fit in zip(strict_json(tmp_path / "results.json")["fits"], fits, strict=True):
-        tensors, about = load_tensors(tmp_path / entry["file"])
-        assert all(
-            torch.equal(tensors[name], getattr(fit, name)) for name in ("V", "W", "W_unseen")
-        )
-        assert [
+def test_a_saved_basis_gives_the_accuracies_again_and_names_its_model_and_data(saved, study, fits):
+    results = strict_json(saved / "results.json")
+    for entry, fit in zip(results["fits"], fits, strict=True):
+        tensors, metadata = load_tensors(saved / entry["file"])
+        for name in ("V", "W", "W_unseen"):
+            assert torch.equal(tensors[name], getattr(fit, name))
+        accuracies = [
             utils.evaluate_model(X, tensors["V"], w)
-            for X, w in zip(data["test_unseen"], tensors["W_unseen"])
-        ] == (pytest.approx(list(entry["accuracy_of_user"][SETTINGS[3]].values())))
-        assert (about["K"], about["alpha"], about["seed"]) == (fit.K, fit.alpha, fit.seed)
-        assert (
-            about["identity"] == ABOUT["identity"]
-            and about["users"] == SEEN
-            and about["unseen_users"] == UNSEEN
-        )
-        assert about["config"] == {"data": ABOUT["title"], "model": "a/model", "num_iterations": 10}
-        assert about["versions"] == strict_json(tmp_path / "results.json")["versions"]
+            for X, w in zip(study.test_unseen, tensors["W_unseen"], strict=True)
+        ]
+        assert accuracies == pytest.approx(list(entry["accuracy_of_user"][UNSEEN_TEST].values()))
+        assert (metadata["K"], metadata["alpha"], metadata["seed"]) == (fit.K, fit.alpha, fit.seed)
+        assert metadata["identity"] == IDENTITY
+        assert metadata["users"] == SEEN
+        assert metadata["unseen_users"] == UNSEEN
+        assert metadata["config"] == SAVED_CONFIG
+        assert metadata["versions"] == results["versions"]
 
 
-def test_files_of_an_earlier_sweep_and_the_state_of_the_training_go_and_others_stay(
-    tmp_path, data, fits
+def test_files_of_an_earlier_sweep_go_and_others_and_the_state_of_the_training_stay(
+    tmp_path, study, fits
 ):
+    checkpoint = lore.files.CHECKPOINT_FILE  # the script clears it, when everything is written
     for name in (
         "K_7.safetensors",
         "K_3_seed_1.safetensors",
         "notes.txt",
         "vary_fewshot.json",
-        lore.files.CHECKPOINT_FILE,
+        checkpoint,
     ):
         (tmp_path / name).write_text("old")
-    save_results(tmp_path, fits, data, {})
+    save_results(tmp_path, fits, study, {})
     assert set(os.listdir(tmp_path)) == {
         "K_0.safetensors",
         "K_1.safetensors",
@@ -197,14 +233,21 @@ def test_files_of_an_earlier_sweep_and_the_state_of_the_training_go_and_others_s
         "personal_part.pdf",
         "notes.txt",
         "vary_fewshot.json",
+        checkpoint,
     }
 
 
+def test_the_picture_of_the_personal_part_goes_if_no_model_has_one(tmp_path, study, fits):
+    save_results(tmp_path, fits, study, {})
+    save_results(tmp_path, [fit for fit in fits if fit.K < 2], study, {})
+    assert not list(tmp_path.glob("personal_part.*"))
+
+
 def test_every_penalty_and_seed_has_a_file_of_its_own_without_a_seed_that_of_the_lowest_loss(
-    tmp_path, data
+    tmp_path, study
 ):
-    fits = swept(data, [2], [0, 0.5], [0, 1], num_iterations=2)
-    save_results(tmp_path, fits, data, {})
+    fits = swept(study, [2], [0, 0.5], [0, 1], num_iterations=2)
+    save_results(tmp_path, fits, study, {})
     results = strict_json(tmp_path / "results.json")
     assert results["seeds"] == [0, 1]
     assert [(fit["alpha"], fit["seed"]) for fit in results["fits"]] == [
@@ -214,165 +257,292 @@ def test_every_penalty_and_seed_has_a_file_of_its_own_without_a_seed_that_of_the
         (0.5, 1),
     ]
     files = [fit["file"] for fit in results["fits"]]
-    assert len(set(files)) == 4 and set(files) == {
-        path.name for path in tmp_path.glob("*.safetensors")
-    }
+    assert len(set(files)) == 4
+    assert set(files) == {path.name for path in tmp_path.glob("*.safetensors")}
     for fit in results["fits"]:
         assert load_tensors(tmp_path / fit["file"])[1]["seed"] == fit["seed"]
         lowest = min(other.loss for other in fits if other.alpha == fit["alpha"])
-        assert fit["kept"] == ("seed" not in fit["file"]) == (fit["training_loss"] == lowest)
+        assert fit["kept"] == (fit["training_loss"] == lowest)
+        assert fit["kept"] == ("seed" not in fit["file"])
 
 
-def test_a_failure_leaves_the_results_of_before_and_nothing_else(tmp_path, data, fits, monkeypatch):
-    save_results(tmp_path, fits, data, {})
+def test_a_failure_leaves_the_results_of_before_and_nothing_else(
+    tmp_path, study, fits, monkeypatch
+):
+    save_results(tmp_path, fits, study, {})
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def no_space(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Figure, "savefig", no_space)  # what is written last
+    monkeypatch.setattr(Figure, "savefig", no_space)  # pictures are written last
     with pytest.raises(OSError) as error:
-        save_results(tmp_path, swept(data, [2], num_iterations=1), data, {}, 2.0)
+        save_results(tmp_path, swept(study, [2], num_iterations=1), study, {}, 2.0)
     assert "accuracy_by_rank" in error.value.filename
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_the_closing_table_has_the_reference_once_and_means_over_users_and_seeds(
-    tmp_path, data, capsys
+    tmp_path, study, capsys
 ):
-    fits = swept(data, [0, 2], [0, 0.5], [0, 1])
-    results = save_results(tmp_path, fits, data, {})
-    lore.results.print_results(results)
-    head, *rows = capsys.readouterr().out.strip().split("\n\n")[0].splitlines()
+    fits = swept(study, [0, 2], [0, 0.5], [0, 1])
+    results = save_results(tmp_path, fits, study, {})
+    print_results(results)
+    printed = capsys.readouterr().out
+    head, *rows = printed.strip().split("\n\n")[0].splitlines()
     assert head.split()[:2] == ["K", "alpha"]
-    expected = [["ref", "-"], ["2", "0"], ["2", "0.5"]]
-    for row, names, pair in zip(rows, expected, [fits[:2], fits[2:4], fits[6:]], strict=True):
+    expected = [(["ref", "-"], fits[:2]), (["2", "0"], fits[2:4]), (["2", "0.5"], fits[6:])]
+    for row, (names, seeds) in zip(rows, expected, strict=True):
         means = [
-            f"{statistics.fmean(fit.accuracies[s].mean() for fit in pair):.3f}" for s in SETTINGS
+            f"{statistics.fmean(fit.accuracies[setting].mean() for fit in seeds):.3f}"
+            for setting in SETTINGS
         ]
         cells = row.split()
         assert [*cells[:2], *cells[2::3]] == [*names, *means]
+    assert printed.endswith(f"\n\n{results['verdict']['text']}\n")
 
 
-def test_the_report_says_the_verdict_first_and_the_csv_has_a_row_per_model(tmp_path, data):
-    results = save_results(tmp_path, swept(data, [0, 1, 2], [0, 0.5]), data, {})
-    text = (tmp_path / "report.md").read_text()
-    assert text.splitlines()[2] == f"**{results['verdict']['text'].splitlines()[0]}**"
+def test_the_csv_has_a_row_per_model_and_the_reference_once(tmp_path, study):
+    results = save_results(tmp_path, swept(study, [0, 1, 2], [0, 0.5]), study, {})
     table = pd.read_csv(tmp_path / "results.csv")
-    assert table[["K", "alpha"]].values.tolist() == [
-        [0, 0],
-        [1, 0],
-        [2, 0],
-        [1, 0.5],
-        [2, 0.5],
-    ]  # the reference once
-    row, entry = table.iloc[-1], results["evidence"][-1]
+    assert table[["K", "alpha"]].values.tolist() == [[0, 0], [1, 0], [2, 0], [1, 0.5], [2, 0.5]]
+    row = table.iloc[-1]
+    entry = results["evidence"][-1]
+    gain = entry["minus_pooled"][UNSEEN_TEST]
     for end in ("mean", "low", "high", "p"):
         assert row[f"personal_part.{end}"] == pytest.approx(entry["personal_part"][end])
-        assert row[f"minus_pooled.{SETTINGS[3]}.{end}"] == pytest.approx(
-            entry["minus_pooled"][SETTINGS[3]][end]
-        )
+        assert row[f"minus_pooled.{UNSEEN_TEST}.{end}"] == pytest.approx(gain[end])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The report
+
+
+def markdown_tables(text):
+    """Every table of a Markdown text, as a list of rows of cells, the headings first."""
+    tables = []
+    for block in text.split("\n\n"):
+        if block.startswith("|"):
+            head, _, *rows = [line.strip("| ").split(" | ") for line in block.splitlines()]
+            tables.append([head, *rows])
+    return tables
+
+
+def test_the_report_says_title_and_verdict_first(saved):
+    results = strict_json(saved / "results.json")
+    lines = (saved / "report.md").read_text().splitlines()
+    verdict, *reasons = results["verdict"]["text"].splitlines()
+    assert lines[0] == f"# {TITLE}: is the reward personal?"
+    assert lines[2] == f"**{verdict}**"
+    assert [line for line in lines[3:] if line][: len(reasons)] == reasons
+
+
+def test_the_report_explains_every_column_of_its_tables(saved):
+    text = (saved / "report.md").read_text()
+    explained = set(re.findall(r"^- \*\*(.+?)\*\*", text, re.MULTILINE))
+    tables = markdown_tables(text)
+    assert len(tables) == 4
+    for head, *_ in tables:
+        assert set(head) <= explained
+
+
+def test_the_tables_of_the_report_have_the_numbers_of_the_results(tmp_path, study):
+    results = save_results(tmp_path, swept(study, [0, 1, 2], [0, 0.5], [0, 1]), study, {})
+    accuracy, controls, basis, seeds = markdown_tables((tmp_path / "report.md").read_text())
+    trained = [entry for entry in results["evidence"] if entry["K"]]
+    models = [[str(entry["K"]), f"{entry['alpha']:g}"] for entry in trained]
+
+    assert [row[:2] for row in accuracy[1:]] == [["ref", "-"], *models]
+    assert [row[:2] for row in controls[1:]] == models
+    assert [row[:2] for row in basis[1:]] == models
+    for row, entry in zip(accuracy[2:], trained, strict=True):
+        assert row[2:] == [format_cell(entry["accuracy"][setting]) for setting in SETTINGS]
+    for row, entry in zip(controls[1:], trained, strict=True):
+        gains = [entry[name][UNSEEN_TEST] for name in ("minus_reference", "minus_pooled")]
+        expected = [*entry["controls"].values(), entry["personal_part"], *gains]
+        assert row[2:] == [format_cell(value) for value in expected]
+    for row, entry in zip(basis[1:], trained, strict=True):
+        assert row[2:] == [format_cell(value) for value in entry["basis"].values()]
+
+    fits = [fit for fit in results["fits"] if fit["K"]]
+    for row, fit in zip(seeds[1:], fits, strict=True):
+        assert row[2:] == [
+            str(fit["seed"]),
+            "yes" if fit["kept"] else "no",
+            f"{fit['training_loss']:.3g}",
+            f"{fit['mean_accuracy'][UNSEEN_TEST]:.3g}",
+        ]
+
+
+def test_the_report_counts_the_data_and_says_how_the_model_was_chosen(saved):
+    results = strict_json(saved / "results.json")
+    text = report(results)
+    assert "learned from 36 pairs of 3 seen users" in text
+    assert "fitted to 13 of their pairs, and tested on 36 other pairs" in text
+    assert "Of all pairs 3 have two equal sides" in text
+    assert "none was chosen by held-out pairs" in text
+    assert "the lowest training loss" in text
+
+    for entry in results["evidence"]:
+        entry["accuracy"][VALIDATION] = entry["accuracy"][TRAIN]
+    results["chosen"] = {"K": 3, "alpha": 0, "by": "validation"}
+    text = report(results)
+    assert "the model that was chosen by held-out pairs (K = 3, alpha 0)" in text
+    assert "the best accuracy on held-out pairs" in text
+    assert f"- **{VALIDATION}**" in text
+
+
+def test_the_report_tells_no_leak_from_a_leak_that_is_not_known(saved):
+    results = strict_json(saved / "results.json")
+    results["leaks"] = {SEEN_TEST: None, UNSEEN_TEST: 0.25}
+    text = report(results)
+    assert f"- **{SEEN_TEST}**: not known" in text
+    assert f"- **{UNSEEN_TEST}**: 25.0%" in text
+
+
+def test_a_report_on_the_reference_alone_has_no_empty_tables(tmp_path, study):
+    save_results(tmp_path, swept(study, [0]), study, {})
+    text = (tmp_path / "report.md").read_text()
+    assert len(markdown_tables(text)) == 1
+    assert "No model was trained" in text
+    assert "personal_part.png" not in text
+
+
+def test_a_cell_is_an_interval_a_number_or_a_dash_if_it_is_not_known():
+    ends = {"mean": 0.5, "low": 0.25, "high": 0.75}
+    assert format_cell(ends) == "0.500 [0.250, 0.750]"
+    assert format_cell({**ends, "p": 0.012345}) == "+0.500 [+0.250, +0.750], p 0.012"
+    assert format_cell([1.0, 12.345]) == "1, 12.3"
+    assert [format_cell(value) for value in (None, True, False, 3)] == ["-", "yes", "no", "3"]
+
+
+# ---- Pictures
 
 
 @pytest.mark.parametrize("released", [False, True])
 def test_the_picture_shows_the_mean_and_the_band_of_every_setting(
-    tmp_path, data, fits, drawn, monkeypatch, released
+    tmp_path, study, fits, drawn, monkeypatch, released
 ):
     monkeypatch.setattr(lore.pictures, "RELEASED_BAND", released)
-    results = save_results(tmp_path, fits, data, {})
+    results = save_results(tmp_path, fits, study, {})
     for name in ("accuracy_by_rank", "personal_part"):
-        assert is_a_picture(tmp_path / f"{name}.png") and (
-            tmp_path / f"{name}.pdf"
-        ).read_bytes().startswith(b"%PDF")
-    assert (
-        ABOUT["title"] in drawn[0].get_suptitle()
-        and "3 seen, 2 unseen users, 1 seed" in drawn[0].get_suptitle()
-    )
+        assert is_a_picture(tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    title = drawn[0].get_suptitle()
+    assert TITLE in title
+    assert "3 seen, 2 unseen users, 1 seed" in title
     for setting, axes in zip(SETTINGS, drawn[0].axes, strict=True):
         assert axes.get_title() == setting
-        of_user = np.array([fit.accuracies[setting] for fit in fits])
-        chance, of_reference, curve = axes.lines
-        np.testing.assert_allclose([*of_reference.get_ydata(), *curve.get_ydata()], of_user.mean(1))
-        low, high = (
-            of_user[1:].mean(1) - of_user[1:].std(1) / 4,
-            of_user[1:].mean(1) + of_user[1:].std(1) / 4,
-        )
-        if not released:
-            low, high = (
-                [entry["accuracy"][setting][end] for entry in results["evidence"][1:]]
-                for end in ("low", "high")
-            )
+        per_user = np.array([fit.accuracies[setting] for fit in fits])  # (models, users)
+        _, reference, curve = axes.lines  # the first is the level of chance
+        heights = [*reference.get_ydata(), *curve.get_ydata()]
+        np.testing.assert_allclose(heights, per_user.mean(1))
+        if released:
+            low = per_user[1:].mean(1) - per_user[1:].std(1) / 4
+            high = per_user[1:].mean(1) + per_user[1:].std(1) / 4
+        else:
+            trained = [entry["accuracy"][setting] for entry in results["evidence"][1:]]
+            low = [ends["low"] for ends in trained]
+            high = [ends["high"] for ends in trained]
         y = axes.collections[-1].get_paths()[0].vertices[:, 1]
         assert (y.min(), y.max()) == pytest.approx((min(low), max(high)))
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["ref", "1", "3"]
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["ref", "1", "3"]
 
 
-def test_every_penalty_has_its_own_curve_named_at_its_end(tmp_path, data, drawn):
-    save_results(tmp_path, swept(data, [1, 2], [0, 0.5]), data, {})
-    assert {text.get_text() for text in drawn[0].axes[3].texts} == {
+def test_the_picture_of_the_personal_part_shows_whose_weights_predict_what(
+    tmp_path, study, fits, drawn
+):
+    results = save_results(tmp_path, fits, study, {})
+    accuracy, personal = drawn[2].axes  # after PNG and PDF of the accuracies
+    entry = results["evidence"][2]  # K = 3, the only model with a personal part
+    heights = [line.get_ydata().tolist() for line in accuracy.lines if line.get_marker() == "o"]
+    controls = entry["controls"]
+    expected = [entry["accuracy"][UNSEEN_TEST], controls["mean_weights"], controls["other_users"]]
+    assert heights == [[ends["mean"]] for ends in expected]
+    assert personal.lines[-1].get_ydata().tolist() == [entry["personal_part"]["mean"]]
+    assert {text.get_text() for text in accuracy.texts} == {
         "chance",
-        "alpha 0",
-        "alpha 0.5",
+        "own weights",
+        "everybody's mean weights",
+        "other users' weights",
     }
-    colors = {
-        line.get_color() if isinstance(line.get_color(), str) else tuple(line.get_color())
-        for line in drawn[0].axes[0].lines
-    }
-    assert len(colors) == 3  # chance, and one for each penalty
+    assert {text.get_text() for text in personal.texts} == {"nothing personal", "own weights"}
 
 
-ABOUT_A_PICTURE = {
-    "config": {"data": "of"},
-    "counts": {"seen users": 3, "unseen users": 2},
-    "seeds": [0],
-}
+def test_every_penalty_has_its_own_curve_named_at_its_end(tmp_path, study, drawn):
+    save_results(tmp_path, swept(study, [1, 2], [0, 0.5]), study, {})
+    names = {text.get_text() for text in drawn[0].axes[3].texts}
+    assert names == {"chance", "alpha 0", "alpha 0.5"}
+    colors = {str(line.get_color()) for line in drawn[0].axes[0].lines}
+    assert len(colors) == 3  # one of chance, and one of each penalty
 
 
 def picture_of(*means):
-    """A picture of curves that are level."""
-    return lore.pictures.small_multiples(
-        ABOUT_A_PICTURE,
-        [
-            {
-                "row": "accuracy",
-                "column": "a",
-                "line": str(i),
-                "x": x,
-                "mean": mean,
-                "low": mean - 0.1,
-                "high": mean + 0.1,
-            }
-            for i, mean in enumerate(means)
-            for x in (0, 1)
-        ],
-        "x",
-    )
+    """A picture with a level curve of each mean."""
+    results = {
+        "config": {"data": "planted"},
+        "counts": {"seen users": 3, "unseen users": 2},
+        "seeds": [0],
+    }
+    points = [
+        {
+            "row": "accuracy",
+            "column": "a",
+            "line": str(i),
+            "x": x,
+            "mean": mean,
+            "low": mean - 0.1,
+            "high": mean + 0.1,
+        }
+        for i, mean in enumerate(means)
+        for x in (0, 1)
+    ]
+    return lore.pictures.small_multiples(results, points, "x")
 
 
 def test_names_in_a_picture_do_not_lie_over_each_other():
     figure = picture_of(0.5, 0.501, 0.502, 0.7)
     figure.draw_without_rendering()
-    boxes = sorted(
-        (text.get_window_extent() for text in figure.axes[0].texts), key=lambda box: box.y0
-    )
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    boxes.sort(key=lambda box: box.y0)
     assert len(boxes) == 5
-    assert all(lower.y1 <= upper.y0 + 1 for lower, upper in zip(boxes, boxes[1:]))
+    for lower, upper in zip(boxes, boxes[1:]):
+        assert lower.y1 <= upper.y0 + 1
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.1, 1.0])
+def test_heights_are_spread_as_little_as_needed(gap):
+    heights = np.array([0.0, 0.05, 0.07, 2.5])
+    spread = lore.pictures.spread(heights, gap)
+    assert (np.diff(spread) >= gap - 1e-9).all()
+    assert spread.mean() == pytest.approx(heights.mean())  # as many go up as down
+    if gap == 0:
+        np.testing.assert_allclose(spread, heights)
+
+
+def test_more_than_three_curves_have_bars_side_by_side():
+    three = picture_of(0.5, 0.6, 0.7).axes[0]
+    four = picture_of(0.5, 0.6, 0.7, 0.8).axes[0]
+    starts = [[line.get_xdata()[0] for line in axes.lines[1:]] for axes in (three, four)]
+    assert starts[0] == [0, 0, 0]
+    assert starts[1] == pytest.approx([-0.18, -0.06, 0.06, 0.18])
 
 
 NOTEBOOK = """
 import os, sys, lore.pictures, lore.results, utils
-assert not {"matplotlib", "scipy.stats", "scipy.optimize", "sklearn"} & sys.modules.keys()  # each takes a second
+slow_to_load = {"matplotlib", "scipy.stats", "scipy.optimize", "sklearn"}
+assert not slow_to_load & sys.modules.keys()
 for name in ("module://of_a_notebook", "no backend"):
     if os.fork() == 0:
         os.environ["MPLBACKEND"] = name
-        about = {"config": {"data": "of"}, "counts": {"seen users": 3, "unseen users": 2}, "seeds": [0]}
-        point = {"row": "accuracy", "column": "a", "line": "b", "rank K": 2, "mean": 0.5, "low": 0.4, "high": 0.75}
-        lore.pictures.save_picture(sys.argv[1], name[:6], lore.pictures.small_multiples(about, [point], "rank K"))
+        results = {
+            "config": {"data": "planted"},
+            "counts": {"seen users": 3, "unseen users": 2},
+            "seeds": [0],
+        }
+        point = {"row": "accuracy", "column": "a", "line": "b", "rank K": 2}
+        point |= {"mean": 0.5, "low": 0.4, "high": 0.75}
+        figure = lore.pictures.small_multiples(results, [point], "rank K")
+        lore.pictures.save_picture(sys.argv[1], name[:6], figure)
         break
     os.wait()
 """
@@ -381,132 +551,218 @@ for name in ("module://of_a_notebook", "no backend"):
 def test_pictures_are_drawn_whatever_a_notebooks_backend_and_loaded_for_no_sooner(tmp_path):
     status, _, err = outcome(fresh_process(NOTEBOOK, tmp_path, DISPLAY=""))
     assert (status, err) == (0, "")
-    assert is_a_picture(tmp_path / "module.png") and is_a_picture(tmp_path / "no bac.png")
+    assert is_a_picture(tmp_path / "module.png")
+    assert is_a_picture(tmp_path / "no bac.png")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Of the number of shots
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The number of shots
 
 CONFIG = {"K_list": [2, 1], "alpha_list": [0, 0.5], "num_shots": [2, 4, 6], "trials": 2}
+CURVE_NAMES = ("few_shot_train_mean", "few_shot_train_std", "unseen_mean", "unseen_std")
 
 
-def curves(start=0.0):
-    """Four lists, over penalties, ranks and numbers of shots, each of 12 distinct values."""
-    return tuple([start + (12 * part + i) / 100 for i in range(12)] for part in range(4))
+class FewShotCurves(list):
+    """What `run_few_shot_vary_shots` returns: four lists, and the rows behind them."""
+
+    def __init__(self, rows):
+        """Four lists over alphas, ranks and numbers of shots, each of 12 distinct values."""
+        super().__init__([(12 * part + i) / 100 for i in range(12)] for part in range(4))
+        self.rows = rows
 
 
-OF_USERS = [
-    {
-        "K": K,
-        "alpha": alpha,
-        "shots": shots,
-        **{
-            s: np.random.default_rng([K, shots, i]).random(2) + alpha
-            for i, s in enumerate(SETTINGS[2:])
-        },
-    }
-    for alpha in CONFIG["alpha_list"]
-    for K in CONFIG["K_list"]
-    for shots in CONFIG["num_shots"]
-]
+def few_shot_rows():
+    """Random accuracies of two users for each alpha, rank and number of shots."""
+    rows = []
+    for alpha in CONFIG["alpha_list"]:
+        for K in CONFIG["K_list"]:
+            for shots in CONFIG["num_shots"]:
+                row = {"K": K, "alpha": alpha, "shots": shots}
+                for i, setting in enumerate(UNSEEN_SETTINGS):
+                    row[setting] = np.random.default_rng([K, shots, i]).random(2) + alpha
+                rows.append(row)
+    return rows
 
 
-def test_the_curves_are_told_apart_and_say_what_they_are_of(tmp_path, data, drawn, capsys):
-    (tmp_path / lore.files.FEW_SHOT_CHECKPOINT_FILE).write_text("state")
-    (tmp_path / "results.json").write_text("of the sweep")
-    save_few_shot_curves(tmp_path, curves(), OF_USERS, data, ABOUT, CONFIG)
+ROWS = few_shot_rows()
+CURVES = FewShotCurves(ROWS)
+
+
+@pytest.fixture(scope="module")
+def saved_curves(study, tmp_path_factory):
+    """A folder with the files of `CURVES`, to be read only."""
+    folder = tmp_path_factory.mktemp("curves")
+    save_few_shot_curves(folder, CURVES, study, CONFIG)
+    return folder
+
+
+def test_the_curves_are_saved_with_what_they_are_of(saved_curves):
+    results = strict_json(saved_curves / "vary_fewshot.json")
+    assert results["config"] == {"data": TITLE, "model": "a/model", **CONFIG}
+    assert results["users"] == SEEN
+    assert results["unseen_users"] == UNSEEN
+    assert results["identity"] == IDENTITY
+    models = [(curve["alpha"], curve["K"]) for curve in results["curves"]]
+    assert models == [(0, 2), (0, 1), (0.5, 2), (0.5, 1)]
+    for name, values in zip(CURVE_NAMES, CURVES, strict=True):
+        assert [value for curve in results["curves"] for value in curve[name]] == values
+
+
+def test_the_curves_replace_their_own_files_and_the_questions_and_nothing_else(tmp_path, study):
+    checkpoint = lore.files.FEW_SHOT_CHECKPOINT_FILE  # the script clears it
+    for name in ("results.json", "vary_fewshot.csv", "vary_questions.csv", checkpoint):
+        (tmp_path / name).write_text("of an earlier run")
+    save_few_shot_curves(tmp_path, CURVES, study, CONFIG)
     assert set(os.listdir(tmp_path)) == {
         "results.json",
-        *map("vary_fewshot.{}".format, ("json", "csv", "tex", "png", "pdf")),
+        checkpoint,
+        *(f"vary_fewshot.{form}" for form in ("json", "csv", "tex", "png", "pdf")),
     }
+    assert (tmp_path / "results.json").read_text() == "of an earlier run"
+    assert (tmp_path / "vary_fewshot.csv").read_text() != "of an earlier run"
     assert is_a_picture(tmp_path / "vary_fewshot.png")
-    results = strict_json(tmp_path / "vary_fewshot.json")
-    assert results["config"] == {"data": ABOUT["title"], "model": "a/model", **CONFIG}
-    assert (
-        results["users"] == SEEN
-        and results["unseen_users"] == UNSEEN
-        and results["identity"] == ABOUT["identity"]
-    )
-    assert [(c["alpha"], c["K"]) for c in results["curves"]] == [(0, 2), (0, 1), (0.5, 2), (0.5, 1)]
-    names = "few_shot_train_mean", "few_shot_train_std", "unseen_mean", "unseen_std"
-    for name, values in zip(names, curves()):
-        assert [v for curve in results["curves"] for v in curve[name]] == values
-    table = pd.read_csv(tmp_path / "vary_fewshot.csv")
-    assert sorted(set(table.columns)) == ["K", "alpha", "high", "low", "mean", "setting", "shots"]
-    for row in OF_USERS:
-        for setting in SETTINGS[2:]:
-            found = table[
-                (table.K == row["K"])
-                & (table.alpha == row["alpha"])
-                & (table.shots == row["shots"])
-                & (table.setting == setting)
-            ].iloc[0]
-            assert (found["mean"], found.low, found.high) == pytest.approx(
-                (row[setting].mean(), *sorted(row[setting]))
-            )
-    for axes, (setting, alpha) in zip(
-        drawn[0].axes, [(s, a) for s in SETTINGS[2:] for a in (0, 0.5)], strict=True
-    ):
-        lines = [line.get_ydata().tolist() for line in axes.lines if line.get_marker() == "o"]
-        assert lines == [
-            [row[setting].mean() for row in OF_USERS if (row["K"], row["alpha"]) == (K, alpha)]
+
+
+def test_the_csv_of_the_curves_has_means_over_users_with_their_intervals(saved_curves):
+    table = pd.read_csv(saved_curves / "vary_fewshot.csv")
+    assert sorted(table.columns) == ["K", "alpha", "high", "low", "mean", "setting", "shots"]
+    assert len(table) == 2 * len(ROWS)
+    points = table.set_index(["K", "alpha", "shots", "setting"])
+    for row in ROWS:
+        for setting in UNSEEN_SETTINGS:
+            point = points.loc[row["K"], row["alpha"], row["shots"], setting]
+            # The interval of two users reaches from the one to the other.
+            expected = (row[setting].mean(), *sorted(row[setting]))
+            assert (point["mean"], point["low"], point["high"]) == pytest.approx(expected)
+
+
+def test_the_picture_of_the_curves_has_a_panel_per_setting_and_alpha(tmp_path, study, drawn):
+    save_few_shot_curves(tmp_path, CURVES, study, CONFIG)
+    panels = [(setting, alpha) for setting in UNSEEN_SETTINGS for alpha in CONFIG["alpha_list"]]
+    for axes, (setting, alpha) in zip(drawn[0].axes, panels, strict=True):
+        heights = [line.get_ydata().tolist() for line in axes.lines if line.get_marker() == "o"]
+        expected = [
+            [row[setting].mean() for row in ROWS if (row["K"], row["alpha"]) == (K, alpha)]
             for K in CONFIG["K_list"]
         ]
-    assert {text.get_text() for text in drawn[0].axes[1].texts} == {"chance", "K = 1", "K = 2"}
+        assert heights == expected
+    names = {text.get_text() for text in drawn[0].axes[1].texts}
+    assert names == {"chance", "K = 1", "K = 2"}
 
 
-def test_the_reference_stands_in_the_few_shot_table_once(tmp_path, data, capsys):
-    rows = [{**row, "K": row["K"] - 1} for row in OF_USERS]
-    table = save_few_shot_curves(tmp_path, curves(), rows, data, ABOUT, CONFIG)
-    assert table.columns.tolist() == [
-        "K = 1, alpha 0",
-        "ref",
-        "K = 1, alpha 0.5",
-    ] and table.index.tolist() == [2, 4, 6]
+def test_the_few_shot_table_has_the_reference_once(tmp_path, study):
+    with_reference = FewShotCurves([{**row, "K": row["K"] - 1} for row in ROWS])
+    table = save_few_shot_curves(tmp_path, with_reference, study, CONFIG)
+    assert table.columns.tolist() == ["K = 1, alpha 0", "ref", "K = 1, alpha 0.5"]
+    assert table.index.tolist() == [2, 4, 6]
     assert (tmp_path / "vary_fewshot.tex").read_text().count("ref") == 1
 
 
-def test_where_users_have_fewer_pairs_it_is_said_on_the_console_in_the_json_and_in_the_picture(
-    tmp_path, data, drawn, capsys
-):
-    save_few_shot_curves(
-        tmp_path, curves(), OF_USERS, data, ABOUT, CONFIG
-    )  # of unseen users with 4 and 9 pairs
-    assert (
-        "from 5 pairs on" in (out := capsys.readouterr().out)
-        and "of 6 the mean user has 5.0" in out
-    )
+def test_if_users_have_fewer_pairs_console_json_and_picture_say_so(tmp_path, study, drawn, capsys):
+    save_few_shot_curves(tmp_path, CURVES, study, CONFIG)  # the unseen users have 4 and 9 pairs
+    printed = capsys.readouterr().out
+    assert "from 5 pairs on" in printed
+    assert "of 6 the mean user has 5.0" in printed
     results = strict_json(tmp_path / "vary_fewshot.json")
-    assert results["shots_are"] == "pairs" and results["shots_of_the_mean_user"] == [2, 4, 5]
+    assert results["shots_are"] == "pairs"
+    assert results["shots_of_the_mean_user"] == [2, 4, 5]
     assert "from 5 pairs on not every unseen user has so many" in drawn[0].get_suptitle()
-    save_few_shot_curves(
-        tmp_path, curves(), OF_USERS, data, ABOUT, {**CONFIG, "num_shots": [2, 3, 4]}
-    )
-    assert capsys.readouterr().out == "" and "not every" not in drawn[-1].get_suptitle()
 
 
-def test_shots_of_groups_are_counted_in_groups(tmp_path, data, drawn, capsys):
+def test_if_users_have_enough_pairs_nothing_is_said(tmp_path, study, drawn, capsys):
+    save_few_shot_curves(tmp_path, CURVES, study, {**CONFIG, "num_shots": [2, 3, 4]})
+    assert capsys.readouterr().out == ""
+    assert "not every" not in drawn[0].get_suptitle()
+
+
+@pytest.fixture(scope="module")
+def study_with_conversations(study):
     groups = [torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 2, 3, 4, 5, 6, 6, 6])]
-    save_few_shot_curves(tmp_path, curves(), OF_USERS, data, ABOUT, CONFIG, groups)
+    return dataclasses.replace(study, groups={"train_unseen": groups})
+
+
+def test_shots_of_conversations_are_counted_in_conversations(
+    tmp_path, study_with_conversations, drawn, capsys
+):
+    config = {**CONFIG, "shots_are": "conversations"}
+    save_few_shot_curves(tmp_path, CURVES, study_with_conversations, config)
     results = strict_json(tmp_path / "vary_fewshot.json")
-    assert results["shots_are"] == "conversations" and results["shots_of_the_mean_user"] == [
-        2,
-        3.5,
-        4.5,
-    ]
+    assert results["shots_are"] == "conversations"
+    assert results["shots_of_the_mean_user"] == [2, 3.5, 4.5]
     assert "from 4 conversations on" in capsys.readouterr().out
     assert drawn[0].get_supxlabel() == "conversations per unseen user"
 
 
-def test_shots_in_an_array_in_any_order_say_what_the_mean_user_has_of_the_most(
-    tmp_path, data, capsys
+def test_shots_are_pairs_unless_the_settings_say_otherwise(
+    tmp_path, study, study_with_conversations
 ):
-    (tmp_path / "vary_questions.csv").write_text("of an earlier run")
-    shots = np.array([6, 4, 2])
-    save_few_shot_curves(tmp_path, curves(), OF_USERS, data, ABOUT, {**CONFIG, "num_shots": shots})
-    has = [len(X) for X in data["train_unseen"]]
-    expected = np.mean([min(6, m) for m in has])
-    assert f"of 6 the mean user has {expected:.1f}" in capsys.readouterr().out or min(has) >= 6
+    conversations = {**CONFIG, "shots_are": "conversations"}
+    for of_pairs, config in ((study_with_conversations, CONFIG), (study, conversations)):
+        save_few_shot_curves(tmp_path, CURVES, of_pairs, config)
+        results = strict_json(tmp_path / "vary_fewshot.json")
+        assert results["shots_are"] == "pairs"
+        assert results["shots_of_the_mean_user"] == [2, 4, 5]
+
+
+def test_shots_in_an_array_in_any_order_say_what_the_mean_user_has_of_the_most(
+    tmp_path, study, capsys
+):
+    config = {**CONFIG, "num_shots": np.array([6, 4, 2])}
+    save_few_shot_curves(tmp_path, CURVES, study, config)
+    expected = np.mean([min(6, len(X)) for X in study.train_unseen])
+    assert f"of 6 the mean user has {expected:.1f}" in capsys.readouterr().out
     assert strict_json(tmp_path / "vary_fewshot.json")["shots_of_the_mean_user"][0] == expected
-    assert not (tmp_path / "vary_questions.csv").exists()
+
+
+# ---- The number of questions
+
+QUESTIONS = pd.DataFrame(
+    [
+        {
+            "K": 2,
+            "alpha": 0.5,
+            "fit": fit,
+            "questions": questions,
+            "mean": mean + questions / 100,
+            "low": mean,
+            "high": mean + 0.1,
+        }
+        for fit, mean in (("posterior, random", 0.5), ("posterior, chosen", 0.75))
+        for questions in (1, 2)
+    ]
+)
+
+
+def test_question_curves_are_saved_with_what_they_are_of(tmp_path, study, drawn):
+    config = {"question_seeds": [0, 1]}
+    save_question_curves(tmp_path, QUESTIONS, study, config)
+    assert set(os.listdir(tmp_path)) == {
+        f"vary_questions.{form}" for form in ("json", "csv", "png", "pdf")
+    }
+    expected = QUESTIONS.assign(model="K = 2, alpha 0.5")
+    results = strict_json(tmp_path / "vary_questions.json")
+    assert results["config"] == {"data": TITLE, "model": "a/model", "question_seeds": [0, 1]}
+    assert results["identity"] == IDENTITY
+    assert results["seeds"] == [0, 1]
+    assert results["curves"] == expected.to_dict("records")
+    pd.testing.assert_frame_equal(
+        pd.read_csv(tmp_path / "vary_questions.csv"), expected, check_dtype=False
+    )
+    assert is_a_picture(tmp_path / "vary_questions.png")
+    assert "2 seeds" in drawn[0].get_suptitle()
+    heights = [line.get_ydata().tolist() for line in drawn[0].axes[0].lines[1:]]
+    assert heights == [curve["mean"].tolist() for _, curve in QUESTIONS.groupby("fit", sort=False)]
+
+
+def test_without_question_curves_nothing_is_written(tmp_path, study):
+    (tmp_path / "vary_questions.csv").write_text("of an earlier run")
+    save_question_curves(tmp_path, pd.DataFrame([]), study, {"question_seeds": [0]})
+    assert os.listdir(tmp_path) == ["vary_questions.csv"]
+
+
+def test_the_question_table_has_a_row_per_number_of_questions():
+    lines = question_table(QUESTIONS).splitlines()
+    assert "K = 2, alpha 0.5" in lines[0]
+    assert "posterior, random" in lines[1] and "posterior, chosen" in lines[1]
+    last = lines[-1].split()
+    assert last[0] == "2"
+    assert "0.520 [0.500, 0.600]" in lines[-1] and "0.770 [0.750, 0.850]" in lines[-1]
