@@ -27,7 +27,7 @@ import torch
 
 from utils import InputError
 
-# Checkpoints of unfinished trainings. They lie beside the results and go when these are written.
+# Checkpoints of unfinished trainings. They lie where the results will be written.
 CHECKPOINT_FILE = ".training.pt"
 FEW_SHOT_CHECKPOINT_FILE = ".vary_fewshot.pt"
 
@@ -111,7 +111,38 @@ def check_writable(folder: Path | str) -> None:
         raise
 
 
-# ---- Text and JSON
+# ---- Damaged files
+
+# What reading a damaged file raises. RecursionError: JSON that is nested too deeply.
+READING_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    RecursionError,
+    safetensors.SafetensorError,
+)
+
+
+@contextlib.contextmanager
+def explain_damage(path: Path | str, kind: str, written_by: str = "prepare.py") -> Iterator[None]:
+    """While active, an error from reading `path` becomes an InputError that says what to do.
+
+    kind: what the file should be, such as "JSON object".
+    written_by: the script to run if the file is missing.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; run {written_by} first") from None
+    except READING_ERRORS as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: no whole {kind} ({reason}); write it again") from None
+
+
+# ---- Text, JSON and digests
 
 
 def save_text(path: Path | str, text: str) -> None:
@@ -155,35 +186,6 @@ def load_json(path: Path | str, *keys: str) -> dict[str, Any]:
         return content
 
 
-# What reading a damaged file raises. RecursionError: JSON that is nested too deeply.
-READING_ERRORS = (
-    OSError,
-    ValueError,
-    TypeError,
-    KeyError,
-    RecursionError,
-    safetensors.SafetensorError,
-)
-
-
-@contextlib.contextmanager
-def explain_damage(path: Path | str, kind: str, written_by: str = "prepare.py") -> Iterator[None]:
-    """While active, an error from reading `path` becomes an InputError that says what to do.
-
-    kind: what the file should be, such as "JSON object".
-    written_by: the script to run if the file is missing.
-    """
-    try:
-        yield
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; run {written_by} first") from None
-    except READING_ERRORS as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: no whole {kind} ({reason}); write it again") from None
-
-
 def digest_of(content: Any) -> str:
     """SHA-256, in hex digits, of the file at a Path, or of a JSON value."""
     if isinstance(content, Path):
@@ -194,28 +196,30 @@ def digest_of(content: Any) -> str:
 
 # ---- Tensors in safetensors files
 
+METADATA_ENTRY = "about"
 
-def save_tensors(path: Path | str, tensors: dict[str, torch.Tensor], **about: Any) -> None:
-    """Write tensors of any shape and dtype to a safetensors file.
 
-    about: JSON values, which become the file's metadata. All are one entry, because safetensors
-    writes several entries in an order that varies, and equal content must give equal bytes.
+def save_tensors(path: Path | str, tensors: dict[str, torch.Tensor], **metadata: Any) -> None:
+    """Write tensors of any shape and dtype to a safetensors file, with metadata (JSON values).
+
+    All metadata are one entry of the file's metadata. safetensors writes several entries in an
+    order that varies, and equal content must give equal bytes.
     """
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_write(path) as file:
-        file.write(safetensors.torch.save(on_cpu, {"about": to_json(about)}))
+        file.write(safetensors.torch.save(on_cpu, {METADATA_ENTRY: to_json(metadata)}))
 
 
 def load_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read a safetensors file -> (tensors on the CPU by name, what `save_tensors` got as `about`).
+    """Read a safetensors file -> (tensors on the CPU by name, the metadata of `save_tensors`).
 
     Raises InputError: the file is missing or damaged.
     """
     with explain_damage(path, "safetensors file"), safetensors.safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        about = json.loads(metadata.get("about", "{}"))
+        entries = file.metadata() or {}
+        metadata = json.loads(entries.get(METADATA_ENTRY, "{}"))
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-        return tensors, about
+        return tensors, metadata
 
 
 # ---- Files of pickle.dump and torch.save
