@@ -1,24 +1,28 @@
-"""Puts the repository root, the rooms and this folder on sys.path, so that the tests import utils, the rooms and each
-other; fixtures that several files use."""
+"""What pytest loads first: where modules are imported from, and fixtures of several test files."""
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from layout import import_folders
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes run the files side by side
-os.environ.setdefault(
-    "CUDA_VISIBLE_DEVICES", ""
-)  # the tests hold float32 against a CPU's; GPUs: benchmarks/bench_cuda.py
-ROOT = Path(__file__).parents[1]
-for folder in (ROOT / "RedditTLDR", ROOT / "PRISM", ROOT / "PersonalLLM", ROOT, ROOT / "tests"):
+# pytest.ini runs the test files in two processes, so each gets one thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The tests compare with float32 on a CPU. tests/benchmarks/bench_cuda.py checks the GPU.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+for folder in import_folders():
     sys.path.insert(0, str(folder))
 
 
 @pytest.fixture
-def one_thread():
-    """One PyTorch thread: with tensors this small, threads that wait for each other on a busy machine cost minutes."""
+def one_thread() -> Iterator[None]:
+    """One PyTorch thread.
+
+    The tensors here are small. On a busy machine, threads that wait for one another cost minutes.
+    """
     import torch
 
     threads = torch.get_num_threads()
@@ -28,22 +32,22 @@ def one_thread():
 
 
 @pytest.fixture
-def every_problem_on_the_kernel(monkeypatch):
-    """However small, on a CPU the pairs go through the compiled kernel."""
+def every_problem_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, the compiled kernel takes every problem, however small."""
     import utils
 
     monkeypatch.setattr(utils, "KERNEL_NUMBERS", 0)
 
 
 @pytest.fixture(scope="module")
-def ran(request, tmp_path_factory):
-    """The demo of the data set whose folder a file names as SCRIPTS, run once a session: a Demo."""
+def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """The `Demo` of a data set, run once a session; the test file names its folder as SCRIPTS."""
     from demos import demo
 
     return demo(request.module.SCRIPTS.name, tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture
-def embeddings(ran, tmp_path):
-    """A folder with the demo's embeddings, head and what else training reads, to be spoilt."""
+def embeddings(ran, tmp_path: Path) -> Path:
+    """A folder with the demo's embeddings and all else that training reads, to be damaged."""
     return ran.copy_to(tmp_path / "embeddings")

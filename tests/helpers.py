@@ -1,4 +1,4 @@
-"""What several test files share: users to train on, the errors a user sees, code in a process of its own."""
+"""What several test files share: users to train on, expected errors, code in a fresh process."""
 
 import contextlib
 import hashlib
@@ -7,64 +7,82 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from layout import DATA_SETS, ROOT, product_files
 
 import lore.embedding_files
 import lore.files
 import lore.scripts
 import utils
 
-ROOT = Path(__file__).parents[1]
+# ---- Users
 
 
-def random_users(counts, d, seed=0, scale=30.0):
-    """One float32 `[m_i, d]` per user, allocated separately; the scale brings margins / 100 to the bend of the sigmoid.
+def random_users(
+    counts: Sequence[int], d: int, seed: int = 0, scale: float = 30.0
+) -> list[torch.Tensor]:
+    """One float32 `[m_i, d]` per user, each in memory of its own.
 
-    The pairs lean towards a direction of the user's own, so that there is something to learn.
+    A user's pairs lean towards a direction of the user's own, so there is something to learn. The
+    default scale gives margins / 100 at which the sigmoid bends.
     """
     generator = torch.Generator().manual_seed(seed)
-    return [
-        scale * (torch.randn(m, d, generator=generator) + 0.5 * torch.randn(d, generator=generator))
-        for m in counts
-    ]
+    users = []
+    for m in counts:
+        noise = torch.randn(m, d, generator=generator)
+        direction = torch.randn(d, generator=generator)
+        users.append(scale * (noise + 0.5 * direction))
+    return users
 
 
-def planted_basis(d, K, seed=0, length=300.0):
+def planted_basis(d: int, K: int, seed: int = 0, length: float = 300.0) -> torch.Tensor:
     """K orthogonal directions of the given length, `[d, K]`."""
     generator = torch.Generator().manual_seed(seed)
     return length * torch.linalg.qr(torch.randn(d, K, generator=generator)).Q
 
 
-def planted_weights(N, K, concentration=0.2, seed=0):
-    """N mixtures over K directions, Dirichlet draws `[N, K]`."""
-    return torch.tensor(
-        np.random.default_rng(seed).dirichlet([concentration] * K, N), dtype=torch.float32
-    )
+def planted_weights(N: int, K: int, concentration: float = 0.2, seed: int = 0) -> torch.Tensor:
+    """N mixtures over K directions, draws from a Dirichlet distribution, `[N, K]`."""
+    draws = np.random.default_rng(seed).dirichlet([concentration] * K, N)
+    return torch.tensor(draws, dtype=torch.float32)
 
 
-def planted_pairs(V, W, pairs, seed=0, sampled=False):
-    """`pairs` of each user whose weights are a row of W: the larger margin always wins, or (sampled) Bradley-Terry."""
+def planted_pairs(
+    V: torch.Tensor, W: torch.Tensor, pairs: int, seed: int = 0, sampled: bool = False
+) -> list[torch.Tensor]:
+    """Pairs `[pairs, d]` of each user, whose choices follow V and that user's row of W.
+
+    The answer with the larger margin wins; if `sampled`, with the probability of Bradley-Terry.
+    """
     generator = torch.Generator().manual_seed(seed)
     features = []
     for w in W:
         X = torch.randn(pairs, len(V), generator=generator)
         margins = X @ V @ w
-        wins = (
-            torch.rand(pairs, generator=generator) < torch.sigmoid(margins / 100)
-            if sampled
-            else margins > 0
-        )
+        if sampled:
+            wins = torch.rand(pairs, generator=generator) < torch.sigmoid(margins / 100)
+        else:
+            wins = margins > 0
         features.append(torch.where(wins[:, None], X, -X))
     return features
 
 
+# ---- Expected errors
+
+
 @contextlib.contextmanager
-def input_error(*named):
-    """The block raises an InputError of one line that contains each of the strings; what it yields gives the line."""
+def input_error(*named: str) -> Iterator[Callable[[], str]]:
+    """The block raises an InputError of one line that contains each of the strings.
+
+    Yields a function that gives the line, once the block has ended.
+    """
     with pytest.raises(utils.InputError) as caught:
         yield lambda: str(caught.value)
     message = str(caught.value)
@@ -73,8 +91,53 @@ def input_error(*named):
         assert name in message
 
 
-def fresh_process(code, *arguments, **environment):
-    """Start `python -c code arguments` outside the repository, with its root on the path -> subprocess.Popen."""
+def refused(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    module: ModuleType,
+    arguments: Sequence[Any],
+    *named: Any,
+) -> None:
+    """The script ends with status 2 and one line on stderr that contains each of the strings."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, module, *arguments)
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if "it/s" not in line]  # without progress bars
+    assert stop.value.code == 2
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    for name in named:
+        assert str(name) in lines[0]
+
+
+# ---- Scripts in this process
+
+
+def load_script(folder: str, name: str) -> ModuleType:
+    """A fresh module of a script in a folder of the repository; a test can set its constants."""
+    script_folder = str(ROOT / folder)
+    if script_folder not in sys.path:  # the script does `import tldr`
+        sys.path.insert(0, script_folder)
+    spec = importlib.util.spec_from_file_location(
+        f"{folder}_{name}".replace("-", "_"), ROOT / folder / f"{name}.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(monkeypatch: pytest.MonkeyPatch, module: ModuleType, *arguments: Any) -> None:
+    """Call a script's main with a command line, as `python script.py` does."""
+    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
+    lore.scripts.run_script(module.main)
+
+
+# ---- Code in a process of its own
+
+
+def fresh_process(code: str, *arguments: Any, **environment: str) -> subprocess.Popen:
+    """Start `python -c code arguments` outside the repository, with its root on the path."""
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         text=True,
@@ -85,67 +148,36 @@ def fresh_process(code, *arguments, **environment):
     )
 
 
-def outcome(process, timeout=120):
-    """(exit status, stdout, stderr) of a process that `fresh_process` started."""
+def outcome(process: subprocess.Popen, timeout: float = 120) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of a process, once it has ended."""
     out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err
 
 
-def sign_again(folder):
-    """Have the reward head's file in `folder` vouch for the embeddings that now lie there, changed as they are."""
+# ---- Files
+
+
+def sign_again(folder: Path) -> None:
+    """Write new digests of the embeddings in `folder`, which a test has changed, to the head file.
+
+    So a script sees what was changed in them, and does not just see that they are other files.
+    """
     head = folder / lore.embedding_files.HEAD_FILE
-    if head.exists():
-        tensors, about = lore.files.load_tensors(head)
-        about["files"] = {
-            name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-            for name in about["files"]
-        }
-        lore.files.save_tensors(head, tensors, **about)
+    if not head.exists():
+        return
+    tensors, about = lore.files.load_tensors(head)
+    about["files"] = {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in about["files"]
+    }
+    lore.files.save_tensors(head, tensors, **about)
 
 
-def copy_of_tree(target):
-    """A copy of what is committed of the product, without results of anybody's runs -> its root."""
-    for name in ("utils.py", "lore", "RedditTLDR", "PRISM", "PersonalLLM"):
-        if (ROOT / name).is_file():
-            shutil.copy(ROOT / name, target)
-        else:
-            shutil.copytree(
-                ROOT / name,
-                target / name,
-                ignore=shutil.ignore_patterns(
-                    ".*", "__pycache__", "data", "results", "checkpoints", "*.pkl", "*.safetensors"
-                ),
-            )
+def copy_of_tree(target: Path, root: Path = ROOT) -> Path:
+    """Copy the product's code and the demos' data to `target`, and nothing that lies beside it."""
+    for path in product_files(root):
+        copy = target / path.relative_to(root)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    for name in DATA_SETS:
+        shutil.copytree(root / name / "demo", target / name / "demo")
     return target
-
-
-def load_script(folder, name):
-    """A fresh module of a script in a folder of the repository, so that a test can set its constants."""
-    if (
-        str(ROOT / folder) not in sys.path
-    ):  # where the script's own folder stands: it does `import tldr`
-        sys.path.insert(0, str(ROOT / folder))
-    spec = importlib.util.spec_from_file_location(
-        f"{folder}_{name}".replace("-", "_"), ROOT / folder / f"{name}.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def call(monkeypatch, module, *arguments):
-    """Call a script's main with a command line, as `python script.py` does."""
-    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
-    lore.scripts.run_script(module.main)
-
-
-def refused(monkeypatch, capsys, module, arguments, *named):
-    """The script ends with status 2 and one line on stderr that contains each of the strings."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        call(monkeypatch, module, *arguments)
-    lines = [line for line in capsys.readouterr().err.splitlines() if "it/s" not in line]
-    assert stop.value.code == 2
-    assert len(lines) == 1 and lines[0].startswith("error: ")
-    for name in named:
-        assert str(name) in lines[0]

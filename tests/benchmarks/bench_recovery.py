@@ -1,16 +1,25 @@
-"""How many pairs and users it takes to find a planted basis, and what LoRe is worth against simpler models.
+"""How many users and pairs it takes to find a planted basis, and whether simpler models do as well.
 
-    python tests/benchmarks/bench_recovery.py       under five minutes on two cores; prints a Markdown table
+    python tests/benchmarks/bench_recovery.py     five minutes on two cores; prints a Markdown table
 
-Users' choices are drawn from the Bradley-Terry model with planted directions V* (d x 3, orthogonal) and mixtures W*
-(Dirichlet 0.2). Every model is fitted to the same training pairs and tested on new pairs of the same users. Angle: the
-largest principal angle between the spans of the basis that was learnt and V*. Accuracies are means over users and data
-sets; the Bayes rule predicts with V* and W* themselves, which nobody can beat. Users' own models are fitted for the
+Users choose by the Bradley-Terry model with planted directions V* (d x 3, orthogonal) and planted
+weights W* (Dirichlet 0.2). Every model is fitted to the same training pairs, and tested on new
+pairs of the same users. Columns of the table:
+
+    angle to V*                   largest principal angle between the spans of the basis and V*
+    LoRe                          at the planted rank
+    one for all (K = 1)           one model for all users
+    one per user                  a model for each user, trained as LoRe is
+    logistic regression per user  a model for each user, by scikit-learn
+    Bayes rule                    V* and W* themselves, which no model can beat
+
+The last five are accuracies: means over users and data sets. Models per user are fitted for the
 first 100 users only.
 """
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,78 +27,89 @@ import torch
 from scipy.linalg import subspace_angles
 from sklearn.linear_model import LogisticRegression
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 from helpers import planted_basis, planted_pairs, planted_weights
 
 from utils import evaluate_model, learn_multiple, learn_single_reward, solve
 
-# ---------------------------------------------------------------------------------------------------------------------
-d, K = 64, 3
+# ---- Settings
+d = 64
+K = 3  # planted, and learnt
+concentration = 0.2  # of the Dirichlet distribution of users' weights
 user_counts = [10, 100, 1000]
-pair_counts = [5, 20, 100, 500]  # per user, to learn from
-test_pairs = 200  # per user
+pair_counts = [5, 20, 100, 500]  # of a user, to learn from
+test_pairs = 200  # of a user
 data_seeds = [0, 1]
-own_models = 100  # users that get a model of their own, at most
-iterations, learning_rate = 500, 0.5
-# ---------------------------------------------------------------------------------------------------------------------
+users_with_own_models = 100
+iterations = 500
+learning_rate = 0.5
+
+COLUMNS = (
+    "angle to V*",
+    "LoRe",
+    "one for all (K = 1)",
+    "one per user",
+    "logistic regression per user",
+    "Bayes rule",
+)
 
 
-def accuracy(features, V, weights):
-    """Mean over users of the share of right pairs; weights: one w per user."""
-    return np.mean([evaluate_model(X, V, w) for X, w in zip(features, weights)])
+def mean_accuracy(
+    features: Sequence[torch.Tensor], bases: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
+) -> float:
+    """Mean over users of the share of pairs predicted right; each user has a basis and a w."""
+    accuracies = [evaluate_model(X, V, w) for X, V, w in zip(features, bases, weights, strict=True)]
+    return float(np.mean(accuracies))
 
 
-def logistic_regression(X):
-    """scikit-learn's Bradley-Terry model of one user, `[d, 1]`: every pair from both sides, no intercept."""
-    X = X.numpy()
-    model = LogisticRegression(fit_intercept=False).fit(
-        np.concatenate([X, -X]), np.repeat([1, 0], len(X))
-    )
+def logistic_regression(X: torch.Tensor) -> torch.Tensor:
+    """scikit-learn's Bradley-Terry model of one user `[d, 1]`: each pair from both sides."""
+    pairs = X.numpy()
+    both_sides = np.concatenate([pairs, -pairs])
+    chosen_is_first = np.repeat([1, 0], len(pairs))
+    model = LogisticRegression(fit_intercept=False).fit(both_sides, chosen_is_first)
     return torch.from_numpy(model.coef_.T).float()
 
 
-def measured(N, pairs, seed):
-    """Angle in degrees, then the accuracies in the order of the table's columns."""
-    V, W = planted_basis(d, K, seed), planted_weights(N, K, 0.2, seed)
-    train, test = (
-        planted_pairs(V, W, count, 2 * seed + i, True)
-        for i, count in enumerate((pairs, test_pairs))
-    )
-    w, found = solve(train, K, iterations, learning_rate, seed)
+def measure(N: int, pairs: int, seed: int) -> dict[str, float]:
+    """Plant a data set and fit every model -> column -> angle in degrees, or accuracy."""
+    V_planted = planted_basis(d, K, seed)
+    W_planted = planted_weights(N, K, concentration, seed)
+    train = planted_pairs(V_planted, W_planted, pairs, seed=2 * seed, sampled=True)
+    test = planted_pairs(V_planted, W_planted, test_pairs, seed=2 * seed + 1, sampled=True)
+
+    W, V = solve(train, K, iterations, learning_rate, seed)
+    pooled = learn_single_reward(train, iterations, learning_rate, seed)
+    own = min(N, users_with_own_models)
+    _, own_by_adam = learn_multiple(train[:own], iterations, learning_rate, seed)
+    own_by_sklearn = [logistic_regression(X) for X in train[:own]]
+
     ones = torch.ones(N, 1)
-    own = min(N, own_models)
-    by_adam = learn_multiple(train[:own], iterations, learning_rate, seed)[1]
-    by_sklearn = [logistic_regression(X) for X in train[:own]]
-    own_accuracies = (
-        np.mean([evaluate_model(X, v, ones[0]) for X, v in zip(test, models)])
-        for models in (by_adam, by_sklearn)
+    measured = (
+        np.degrees(subspace_angles(V_planted.numpy(), V.numpy())).max(),
+        mean_accuracy(test, [V] * N, W),
+        mean_accuracy(test, [pooled] * N, ones),
+        mean_accuracy(test[:own], own_by_adam, ones[:own]),
+        mean_accuracy(test[:own], own_by_sklearn, ones[:own]),
+        mean_accuracy(test, [V_planted] * N, W_planted),
     )
-    return [
-        np.degrees(subspace_angles(V.numpy(), found.numpy())[0]),
-        accuracy(test, found, w),
-        accuracy(test, learn_single_reward(train, iterations, learning_rate, seed), ones),
-        *own_accuracies,
-        accuracy(test, V, W),
-    ]
+    return dict(zip(COLUMNS, measured, strict=True))
 
 
-def main():
+def main() -> None:
     start = time.perf_counter()
     print(f"d = {d}, planted rank {K}, {len(data_seeds)} data sets each\n")
-    print(
-        "| users | pairs each | angle to V* | LoRe | one for all (K = 1) | one per user | logistic regression per "
-        "user | Bayes rule |\n|---|---|---|---|---|---|---|---|"
-    )
+    print(f"| users | pairs each | {' | '.join(COLUMNS)} |")
+    print("|---" * (2 + len(COLUMNS)) + "|")
     for N in user_counts:
         for pairs in pair_counts:
-            angle, *accuracies = np.mean([measured(N, pairs, seed) for seed in data_seeds], 0)
-            print(
-                f"| {N:,} | {pairs} | {angle:.0f}° | "
-                + " | ".join(f"{value:.3f}" for value in accuracies)
-                + " |",
-                flush=True,
-            )
+            measured = [measure(N, pairs, seed) for seed in data_seeds]
+            cells = []
+            for column in COLUMNS:
+                mean = np.mean([values[column] for values in measured])
+                cells.append(f"{mean:.0f}°" if column.startswith("angle") else f"{mean:.3f}")
+            print(f"| {N:,} | {pairs} | {' | '.join(cells)} |", flush=True)
     print(f"\n{time.perf_counter() - start:.0f} s")
 
 
