@@ -19,9 +19,9 @@ from typing_extensions import TypedDict  # pydantic asks for this one before Pyt
 from lore.embedding_files import find_reward_head
 from lore.files import atomic_write, load_pickle
 from lore.rows import (
-    DATA_FILE,
     LocatedRow,
     as_messages,
+    data_files,
     hub_rows,
     is_csv,
     parse_rows,
@@ -38,6 +38,8 @@ FILES = ("tldr_embeddings_train.pkl", "tldr_embeddings_val.pkl")  # in the order
 SIDES = ("winning", "losing")
 TEXT_FIELDS = ("text", "winning_summary", "losing_summary")  # of a comparison in the files
 LEAVE_OUT = 2  # workers with the fewest pairs, in each file; none of own data
+
+TextOrMessages = str | list[dict]
 
 # The comparisons of each worker. A comparison is a dict with the TEXT_FIELDS and, in the files,
 # `embeddings`: {"winning": [tensor d], "losing": [tensor d]}. A text of own data may be a list of
@@ -74,12 +76,12 @@ Turns = StrictStr | Annotated[list[Message], Field(min_length=1)] | None
 
 
 class Preference(NamedTuple):
-    """What a row of either schema says."""
+    """What a row of either schema says. A part without a text is None or empty."""
 
     worker: str
-    prompt: str | list[dict] | None
-    chosen: str | list[dict] | None
-    rejected: str | list[dict] | None
+    prompt: TextOrMessages | None
+    chosen: TextOrMessages | None
+    rejected: TextOrMessages | None
 
 
 class Info(BaseModel):
@@ -99,6 +101,7 @@ class Comparison(BaseModel):
     worker: Worker
 
     def preference(self) -> Preference:
+        """The post, and the summary that was chosen over the other."""
         chosen = self.summaries[self.choice].text
         rejected = self.summaries[1 - self.choice].text
         return Preference(self.worker, self.info.post, chosen, rejected)
@@ -115,6 +118,7 @@ class OwnComparison(BaseModel):
 
     @model_validator(mode="after")
     def check_roles(self) -> Self:
+        """Raise ValueError unless the assistant answers the prompt."""
         error = ValueError(
             "the prompt must end before, and each answer begin and end with, an assistant's message"
         )
@@ -130,14 +134,17 @@ class OwnComparison(BaseModel):
         return self
 
     def preference(self) -> Preference:
+        """The prompt, and the answers without its messages."""
         prompt = as_messages("user", self.prompt or "")
-        chosen, rejected = (
-            answer[len(prompt) :]
-            if isinstance(answer, list) and answer[: len(prompt)] == prompt
-            else answer
-            for answer in (self.chosen, self.rejected)
-        )
+        chosen, rejected = (_without(prompt, answer) for answer in (self.chosen, self.rejected))
         return Preference(self.user, self.prompt, chosen, rejected)
+
+
+def _without(prompt: list[dict], answer: TextOrMessages | None) -> TextOrMessages | None:
+    """An answer without the messages of its prompt, if it begins with them."""
+    if isinstance(answer, list) and answer[: len(prompt)] == prompt:
+        return answer[len(prompt) :]
+    return answer
 
 
 # ---- Rows
@@ -159,7 +166,7 @@ def read_comparisons(
 
     if data.is_file():
         return True, split_own(read_file(data), test_share, test_seed)
-    paths = [path for path in data.glob("*") if DATA_FILE.search(path.name)]
+    paths = data_files(data)
     if len(paths) == 1 and schema_of(paths[0]) is OwnComparison:
         return True, split_own(read_file(paths[0]), test_share, test_seed)
 
@@ -284,14 +291,14 @@ def comparisons_by_worker(
     return dict(sorted(by_worker.items(), key=lambda item: len(item[1]))), dropped
 
 
-def _has_text(turns: str | list[dict] | None) -> bool:
+def _has_text(turns: TextOrMessages | None) -> bool:
     """Whether there is a message, and each has text."""
     if not turns:
         return False
     return all(message["content"].strip() for message in as_messages("user", turns))
 
 
-def prompt_key(prompt: str | list[dict] | None) -> str:
+def prompt_key(prompt: TextOrMessages | None) -> str:
     """A text that is equal for prompts that differ in nothing but white space."""
     messages = as_messages("user", prompt or "")
     return json.dumps(
@@ -299,9 +306,9 @@ def prompt_key(prompt: str | list[dict] | None) -> str:
     )
 
 
-def as_text(turns: str | list[dict]) -> str:
-    """A text as it is; the contents of messages, joined."""
-    return "".join(message["content"] for message in as_messages("assistant", turns))
+def as_text(turns: TextOrMessages | None) -> str:
+    """A text as it is; the contents of messages, joined; "" for None."""
+    return "".join(message["content"] for message in as_messages("assistant", turns or ""))
 
 
 # ---- Conversations
@@ -312,7 +319,7 @@ def comparisons_of(by_worker: ByWorker) -> list[dict]:
     return list(itertools.chain.from_iterable(by_worker.values()))
 
 
-def conversation(post: str | list[dict], summary: str | list[dict]) -> list[dict]:
+def conversation(post: TextOrMessages, summary: TextOrMessages) -> list[dict]:
     """What the reward model is shown: the post as the user's turn, the summary as the answer."""
     return as_messages("user", post) + as_messages("assistant", summary)
 
@@ -326,14 +333,16 @@ def conversations_of(by_worker: ByWorker) -> list[list[dict]]:
     ]
 
 
-def conversation_key(post: str | list[dict], summary: str | list[dict]) -> tuple:
+def conversation_key(post: TextOrMessages, summary: TextOrMessages) -> tuple:
     """Equal for equal conversations; cheaper than the conversation's messages."""
-    return tuple(
-        turns
-        if isinstance(turns, str)
-        else tuple((message["role"], message["content"]) for message in turns)
-        for turns in (post, summary)
-    )
+    return _hashable(post), _hashable(summary)
+
+
+def _hashable(turns: TextOrMessages) -> str | tuple:
+    """A text as it is; messages as tuples, which no text is equal to."""
+    if isinstance(turns, str):
+        return turns
+    return tuple((message["role"], message["content"]) for message in turns)
 
 
 def distinct_conversations(splits: Iterable[ByWorker]) -> int:

@@ -29,6 +29,11 @@ def is_csv(path: Path) -> bool:
     return path.name.endswith((".csv", ".csv.gz"))
 
 
+def data_files(folder: Path) -> list[Path]:
+    """The parquet, JSON lines and CSV files in a folder, in order."""
+    return sorted(path for path in folder.glob("*") if DATA_FILE.search(path.name))
+
+
 def split_files(folder: Path | str, **words: list[str]) -> dict[str, list[Path]]:
     """The files of each split in a folder: split -> one file, or all shards of one, in order.
 
@@ -40,7 +45,7 @@ def split_files(folder: Path | str, **words: list[str]) -> dict[str, list[Path]]
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder or file; give the one that holds the data")
-    paths = sorted(path for path in folder.iterdir() if DATA_FILE.search(path.name))
+    paths = data_files(folder)
     names = ", ".join(path.name for path in paths) or "no parquet, jsonl or csv file"
 
     files_of = {}

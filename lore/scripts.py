@@ -338,8 +338,8 @@ def finish_training(
     seconds = time.perf_counter() - started
 
     if process_rank() == 0:
-        found = evidence(fits, study, control)
-        results = save_results(folder, fits, study, config, seconds, found)
+        findings = evidence(fits, study, control)
+        results = save_results(folder, fits, study, config, seconds, findings)
         if save_more is not None:
             save_more(fits)
         print_results(results)
