@@ -80,6 +80,7 @@ def main() -> None:
     splits = list(read(args).values())
     files = [file_of(name, split) for name, split in zip(personalllm.FILES, splits)]
     responses = sum(len(file.conversations) for file in files)
+    contents = [[split.prompts, split.responses, split.scores.tolist()] for split in splits]
     embed_files(
         files,
         f"{responses:,} responses to embed",
@@ -87,7 +88,7 @@ def main() -> None:
         checkpoint=args.model,
         model="stand-in" if args.demo else args.model,
         data=args.label or personalllm.DATASET,
-        data_digest=digest_of([[s.prompts, s.responses, s.scores.tolist()] for s in splits]),
+        data_digest=digest_of(contents),
         token_budget=TOKEN_BUDGET,
         shard_size=SHARD_SIZE,
         overwrite=args.overwrite,
