@@ -91,7 +91,7 @@ def _end(message: str, status: int = 2) -> NoReturn:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose complaint is an InputError, one line like every other."""
+    """A parser that complains with an InputError: one line, like every other error."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see --help")
