@@ -1,6 +1,9 @@
-"""PersonalLLM: where the scored responses are from, what the embeddings files hold, how users are simulated."""
+"""PersonalLLM: the rows with scored responses, the files of embeddings, the simulated users."""
 
+import argparse
 import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -10,23 +13,26 @@ from pydantic import AllowInfNan, Field, StrictStr, create_model
 
 from lore.embedding_files import find_reward_head
 from lore.files import load_tensors
-from lore.rows import hub_rows, parse_rows, read_rows, split_files
+from lore.rows import LocatedRow, hub_rows, parse_rows, read_rows, split_files
 from lore.scripts import script_parser
+from lore.study import Study
 from utils import (
     InputError,
     Pairs,
     best_and_worst,
-    check_settings,
+    check_number,
+    check_whole,
     generate_population,
     is_finite,
     count_of_share,
 )
 
 DATASET = "namkoong-lab/PersonalLLM"
-FILES = ("train.safetensors", "test.safetensors")
+SPLITS = ("train", "test")
+FILES = ("train.safetensors", "test.safetensors")  # in the order of SPLITS
 FULL = {"train": 9402, "test": 1000}  # prompts of the full data set
 RESPONSES = 8  # to each prompt
-SCORERS = (
+SCORERS = (  # reward models that have scored each response
     "gemma_2b",
     "gemma_7b",
     "mistral_raft",
@@ -37,157 +43,274 @@ SCORERS = (
     "oasst_pythia_1b",
     "mistral_ray",
     "mistral_weqweasdas",
-)  # reward models that have scored each response
-TEXTS = ("prompt", *(f"response_{j}" for j in range(1, RESPONSES + 1)))
-SCORES = tuple(f"{response}_{scorer}" for response in TEXTS[1:] for scorer in SCORERS)
-Score = Annotated[float, Field(ge=-3e38, le=3e38), AllowInfNan(False)]  # within float32
-Row = create_model(
-    "Row", **{name: (StrictStr, ...) for name in TEXTS}, **{name: (Score, ...) for name in SCORES}
 )
 
 
-def read_prompts(folder=None):
-    """The rows of both splits, (where, row) pairs: from a folder, or from the hub where it is None."""
+# ---- Rows
+
+RESPONSE_COLUMNS = tuple(f"response_{j}" for j in range(1, RESPONSES + 1))
+TEXT_COLUMNS = ("prompt", *RESPONSE_COLUMNS)
+SCORE_COLUMNS = tuple(f"{response}_{scorer}" for response in RESPONSE_COLUMNS for scorer in SCORERS)
+Score = Annotated[float, Field(ge=-3e38, le=3e38), AllowInfNan(False)]  # within float32
+Row = create_model(
+    "Row",
+    **dict.fromkeys(TEXT_COLUMNS, (StrictStr, ...)),
+    **dict.fromkeys(SCORE_COLUMNS, (Score, ...)),
+)
+
+
+@dataclass
+class ScoredPrompts:
+    """The prompts of a split, their responses, and the scores of these."""
+
+    prompts: list[str]  # n
+    responses: list[list[str]]  # n lists of eight
+    scores: torch.Tensor  # float32 (n, 8, 10), scorers in the order of SCORERS
+
+
+def read_prompts(folder: Path | None = None) -> dict[str, Iterable[LocatedRow]]:
+    """The rows of both splits, with their places: from a folder, or from the hub if it is None.
+
+    Raises InputError: the hub does not serve them, a file is missing or damaged.
+    """
     if folder is None:
         splits = hub_rows(DATASET)
-        return {split: splits[split] for split in FULL}
-    files = split_files(folder, train=["train"], test=["test", "validation"])
+        return {split: splits[split] for split in SPLITS}
+    files_of = split_files(folder, train=["train"], test=["test", "validation"])
     return {
-        split: (row for path in paths for row in read_rows(path)) for split, paths in files.items()
+        split: itertools.chain.from_iterable(map(read_rows, files))
+        for split, files in files_of.items()
     }
 
 
-def parse(rows, limit=None):
-    """The first `limit` rows of a split -> (prompts, a list of n texts; responses, n lists of eight texts; scores,
-    float32 `[n, 8, 10]`, in the order of SCORERS). Raises InputError that names row and column."""
-    texts, scores = [], []
+def parse(rows: Iterable[LocatedRow], limit: int | None = None) -> ScoredPrompts:
+    """The first `limit` rows of a split. Raises InputError that names row and column."""
+    prompts, responses, scores = [], [], []
     for _, row in itertools.islice(parse_rows(rows, Row, DATASET), limit):
-        texts.append([getattr(row, name) for name in TEXTS])
-        scores.append([getattr(row, name) for name in SCORES])
-    scores = torch.tensor(scores, dtype=torch.float32).reshape(-1, RESPONSES, len(SCORERS))
-    return [prompt for prompt, *_ in texts], [responses for _, *responses in texts], scores
+        prompts.append(row.prompt)
+        responses.append([getattr(row, name) for name in RESPONSE_COLUMNS])
+        scores.append([getattr(row, name) for name in SCORE_COLUMNS])
+    scores = torch.tensor(scores, dtype=torch.float32)  # (n, 80)
+    return ScoredPrompts(prompts, responses, scores.reshape(-1, RESPONSES, len(SCORERS)))
 
 
-def conversations_of(prompts, responses):
-    """One conversation per response, response j of prompt i at place 8 i + j."""
+def conversations_of(split: ScoredPrompts) -> list[list[dict]]:
+    """One conversation per response: that of response j to prompt i at place 8 i + j."""
     return [
         [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-        for prompt, of_prompt in zip(prompts, responses)
-        for response in of_prompt
+        for prompt, responses in zip(split.prompts, split.responses)
+        for response in responses
     ]
 
 
-def check_population(population):
-    """Check what a script's `population` gives. Raises InputError that names the setting."""
-    check_settings(**population)
-    if len(population["fractions"]) != 3:
-        raise InputError(
-            f"fractions: {population['fractions']!r}; give three, of a seen and of an unseen user's train "
-            "prompts, and of the test prompts"
-        )
+# ---- Settings
 
 
-def scripts_parser(description, folder):
+@dataclass(frozen=True)
+class Population:
+    """How many users are simulated, and what each of them compares.
+
+    A user is a mixture over the ten scorers, drawn from a Dirichlet distribution.
+    """
+
+    N: int  # seen users
+    N_unseen: int
+    concentration: float  # of the Dirichlet distribution
+    # Shares of the train prompts that a seen user and that an unseen user compares, and the share
+    # of the test prompts that both compare.
+    fractions: tuple[float, float, float]
+    population_seed: int  # of the users and of the prompts that each compares
+
+    def check(self) -> None:
+        """Raise InputError that names the field which cannot be used."""
+        check_whole("N", self.N, 1)
+        check_whole("N_unseen", self.N_unseen, 1)
+        check_number("concentration", self.concentration, 1e-6, 1e6)
+        check_whole("population_seed", self.population_seed)
+        if not isinstance(self.fractions, (list, tuple, np.ndarray)) or len(self.fractions) != 3:
+            raise InputError(
+                f"fractions: {self.fractions!r}; give three, of a seen and of an unseen user's "
+                "train prompts, and of the test prompts"
+            )
+        for fraction in self.fractions:
+            check_number("fractions", fraction, 1e-9, 1)
+
+
+def training_parser(description: str, folder: Path | str) -> argparse.ArgumentParser:
     """The command line of the scripts that train: `--dir`, and `--data` for `load_embeddings`."""
     parser = script_parser(description, folder)
     parser.add_argument(
         "--data",
         type=Path,
         metavar="DIR",
-        help="the data set, for embeddings of the released script, "
-        "which hold no scores (default: the hub)",
+        help="the data set, for embeddings of the released script, which hold no scores (default: "
+        "the hub)",
     )
     return parser
 
 
-def load_embeddings(folder, model_name, data=None):
-    """Read the embeddings of prepare.py (or of the released script) and the reward head.
+# ---- The study
 
-    data: the folder of the data set, for the scores of files that hold none, as the released ones; default the hub.
-    Returns ({"train": (embeddings `[8 * prompts, d]`, scores `[prompts, 8, 10]`), "test": the same}, head `[d, 1]`,
-    what is known of model and data). Raises InputError: missing or damaged files, another number of rows than 8 a
-    prompt, numbers that are not finite, different widths.
+
+@dataclass(kw_only=True)
+class SimulatedStudy(Study):
+    """A study of simulated users, and what they were simulated from.
+
+    The files hold no texts: `texts` is empty, and `prompts` has the numbers of the training pairs'
+    prompts only, by which some can be held out.
     """
-    tables, width, rows = {}, {}, None
-    for path, split in zip((Path(folder) / name for name in FILES), FULL):
+
+    population: Population
+    mixtures: torch.Tensor  # float32 (N, 10), of the seen users over SCORERS
+    mixtures_unseen: torch.Tensor  # float32 (N_unseen, 10)
+    pairs_dropped: int  # as all responses to the prompt are tied
+
+
+@dataclass
+class ScoredEmbeddings:
+    """A split of the files: the embeddings of the responses, and their scores."""
+
+    embeddings: torch.Tensor  # (8 * prompts, d)
+    scores: torch.Tensor  # float32 (prompts, 8, 10)
+
+
+def load_embeddings(
+    folder: Path | str,
+    model_name: str,
+    population: Population,
+    demo_population: Population | None = None,
+    data: Path | None = None,
+) -> SimulatedStudy:
+    """Read the embeddings of `prepare.py` (or of the released script), and simulate the users.
+
+    model_name: the checkpoint whose reward head is read if there is none beside the embeddings.
+    demo_population: taken in place of `population` if the embeddings are the demo's.
+    data: the folder of the data set, for the scores of files that hold none, as the released ones;
+    by default the hub.
+    Raises InputError: a setting that cannot be used; what `read_embeddings` refuses; a reward head
+    of another width; a user without pairs.
+    """
+    population.check()
+    if demo_population is not None:
+        demo_population.check()
+    splits, widths = read_embeddings(folder, data)
+    head, provenance = find_reward_head(folder, model_name, "PersonalLLM", widths, FILES)
+    title = provenance.pop("title")
+    if provenance.get("demo") and demo_population is not None:
+        population = demo_population
+    return simulate_study(splits, population, title, head, provenance)
+
+
+def read_embeddings(
+    folder: Path | str, data: Path | None = None
+) -> tuple[dict[str, ScoredEmbeddings], dict[int, Path]]:
+    """Read the files of both splits: split -> embeddings and scores; and widths.
+
+    data: of `load_embeddings`. widths: d -> a file with embeddings of that width.
+    Raises InputError: a file is missing or damaged, has not eight rows for each prompt, or numbers
+    that are not finite.
+    """
+    splits, widths = {}, {}
+    rows_of = None  # of the data set, read if scores are missing
+    for split, name in zip(SPLITS, FILES):
+        path = Path(folder) / name
         tensors, _ = load_tensors(path)
-        embeddings, scores = tensors.get("embeddings", torch.zeros(0)), tensors.get("scores")
+        embeddings = tensors.get("embeddings", torch.zeros(0))
+        scores = tensors.get("scores")
         if scores is None:
-            rows = rows or read_prompts(data)
-            scores = parse(rows[split])[2]
-        if embeddings.ndim != 2 or scores.shape != (
-            len(embeddings) / RESPONSES,
-            RESPONSES,
-            len(SCORERS),
-        ):
-            raise InputError(
-                f"{path}: embeddings of shape {tuple(embeddings.shape)} and scores of shape "
-                f"{tuple(scores.shape)}, where each prompt has {RESPONSES} responses with {len(SCORERS)} "
-                "scores each; run prepare.py --overwrite"
-            )
-        if not is_finite(embeddings) or not is_finite(scores):
-            raise InputError(f"{path}: NaN or infinite values; run prepare.py --overwrite")
-        width.setdefault(embeddings.shape[1], path)
-        tables[split] = embeddings, scores.float()
-    head, about = find_reward_head(folder, model_name, "PersonalLLM", width, FILES)
-    return tables, head, about
+            if rows_of is None:
+                rows_of = read_prompts(data)
+            scores = parse(rows_of[split]).scores
+        _check_split(path, embeddings, scores)
+        splits[split] = ScoredEmbeddings(embeddings, scores.float())
+        widths.setdefault(embeddings.shape[1], path)
+    return splits, widths
 
 
-def simulate_pairs(embeddings, scores, W, fraction, chance, what):
-    """The pairs of `simulate_user` by row numbers, for every row of W and a random `fraction` of the prompts.
+def _check_split(path: Path, embeddings: torch.Tensor, scores: torch.Tensor) -> None:
+    """Raise InputError unless there are finite scores for finite embeddings."""
+    expected = (len(embeddings) / RESPONSES, RESPONSES, len(SCORERS))
+    if embeddings.ndim != 2 or scores.shape != expected:
+        raise InputError(
+            f"{path}: embeddings of shape {tuple(embeddings.shape)} and scores of shape "
+            f"{tuple(scores.shape)}, where each prompt has {RESPONSES} responses with "
+            f"{len(SCORERS)} scores each; run prepare.py --overwrite"
+        )
+    if not is_finite(embeddings) or not is_finite(scores):
+        raise InputError(f"{path}: NaN or infinite values; run prepare.py --overwrite")
 
-    embeddings: `[8 * prompts, d]`; scores: `[prompts, 8, 10]`; W: `[N, 10]`; chance: numpy's generator; what: names
-    the users in errors. Returns (list of N `Pairs`, how many pairs were dropped because all responses to a prompt are
-    tied). Raises InputError where a user is left without pairs.
+
+def simulate_study(
+    splits: dict[str, ScoredEmbeddings],
+    population: Population,
+    title: str,
+    reward_head: torch.Tensor,
+    provenance: dict,
+) -> SimulatedStudy:
+    """Draw the users of a population, and form their pairs.
+
+    A user prefers the response that the mixture scores highest to the one that it scores lowest.
+    Raises InputError: a fraction leaves no prompt; a user has no pairs, as all responses are tied.
     """
-    kept, users = count_of_share(len(scores), fraction, what), []
-    for i, w in enumerate(W):
-        drawn = torch.from_numpy(np.sort(chance.choice(len(scores), kept, replace=False)))
-        best, worst = best_and_worst(scores[drawn], w)
+    seed = population.population_seed
+    mixtures, mixtures_unseen = (
+        torch.from_numpy(
+            generate_population(population.concentration, users, [seed, stream])
+        ).float()
+        for stream, users in enumerate((population.N, population.N_unseen))
+    )  # (N, 10), (N_unseen, 10)
+    of_seen, of_unseen, of_tests = population.fractions
+    generator = np.random.default_rng([seed, 2])
+    features, dropped = {}, 0
+    for part, split, users, fraction in (
+        ("train", "train", mixtures, of_seen),
+        ("test", "test", mixtures, of_tests),
+        ("train_unseen", "train", mixtures_unseen, of_unseen),
+        ("test_unseen", "test", mixtures_unseen, of_tests),
+    ):
+        features[part], tied = simulate_pairs(splits[split], users, fraction, generator, part)
+        dropped += tied
+    return SimulatedStudy(
+        title=title,
+        seen=[f"seen_{i}" for i in range(population.N)],
+        unseen=[f"unseen_{i}" for i in range(population.N_unseen)],
+        **features,
+        reward_head=reward_head,
+        prompts={"train": [(pairs.chosen // RESPONSES).tolist() for pairs in features["train"]]},
+        provenance=provenance,
+        population=population,
+        mixtures=mixtures,
+        mixtures_unseen=mixtures_unseen,
+        pairs_dropped=dropped,
+    )
+
+
+def simulate_pairs(
+    split: ScoredEmbeddings,
+    mixtures: torch.Tensor,
+    fraction: float,
+    generator: np.random.Generator,
+    label: str,
+) -> tuple[list[Pairs], int]:
+    """The pairs of `simulate_user` by row numbers, of each user on a random share of the prompts.
+
+    mixtures: float32 `[users, 10]`. label: of the users, for errors.
+    Returns the pairs of each user, and how many were dropped because all responses are tied.
+    Raises InputError: the fraction leaves no prompt; a user has no pairs.
+    """
+    embeddings, scores = split.embeddings, split.scores
+    prompts = count_of_share(len(scores), fraction, label)
+    users = []
+    for i, mixture in enumerate(mixtures):
+        drawn = generator.choice(len(scores), prompts, replace=False)
+        drawn = torch.from_numpy(np.sort(drawn))
+        best, worst = best_and_worst(scores[drawn], mixture)
         differ = best != worst
         if not differ.any():
             raise InputError(
-                f"{what}, user {i}: all responses to the {kept} prompts drawn are tied; take more "
-                "prompts, or other scores"
+                f"{label}, user {i}: all responses to the {prompts} prompts drawn are tied; take "
+                "more prompts, or other scores"
             )
-        users.append(
-            Pairs(
-                embeddings, (RESPONSES * drawn + best)[differ], (RESPONSES * drawn + worst)[differ]
-            )
-        )
-    return users, kept * len(users) - sum(map(len, users))
-
-
-def create_dataset(tables, N, N_unseen, concentration, fractions, seed=0):
-    """Simulate the users: Dirichlet mixtures over the scorers, and their pairs as `Pairs`.
-
-    tables: of `load_embeddings`. fractions: the shares of the train prompts that a seen and an unseen user compare, and
-    the share of the test prompts of both.
-    Returns a dict: `seen` and `unseen`, names of users; `population` `[N, 10]` and `population_unseen` `[N_unseen,
-    10]`, their mixtures, float32; a list of Pairs under each of `train`, `test`, `train_unseen`, `test_unseen`;
-    `prompts`, the numbers of the training pairs' prompts, by which some can be held out: the files hold no texts, so
-    that whether a test prompt stands among them, and which answer is longer, are not known; and `dropped`, how many
-    pairs were left out because all responses are tied.
-    """
-    data = {
-        "seen": [f"seen_{i}" for i in range(N)],
-        "unseen": [f"unseen_{i}" for i in range(N_unseen)],
-        "dropped": 0,
-    }
-    for of, users, stream in (("", N, 0), ("_unseen", N_unseen, 1)):
-        data[f"population{of}"] = torch.from_numpy(
-            generate_population(concentration, users, [seed, stream])
-        ).float()
-    chance = np.random.default_rng([seed, 2])
-    for part, split, of, fraction in (
-        ("train", "train", "", fractions[0]),
-        ("test", "test", "", fractions[2]),
-        ("train_unseen", "train", "_unseen", fractions[1]),
-        ("test_unseen", "test", "_unseen", fractions[2]),
-    ):
-        data[part], dropped = simulate_pairs(
-            *tables[split], data[f"population{of}"], fraction, chance, part
-        )
-        data["dropped"] += dropped
-    data["prompts"] = {"train": [(pairs.chosen // RESPONSES).tolist() for pairs in data["train"]]}
-    return data
+        first_row = RESPONSES * drawn
+        users.append(Pairs(embeddings, (first_row + best)[differ], (first_row + worst)[differ]))
+    return users, prompts * len(users) - sum(len(pairs) for pairs in users)

@@ -1,146 +1,134 @@
-"""Learn the reward basis of PersonalLLM's simulated users at several ranks, and fit unseen users few-shot.
+"""Learn the reward basis of PersonalLLM's users at several ranks, and fit unseen users few-shot.
 
-    python train_basis.py                              reads what prepare.py wrote; needs no GPU and no 8B model
+    python train_basis.py                              reads what prepare.py wrote; needs no GPU and
+                                                       no 8B model
     torchrun --nproc-per-node 2 train_basis.py         the seen users shared among processes
 
-A user is a mixture over ten reward models, and prefers the response that it scores highest to the one that it scores
-lowest. A pair is two row numbers of one table of embeddings, so 1.5 million test pairs fit in a laptop.
-Prints the accuracies of each rank K (0: the reference model, 1: one Bradley-Terry model for all, 2 and up: LoRe), then
-a table with 95 % intervals and the verdict: is the reward personal, by how much, is any of it an artefact. Writes
-results/ beside itself: report.md, results.json, results.csv, K_<rank>.safetensors, two pictures (PNG and PDF), and
-population.safetensors, the users' mixtures. On the demo's synthetic corpus the population is the demo's.
+A user is a mixture over ten reward models, and prefers the response that it scores highest to the
+one that it scores lowest. A pair is two row numbers of one table of embeddings, so 1.5 million test
+pairs fit in a laptop.
+
+Prints the accuracies of each rank K (0: the reference model, 1: one Bradley-Terry model for all,
+2 and up: LoRe), then a table with 95 % intervals and the verdict: is the reward personal, by how
+much, is any of it an artefact. Writes results/ beside itself: report.md, results.json, results.csv,
+K_<rank>.safetensors, two pictures (PNG and PDF), and population.safetensors, the users' mixtures.
+On the demo's synthetic corpus the population is the demo's.
 """
 
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import personalllm
-from lore.evidence import evidence
+from lore.evidence import hold_out
 from lore.files import CHECKPOINT_FILE, TrainingCheckpoint, check_writable, save_tensors
-from lore.results import print_results, save_results
 from lore.reward_model import load_released_reference
-from lore.scripts import run_script
-from utils import check_settings, default_device, process_rank, run
+from lore.scripts import check_training, finish_training, run_script
+from personalllm import Population
+from utils import Fit, default_device, run
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Settings
+
+# The sweep. All ranks, alphas and seeds are trained side by side; accuracies are averaged over the
+# seeds within a user, and the seed of the lowest loss is kept.
 K_list = [0, 1, 2, 3, 4, 5]
 alpha_list = [0]  # penalties on the squared distance of the basis to the reward head
-num_iterations = 1000  # of the training
-seeds = [
-    0,
-    1,
-    2,
-]  # of the training; accuracies are averaged within a user, the seed of the lowest loss is kept
-controls = True  # also trains the largest rank on tossed choices, which must end at chance: a third more time
-validation_share = (
-    0  # of each seen user's training prompts, held out to choose K and alpha; 0: as released
+num_iterations = 1000
+seeds = [0, 1, 2]
+
+# The share of each seen user's training prompts that is held out, to choose K and alpha; 0: as
+# released.
+validation_share = 0
+# Also train the largest rank on tossed choices, which must end at chance: a third more time.
+controls = True
+
+# The simulated users.
+population = Population(
+    N=1000,
+    N_unseen=500,
+    concentration=0.1,  # most users follow one or two of the ten scorers
+    fractions=(0.005, 0.001, 1.0),  # 47 pairs per seen user, 9 per unseen user, all test prompts
+    population_seed=0,
 )
-population_seed = 0  # of the users and of the prompts that each compares
-N, N_unseen = 1000, 500  # simulated users
-concentration = (
-    0.1  # of the Dirichlet distribution over the ten scorers: most users follow one or two of them
-)
-fractions = (
-    0.005,
-    0.001,
-    1.0,
-)  # of the train prompts, per seen user (47 pairs) and unseen user (9); of the test prompts
-demo_N, demo_N_unseen, demo_fractions = 60, 30, (0.1, 0.05, 1.0)  # of 240 train prompts
-MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"  # whose head is read where none stands beside the embeddings
-released_reference = (
-    False  # True: in place of the reward head the vector of the released scripts, to compare with
-)
-# ---------------------------------------------------------------------------------------------------------------------
+# Those of the demo, which has 240 train prompts.
+demo_population = replace(population, N=60, N_unseen=30, fractions=(0.1, 0.05, 1.0))
+
+# The model whose reward head is read if there is none beside the embeddings.
+MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"
+# True: in place of the reward head take the vector of the released scripts, to compare with.
+released_reference = False
 
 
-def population(demo):
-    """How many users are simulated, and what each compares; the demo's where the embeddings are the demo's."""
-    users, users_unseen, shares = (
-        (demo_N, demo_N_unseen, demo_fractions) if demo else (N, N_unseen, fractions)
+def main() -> None:
+    args = personalllm.training_parser(__doc__, HERE).parse_args()
+    results = args.dir / "results"
+    check_training(K_list, alpha_list, seeds, num_iterations, validation_share)
+    study = personalllm.load_embeddings(
+        args.dir, MODEL_NAME, population, demo_population, args.data
     )
-    return dict(
-        N=users,
-        N_unseen=users_unseen,
-        concentration=concentration,
-        fractions=shares,
-        population_seed=population_seed,
+    if released_reference:
+        study.reward_head = load_released_reference(MODEL_NAME)
+    check_writable(results)
+    print(
+        f"{study.title}: {len(study.seen)} seen and {len(study.unseen)} unseen simulated users, "
+        f"{study.pair_count('train'):,} train pairs, d = {len(study.reward_head)}; "
+        f"{study.pairs_dropped:,} pairs dropped, all responses tied"
     )
 
+    study_to_train, held_out = hold_out(study, validation_share)
+    checkpoint = TrainingCheckpoint(results / CHECKPOINT_FILE)
+    started = time.perf_counter()
+    accuracies = run(
+        K_list,
+        alpha_list,
+        study.reward_head,
+        study_to_train.train,
+        study.test,
+        study.train_unseen,
+        study.test_unseen,
+        len(study.seen),
+        len(study.unseen),
+        default_device(),
+        seed=seeds,
+        num_iterations=num_iterations,
+        checkpoint=checkpoint,
+    )
 
-def main():
-    args = personalllm.scripts_parser(__doc__, HERE).parse_args()
     config = dict(
         K_list=K_list,
         alpha_list=alpha_list,
         num_iterations=num_iterations,
         seeds=seeds,
         validation_share=validation_share,
-    )
-    check_settings(**config)
-    for demo in (True, False):
-        personalllm.check_population(population(demo))
-    tables, V_final, about = personalllm.load_embeddings(args.dir, MODEL_NAME, args.data)
-    if released_reference:
-        V_final = load_released_reference(MODEL_NAME)
-    config.update(population(about.get("demo")))
-    data = personalllm.create_dataset(tables, *population(about.get("demo")).values())
-    check_writable(args.dir / "results")
-    print(
-        f"{about['title']}: {len(data['seen'])} seen and {len(data['unseen'])} unseen simulated users, "
-        f"{sum(map(len, data['train'])):,} train pairs, d = {len(V_final)}; {data['dropped']:,} pairs dropped, all "
-        "responses tied"
+        **asdict(study.population),
+        controls=controls,
+        released_reference=released_reference,
+        pairs_dropped=study.pairs_dropped,
     )
 
-    fits, tossed, start = [], [] if controls else None, time.perf_counter()
-    run(
-        K_list,
-        alpha_list,
-        V_final,
-        data["train"],
-        data["test"],
-        data["train_unseen"],
-        data["test_unseen"],
-        len(data["seen"]),
-        len(data["unseen"]),
-        default_device(),
-        seed=seeds,
-        num_iterations=num_iterations,
-        fits=fits,
-        checkpoint=TrainingCheckpoint(args.dir / "results" / CHECKPOINT_FILE),
-        validation_share=validation_share,
-        prompts=data["prompts"].get("train"),
-        tossed=tossed,
-    )
-    seconds = time.perf_counter() - start
-
-    if process_rank() == 0:
-        config.update(
-            controls=controls, released_reference=released_reference, pairs_dropped=data["dropped"]
-        )
-        print_results(
-            save_results(
-                args.dir / "results",
-                fits,
-                data,
-                about,
-                config,
-                seconds,
-                evidence(fits, data, V_final, tossed or ()),
-            )
-        )
+    def save_population(fits: list[Fit]) -> None:
         save_tensors(
-            args.dir / "results" / "population.safetensors",
-            {"seen": data["population"], "unseen": data["population_unseen"]},
+            results / "population.safetensors",
+            {"seen": study.mixtures, "unseen": study.mixtures_unseen},
             scorers=personalllm.SCORERS,
-            users=data["seen"],
-            unseen_users=data["unseen"],
-            population_seed=population_seed,
+            users=study.seen,
+            unseen_users=study.unseen,
+            population_seed=study.population.population_seed,
         )
-    print(
-        f"\n{seconds:.1f} s; read {args.dir / 'results' / 'report.md'}; pictures and each rank's basis are beside it"
+
+    finish_training(
+        results,
+        accuracies.fits,
+        study,
+        study_to_train,
+        held_out,
+        config,
+        checkpoint,
+        started,
+        save_more=save_population,
     )
 
 

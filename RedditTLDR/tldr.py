@@ -1,62 +1,70 @@
-"""Reddit TL;DR, and comparisons of anybody's own: where they are from, how a row becomes conversations, what the
-embeddings files hold."""
+"""Reddit TL;DR, and comparisons of anybody's own: the rows, the files of embeddings, the study."""
 
 import ast
-import contextlib
+import functools
 import itertools
 import json
+import pickle
 import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Literal, Optional, Union
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
 from pydantic import BaseModel, BeforeValidator, Field, StrictStr, model_validator
-from typing_extensions import Annotated, TypedDict
+from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 from lore.embedding_files import find_reward_head
-from lore.files import load_pickle
-from lore.rows import DATA_FILE, as_messages, hub_rows, parse_rows, read_rows, split_files
-from utils import InputError, check_settings, is_finite
+from lore.files import atomic_write, load_pickle
+from lore.rows import (
+    LocatedRow,
+    as_messages,
+    data_files,
+    hub_rows,
+    is_csv,
+    parse_rows,
+    read_rows,
+    split_files,
+)
+from lore.study import Features, Study
+from utils import InputError, check_number, check_whole, is_finite
 
 DATASET = "openai/summarize_from_feedback"
 SCHEMAS = f"{DATASET}, or {{user, prompt, chosen, rejected}} for data of your own"
-FILES = ("tldr_embeddings_train.pkl", "tldr_embeddings_val.pkl")
+SPLITS = ("train", "validation")
+FILES = ("tldr_embeddings_train.pkl", "tldr_embeddings_val.pkl")  # in the order of SPLITS
 SIDES = ("winning", "losing")
-LEAVE_OUT = 2  # workers of the fewest pairs, in each file; of own data none
+TEXT_FIELDS = ("text", "winning_summary", "losing_summary")  # of a comparison in the files
+LEAVE_OUT = 2  # workers with the fewest pairs, in each file; none of own data
+
+TextOrMessages = str | list[dict]
+
+# The comparisons of each worker. A comparison is a dict with the TEXT_FIELDS and, in the files,
+# `embeddings`: {"winning": [tensor d], "losing": [tensor d]}. A text of own data may be a list of
+# messages.
+ByWorker = dict[str, list[dict]]
 
 
-def name_of(worker):
-    """A worker's id as text; a whole number, as a table may hold it, is its digits; without white space around it."""
+# ---- The schemas of a row
+
+
+def worker_id(worker: Any) -> Any:
+    """A worker's id without white space around it; a whole number, as in a table, as its digits.
+
+    Anything else is left for the schema to refuse.
+    """
+    if isinstance(worker, bool):
+        return worker
     if isinstance(worker, float) and worker.is_integer():
         worker = int(worker)
-    worker = str(worker) if isinstance(worker, int) and not isinstance(worker, bool) else worker
+    if isinstance(worker, int):
+        return str(worker)
     return worker.strip() if isinstance(worker, str) else worker
 
 
-Worker = Annotated[StrictStr, Field(min_length=1, pattern=r"\S"), BeforeValidator(name_of)]
-
-
-class Info(BaseModel):
-    post: Optional[StrictStr]
-
-
-class Summary(BaseModel):
-    text: Optional[StrictStr]
-
-
-class Comparison(BaseModel):
-    """A row of the hub's `comparisons`, of whose columns these are needed."""
-
-    info: Info
-    summaries: Annotated[List[Summary], Field(min_length=2, max_length=2)]
-    choice: Annotated[int, Field(ge=0, le=1)]
-    worker: Worker
-
-    def parts(self):
-        """(worker, prompt, chosen, rejected)"""
-        first, second = (summary.text for summary in self.summaries)
-        return self.worker, self.info.post, *((second, first) if self.choice else (first, second))
+Worker = Annotated[StrictStr, Field(min_length=1, pattern=r"\S"), BeforeValidator(worker_id)]
 
 
 class Message(TypedDict):
@@ -64,291 +72,529 @@ class Message(TypedDict):
     content: StrictStr
 
 
-Turns = Optional[Union[StrictStr, Annotated[List[Message], Field(min_length=1)]]]
+Turns = StrictStr | Annotated[list[Message], Field(min_length=1)] | None
+
+
+class Preference(NamedTuple):
+    """What a row of either schema says. A part without a text is None or empty."""
+
+    worker: str
+    prompt: TextOrMessages | None
+    chosen: TextOrMessages | None
+    rejected: TextOrMessages | None
+
+
+class Info(BaseModel):
+    post: StrictStr | None
+
+
+class Summary(BaseModel):
+    text: StrictStr | None
+
+
+class Comparison(BaseModel):
+    """A row of the hub's `comparisons`; it has more columns than these."""
+
+    info: Info
+    summaries: Annotated[list[Summary], Field(min_length=2, max_length=2)]
+    choice: Annotated[int, Field(ge=0, le=1)]
+    worker: Worker
+
+    def preference(self) -> Preference:
+        """The post, and the summary that was chosen over the other."""
+        chosen = self.summaries[self.choice].text
+        rejected = self.summaries[1 - self.choice].text
+        return Preference(self.worker, self.info.post, chosen, rejected)
 
 
 class OwnComparison(BaseModel):
-    """A row of data of one's own: each part a text or a list of messages; the answers may repeat the prompt's."""
+    """A row of own data. An answer in messages may begin with those of the prompt."""
 
     user: Worker
     prompt: Turns
     chosen: Turns
     rejected: Turns
-    split: Optional[Literal["train", "validation", "test"]] = None
+    split: Literal["train", "validation", "test"] | None = None
 
     @model_validator(mode="after")
-    def answers_are_an_assistants(self):
-        _, prompt, *answers = self.parts()
-        roles = [
-            [message["role"] for message in as_messages("assistant", turns)]
-            for turns in answers
-            if turns
-        ]
-        if (
-            isinstance(prompt, list)
-            and prompt[-1]["role"] == "assistant"
-            or any(role[0] != "assistant" or role[-1] != "assistant" for role in roles)
-        ):
-            raise ValueError(
-                "the prompt must end before, and each answer begin and end with, an assistant's message"
-            )
+    def check_roles(self) -> Self:
+        """Raise ValueError unless the assistant answers the prompt."""
+        error = ValueError(
+            "the prompt must end before, and each answer begin and end with, an assistant's message"
+        )
+        _, prompt, *answers = self.preference()
+        if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+            raise error
+        for answer in answers:
+            if not answer:  # such a row is dropped later
+                continue
+            messages = as_messages("assistant", answer)
+            if not messages[0]["role"] == messages[-1]["role"] == "assistant":
+                raise error
         return self
 
-    def parts(self):
-        """(user, prompt, chosen, rejected)"""
-        opening = as_messages("user", self.prompt or "")
-        return (
-            self.user,
-            self.prompt,
-            *(
-                turns[len(opening) :] if turns and turns[: len(opening)] == opening else turns
-                for turns in (self.chosen, self.rejected)
-            ),
-        )
+    def preference(self) -> Preference:
+        """The prompt, and the answers without its messages."""
+        prompt = as_messages("user", self.prompt or "")
+        chosen, rejected = (_without(prompt, answer) for answer in (self.chosen, self.rejected))
+        return Preference(self.user, self.prompt, chosen, rejected)
 
 
-def rows_of(path):
-    """The rows of a file, as (where, row) pairs; what a CSV file holds of messages as text, in Python's notation or in
-    JSON, is messages again."""
-    for where, row in read_rows(path):
-        for field, value in row.items() if ".csv" in path.suffixes else ():
-            with contextlib.suppress(
-                ValueError, TypeError, SyntaxError, MemoryError, RecursionError
-            ):  # no messages
-                found = (
-                    ast.literal_eval(value)
-                    if isinstance(value, str) and value.startswith("[{")
-                    else ()
-                )
-                if any("role" in message for message in found):
-                    row[field] = found
-        yield where, row
+def _without(prompt: list[dict], answer: TextOrMessages | None) -> TextOrMessages | None:
+    """An answer without the messages of its prompt, if it begins with them."""
+    if isinstance(answer, list) and answer[: len(prompt)] == prompt:
+        return answer[len(prompt) :]
+    return answer
 
 
-def schema_of(path):
-    """Of which of the two schemas the rows of a file are, by its first row."""
-    row = None
-    with contextlib.suppress(InputError):  # which reading it again will raise
-        _, row = next(read_rows(path), (None, None))
-    return (
-        OwnComparison
-        if isinstance(row, dict) and {"chosen", "rejected"} & row.keys()
-        else Comparison
-    )
+# ---- Rows
 
 
-def read_comparisons(data, test_share, test_seed):
-    """(schema, the rows of both splits as (where, row) pairs) of a folder, a file, or of the hub where it is None.
+def read_comparisons(
+    data: Path | None, test_share: float, test_seed: int
+) -> tuple[bool, dict[str, Iterable[Comparison | OwnComparison]]]:
+    """The rows of both splits, and whether they are own data.
 
-    Own data may be one file, see `split_own`.
+    data: a folder, a file, or None for the hub. A single file is own data, and split here.
+    test_share, test_seed: of `split_own`.
+    Raises InputError that names file, row and field, some of it only when the rows are read.
     """
     if data is None:
-        return Comparison, hub_rows(
-            DATASET,
-            revision="refs/convert/parquet",
-            data_files={
-                split: f"comparisons/{split}/*.parquet" for split in ("train", "validation")
-            },
-        )
-    files = (
-        [data]
-        if data.is_file()
-        else [path for path in data.glob("*") if DATA_FILE.search(path.name)]
-    )
-    if data.is_file() or len(files) == 1 and schema_of(files[0]) is OwnComparison:
-        return OwnComparison, split_own(rows_of(files[0]), test_share, test_seed)
-    files = split_files(data, train=["train"], validation=["validation", "test"])
-    return schema_of(files["train"][0]), {
-        split: (row for path in paths for row in rows_of(path)) for split, paths in files.items()
+        files = {split: f"comparisons/{split}/*.parquet" for split in SPLITS}
+        splits = hub_rows(DATASET, revision="refs/convert/parquet", data_files=files)
+        return False, {split: _parsed(splits[split], Comparison) for split in SPLITS}
+
+    if data.is_file():
+        return True, split_own(read_file(data), test_share, test_seed)
+    paths = data_files(data)
+    if len(paths) == 1 and schema_of(paths[0]) is OwnComparison:
+        return True, split_own(read_file(paths[0]), test_share, test_seed)
+
+    files_of = split_files(data, train=["train"], validation=["validation", "test"])
+    schema = schema_of(files_of["train"][0])
+    rows_of = {
+        split: itertools.chain.from_iterable(map(read_file, files))
+        for split, files in files_of.items()
+    }
+    return schema is OwnComparison, {
+        split: _parsed(rows, schema) for split, rows in rows_of.items()
     }
 
 
-def split_own(rows, test_share, test_seed):
-    """Parse the rows of own data in one file and split them by their `split`, or else, seeded, by prompt: each on one side.
+def _parsed(rows: Iterable[LocatedRow], schema: type[BaseModel]) -> Iterator[BaseModel]:
+    """Rows as objects of a schema, without their places."""
+    for _, row in parse_rows(rows, schema, SCHEMAS):
+        yield row
 
-    test_share: of the prompts, for validation. Raises InputError: some rows without a split, or all on one side.
+
+def read_file(path: Path) -> Iterator[LocatedRow]:
+    """The rows of a file with their places; a CSV file's messages, which are text there, parsed."""
+    for place, row in read_rows(path):
+        if is_csv(path):
+            row = {field: _messages_in(value) for field, value in row.items()}
+        yield place, row
+
+
+def _messages_in(value: Any) -> Any:
+    """The messages that a field of a CSV file holds, as Python or JSON; else the value itself."""
+    if not isinstance(value, str) or not value.startswith("[{"):
+        return value
+    try:
+        content = ast.literal_eval(value)
+        if any("role" in message for message in content):
+            return content
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        pass  # a text that only begins like messages
+    return value
+
+
+def schema_of(path: Path) -> type[Comparison] | type[OwnComparison]:
+    """Which of the two schemas the rows of a file have, judged by the first row."""
+    try:
+        _, row = next(read_file(path))
+    except InputError:  # raised again when the rows are read
+        return Comparison
+    is_own = isinstance(row, dict) and ("chosen" in row or "rejected" in row)
+    return OwnComparison if is_own else Comparison
+
+
+def split_own(
+    rows: Iterable[LocatedRow], test_share: float, test_seed: int
+) -> dict[str, list[OwnComparison]]:
+    """Parse the rows of a single file of own data, and split them.
+
+    If the rows have a `split`, it decides. Else a share of the prompts, drawn by `test_seed`, is
+    for validation; all rows of a prompt are on one side.
+    test_share: from 0.01 to 0.99.
+    Raises InputError: some rows have a split and others none; all rows are on one side.
     """
-    check_settings(test_share=test_share, test_seed=test_seed)
-    parsed = list(parse_rows(rows, OwnComparison, SCHEMAS))
-    prompts = [prompt_of(row.prompt) for _, row in parsed]
-    if any(row.split for _, row in parsed):
-        for where in (where for where, row in parsed if not row.split):
-            raise InputError(
-                f"{where}: no split, and other rows have one; give each row train, validation or test"
-            )
-        held = [row.split != "train" for _, row in parsed]
+    check_number("test_share", test_share, 0.01, 0.99)
+    check_whole("test_seed", test_seed)
+    located = list(parse_rows(rows, OwnComparison, SCHEMAS))
+    comparisons = [comparison for _, comparison in located]
+    prompts = [prompt_key(comparison.prompt) for comparison in comparisons]
+
+    if any(comparison.split for comparison in comparisons):
+        for place, comparison in located:
+            if comparison.split is None:
+                raise InputError(
+                    f"{place}: no split, and other rows have one; give each row train, validation "
+                    "or test"
+                )
+        is_validation = [comparison.split != "train" for comparison in comparisons]
     else:
-        distinct = sorted(set(prompts))
-        random.Random(test_seed).shuffle(distinct)
-        chosen = set(distinct[: max(1, round(test_share * len(distinct)))])
-        print(
-            f"one file without a split: {len(chosen):,} of {len(distinct):,} prompts drawn for validation"
-        )
-        held = [prompt in chosen for prompt in prompts]
-    if len(set(held)) < 2:
+        drawn = _draw_prompts(prompts, test_share, test_seed)
+        is_validation = [prompt in drawn for prompt in prompts]
+
+    if len(set(is_validation)) < 2:
         raise InputError(
-            f"{len(parsed)} rows of {len(set(prompts))} prompts on one side only; training and test need "
-            "prompts of their own, give more rows, or a split of both kinds"
+            f"{len(comparisons)} rows of {len(set(prompts))} prompts on one side only; training "
+            "and test need prompts of their own, give more rows, or a split of both kinds"
         )
-    return {
-        split: list(
-            itertools.compress(parsed, [is_held == (split == "validation") for is_held in held])
-        )
-        for split in ("train", "validation")
-    }
+    splits = {"train": [], "validation": []}
+    for comparison, held_out in zip(comparisons, is_validation):
+        splits["validation" if held_out else "train"].append(comparison)
+    return splits
 
 
-def comparisons_by_worker(rows, schema=Comparison, limit=None):
-    """Group the first `limit` usable rows: worker -> list of {text, winning_summary, losing_summary}.
+def _draw_prompts(prompts: list[str], share: float, seed: int) -> set[str]:
+    """A share of the distinct prompts, at least one, drawn for validation; says how many."""
+    distinct = sorted(set(prompts))
+    random.Random(seed).shuffle(distinct)
+    drawn = distinct[: max(1, round(share * len(distinct)))]
+    print(
+        f"one file without a split: {len(drawn):,} of {len(distinct):,} prompts drawn for "
+        "validation"
+    )
+    return set(drawn)
 
-    Workers come in ascending order of their number of comparisons. Returns also how many rows were dropped because
-    their post or a summary is null or empty. Raises InputError that names row and field.
+
+def comparisons_by_worker(
+    rows: Iterable[Comparison | OwnComparison], limit: int | None = None
+) -> tuple[ByWorker, int]:
+    """The comparisons of each worker, and how many rows were dropped.
+
+    A row is dropped if its prompt or an answer is null, empty or blank.
+    limit: take only so many usable rows, the first ones.
+    Workers come in ascending order of their number of comparisons.
     """
     by_worker, kept, dropped = {}, 0, 0
-    for _, row in parse_rows(rows, schema, SCHEMAS):
-        worker, *turns = row.parts()
-        if not all(
-            part and all(m["content"].strip() for m in as_messages("", part)) for part in turns
-        ):
+    for row in rows:
+        worker, *turns = row.preference()
+        if not all(map(_has_text, turns)):
             dropped += 1
             continue
-        by_worker.setdefault(worker, []).append(
-            dict(zip(("text", "winning_summary", "losing_summary"), turns))
-        )
+        by_worker.setdefault(worker, []).append(dict(zip(TEXT_FIELDS, turns)))
         kept += 1
         if kept == limit:
             break
     return dict(sorted(by_worker.items(), key=lambda item: len(item[1]))), dropped
 
 
-def conversation(post, summary):
-    """What the reward model is shown: the post as the user's turn, the summary as the answer; of own data messages."""
+def _has_text(turns: TextOrMessages | None) -> bool:
+    """Whether there is a message, and each has text."""
+    if not turns:
+        return False
+    return all(message["content"].strip() for message in as_messages("user", turns))
+
+
+def prompt_key(prompt: TextOrMessages | None) -> str:
+    """A text that is equal for prompts that differ in nothing but white space."""
+    messages = as_messages("user", prompt or "")
+    return json.dumps(
+        [[message["role"], " ".join(message["content"].split())] for message in messages]
+    )
+
+
+def as_text(turns: TextOrMessages | None) -> str:
+    """A text as it is; the contents of messages, joined; "" for None."""
+    return "".join(message["content"] for message in as_messages("assistant", turns or ""))
+
+
+# ---- Conversations
+
+
+def comparisons_of(by_worker: ByWorker) -> list[dict]:
+    """The comparisons of all workers, in order."""
+    return list(itertools.chain.from_iterable(by_worker.values()))
+
+
+def conversation(post: TextOrMessages, summary: TextOrMessages) -> list[dict]:
+    """What the reward model is shown: the post as the user's turn, the summary as the answer."""
     return as_messages("user", post) + as_messages("assistant", summary)
 
 
-def prompt_of(post):
-    """A post or own prompt as one text, to be told from others that differ in more than white space."""
-    return json.dumps(
-        [
-            [message["role"], " ".join(message["content"].split())]
-            for message in as_messages("user", post or "")
-        ]
+def conversations_of(by_worker: ByWorker) -> list[list[dict]]:
+    """The conversations of all comparisons, in order, each winning one before the losing one."""
+    return [
+        conversation(comparison["text"], comparison[f"{side}_summary"])
+        for comparison in comparisons_of(by_worker)
+        for side in SIDES
+    ]
+
+
+def conversation_key(post: TextOrMessages, summary: TextOrMessages) -> tuple:
+    """Equal for equal conversations; cheaper than the conversation's messages."""
+    return _hashable(post), _hashable(summary)
+
+
+def _hashable(turns: TextOrMessages) -> str | tuple:
+    """A text as it is; messages as tuples, which no text is equal to."""
+    if isinstance(turns, str):
+        return turns
+    return tuple((message["role"], message["content"]) for message in turns)
+
+
+def distinct_conversations(splits: Iterable[ByWorker]) -> int:
+    """How many of the conversations of all splits are different."""
+    return len(
+        {
+            conversation_key(comparison["text"], comparison[f"{side}_summary"])
+            for by_worker in splits
+            for comparison in comparisons_of(by_worker)
+            for side in SIDES
+        }
     )
 
 
-def length_of(summary):
-    return sum(len(message["content"]) for message in as_messages("assistant", summary))
+# ---- Files of embeddings
 
 
-def load_embeddings(folder, model_name):
-    """Read the embeddings of prepare.py (or of the released script) and the reward head.
+def save_embeddings(path: Path, by_worker: ByWorker, embeddings: torch.Tensor) -> None:
+    """Write the comparisons with their embeddings, in the released format.
 
-    Returns (train, validation, head `[d, 1]`, what is known of model and data). A head that is not beside the pickles
-    is read from `model_name`'s checkpoint. Raises InputError that names file and worker: files missing or damaged,
-    embeddings missing, not finite or of different widths.
+    embeddings: bfloat16 `[2 * comparisons, d]`, in the order of `conversations_of`.
     """
-    files, width = [], {}  # width: d -> where it was first seen
-    for path in (Path(folder) / name for name in FILES):
-        content = load_pickle(path)
-        if not isinstance(content, dict) or not content:
-            raise InputError(
-                f"{path}: not a dict of workers; write it again with prepare.py --overwrite"
+    vectors = iter(embeddings.unbind())  # (d,) each
+    vector_of = {}  # equal conversations share a vector, so that the pickle holds it once
+    content = {}
+    for worker, comparisons in by_worker.items():
+        content[worker] = []
+        for comparison in comparisons:
+            sides = {}
+            for side in SIDES:
+                key = conversation_key(comparison["text"], comparison[f"{side}_summary"])
+                sides[side] = [vector_of.setdefault(key, next(vectors))]
+            content[worker].append({**comparison, "embeddings": sides})
+    with atomic_write(path) as file:
+        RowPickler(file, protocol=4).dump(content)
+
+
+class RowPickler(pickle.Pickler):
+    """Writes each row of a bfloat16 table as torch pickles a tensor that owns its memory.
+
+    torch would write the whole table for each row, unless each were copied first.
+    """
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):  # a row (d,): its memory goes on as an array of bytes
+            d = len(value)
+            memory = value.view(torch.uint8).numpy()
+            return _pickled_tensor(d).rebuild, (memory, 0, (d,), (1,), False, None)
+        if isinstance(value, np.ndarray):
+            parts = _pickled_tensor(len(value) // 2)
+            return parts.load_memory, (parts.header + value.tobytes(),)
+        return NotImplemented
+
+
+class PickledTensor(NamedTuple):
+    """The parts of torch's pickle of a tensor."""
+
+    rebuild: Any  # (memory, offset, shape, strides, requires_grad, hooks) -> the tensor
+    load_memory: Any  # header + bytes -> the memory
+    header: bytes
+
+
+@functools.cache
+def _pickled_tensor(d: int) -> PickledTensor:
+    """How torch pickles a bfloat16 tensor `[d]`."""
+    rebuild, arguments = torch.zeros(d, dtype=torch.bfloat16).__reduce_ex__(4)
+    load_memory, (header_and_bytes,) = arguments[0].__reduce__()
+    return PickledTensor(rebuild, load_memory, header_and_bytes[: -2 * d])
+
+
+def read_embeddings(folder: Path | str) -> tuple[ByWorker, ByWorker, dict[int, str]]:
+    """Read both files of `prepare.py` (or of the released script): train, validation, widths.
+
+    widths: d -> a place with embeddings of that width.
+    Raises InputError that names file and worker: a file is missing or damaged; embeddings are
+    missing, not finite, or of different widths within a worker.
+    """
+    folder = Path(folder)
+    train, train_widths = _read_pickle(folder / FILES[0])
+    validation, validation_widths = _read_pickle(folder / FILES[1])
+    return train, validation, {**validation_widths, **train_widths}
+
+
+def _read_pickle(path: Path) -> tuple[ByWorker, dict[int, str]]:
+    """The comparisons in a file, and of each width of its embeddings a place."""
+    by_worker = load_pickle(path)
+    if not isinstance(by_worker, dict) or not by_worker:
+        raise InputError(
+            f"{path}: not a dict of workers; write it again with prepare.py --overwrite"
+        )
+    widths = {}
+    for worker, comparisons in by_worker.items():
+        try:
+            vectors = torch.stack(
+                [comparison["embeddings"][side][0] for comparison in comparisons for side in SIDES]
             )
-        for worker, pairs in content.items():
-            try:
-                vectors = torch.stack(
-                    [pair["embeddings"][side][0] for pair in pairs for side in SIDES]
-                )
-                usable = vectors.ndim == 2 and is_finite(vectors)
-            except (KeyError, IndexError, TypeError, RuntimeError):
-                usable = False
-            if not usable:
-                raise InputError(
-                    f"{path}, worker {worker}: a pair without embeddings, or with NaN, infinite or "
-                    "unequally long ones; run prepare.py --overwrite"
-                )
-            width.setdefault(vectors.shape[1], f"{path}, worker {worker}")
-        files.append(content)
-    head, about = find_reward_head(folder, model_name, "Reddit TL;DR", width, FILES)
-    about |= (
-        {"leave_out": 0, "title": about["data"]} if about.get("own") else {"leave_out": LEAVE_OUT}
+            is_usable = vectors.ndim == 2 and is_finite(vectors)
+        except (KeyError, IndexError, TypeError, RuntimeError):
+            is_usable = False
+        if not is_usable:
+            raise InputError(
+                f"{path}, worker {worker}: a pair without embeddings, or with NaN, infinite or "
+                "unequally long ones; run prepare.py --overwrite"
+            )
+        widths.setdefault(vectors.shape[1], f"{path}, worker {worker}")
+    return by_worker, widths
+
+
+# ---- The study
+
+
+@dataclass(kw_only=True)
+class WorkerStudy(Study):
+    """A study of the workers in the files."""
+
+    left_out: int  # how many are in no part of it: those in one file only, or with the fewest pairs
+
+
+def load_embeddings(
+    folder: Path | str, model_name: str, train_pairs: int, unseen_pairs: int, split_seed: int = 0
+) -> WorkerStudy:
+    """Read the embeddings of `prepare.py` (or of the released script), and split the workers.
+
+    model_name: the checkpoint whose reward head is read if there is none beside the embeddings.
+    train_pairs, unseen_pairs, split_seed: of `draw_comparisons`.
+    `prompts` and `texts` are left out if the files do not hold the texts.
+    Raises InputError that names file and worker: what `read_embeddings` and `draw_comparisons`
+    refuse; a reward head of another width.
+    """
+    check_whole("train_pairs", train_pairs, 1)
+    check_whole("unseen_pairs", unseen_pairs, 1)
+    check_whole("split_seed", split_seed)
+    train, validation, widths = read_embeddings(folder)
+    head, provenance = find_reward_head(folder, model_name, "Reddit TL;DR", widths, FILES)
+    title = provenance.pop("title")
+    leave_out = LEAVE_OUT
+    if provenance.get("own"):
+        title = provenance["data"]
+        leave_out = 0
+
+    seen, unseen, drawn = draw_comparisons(
+        train, validation, train_pairs, unseen_pairs, split_seed, leave_out
     )
-    return *files, head, about
+    prompts, texts = {}, {}
+    if _have_texts(drawn):
+        prompts = {part: _prompts_of(users) for part, users in drawn.items()}
+        texts = {part: _texts_of(users) for part, users in drawn.items()}
+    return WorkerStudy(
+        title=title,
+        seen=seen,
+        unseen=unseen,
+        **{part: features_of(users) for part, users in drawn.items()},
+        reward_head=head,
+        prompts=prompts,
+        texts=texts,
+        provenance=provenance,
+        left_out=len(train.keys() | validation.keys()) - len(seen) - len(unseen),
+    )
 
 
-def split_workers(train, validation, seed=0, leave_out=LEAVE_OUT):
-    """The workers of both files, halved into (seen, unseen), and the generator that goes on to draw their pairs.
+def split_workers(
+    train: ByWorker, validation: ByWorker, seed: int = 0, leave_out: int = LEAVE_OUT
+) -> tuple[list[str], list[str], random.Random]:
+    """The workers of both files, halved into seen and unseen, and the generator that split them.
 
-    train, validation: dicts of `comparisons_by_worker`. The `leave_out` workers with the fewest pairs of each file are
-    left out; the others are sorted, so that nothing depends on Python's hash seed, and shuffled by `seed`.
-    Raises InputError where fewer than two workers are in both files.
+    The `leave_out` workers with the fewest pairs of each file are left out. The others are sorted,
+    so that nothing depends on Python's hash seed, and shuffled by `seed`. The generator goes on to
+    draw their pairs.
+    Raises InputError: fewer than two workers are in both files.
     """
 
-    def kept(file):
-        return set(sorted(file, key=lambda worker: (len(file[worker]), str(worker)))[leave_out:])
+    def kept(by_worker: ByWorker) -> set[str]:
+        by_size = sorted(by_worker, key=lambda worker: (len(by_worker[worker]), str(worker)))
+        return set(by_size[leave_out:])
 
     workers = sorted(kept(train) & kept(validation), key=str)
     if len(workers) < 2:
         raise InputError(
-            f"workers in both the train and the validation part: {len(workers)}, and at least 2 are needed (the "
-            f"{leave_out} smallest of each are left out); give more rows of the same people"
+            f"workers in both the train and the validation part: {len(workers)}, and at least 2 "
+            f"are needed (the {leave_out} smallest of each are left out); give more rows of the "
+            "same people"
         )
-    chance = random.Random(seed)
-    chance.shuffle(workers)
-    return workers[: len(workers) // 2], workers[len(workers) // 2 :], chance
+    generator = random.Random(seed)
+    generator.shuffle(workers)
+    half = len(workers) // 2
+    return workers[:half], workers[half:], generator
 
 
-def create_dataset(train, validation, train_pairs, unseen_pairs, seed=0, leave_out=LEAVE_OUT):
-    """Split the workers and form their pairs.
+def draw_comparisons(
+    train: ByWorker,
+    validation: ByWorker,
+    train_pairs: int,
+    unseen_pairs: int,
+    seed: int = 0,
+    leave_out: int = LEAVE_OUT,
+) -> tuple[list[str], list[str], dict[str, list[list[dict]]]]:
+    """Split the workers, and draw the comparisons that each part of a study holds.
 
-    train_pairs, unseen_pairs: how many training pairs a seen and an unseen worker keep at most, drawn by `seed`.
-    Returns a dict: `seen` and `unseen`, lists of workers; one float32 `[m_i, d]` per worker under each of `train`,
-    `test`, `train_unseen`, `test_unseen`; `prompts` and `longer` of `evidence`, where the file holds the texts.
+    train_pairs, unseen_pairs: how many training pairs a seen and an unseen worker keep at most.
+    Returns the seen workers, the unseen workers, and part -> the comparisons of each worker.
     """
-    seen, unseen, chance = split_workers(train, validation, seed, leave_out)
+    seen, unseen, generator = split_workers(train, validation, seed, leave_out)
 
-    def sample(file, workers, most):
-        return [chance.sample(file[worker], min(most, len(file[worker]))) for worker in workers]
+    def drawn(workers: list[str], pairs: int) -> list[list[dict]]:
+        return [generator.sample(train[w], min(pairs, len(train[w]))) for w in workers]
 
-    def features(groups):
-        winning, losing = (
-            torch.stack([pair["embeddings"][side][0] for pairs in groups for pair in pairs]).float()
-            for side in SIDES
-        )  # (M, d)
-        return list(winning.sub_(losing).split([len(pairs) for pairs in groups]))
+    # One generator for both: the published split draws for the seen workers first.
+    train_seen = drawn(seen, train_pairs)
+    train_unseen = drawn(unseen, unseen_pairs)
+    return (
+        seen,
+        unseen,
+        {
+            "train": train_seen,
+            "test": [validation[worker] for worker in seen],
+            "train_unseen": train_unseen,
+            "test_unseen": [validation[worker] for worker in unseen],
+        },
+    )
 
-    drawn = {
-        "train": sample(train, seen, train_pairs),
-        "test": [validation[w] for w in seen],
-        "train_unseen": sample(train, unseen, unseen_pairs),
-        "test_unseen": [validation[w] for w in unseen],
-    }
-    data = {
-        "seen": seen,
-        "unseen": unseen,
-        **{part: features(groups) for part, groups in drawn.items()},
-        "prompts": {},
-        "longer": None,
-    }
-    if all(
-        {"text", "winning_summary", "losing_summary"} <= pair.keys()
-        for groups in drawn.values()
-        for pairs in groups
-        for pair in pairs
-    ):
-        data["prompts"] = {
-            part: [[prompt_of(pair["text"]) for pair in pairs] for pairs in groups]
-            for part, groups in drawn.items()
-        }
-        data["longer"] = {
-            "test_unseen": [
-                np.sign(
-                    [
-                        length_of(pair["winning_summary"]) - length_of(pair["losing_summary"])
-                        for pair in pairs
-                    ]
-                )
-                for pairs in drawn["test_unseen"]
-            ]
-        }
-    return data
+
+def features_of(users: list[list[dict]]) -> Features:
+    """Each user's winning minus losing embeddings, float32 `[m_i, d]`."""
+    comparisons = [comparison for user in users for comparison in user]
+    winning, losing = (
+        torch.stack([comparison["embeddings"][side][0] for comparison in comparisons]).float()
+        for side in SIDES
+    )  # (M, d)
+    return list(winning.sub_(losing).split([len(user) for user in users]))
+
+
+def _have_texts(drawn: dict[str, list[list[dict]]]) -> bool:
+    """Whether all comparisons hold their texts; embeddings of other people may come without."""
+    return all(
+        set(TEXT_FIELDS) <= comparison.keys()
+        for users in drawn.values()
+        for user in users
+        for comparison in user
+    )
+
+
+def _prompts_of(users: list[list[dict]]) -> list[list[str]]:
+    """What tells the prompts of each user's comparisons apart."""
+    return [[prompt_key(comparison["text"]) for comparison in user] for user in users]
+
+
+def _texts_of(users: list[list[dict]]) -> list[list[tuple[str, str]]]:
+    """The chosen and the rejected text of each user's comparisons."""
+    return [
+        [
+            (as_text(comparison["winning_summary"]), as_text(comparison["losing_summary"]))
+            for comparison in user
+        ]
+        for user in users
+    ]

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from lore.conversations import TEMPLATE_DATE, quoted, token_ids, tokenize_to_bytes
 from lore.files import check_writable, load_json, load_tensors, save_json, save_tensors
 from lore.reward_model import load_reward_model, load_tokenizer, model_identity
-from utils import InputError, check_settings, is_finite, process_count, process_rank, progress_bar
+from utils import InputError, check_whole, is_finite, process_count, process_rank, progress_bar
 
 CACHE_VERSION = 4  # of the embeddings' cache: how they are computed
 
@@ -432,7 +432,9 @@ def embed_conversations(
         max_length=max_length,
         batch_size=batch_size,
     )
-    check_settings(**{name: value for name, value in given.items() if value is not None})
+    for name, value in given.items():
+        if value is not None:
+            check_whole(name, value, 1)
     if truncation_side not in ("left", "right"):
         raise InputError(f"truncation_side = {truncation_side!r}: give left or right")
     end, about, embeddings = max_length and 4 * max_length, {} if about is None else about, None

@@ -1,51 +1,107 @@
-"""What the scripts of the data sets share."""
+"""What the scripts of the data sets share: how they start and end, and their main steps."""
 
 import argparse
 import json
 import os
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
-from lore.files import check_writable
-from lore.reward_model import check_gpu
+from lore.embedding import embed_conversations
+from lore.embedding_files import embeddings_are_finished, new_embeddings
+from lore.evidence import evidence, judge_held_out, tossed_control
+from lore.files import TrainingCheckpoint, check_writable, digest_of
+from lore.questions import question_curves
+from lore.results import (
+    print_results,
+    question_table,
+    save_few_shot_curves,
+    save_question_curves,
+    save_results,
+)
+from lore.reward_model import check_gpu, load_reward_head, model_identity
 from lore.rows import read_rows
 from lore.standin import build_standin_model
-from utils import InputError, check_settings, process_count, process_rank
+from lore.study import Features, Study
+from utils import (
+    UNSEEN_TEST,
+    Curves,
+    Fit,
+    InputError,
+    check_number,
+    check_sweep,
+    check_whole,
+    check_whole_numbers,
+    default_device,
+    process_count,
+    process_rank,
+)
+
+CACHE_FOLDER = ".embedding_cache"  # beside the embeddings
+STANDIN_FOLDER = ".standin"  # of the demo's model, beside the embeddings
+CONTROL_CHECKPOINT_FILE = ".tossed_control.pt"  # beside results, until these are there
+
+Conversation = list[dict[str, str]]  # messages with a role and a content
 
 
-def run_script(main):
-    """Call a script's main(). What the reader can mend ends in one line on stderr and exit status 2, Ctrl-C in 130;
-    under torchrun only the first process prints."""
-    if process_rank() > 0 or sys.stdout is None:  # None: closed by the shell
+# ---- Start and end
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Call a script's `main`; end with one line on stderr if a reader can mend what stopped it.
+
+    The exit status is then 2, or 130 after Ctrl-C. Any other error is ours, and is raised.
+    Under torchrun only the first process prints.
+    """
+    if process_rank() > 0 or sys.stdout is None:  # None: the shell has closed it
         sys.stdout = open(os.devnull, "w")
-    status = 2
     try:
         main()
         sys.stdout.flush()
-        return
-    except (InputError, torch.cuda.OutOfMemoryError) as error:
-        message = " ".join(str(error).split())
     except KeyboardInterrupt:
-        status = 130
-        message = "interrupted: finished files and embeddings are kept, run the same command again to resume"
+        _end(
+            "interrupted: finished files and embeddings are kept, run the same command again to "
+            "resume",
+            status=130,
+        )
+    except (InputError, torch.cuda.OutOfMemoryError) as error:
+        _end(" ".join(str(error).split()))
     except OSError as error:
-        if error.filename is None:  # standard output: a closed pipe, a full disk
+        place = error.filename
+        if place is None:  # a closed pipe, or a full disk behind it
+            place = "standard output"
+            # Python flushes it once more at its exit, which must not fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        message = f"{error.filename or 'standard output'}: {error.strerror or error}; free or choose another place"
+        _end(f"{place}: {error.strerror or error}; free or choose another place")
+
+
+def _end(message: str, status: int = 2) -> NoReturn:
+    """Leave the script with one line on stderr."""
     print("error:", message, file=sys.stderr)
     sys.exit(status)
 
 
+# ---- Command line
+
+
 class _Parser(argparse.ArgumentParser):
-    def error(self, message):
+    """A parser that complains with an InputError: one line, like every other error."""
+
+    def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see --help")
 
 
-def script_parser(description, folder):
-    """The command line that every script has: `--dir`, where it reads and writes."""
+def script_parser(description: str, folder: Path | str) -> argparse.ArgumentParser:
+    """The command line that every script has: `--dir`, where it reads and writes.
+
+    folder: the default, which is that of the script.
+    """
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--dir",
@@ -57,18 +113,57 @@ def script_parser(description, folder):
     return parser
 
 
-def prepare_arguments(description, folder, model_name, embeds=True):
-    """Read and check the command line of a prepare.py; with --demo build the stand-in model, for the data in demo/.
-    embeds: whether the script itself runs the model, which asks for a GPU unless a model was named.
-    Returns a namespace: dir, data (a folder, or None for the download), model, limit, overwrite, demo, label (of the
-    data). Raises InputError: --limit below 1, --demo with other sources, no CUDA GPU for the default model."""
+def prepare_arguments(
+    description: str, folder: Path | str, model_name: str, embeds: bool = True
+) -> argparse.Namespace:
+    """Read and check the command line of a prepare.py; with --demo make the stand-in model, too.
+
+    folder: that of the script, whose demo/ holds the demo's data.
+    embeds: whether the script itself runs the model, which needs a GPU unless a model is named.
+    Returns a namespace: `dir`; `data`, a path, or None for the download; `model`, a name or path;
+    `limit`, a whole number or None; `overwrite`; `demo`; `label`, the name of the data, or None for
+    the download.
+    Raises InputError: --limit below 1, --demo with --data or --model, no GPU for the default model.
+    """
+    args = _prepare_parser(description, folder, model_name).parse_args()
+    if args.limit is not None:
+        check_whole("--limit", args.limit, 1)
+    if args.demo and (args.data or args.model):
+        raise InputError(
+            "--demo brings its own data and model; leave out --data and --model, or --demo"
+        )
+    if embeds and not args.demo and not args.model:
+        check_gpu(model_name)
+    check_writable(args.dir)
+
+    if args.demo:
+        args.label = "synthetic demo"
+        args.data = Path(folder) / "demo"
+        args.model = args.dir / STANDIN_FOLDER
+        _make_demo_model(args.model, args.data)
+    elif args.data:
+        args.label = args.data.name
+    else:
+        args.label = None
+
+    if not args.model:
+        args.model = model_name
+    elif os.path.isdir(args.model):
+        args.model = os.path.normpath(args.model)  # equal paths are one model
+    return args
+
+
+def _prepare_parser(
+    description: str, folder: Path | str, model_name: str
+) -> argparse.ArgumentParser:
+    """The command line of a prepare.py."""
     parser = script_parser(description, folder)
     parser.add_argument(
         "--data",
         type=Path,
         metavar="DIR",
-        help="read the splits from here instead of downloading "
-        "them: parquet, jsonl, csv, the last two also .gz; as in demo/ beside this script",
+        help="read the splits from here instead of downloading them: parquet, jsonl, csv, the last "
+        "two also .gz; as in demo/ beside this script",
     )
     parser.add_argument(
         "--model", metavar="ID_OR_PATH", help=f"the reward model (default: {model_name})"
@@ -84,35 +179,238 @@ def prepare_arguments(description, folder, model_name, embeds=True):
         action="store_true",
         help="replace finished embeddings of another model or data",
     )
-    args = parser.parse_args()
-    if args.limit is not None:
-        check_settings(**{"--limit": args.limit})
-    if args.demo and (args.data or args.model):
-        raise InputError(
-            "--demo brings its own data and model; leave out --data and --model, or --demo"
-        )
-    if embeds and not args.demo and not args.model:
-        check_gpu(model_name)
-    check_writable(args.dir)
-    args.label = "synthetic demo" if args.demo else args.data.name if args.data else None
-    if args.demo:
-        print(
-            "demo: the reward model is a tiny stand-in with random weights and the data are synthetic, written for "
-            "this demo; the accuracies say nothing about real models or people"
-        )
-        args.data, args.model = Path(folder) / "demo", args.dir / ".standin"
-        if process_rank() == 0:
-            texts = [
-                json.dumps(row)
-                for path in sorted(args.data.glob("*.jsonl.gz"))
-                for _, row in read_rows(path)
-            ]
-            build_standin_model(args.model, texts)
-        if process_count() > 1:
-            dist.barrier()
-    args.model = (
-        os.path.normpath(args.model)
-        if os.path.isdir(args.model or "")
-        else args.model or model_name
+    return parser
+
+
+def _make_demo_model(model: Path, data: Path) -> None:
+    """Write the stand-in model, its tokenizer trained on the demo's data, and say what it is."""
+    print(
+        "demo: the reward model is a tiny stand-in with random weights and the data are synthetic, "
+        "written for this demo; the accuracies say nothing about real models or people"
     )
-    return args
+    if process_rank() == 0:
+        files = sorted(data.glob("*.jsonl.gz"))
+        texts = [json.dumps(row) for path in files for _, row in read_rows(path)]
+        build_standin_model(model, texts)
+    if process_count() > 1:
+        dist.barrier()  # the others wait for the model
+
+
+# ---- Embedding
+
+
+@dataclass
+class EmbeddingFile:
+    """One of the files of embeddings that a script writes."""
+
+    name: str
+    contents: str  # printed when it is written: "38 workers, 5,700 pairs"
+    conversations: list[Conversation]
+    # Writes the file at a path, given the embeddings of its conversations, bfloat16 (n, d).
+    write: Callable[[Path, torch.Tensor], None]
+
+
+def embed_files(
+    files: list[EmbeddingFile],
+    announcement: str,
+    *,
+    folder: Path,
+    checkpoint: str,
+    model: str,
+    data: str,
+    data_digest: str,
+    token_budget: int | None,
+    shard_size: int,
+    overwrite: bool,
+    **provenance: Any,
+) -> None:
+    """Embed the conversations of all files, and write the files and the reward head to `folder`.
+
+    Does nothing if the files are there already, made of the same data with the same model. Equal
+    conversations are embedded once. An interrupted call resumes from the cache in `folder`.
+
+    announcement: printed before the embedding: "1,920 responses to embed".
+    checkpoint: of the reward model; model: its name in results.
+    data: the name of the data in results; data_digest: of what was read.
+    token_budget, shard_size: of `embed_conversations`.
+    overwrite: replace files of another model or other data, which are else refused by InputError.
+    provenance: further JSON values that the reward head's file keeps, such as `demo`.
+    """
+    head = load_reward_head(checkpoint)
+    cache = folder / CACHE_FOLDER
+    paths = [folder / file.name for file in files]
+    identity = {
+        "model": model,
+        "data": data_digest,
+        "reward_head": digest_of(head.tolist()),
+        **model_identity(checkpoint, cache),
+    }
+    if embeddings_are_finished(paths, identity, overwrite):
+        print(f"these embeddings are finished already, in {folder}; next: python train_basis.py")
+        return
+
+    print(announcement)
+    record = {}  # how the embeddings were made
+    embeddings = embed_conversations(
+        [conversation for file in files for conversation in file.conversations],
+        checkpoint,
+        cache_dir=cache,
+        token_budget=token_budget,
+        shard_size=shard_size,
+        dtype=torch.bfloat16,
+        about=record,
+    )  # (conversations of all files, d)
+    if process_rank() > 0:
+        return
+    parts = embeddings.split([len(file.conversations) for file in files])
+
+    provenance = {"model": model, "data": data, **provenance, "embedding": record}
+    with new_embeddings(folder, head, identity, **provenance) as new_folder:
+        for file, part in zip(files, parts):
+            file.write(new_folder / file.name, part)
+    for file, path in zip(files, paths):
+        megabytes = path.stat().st_size / 1e6
+        print(f"{file.name}: {file.contents}, d = {len(head)}, {megabytes:,.1f} MB")
+    print("next: python train_basis.py")
+
+
+# ---- Training
+
+
+def check_training(
+    K_list: list[int],
+    alpha_list: list[float],
+    seeds: list[int],
+    num_iterations: int,
+    validation_share: float,
+    threshold: float = 0.0,
+) -> None:
+    """Check the settings that every train_basis.py has.
+
+    Raises InputError that names the setting.
+    """
+    check_sweep(K_list, alpha_list, seeds, num_iterations, threshold)
+    check_number("validation_share", validation_share, 0, 0.9)
+
+
+def finish_training(
+    folder: Path,
+    fits: list[Fit],
+    study: Study,
+    study_to_train: Study,
+    held_out: Features | None,
+    config: dict[str, Any],
+    checkpoint: TrainingCheckpoint,
+    started: float,
+    regularized: bool = False,
+    save_more: Callable[[list[Fit]], None] | None = None,
+    closing: str = "",
+) -> None:
+    """What every train_basis.py does once its models are trained, up to the last line it prints.
+
+    Judges the models on the held-out pairs, trains the control on tossed choices, asks whether the
+    result is personal, writes and prints the results, and then removes the checkpoints.
+
+    folder: of the results. fits: of `run` or `run_regularized`, trained on `study_to_train`.
+    study_to_train, held_out: what `hold_out` made of `study`.
+    config: the settings to be written into the results. Used here: `K_list`, `alpha_list`, `seeds`,
+    `num_iterations`, `controls` (whether the control is trained) and, if there is one, `threshold`.
+    checkpoint: of the training. started: `time.perf_counter()` before the training.
+    regularized: whether the models are those of `run_regularized`.
+    save_more: writes what this data set has of its own, given the judged fits.
+    closing: what the last line says at its end.
+    """
+    fits = judge_held_out(fits, held_out)
+    control = None
+    control_checkpoint = TrainingCheckpoint(folder / CONTROL_CHECKPOINT_FILE)
+    if config["controls"]:
+        control = tossed_control(
+            study_to_train,
+            config["K_list"],
+            config["alpha_list"],
+            config["seeds"],
+            config["num_iterations"],
+            default_device(),
+            checkpoint=control_checkpoint,
+            regularized=regularized,
+            threshold=config.get("threshold", 0.0),
+        )
+    seconds = time.perf_counter() - started
+
+    if process_rank() == 0:
+        findings = evidence(fits, study, control)
+        results = save_results(folder, fits, study, config, seconds, findings)
+        if save_more is not None:
+            save_more(fits)
+        print_results(results)
+        checkpoint.clear()
+        control_checkpoint.clear()
+    print(
+        f"\n{seconds:.1f} s; read {folder / 'report.md'}; pictures and each rank's basis are "
+        f"beside it{closing}"
+    )
+
+
+# ---- Few shots
+
+
+def check_few_shots(
+    K_list: list[int],
+    alpha_list: list[float],
+    num_iterations: int,
+    trials: int,
+    num_shots: list[int],
+    num_questions: int,
+    question_seeds: list[int],
+    seed: int,
+) -> None:
+    """Check the settings that every vary_fewshot.py has.
+
+    Raises InputError that names the setting.
+    """
+    check_whole("seed", seed)
+    check_sweep(K_list, alpha_list, [seed], num_iterations)
+    check_whole("trials", trials, 1)
+    check_whole_numbers("num_shots", num_shots, 1)
+    check_whole("num_questions", num_questions, 1)
+    check_whole_numbers("question_seeds", question_seeds)
+
+
+def finish_few_shots(
+    folder: Path,
+    curves: Curves,
+    study: Study,
+    config: dict[str, Any],
+    checkpoint: TrainingCheckpoint,
+) -> None:
+    """What every vary_fewshot.py does with its curves, up to the last line it prints.
+
+    Writes and prints the curves; asks the unseen users one question at a time, and writes and
+    prints these curves, too; then removes the checkpoint.
+
+    folder: of the results. curves: of `run_few_shot_vary_shots`.
+    config: the settings to be written into the results. Used here: `question_seeds`,
+    `num_questions`, `trials`.
+    checkpoint: of the training.
+    """
+    if process_rank() == 0:
+        table = save_few_shot_curves(folder, curves, study, config)
+        print(f"\n{UNSEEN_TEST}, 95 % intervals over users:\n{table.to_string()}")
+        _ask_questions(folder, curves.fits, study, config)
+        checkpoint.clear()
+    print(f"\nthe curves, tables and a picture are in {folder}")
+
+
+def _ask_questions(folder: Path, fits: list[Fit], study: Study, config: dict[str, Any]) -> None:
+    """Write and print the accuracy after each question; nothing if no rank is above 1."""
+    seeds = [int(seed) for seed in config["question_seeds"]]
+    fits = [fit for fit in fits if fit.seed in seeds]
+    frame = question_curves(fits, study, config["num_questions"], config["trials"])
+    if frame.empty:
+        return
+    save_question_curves(folder, frame, study, config)
+    print(
+        f"\n{UNSEEN_TEST}, mean over seeds {seeds}, by questions asked: random pairs, or those "
+        "that question_values puts first; as released, or with the seen users as the prior "
+        f"(posterior, fit_new_user):\n{question_table(frame)}"
+    )

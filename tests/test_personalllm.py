@@ -1,10 +1,11 @@
-"""PersonalLLM as a user runs it: eight responses a prompt, simulated users, files of every kind, every slip."""
+"""PersonalLLM as a user runs it: eight responses a prompt, simulated users, files, slips."""
 
 import functools
 import gzip
 import hashlib
 import json
 import shutil
+from dataclasses import asdict, replace
 
 import numpy as np
 import pandas as pd
@@ -35,6 +36,7 @@ from safetensors.torch import load_file, save_file
 import lore.embedding_files
 import lore.files
 import lore.reward_model
+import lore.scripts
 import personalllm
 import utils
 
@@ -51,6 +53,12 @@ script = functools.partial(load_script, "PersonalLLM")
 def trainer(monkeypatch):
     """train_basis.py with the reference model alone, which takes no training."""
     return quick(monkeypatch, script("train_basis"), K_list=[0])
+
+
+def prepare(monkeypatch, data, model, folder, *options):
+    """Run prepare.py on data in this process."""
+    arguments = ["--data", data, "--model", model, "--dir", folder, *options]
+    call(monkeypatch, script("prepare"), *arguments)
 
 
 def rows_of(ran, split):
@@ -71,7 +79,11 @@ def scores_of(rows):
     ]
 
 
-# ---- Row numbers and dense matrices ---------------------------------------------------------------------------------
+def split_of(embeddings, scores):
+    return personalllm.ScoredEmbeddings(embeddings, scores)
+
+
+# ---- Row numbers and dense matrices
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +110,7 @@ def loop_over_responses(rows, w):
 def test_simulated_pairs_are_the_dense_ones_and_those_of_a_plain_loop(small):
     rows, table, scores, W = small
     users, dropped = personalllm.simulate_pairs(
-        table, scores, W, 1.0, np.random.default_rng(0), "test"
+        split_of(table, scores), W, 1.0, np.random.default_rng(0), "test"
     )
     assert dropped == 0 and len(users) == len(W)
     for w, pairs in zip(W, users):
@@ -110,7 +122,9 @@ def test_simulated_pairs_are_the_dense_ones_and_those_of_a_plain_loop(small):
 
 def test_a_fraction_of_the_prompts_is_drawn_anew_for_each_user(small):
     rows, table, scores, W = small
-    users, _ = personalllm.simulate_pairs(table, scores, W, 0.47, np.random.default_rng(0), "test")
+    users, _ = personalllm.simulate_pairs(
+        split_of(table, scores), W, 0.47, np.random.default_rng(0), "test"
+    )
     drawn = []
     for w, pairs in zip(W, users):
         prompts = (pairs.chosen // 8).tolist()
@@ -126,9 +140,11 @@ def test_tied_prompts_leave_fewer_pairs_to_those_who_drew_them(small):
     _, table, scores, W = small
     tied = scores.clone()
     tied[::2] = 1.0
-    untied, _ = personalllm.simulate_pairs(table, scores, W, 0.5, np.random.default_rng(4), "test")
+    untied, _ = personalllm.simulate_pairs(
+        split_of(table, scores), W, 0.5, np.random.default_rng(4), "test"
+    )
     users, dropped = personalllm.simulate_pairs(
-        table, tied, W, 0.5, np.random.default_rng(4), "test"
+        split_of(table, tied), W, 0.5, np.random.default_rng(4), "test"
     )
     for pairs, everything in zip(users, untied):
         odd = (everything.chosen // 8) % 2 == 1
@@ -140,35 +156,47 @@ def test_tied_prompts_leave_fewer_pairs_to_those_who_drew_them(small):
 def test_published_size_gives_47_and_9_pairs_a_user():
     module = script("train_basis")
     assert (module.K_list, module.alpha_list) == ([0, 1, 2, 3, 4, 5], [0])
-    published = module.population(None)
-    assert published == dict(
+    assert asdict(module.population) == dict(
         N=1000, N_unseen=500, concentration=0.1, fractions=(0.005, 0.001, 1.0), population_seed=0
     )
-    assert script("vary_fewshot").population(None) == {**published, "fractions": (0.005, 0.01, 1.0)}
+    assert script("vary_fewshot").population == replace(
+        module.population, fractions=(0.005, 0.01, 1.0)
+    )
     generator = torch.Generator().manual_seed(0)
-    tables = {
-        split: tuple(
-            torch.randn(shape, generator=generator)
-            for shape in ((8 * prompts, 3), (prompts, 8, 10))
+    splits = {
+        split: split_of(
+            torch.randn(8 * prompts, 3, generator=generator),
+            torch.randn(prompts, 8, 10, generator=generator),
         )
-        for split, prompts in (("train", 9402), ("test", 1000))
+        for split, prompts in personalllm.FULL.items()
     }
-    data = personalllm.create_dataset(tables, 40, 20, 0.1, published["fractions"])
+    few_users = replace(module.population, N=40, N_unseen=20)
+    study = personalllm.simulate_study(splits, few_users, "PersonalLLM", torch.ones(3, 1), {})
     for part, users, pairs in (
         ("train", 40, 47),
         ("train_unseen", 20, 9),
         ("test", 40, 1000),
         ("test_unseen", 20, 1000),
     ):
-        assert [len(X) for X in data[part]] == [pairs] * users
-        assert {len(set((X.chosen // 8).tolist())) for X in data[part]} == {pairs}
-    assert (
-        len(torch.cat([X.chosen // 8 for X in data["train"]]).unique()) > 1500
-    )  # the users do not compare the same
-    assert data["dropped"] == 0
+        features = study.features()[part]
+        assert [len(X) for X in features] == [pairs] * users
+        assert {len(set((X.chosen // 8).tolist())) for X in features} == {pairs}
+    prompts = torch.cat([X.chosen // 8 for X in study.train])
+    assert len(prompts.unique()) > 1500  # the users do not compare the same
+    assert study.pairs_dropped == 0
 
 
-# ---- The demo and its files -----------------------------------------------------------------------------------------
+def test_a_study_knows_the_numbers_of_the_training_prompts_and_no_texts(ran):
+    module = script("train_basis")
+    study = personalllm.load_embeddings(ran.folder, None, module.population, module.demo_population)
+    assert study.population == module.demo_population and study.texts == {}
+    assert study.prompts == {"train": [(X.chosen // 8).tolist() for X in study.train]}
+    assert study.seen == ran.results["users"] and study.unseen == ran.results["unseen_users"]
+    assert study.title == ran.results["config"]["data"] and study.groups == {}
+    assert study.provenance["demo"] and "title" not in study.provenance
+
+
+# ---- The demo and its files
 
 
 def test_demo_says_that_it_is_synthetic_and_rises_to_the_planted_rank(ran):
@@ -299,7 +327,8 @@ def test_population_is_the_dirichlet_draw_of_its_seed(monkeypatch, ran, embeddin
         about = json.loads(file.metadata()["about"])
     assert about["scorers"] == list(SCORERS) and about["users"] == [f"seen_{i}" for i in range(N)]
     assert about["unseen_users"] == [f"unseen_{i}" for i in range(N_UNSEEN)]
-    call(monkeypatch, quick(monkeypatch, trainer, population_seed=1), "--dir", embeddings)
+    other_seed = replace(trainer.demo_population, population_seed=1)
+    call(monkeypatch, quick(monkeypatch, trainer, demo_population=other_seed), "--dir", embeddings)
     other = load_file(embeddings / "results" / "population.safetensors")["seen"]
     assert (other - load_file(path)["seen"]).abs().sum(1).min() > 1e-3
 
@@ -363,7 +392,7 @@ def test_vary_fewshot_writes_curves_as_far_as_the_users_go(monkeypatch, capsys, 
     assert "Shots : 30\n" in out and "from 61 pairs on" in out
 
 
-# ---- prepare.py -----------------------------------------------------------------------------------------------------
+# ---- prepare.py
 
 
 def test_a_file_lost_after_an_interruption_is_written_again_from_the_cache(
@@ -383,20 +412,17 @@ def test_a_file_lost_after_an_interruption_is_written_again_from_the_cache(
 
 
 def test_ctrl_c_in_the_embedding_says_that_a_second_run_resumes(monkeypatch, capsys, ran, tmp_path):
-    module = script("prepare")
-
     def stop(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "embed_conversations", stop)
+    monkeypatch.setattr(lore.scripts, "embed_conversations", stop)
     data = data_of(tmp_path / "data", ran, 2)
-    interrupted(
-        monkeypatch, capsys, module, "--data", data, "--model", ran.model, "--dir", tmp_path
-    )
+    arguments = ["--data", data, "--model", ran.model, "--dir", tmp_path]
+    interrupted(monkeypatch, capsys, script("prepare"), *arguments)
 
 
 def test_every_kind_of_file_and_a_split_named_validation_give_the_same(monkeypatch, ran, tmp_path):
-    """JSON lines, CSV (packed too), parquet, shards as the hub has them; --limit takes the first prompts."""
+    """JSON lines, CSV, both packed too, parquet, shards; --limit takes the first prompts."""
     for kind in ("csv", "hub", "gz"):
         (tmp_path / kind).mkdir()
     data_of(tmp_path / "plain", ran, 6)
@@ -414,18 +440,7 @@ def test_every_kind_of_file_and_a_split_named_validation_give_the_same(monkeypat
             gzip.compress((tmp_path / "plain" / f"{split}.jsonl").read_bytes())
         )
     for kind in ("plain", "csv", "hub", "gz"):
-        call(
-            monkeypatch,
-            script("prepare"),
-            "--data",
-            tmp_path / kind,
-            "--model",
-            ran.model,
-            "--limit",
-            4,
-            "--dir",
-            tmp_path / f"{kind}.out",
-        )
+        prepare(monkeypatch, tmp_path / kind, ran.model, tmp_path / f"{kind}.out", "--limit", 4)
     for name in FILES:
         first, *others = (
             plain(load_file(tmp_path / f"{kind}.out" / name))
@@ -467,7 +482,7 @@ def test_two_equal_responses_are_counted_and_warned_about(monkeypatch, capsys, r
     rows[1]["response_7"] = rows[1]["response_2"]
     rows[2]["response_1"], rows[3]["prompt"] = " ", ""
     write_rows(data / "test.jsonl", rows)
-    call(monkeypatch, script("prepare"), "--data", data, "--model", ran.model, "--dir", tmp_path)
+    prepare(monkeypatch, data, ran.model, tmp_path)
     train, test = capsys.readouterr().out.split("test: ", 1)
     assert "equal" not in train and "1 of 32" in test and "warning" in test
     assert "blank" not in train and "warning: 2 prompts or responses of test are blank" in test
@@ -580,12 +595,12 @@ def test_a_demo_on_a_full_disk_is_one_line(tmp_path):
     assert not list(tmp_path.glob("out/*.safetensors"))
 
 
-# ---- train_basis.py: files of the released kind and of earlier versions ---------------------------------------------
+# ---- train_basis.py: files of the released kind and of earlier versions
 
 
 @pytest.fixture
 def released(monkeypatch, ran, embeddings, trainer):
-    """Embeddings alone, in files without metadata, and the demo's sizes, of which they do not speak."""
+    """Embeddings alone, in files without metadata, and the demo's sizes, which they do not name."""
     for name in FILES:
         save_file({"embeddings": load_file(embeddings / name)["embeddings"]}, embeddings / name)
     (embeddings / lore.embedding_files.HEAD_FILE).unlink()
@@ -593,9 +608,7 @@ def released(monkeypatch, ran, embeddings, trainer):
         monkeypatch,
         trainer,
         MODEL_NAME=str(ran.model),
-        N=N,
-        N_unseen=N_UNSEEN,
-        fractions=(0.1, 0.05, 1.0),
+        population=trainer.demo_population,
     )
     return embeddings
 
@@ -674,7 +687,7 @@ def test_files_of_the_versions_before_load(monkeypatch, tmp_path, trainer):
     )  # the demo's users
 
 
-# ---- train_basis.py: what it refuses and drops ----------------------------------------------------------------------
+# ---- train_basis.py: what it refuses and drops
 
 
 def spoil(folder, name, change):
@@ -755,33 +768,40 @@ def test_truncated_and_missing_files_are_named(monkeypatch, capsys, embeddings, 
 
 
 @pytest.mark.parametrize(
-    "name, constants, named",
+    "name, constant, changes, named",
     [
-        ("train_basis", {"demo_fractions": (0.0, 0.05, 1.0)}, "fractions: "),
-        ("train_basis", {"fractions": (0.1, 0.05, 1.1)}, "fractions: 1.1"),
-        ("train_basis", {"fractions": 0.1}, "fractions"),
-        ("train_basis", {"fractions": (0.1, 0.05)}, "fractions"),
-        ("train_basis", {"demo_N": 0}, "N: 0"),
-        ("train_basis", {"N": 2.5}, "N: 2.5"),
-        ("train_basis", {"demo_N_unseen": 0}, "N_unseen: 0"),
-        ("train_basis", {"demo_N": True}, "N: True"),
-        ("train_basis", {"concentration": 0}, "concentration: 0"),
-        ("train_basis", {"concentration": [0.1] * 10}, "concentration"),
-        ("train_basis", {"population_seed": -1}, "seed: -1"),
-        ("train_basis", {"population_seed": 2**32}, "seed: 4294967296"),
-        ("train_basis", {"K_list": []}, "K_list"),
-        ("train_basis", {"num_iterations": -5}, "num_iterations"),
-        ("train_basis", {"alpha_list": [None]}, "alpha_list"),
-        ("vary_fewshot", {"demo_fractions": (0.1, -1, 1.0)}, "fractions: -1"),
-        ("vary_fewshot", {"demo_N": 0}, "N: 0"),
-        ("vary_fewshot", {"num_shots": [0]}, "num_shots"),
-        ("vary_fewshot", {"trials": 1.5}, "trials"),
+        ("train_basis", "demo_population", {"fractions": (0.0, 0.05, 1.0)}, "fractions: "),
+        ("train_basis", "population", {"fractions": (0.1, 0.05, 1.1)}, "fractions: 1.1"),
+        ("train_basis", "population", {"fractions": 0.1}, "fractions"),
+        ("train_basis", "population", {"fractions": (0.1, 0.05)}, "fractions"),
+        ("train_basis", "demo_population", {"N": 0}, "N: 0"),
+        ("train_basis", "population", {"N": 2.5}, "N: 2.5"),
+        ("train_basis", "demo_population", {"N_unseen": 0}, "N_unseen: 0"),
+        ("train_basis", "demo_population", {"N": True}, "N: True"),
+        ("train_basis", "population", {"concentration": 0}, "concentration: 0"),
+        ("train_basis", "population", {"concentration": [0.1] * 10}, "concentration"),
+        ("train_basis", "population", {"population_seed": -1}, "seed: -1"),
+        ("train_basis", "population", {"population_seed": 2**32}, "seed: 4294967296"),
+        ("train_basis", "K_list", [], "K_list"),
+        ("train_basis", "num_iterations", -5, "num_iterations"),
+        ("train_basis", "alpha_list", [None], "alpha_list"),
+        ("train_basis", "validation_share", 0.95, "validation_share: 0.95"),
+        ("vary_fewshot", "demo_population", {"fractions": (0.1, -1, 1.0)}, "fractions: -1"),
+        ("vary_fewshot", "demo_population", {"N": 0}, "N: 0"),
+        ("vary_fewshot", "num_shots", [0], "num_shots"),
+        ("vary_fewshot", "trials", 1.5, "trials"),
+        ("vary_fewshot", "num_questions", 0, "num_questions: 0"),
+        ("vary_fewshot", "question_seeds", [0, 0], "question_seeds"),
     ],
 )
 def test_an_unusable_constant_is_named_before_any_data_are_read(
-    monkeypatch, capsys, tmp_path, name, constants, named
+    monkeypatch, capsys, tmp_path, name, constant, changes, named
 ):
-    module = quick(monkeypatch, script(name), **constants)
+    module = script(name)
+    value = changes
+    if "population" in constant:
+        value = replace(getattr(module, constant), **changes)
+    quick(monkeypatch, module, **{constant: value})
     refused(monkeypatch, capsys, module, ["--dir", tmp_path / "out"], named)
     assert not content_of(tmp_path)
 
@@ -789,17 +809,11 @@ def test_an_unusable_constant_is_named_before_any_data_are_read(
 def test_a_fraction_that_leaves_no_pairs_of_these_prompts_is_named(
     monkeypatch, capsys, embeddings, trainer
 ):
-    quick(monkeypatch, trainer, demo_fractions=(0.004, 0.05, 1.0))
+    too_few = replace(trainer.demo_population, fractions=(0.004, 0.05, 1.0))
+    quick(monkeypatch, trainer, demo_population=too_few)
     before = content_of(embeddings)
-    refused(
-        monkeypatch,
-        capsys,
-        trainer,
-        ["--dir", embeddings],
-        "train: fraction 0.004",
-        "240 prompts",
-        "no pairs",
-    )
+    expected = ["train: fraction 0.004", "240 prompts", "no pairs"]
+    refused(monkeypatch, capsys, trainer, ["--dir", embeddings], *expected)
     assert content_of(embeddings) == before
 
 

@@ -1,4 +1,4 @@
-"""Reddit TL;DR as a user runs it: the demo, the published split, files of every kind, interruptions, every slip."""
+"""Reddit TL;DR as a user runs it: the demo, the published split, files, interruptions, slips."""
 
 import functools
 import gzip
@@ -43,7 +43,9 @@ from safetensors.torch import load_file, save_file
 
 import lore.embedding_files
 import lore.files
+import lore.results
 import lore.reward_model
+import lore.scripts
 import tldr
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,83 +74,89 @@ def found_in(folder):
     return plain([*pickles_in(folder), load_file(folder / lore.embedding_files.HEAD_FILE)])
 
 
-def data_of(folder, rows, train="train.jsonl", validation="validation.jsonl"):
+def data_of(folder, rows):
     """A data folder of 30 training rows and 30 validation rows."""
-    write_rows(folder / train, rows[:30])
-    write_rows(folder / validation, rows[30:60])
+    write_rows(folder / "train.jsonl", rows[:30])
+    write_rows(folder / "validation.jsonl", rows[30:60])
     return folder
 
 
-# ---- The split, against Python's own random module ------------------------------------------------------------------
+def prepare(monkeypatch, data, model, folder, *options):
+    """Run prepare.py on data in this process."""
+    arguments = ["--data", data, "--model", model, "--dir", folder, *options]
+    call(monkeypatch, script("prepare"), *arguments)
+
+
+def prepare_is_refused(monkeypatch, capsys, data, folder, *named):
+    """prepare.py refuses data before it reads the model, in one line that holds these strings."""
+    arguments = ["--data", data, "--model", "unread", "--dir", folder]
+    refused(monkeypatch, capsys, script("prepare"), arguments, *named)
+
+
+# ---- The split, against Python's own random module
 
 
 def comparisons(sizes, first):
-    """worker -> comparisons, workers in ascending order of their number of pairs; each pair has a number of its own."""
-    file, number = {}, first
+    """worker -> comparisons, the smallest worker first; each comparison has a number of its own."""
+    by_worker, number = {}, first
     for worker, pairs in sorted(sizes.items(), key=lambda item: item[1]):
-        file[worker] = []
-        for number in range(number, number + pairs):
-            winning = torch.tensor(
-                [number // 64, number % 64, 2]
-            ).bfloat16()  # whole numbers to 256 are exact
-            file[worker].append(
-                {
-                    "embeddings": {
-                        "winning": [winning],
-                        "losing": [torch.tensor([1, 1, 5]).bfloat16()],
-                    }
-                }
-            )
-        number += 1
-    return file
+        by_worker[worker] = []
+        for _ in range(pairs):
+            sides = {
+                "winning": [number // 64, number % 64, 2],  # whole numbers to 256 are exact
+                "losing": [1, 1, 5],
+            }
+            embeddings = {side: [torch.tensor(x).bfloat16()] for side, x in sides.items()}
+            by_worker[worker].append({"embeddings": embeddings})
+            number += 1
+    return by_worker
 
 
 @pytest.fixture
 def files():
-    """Train and validation files with eleven workers of both, one of each alone, and two tiny ones in each."""
+    """Train and validation files with eleven workers of both, one of each alone, two tiny ones."""
     chance = random.Random(1)
     common = [f"worker {i:02d}" for i in chance.sample(range(100), 11)]
-    train = {worker: chance.randrange(20, 300) for worker in common} | {
-        "train only": 90,
-        "tiny": 1,
-        "small": 2,
-    }
-    validation = {worker: chance.randrange(5, 40) for worker in common} | {"validation only": 30}
+    train = {worker: chance.randrange(20, 300) for worker in common}
+    train |= {"train only": 90, "tiny": 1, "small": 2}
+    validation = {worker: chance.randrange(5, 40) for worker in common}
+    validation |= {"validation only": 30}
     validation |= {common[0]: 2, common[1]: 3}  # left out for their size in this file
     return comparisons(train, 0), comparisons(validation, 10_000)
 
 
 def test_the_split_is_the_published_one_whatever_the_global_generator(files):
-    """Python's global generator, seeded with 0: workers sorted and halved, then 150 and 50 of each one's pairs."""
+    """Python's generator with seed 0: workers sorted and halved, then 150 and 50 pairs of each."""
     train, validation = files
-    found = tldr.create_dataset(train, validation, 150, 50)
+    seen, unseen, drawn = tldr.draw_comparisons(train, validation, 150, 50)
     state = random.getstate()
     random.seed(0)
     kept = [sorted(file, key=lambda worker: len(file[worker]))[2:] for file in files]
     workers = sorted(set(kept[0]) & set(kept[1]))
     random.shuffle(workers)
-    seen, unseen = workers[:4], workers[4:]
+    expected_seen, expected_unseen = workers[:4], workers[4:]
     expected = {
-        "train": [random.sample(train[w], min(150, len(train[w]))) for w in seen],
-        "train_unseen": [random.sample(train[w], min(50, len(train[w]))) for w in unseen],
-        "test": [validation[w] for w in seen],
-        "test_unseen": [validation[w] for w in unseen],
+        "train": [random.sample(train[w], min(150, len(train[w]))) for w in expected_seen],
+        "train_unseen": [random.sample(train[w], min(50, len(train[w]))) for w in expected_unseen],
+        "test": [validation[w] for w in expected_seen],
+        "test_unseen": [validation[w] for w in expected_unseen],
     }
-    again = tldr.create_dataset(train, validation, 150, 50)
+    _, _, again = tldr.draw_comparisons(train, validation, 150, 50)
     random.setstate(state)
-    assert len(workers) == 9 and (found["seen"], found["unseen"]) == (seen, unseen)
-    for part, users in expected.items():
-        for X, same, pairs in zip(found[part], again[part], users, strict=True):
-            rows = [
-                p["embeddings"]["winning"][0].float() - p["embeddings"]["losing"][0].float()
-                for p in pairs
-            ]
-            assert (
-                X.dtype == torch.float32
-                and torch.equal(X, torch.stack(rows))
-                and torch.equal(X, same)
-            )
-    assert tldr.create_dataset(train, validation, 150, 50, seed=1)["seen"] != seen
+    assert len(workers) == 9 and (seen, unseen) == (expected_seen, expected_unseen)
+    assert drawn == again == expected
+    other, _, _ = tldr.draw_comparisons(train, validation, 150, 50, seed=1)
+    assert other != seen
+
+
+def test_features_are_the_winning_minus_the_losing_embeddings_in_float32(files):
+    users = list(files[1].values())
+    for X, pairs in zip(tldr.features_of(users), users, strict=True):
+        differences = [
+            pair["embeddings"]["winning"][0].float() - pair["embeddings"]["losing"][0].float()
+            for pair in pairs
+        ]
+        assert X.dtype == torch.float32 and torch.equal(X, torch.stack(differences))
 
 
 def test_files_without_two_common_workers_are_refused():
@@ -157,10 +165,10 @@ def test_files_without_two_common_workers_are_refused():
         for small, workers in (("ab", "cd"), ("xy", "cz"))
     )
     with input_error("part: 1", "2 smallest"):
-        tldr.create_dataset(train, validation, 150, 50)
+        tldr.draw_comparisons(train, validation, 150, 50)
 
 
-# ---- The demo, the formats, the results -----------------------------------------------------------------------------
+# ---- The demo, the formats, the results
 
 
 def test_demo_says_that_it_is_synthetic_and_rises_to_the_planted_rank(ran):
@@ -211,6 +219,31 @@ def test_pickles_have_the_released_format_and_the_models_embeddings(ran, rows):
                         ],
                     )
                     torch.testing.assert_close(vector.float(), alone, rtol=0.01, atol=0.01)
+
+
+def test_equal_conversations_are_embedded_by_one_call_and_pickled_once(
+    monkeypatch, ran, rows, tmp_path
+):
+    handed_over = []
+    embed = lore.scripts.embed_conversations
+
+    def counted(conversations, *arguments, **options):
+        handed_over.extend(conversations)
+        return embed(conversations, *arguments, **options)
+
+    monkeypatch.setattr(lore.scripts, "embed_conversations", counted)
+    rows[1:3] = [
+        {**row, "info": rows[0]["info"], "summaries": rows[0]["summaries"]} for row in rows[1:3]
+    ]
+    prepare(monkeypatch, data_of(tmp_path / "data", rows), ran.model, tmp_path)
+    assert len(handed_over) == 120
+    for by_worker in pickles_in(tmp_path):
+        vectors = {}
+        for pair in (pair for pairs in by_worker.values() for pair in pairs):
+            for side in tldr.SIDES:
+                key = pair["text"], pair[f"{side}_summary"]
+                vectors.setdefault(key, set()).add(id(pair["embeddings"][side][0]))
+        assert {len(of_conversation) for of_conversation in vectors.values()} == {1}
 
 
 def test_the_readmes_examples_run(ran):
@@ -368,7 +401,7 @@ def test_few_shot_curves_say_where_users_have_fewer_pairs(monkeypatch, capsys, r
     assert f"{questions['posterior, chosen'][4]:.3f} [" in out
 
 
-# ---- Interruptions and full disks -----------------------------------------------------------------------------------
+# ---- Interruptions and full disks
 
 
 def small_shards(ran, folder):
@@ -495,10 +528,35 @@ def test_a_failed_save_leaves_the_results_of_the_run_before_and_the_training(
         patch.setattr(lore.results, "save_json", full)
         refused(monkeypatch, capsys, module, ["--dir", embeddings], "results.json", "No space")
     after = content_of(embeddings / "results")
-    assert after.pop(lore.files.CHECKPOINT_FILE) and after == before
+    assert after.pop(lore.files.CHECKPOINT_FILE)
+    assert after.pop(lore.scripts.CONTROL_CHECKPOINT_FILE)
+    assert after == before
     call(monkeypatch, module, "--dir", embeddings)
     assert "after 20 iterations" in capsys.readouterr().out
     assert content_of(embeddings / "results").keys() == before.keys()
+
+
+def test_an_interruption_of_the_control_keeps_the_training_and_of_the_end_both(
+    monkeypatch, capsys, embeddings
+):
+    """Each has a checkpoint of its own, and both go when the results are there."""
+    module = quick(monkeypatch, script("train_basis"), K_list=[0, 2], num_iterations=20, seeds=[0])
+    checkpoints = {lore.files.CHECKPOINT_FILE, lore.scripts.CONTROL_CHECKPOINT_FILE}
+    kept = []
+    for name in ("tossed_control", "save_results"):
+        with monkeypatch.context() as patch:
+
+            def stop(*arguments, **options):
+                raise KeyboardInterrupt
+
+            patch.setattr(lore.scripts, name, stop)
+            interrupted(monkeypatch, capsys, module, "--dir", embeddings)
+        kept.append(set(content_of(embeddings / "results")))
+    assert kept == [{lore.files.CHECKPOINT_FILE}, checkpoints]
+    call(monkeypatch, module, "--dir", embeddings)
+    assert not checkpoints & set(content_of(embeddings / "results"))
+    tossed = results_in(embeddings)["evidence"][-1]["controls"]["tossed"]
+    assert 0 < tossed["mean"] < 1
 
 
 def test_an_interrupted_vary_fewshot_goes_on_from_its_training(monkeypatch, capsys, embeddings):
@@ -510,7 +568,7 @@ def test_an_interrupted_vary_fewshot_goes_on_from_its_training(monkeypatch, caps
         def stop(*arguments):
             raise KeyboardInterrupt
 
-        patch.setattr(module, "save_few_shot_curves", stop)
+        patch.setattr(lore.scripts, "save_few_shot_curves", stop)
         interrupted(monkeypatch, capsys, module, "--dir", embeddings)
     call(monkeypatch, module, "--dir", embeddings)
     assert "after 30 iterations" in capsys.readouterr().out
@@ -520,7 +578,7 @@ def test_an_interrupted_vary_fewshot_goes_on_from_its_training(monkeypatch, caps
     }
 
 
-# ---- What prepare.py reads ------------------------------------------------------------------------------------------
+# ---- What prepare.py reads
 
 
 def test_a_pandas_export_gives_the_same_pickles(monkeypatch, ran, rows, tmp_path):
@@ -553,16 +611,7 @@ def test_a_pandas_export_gives_the_same_pickles(monkeypatch, ran, rows, tmp_path
             folders["hub"] / f"{name}.parquet"
         )
     for kind, folder in folders.items():
-        call(
-            monkeypatch,
-            script("prepare"),
-            "--data",
-            folder,
-            "--model",
-            ran.model,
-            "--dir",
-            tmp_path / f"{kind}.out",
-        )
+        prepare(monkeypatch, folder, ran.model, tmp_path / f"{kind}.out")
     first, *others = (found_in(tmp_path / f"{kind}.out") for kind in folders)
     assert others == [first, first]
 
@@ -623,14 +672,7 @@ def test_a_spoilt_row_is_named(monkeypatch, capsys, rows, tmp_path, changes, nam
         if value is ...:
             del rows[2][column]
     data = data_of(tmp_path / "data", rows)
-    refused(
-        monkeypatch,
-        capsys,
-        script("prepare"),
-        ["--data", data, "--model", "unread", "--dir", tmp_path],
-        "train.jsonl, row 3: ",
-        named,
-    )
+    prepare_is_refused(monkeypatch, capsys, data, tmp_path, "train.jsonl, row 3: ", named)
     assert not list(tmp_path.glob("*.pkl"))
 
 
@@ -668,16 +710,7 @@ def test_texts_that_are_null_empty_or_equal_are_counted(monkeypatch, capsys, ran
         row["summaries"][1] = row["summaries"][0]
     write_rows(tmp_path / "data" / "train.jsonl", rows[:300])
     write_rows(tmp_path / "data" / "validation.jsonl", rows[300:])
-    call(
-        monkeypatch,
-        script("prepare"),
-        "--data",
-        tmp_path / "data",
-        "--model",
-        ran.model,
-        "--dir",
-        tmp_path,
-    )
+    prepare(monkeypatch, tmp_path / "data", ran.model, tmp_path)
     train, validation = capsys.readouterr().out.split("validation: ", 1)
     assert "train: 296 comparisons" in train and "4 rows without" in train
     assert (
@@ -697,15 +730,10 @@ def test_workers_that_no_split_shares_are_refused_before_anything_is_embedded(
 ):
     for i, row in enumerate(rows[30:60]):
         row["worker"] = f"new {i % 5}"
-    data, module = data_of(tmp_path / "data", rows), script("prepare")
-    monkeypatch.setattr(module, "embed_conversations", None)
-    refused(
-        monkeypatch,
-        capsys,
-        module,
-        ["--data", data, "--model", ran.model, "--dir", tmp_path / "out"],
-        "validation part: 0",
-    )
+    monkeypatch.setattr(lore.scripts, "embed_conversations", None)
+    data = data_of(tmp_path / "data", rows)
+    arguments = ["--data", data, "--model", ran.model, "--dir", tmp_path / "out"]
+    refused(monkeypatch, capsys, script("prepare"), arguments, "validation part: 0")
 
 
 @pytest.mark.parametrize(
@@ -723,14 +751,7 @@ def test_workers_that_no_split_shares_are_refused_before_anything_is_embedded(
 def test_a_file_that_is_no_jsonl_is_named(monkeypatch, capsys, rows, tmp_path, content, named):
     data = data_of(tmp_path / "data", rows)
     (data / "train.jsonl").write_bytes(content)
-    refused(
-        monkeypatch,
-        capsys,
-        script("prepare"),
-        ["--data", data, "--model", "unread", "--dir", tmp_path],
-        named,
-        "train.jsonl",
-    )
+    prepare_is_refused(monkeypatch, capsys, data, tmp_path, named, "train.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -827,7 +848,7 @@ def test_finished_embeddings_from_before_digests_of_the_model_stay_valid(
     )
 
 
-# ---- What train_basis.py reads, refuses and writes ------------------------------------------------------------------
+# ---- What train_basis.py reads, refuses and writes
 
 
 def spoil(folder, change, name=TRAIN):
@@ -838,8 +859,13 @@ def spoil(folder, change, name=TRAIN):
     sign_again(folder)
 
 
+def a_comparison(content):
+    """The first comparison of the worker with the most, who is in the study."""
+    return next(reversed(content.values()))[0]
+
+
 def a_pair(content):
-    return next(reversed(content.values()))[0]["embeddings"]
+    return a_comparison(content)["embeddings"]
 
 
 def halve(content):
@@ -847,6 +873,29 @@ def halve(content):
         pair["embeddings"] = {
             side: [vector[0][:32].clone()] for side, vector in pair["embeddings"].items()
         }
+
+
+def test_a_study_holds_the_pairs_prompts_and_texts_of_every_worker_in_the_files(ran):
+    study = tldr.load_embeddings(ran.folder, None, 1000, 1000)
+    files = dict(zip(("train", "test"), pickles_in(ran.folder)))
+    assert study.seen == ran.results["users"] and study.unseen == ran.results["unseen_users"]
+    assert study.left_out == len(files["train"]) - len(study.seen) - len(study.unseen) == 2
+    assert study.title == "Reddit TL;DR (synthetic demo)" and study.provenance["demo"]
+    for part, users in study.features().items():
+        names = study.unseen if part.endswith("unseen") else study.seen
+        for i, name in enumerate(names):
+            pairs = files[part.removesuffix("_unseen")][name]
+            texts = [(pair["winning_summary"], pair["losing_summary"]) for pair in pairs]
+            assert len(users[i]) == len(pairs) and sorted(study.texts[part][i]) == sorted(texts)
+            prompts = sorted(tldr.prompt_key(pair["text"]) for pair in pairs)
+            assert sorted(study.prompts[part][i]) == prompts
+
+
+def test_a_study_of_files_without_texts_says_that_they_are_not_known(embeddings):
+    for name in (TRAIN, VALIDATION):
+        spoil(embeddings, lambda content: a_comparison(content).pop("text"), name)
+    study = tldr.load_embeddings(embeddings, None, 150, 50)
+    assert study.prompts == study.texts == {} and study.pair_count("train") > 0
 
 
 @pytest.mark.parametrize(
@@ -1031,8 +1080,10 @@ def test_files_of_the_versions_before_load(monkeypatch, tmp_path, trainer, proto
     )
     call(monkeypatch, trainer, "--dir", tmp_path)
     assert results_in(tmp_path)["config"]["data"] == "Reddit TL;DR (d)"
-    train, *_, found, known = tldr.load_embeddings(tmp_path, None)
-    assert torch.equal(found, head) and known["identity"] == about["identity"] and len(train) == 6
+    study = tldr.load_embeddings(tmp_path, None, 150, 50)
+    assert torch.equal(study.reward_head, head)
+    assert study.provenance["identity"] == about["identity"] and study.left_out == 2
+    assert len(study.seen) == len(study.unseen) == 2
 
 
 PEAK = """
@@ -1041,23 +1092,22 @@ sys.path.insert(0, job["arguments"][0])
 import tldr
 def kilobytes(key):
     return int(open("/proc/self/status").read().split(key + ":")[1].split()[0])
-tldr.load_embeddings(job["arguments"][1], None)
+tldr.read_embeddings(job["arguments"][1])
 before = kilobytes("VmRSS")
-content = tldr.load_embeddings(job["arguments"][2], None)
+content = tldr.read_embeddings(job["arguments"][2])
 print(1024 * (kilobytes("VmHWM") - before))
 """
 
 
 def test_reading_takes_at_most_a_third_more_memory_than_the_files(tmp_path):
-    """The unpickler keeps the bytes of a file's vectors until the file is read, so the vectors must lie in these."""
-    size = 0
+    """The unpickler keeps the bytes of a file until it is read, so the vectors must be in these."""
+    sizes = {}
     for kind, workers in (("small", 2), ("large", 24)):
+        (tmp_path / kind).mkdir()
+        sizes[kind] = 0
         for name in (TRAIN, VALIDATION):
-            vectors = iter(
-                torch.randn(
-                    workers * 200, 8192, generator=torch.Generator().manual_seed(0)
-                ).bfloat16()
-            )
+            generator = torch.Generator().manual_seed(0)
+            vectors = iter(torch.randn(workers * 200, 8192, generator=generator).bfloat16())
             content = {
                 f"worker {w}": [
                     {"embeddings": {side: [next(vectors).clone()] for side in tldr.SIDES}}
@@ -1065,15 +1115,9 @@ def test_reading_takes_at_most_a_third_more_memory_than_the_files(tmp_path):
                 ]
                 for w in range(workers)
             }
-            (tmp_path / kind).mkdir(exist_ok=True)
-            size += (tmp_path / kind / name).write_bytes(pickle.dumps(content, 4)) * (
-                kind == "large"
-            )
-        lore.files.save_tensors(
-            tmp_path / kind / lore.embedding_files.HEAD_FILE, {"reward_head": torch.ones(8192, 1)}
-        )
+            sizes[kind] += (tmp_path / kind / name).write_bytes(pickle.dumps(content, 4))
     peak = printed(start_code(PEAK, ROOT, SCRIPTS, tmp_path / "small", tmp_path / "large"))
-    assert 0.7 * size < int(peak) < 1.3 * size
+    assert 0.7 * sizes["large"] < int(peak) < 1.3 * sizes["large"]
 
 
 LEAVES = """
@@ -1096,25 +1140,14 @@ def test_a_reader_that_leaves_is_no_traceback(embeddings):
     assert status == 2 or len(results_in(embeddings)["fits"]) == 2
 
 
-# ---- Real text ------------------------------------------------------------------------------------------------------
+# ---- Real text
 
 
 @pytest.mark.skipif(
     not REAL_TEXT.is_dir(), reason="the real text lies beside the repository of its developers only"
 )
 def test_real_text_goes_through_the_pipeline(monkeypatch, ran, tmp_path):
-    call(
-        monkeypatch,
-        script("prepare"),
-        "--data",
-        REAL_TEXT,
-        "--model",
-        ran.model,
-        "--dir",
-        tmp_path,
-        "--limit",
-        "120",
-    )
+    prepare(monkeypatch, REAL_TEXT, ran.model, tmp_path, "--limit", "120")
     call(
         monkeypatch,
         quick(monkeypatch, script("train_basis"), K_list=[0, 2], num_iterations=20),
