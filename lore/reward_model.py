@@ -123,15 +123,18 @@ def load_reward_model(
     dtype=None,
     tokenizer_name=None,
     trust_remote_code=False,
+    tokenizer=None,
 ):
     """Load the frozen reward model without its head -> (backbone, tokenizer), in eval mode on `device`.
     device: default this process's GPU, else the CPU. attention: a transformers implementation; default, and in place of
     flash_attention_2, the architecture's own: PyTorch's ("sdpa"), which shares prompts and has flash kernels itself,
     where that is exact. dtype: default bfloat16 on a GPU, as released, and float32 on the CPU. tokenizer_name: default
-    the model's. Raises InputError: unknown model, weights missing in it, no chat template."""
+    the model's. tokenizer: an already loaded one, given back as it is.
+    Raises InputError: unknown model, weights missing in it, no chat template."""
     from transformers import AutoModel, AutoModelForSequenceClassification, logging
 
-    tokenizer = load_tokenizer(tokenizer_name or model_name, trust_remote_code)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(tokenizer_name or model_name, trust_remote_code)
     device = check_device(device) if device is not None else default_device()
     options = dict(
         torch_dtype=dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32),
