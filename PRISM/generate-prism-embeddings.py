@@ -17,7 +17,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import json
 
 import prism
-from lore.embedding import embed_conversations
+from lore.embedding import embed_with_record
 from lore.embedding_files import embeddings_are_finished, new_embeddings
 from lore.files import digest_of, save_torch
 from lore.reward_model import check_gpu, load_reward_head, model_identity
@@ -33,20 +33,20 @@ SHARD_SIZE = 1024  # conversations per file of the cache, the most that an inter
 
 def embed(rows, args):
     """Add the embeddings to every row, bfloat16, and the format of its pairs; returns what they depend on."""
-    numbers, about = {}, {}
+    numbers = {}
     for row in rows:
         for conversation in prism.conversations_of(row):
             numbers.setdefault(json.dumps(conversation), len(numbers))
     print(f"{len(numbers):,} distinct conversations to embed")
-    embeddings = embed_conversations(
+    embeddings, about = embed_with_record(
         [json.loads(text) for text in numbers],
         args.model,
         None,
         args.dir / ".embedding_cache",
         TOKEN_BUDGET,
         SHARD_SIZE,
-        about=about,
-    ).bfloat16()
+    )
+    embeddings = embeddings.bfloat16()
     for row in rows:
         chosen, *rejected = (
             numbers[json.dumps(conversation)] for conversation in prism.conversations_of(row)

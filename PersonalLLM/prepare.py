@@ -20,7 +20,7 @@ import itertools
 import torch
 
 import personalllm
-from lore.embedding import embed_conversations
+from lore.embedding import embed_with_record
 from lore.embedding_files import embeddings_are_finished, new_embeddings
 from lore.files import digest_of, save_tensors
 from lore.reward_model import load_reward_head, model_identity
@@ -60,12 +60,11 @@ def read(args):
 
 def embed(splits, args):
     """The embeddings of each split, bfloat16 `[8 * prompts, d]`: split -> slice of one matrix; what they depend on."""
-    about = {}
     conversations = {
         split: personalllm.conversations_of(*texts) for split, (*texts, _) in splits.items()
     }
     print(f"{sum(map(len, conversations.values())):,} responses to embed")
-    embeddings = embed_conversations(
+    embeddings, about = embed_with_record(
         sum(conversations.values(), []),
         args.model,
         None,
@@ -73,7 +72,6 @@ def embed(splits, args):
         TOKEN_BUDGET,
         SHARD_SIZE,
         dtype=torch.bfloat16,
-        about=about,
     )
     return dict(
         zip(conversations, embeddings.split([len(part) for part in conversations.values()]))

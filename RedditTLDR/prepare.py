@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 import tldr
-from lore.embedding import embed_conversations
+from lore.embedding import embed_with_record
 from lore.embedding_files import embeddings_are_finished, new_embeddings
 from lore.files import atomic_write, digest_of
 from lore.reward_model import load_reward_head, model_identity
@@ -67,11 +67,10 @@ def read(args):
 def embed(splits, args):
     """Add to every comparison of both splits its embeddings, a row of one bfloat16 table per distinct (post, summary);
     returns what they depend on."""
-    numbers, conversations, rows, about = (
+    numbers, conversations, rows = (
         {},
         [],
         [],
-        {},
     )  # rows: of the winning and the losing summary of each pair
     pairs = [
         pair for by_worker in splits for comparisons in by_worker.values() for pair in comparisons
@@ -84,7 +83,7 @@ def embed(splits, args):
             if rows[-1] == len(conversations):
                 conversations.append(tldr.conversation(*texts))
     print(f"{2 * len(pairs):,} summaries to embed, {len(conversations):,} distinct ones")
-    embeddings = embed_conversations(
+    embeddings, about = embed_with_record(
         conversations,
         args.model,
         None,
@@ -92,7 +91,6 @@ def embed(splits, args):
         TOKEN_BUDGET,
         SHARD_SIZE,
         dtype=torch.bfloat16,
-        about=about,
     )
     vectors = embeddings.unbind()  # (d,) each
     for pair, *of_pair in zip(pairs, rows[::2], rows[1::2]):

@@ -388,7 +388,7 @@ def test_ctrl_c_in_the_embedding_says_that_a_second_run_resumes(monkeypatch, cap
     def stop(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "embed_conversations", stop)
+    monkeypatch.setattr(module, "embed_with_record", stop)
     data = data_of(tmp_path / "data", ran, 2)
     interrupted(
         monkeypatch, capsys, module, "--data", data, "--model", ran.model, "--dir", tmp_path

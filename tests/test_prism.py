@@ -648,7 +648,7 @@ def test_ctrl_c_in_the_embedding_says_that_a_second_run_resumes(monkeypatch, cap
     def stop(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "embed_conversations", stop)
+    monkeypatch.setattr(module, "embed_with_record", stop)
     interrupted(monkeypatch, capsys, module, "--dir", tmp_path, "--model", ran.model)
     assert not list(tmp_path.glob("*.pkl"))
 

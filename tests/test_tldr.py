@@ -698,7 +698,7 @@ def test_workers_that_no_split_shares_are_refused_before_anything_is_embedded(
     for i, row in enumerate(rows[30:60]):
         row["worker"] = f"new {i % 5}"
     data, module = data_of(tmp_path / "data", rows), script("prepare")
-    monkeypatch.setattr(module, "embed_conversations", None)
+    monkeypatch.setattr(module, "embed_with_record", None)
     refused(
         monkeypatch,
         capsys,
