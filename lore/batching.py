@@ -69,7 +69,7 @@ def tokens_of_batches(lengths: np.ndarray, shared: np.ndarray, batching: str) ->
     """
     if batching == "shared":
         return np.cumsum(lengths - shared)
-    longest = lengths[0]  # rows are sorted so, and all are padded to its length
+    longest = lengths[0]  # rows come longest first, and all of a batch are padded to its length
     return longest * np.arange(1, len(lengths) + 1)
 
 
@@ -85,8 +85,8 @@ def next_batch_size(
         return 1
     size = max(1, int((tokens <= budget).sum()))
     if batching == "shared" and size < len(tokens):
-        # The next batch computes again what its first sequence shares with this batch. So the cut
-        # comes before the sequence that shares least, in the second half of this batch.
+        # The next batch has to compute again what its first sequence shares with this batch. So the
+        # cut is where least is shared, in the second half of this batch.
         smallest = max(1, int((tokens <= budget / 2).sum()))
         shared_at_cut = shared[smallest : size + 1]
         size = smallest + int(np.flatnonzero(shared_at_cut == shared_at_cut.min())[-1])
@@ -109,10 +109,9 @@ def run_batches(
     budget: int,
     batch_size: int | None,
 ) -> Iterator[BatchStates]:
-    """Run the shards' batches through the model, as `last_states` describes.
+    """The shards' batches, each once it is run or a GPU has been told to; see `last_states`.
 
-    A batch is given out as soon as a GPU has it to compute, so the next one can be prepared
-    meanwhile. If a GPU's memory runs out, the budget is halved, and stays so.
+    If a GPU's memory runs out, the budget is halved, and stays so.
     """
     on_gpu = model.device.type == "cuda"
     for shard in shards:
@@ -131,7 +130,7 @@ def run_batches(
             size = next_batch_size(tokens, shared_in_batch, batching, budget, batch_size)
             batch_tokens = int(tokens[size - 1])
             end = start + size
-            # A lone token goes as a row: its heads may be laid out in another way.
+            # A lone token is a row: the heads of its query may be laid out in another way.
             as_tails = batching == "shared" and batch_tokens > 1
             try:
                 states = forward_last_states(
@@ -149,6 +148,17 @@ def run_batches(
             start = end
 
 
+def one_behind(batches: Iterator[BatchStates]) -> Iterator[BatchStates]:
+    """Each batch when the next one has been started: a GPU computes it while this one is copied."""
+    started = None
+    for batch in batches:
+        if started is not None:
+            yield started
+        started = batch
+    if started is not None:
+        yield started
+
+
 def last_states(
     model: "PreTrainedModel",
     shards: Iterable[Shard],
@@ -164,8 +174,7 @@ def last_states(
     """
     batches = run_batches(model, shards, batching, budget, batch_size)
     if model.device.type == "cuda":
-        # Wait for a batch when the next one is on the GPU, so that the GPU never waits.
-        batches = (batch for batch, _ in itertools.pairwise(itertools.chain(batches, [None])))
+        batches = one_behind(batches)
     rows_done = []
     states_done = []
     for batch in batches:

@@ -1,9 +1,9 @@
 """A trial that chooses how a model's sequences are batched.
 
-Every model is new to us, and no list of architectures would be complete: recurrent layers, local
-attention, ALiBi, rope that depends on the batch or soft caps make shared prefixes wrong, some also
-padded rows. So before the long work five sequences go through the model alone, in rows and with
-shared prefixes, and the fastest batching that gives the states of one by one is taken.
+Shared prefixes are wrong for models with recurrent layers, local attention, ALiBi, soft caps or
+rope that depends on the batch, and for some of these padded rows are wrong too. No list of such
+models would be complete. So, before the long work, five sequences go through the model alone, in
+rows and with shared prefixes, and the fastest batching is taken that gives the states of one alone.
 """
 
 import contextlib
@@ -32,22 +32,17 @@ KEPT_TRIALS = weakref.WeakKeyDictionary()
 
 @dataclasses.dataclass
 class BatchingTrial:
-    """What was chosen for a model, and why.
+    """The batching that was chosen for a model, and why.
 
-    batching: "shared", "rows" or "alone", see `lore.batching`.
-    shortest, longest: the tokens of the shortest and the longest sequence that were tried. Outside
-    of this range a model may behave in another way.
-    The differences are relative, of a state or score to that of one sequence alone; the largest one
-    counts. shared_difference, rows_difference: None if the model cannot be run in this way.
-    score_difference: of state times head to the model's own score; None without a known head.
+    A difference is relative to what one sequence alone gives, and of the sequence with the largest.
     """
 
-    batching: str
-    shortest: int
+    batching: str  # one of lore.batching.BATCHINGS
+    shortest: int  # tokens of the shortest sequence; a model may treat a shorter one in another way
     longest: int
-    shared_difference: float | None = None
+    shared_difference: float | None = None  # of states; None if the model cannot be run so
     rows_difference: float | None = None
-    score_difference: float | None = None
+    score_difference: float | None = None  # of states times head to the model's own scores
 
     def covers(self, sequences: list[bytes]) -> bool:
         """Whether no sequence is shorter or longer than those that were tried."""
@@ -59,12 +54,14 @@ class BatchingTrial:
 
 
 def trial_sequences(sequences: list[bytes]) -> list[bytes]:
-    """Up to five sequences that show where a batch changes a model's states, sorted.
+    """Up to five sequences whose states a batch would change, if it changes any; sorted.
 
-    The shortest, the one of middle length and its neighbour, which probably begins alike, and the
-    longest. The fifth is one token behind the first half of the middle one. As this token is large,
-    it sorts behind the middle one, and its tail comes right after the middle one's other half: a
-    recurrent model takes that half for its past.
+    - the shortest and the longest;
+    - the one of middle length and its neighbour in sorted order, which probably begins alike;
+    - the first half of the middle one with one large token behind it. It sorts right behind the
+      middle one, so its tail comes after the middle one's other half in the row. A recurrent model
+      takes that half for the past of this token.
+
     sequences: distinct and sorted.
     """
     by_length = sorted(sequences, key=len)
@@ -155,14 +152,14 @@ def _try_batching(
     return _largest_difference(states.float(), expected)
 
 
-def _tolerance(model: "PreTrainedModel", batching: str, rows_difference: float | None) -> float:
-    """The largest difference that is still rounding in the model's number format.
+def _tolerance(dtype: torch.dtype, batching: str, rows_difference: float | None) -> float:
+    """The largest difference that is still rounding in a number format.
 
     Rows may differ by 9 % in bfloat16 and by 3e-4 in float32. Shared prefixes are held to 3 % and
-    1e-5, as there a small difference can be a real one, such as from a window of attention that a
-    text barely exceeds. If rows differ by more than a third of that, so much is rounding.
+    1e-5: there a small difference may be a real one, such as that of a window of attention that a
+    text barely exceeds. If rows show more rounding than that, three times as much is allowed.
     """
-    eps = torch.finfo(model.dtype).eps
+    eps = torch.finfo(dtype).eps
     if batching == "rows":
         return eps**0.5
     return min(eps**0.5, max(eps**0.7, 3 * (rows_difference or 0)))
@@ -197,7 +194,7 @@ def choose_batching(model: "PreTrainedModel", sequences: list[bytes]) -> Batchin
     alone, outputs = _run_alone(model, whole, samples)
     trial = BatchingTrial("alone", min(counts), max(counts))
     if not alone.isfinite().all():
-        trial.longest = 0  # covers nothing, so that it is not taken for a choice
+        trial.longest = 0  # it covers no sequence, so the next call makes a trial of its own
 
     if head is not None:
         own_scores = torch.cat(outputs)[:, 0].float().cpu()  # (n,)
@@ -211,11 +208,11 @@ def choose_batching(model: "PreTrainedModel", sequences: list[bytes]) -> Batchin
 
     trial.rows_difference = _try_batching(model, samples, "rows", alone)
     trial.shared_difference = _try_batching(model, samples, "shared", alone)
-    for batching, difference in (
+    for batching, difference in (  # the faster one last
         ("rows", trial.rows_difference),
-        ("shared", trial.shared_difference),  # the faster one comes last
+        ("shared", trial.shared_difference),
     ):
-        tolerance = _tolerance(model, batching, trial.rows_difference)
+        tolerance = _tolerance(model.dtype, batching, trial.rows_difference)
         if difference is not None and difference <= tolerance:
             trial.batching = batching
     if trial.batching != "shared":

@@ -212,6 +212,7 @@ def varlen_flash_attention(
     """What torch's kernel of that name computes, pair by pair of queries and keys."""
     assert flags == (0.0, True, False)  # no dropout, causal, no debug mask
     copies = query.shape[1] // key.shape[1]
+    scale = scale or query.shape[-1] ** -0.5
     outputs = []
     queries = query.tensor_split(query_starts[1:-1].tolist())
     keys = key.tensor_split(key_starts[1:-1].tolist())
