@@ -68,8 +68,8 @@ def file_of(name: str, rows: list[prism.Row]) -> EmbeddingFile:
     for row in rows:
         conversations += prism.row_conversations(row)
 
-    def write(path: Path, embeddings: torch.Tensor) -> None:
-        write_rows(path, rows, embeddings)
+    def write(path: Path, table: torch.Tensor, row_of_conversation: torch.Tensor) -> None:
+        write_rows(path, rows, table[row_of_conversation])
 
     return EmbeddingFile(name, f"{len(rows):,} turns", conversations, write)
 

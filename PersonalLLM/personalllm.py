@@ -22,9 +22,9 @@ from utils import (
     best_and_worst,
     check_number,
     check_whole,
+    count_of_share,
     generate_population,
     is_finite,
-    count_of_share,
 )
 
 DATASET = "namkoong-lab/PersonalLLM"

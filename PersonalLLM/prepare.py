@@ -68,8 +68,8 @@ def file_of(name: str, split: personalllm.ScoredPrompts) -> EmbeddingFile:
     """The file of embeddings of a split."""
     conversations = personalllm.conversations_of(split)
 
-    def write(path: Path, embeddings: torch.Tensor) -> None:
-        tensors = {"embeddings": embeddings, "scores": split.scores}
+    def write(path: Path, table: torch.Tensor, rows: torch.Tensor) -> None:
+        tensors = {"embeddings": table[rows], "scores": split.scores}
         save_tensors(path, tensors, scorers=personalllm.SCORERS)
 
     return EmbeddingFile(name, f"{len(conversations):,} embeddings", conversations, write)

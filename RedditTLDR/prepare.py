@@ -68,8 +68,8 @@ def read(args: argparse.Namespace) -> tuple[bool, list[tldr.ByWorker]]:
 def file_of(name: str, by_worker: tldr.ByWorker) -> EmbeddingFile:
     """The file of embeddings of a split."""
 
-    def write(path: Path, embeddings: torch.Tensor) -> None:
-        tldr.save_embeddings(path, by_worker, embeddings)
+    def write(path: Path, table: torch.Tensor, rows: torch.Tensor) -> None:
+        tldr.save_embeddings(path, by_worker, table, rows)
 
     return EmbeddingFile(
         name,

@@ -360,21 +360,23 @@ def distinct_conversations(splits: Iterable[ByWorker]) -> int:
 # ---- Files of embeddings
 
 
-def save_embeddings(path: Path, by_worker: ByWorker, embeddings: torch.Tensor) -> None:
+def save_embeddings(
+    path: Path, by_worker: ByWorker, table: torch.Tensor, rows: torch.Tensor
+) -> None:
     """Write the comparisons with their embeddings, in the released format.
 
-    embeddings: bfloat16 `[2 * comparisons, d]`, in the order of `conversations_of`.
+    table: bfloat16 `[distinct, d]`; rows: int64 `[2 * comparisons]`, the row of each conversation
+    there, in the order of `conversations_of`.
     """
-    vectors = iter(embeddings.unbind())  # (d,) each
-    vector_of = {}  # equal conversations share a vector, so that the pickle holds it once
+    vectors = (
+        table.unbind()
+    )  # (d,) each; equal conversations share one, which the pickle holds once
+    next_row = iter(rows.tolist())
     content = {}
     for worker, comparisons in by_worker.items():
         content[worker] = []
         for comparison in comparisons:
-            sides = {}
-            for side in SIDES:
-                key = conversation_key(comparison["text"], comparison[f"{side}_summary"])
-                sides[side] = [vector_of.setdefault(key, next(vectors))]
+            sides = {side: [vectors[next(next_row)]] for side in SIDES}
             content[worker].append({**comparison, "embeddings": sides})
     with atomic_write(path) as file:
         RowPickler(file, protocol=4).dump(content)

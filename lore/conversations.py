@@ -1,91 +1,247 @@
-"""Conversations as the token ids that the reward model reads."""
+"""Conversations as the token ids that the reward model reads.
+
+A conversation is a list of messages, `{"role": .., "content": ..}`. The model's chat template makes
+it a text with special tokens, and the tokenizer makes the text token ids.
+
+A *sequence* is the ids of one conversation as bytes: each id takes four bytes, unsigned and
+big-endian. Bytes take little memory, and equal sequences meet as keys of a dict. Bytes in this
+format also sort as lists of the ids do, so sequences that begin alike are neighbours once sorted.
+"""
 
 import re
 import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from utils import InputError
 
-TEMPLATE_DATE = time.strptime(
-    "2024-07-26", "%Y-%m-%d"
-)  # for templates that print the date; Llama 3.1's own default
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from transformers import PreTrainedTokenizerBase
+
+Conversation = list[dict[str, str]]
+
+# Some templates print today's date. They get this one, Llama 3.1's own default, so that embeddings
+# do not depend on the day.
+TEMPLATE_DATE = time.strptime("2024-07-26", "%Y-%m-%d")
+TEXTS_AT_ONCE = 256  # conversations that are formatted before they are tokenized
+
+ID_FORMAT = ">u4"  # of an id in a sequence
+ID_BYTES = 4
 
 
-def quoted(conversation):
+# ---- Sequences
+
+
+def to_sequence(ids: list[int] | np.ndarray) -> bytes:
+    """The sequence of these token ids."""
+    return np.array(ids, ID_FORMAT).tobytes()
+
+
+def token_ids(sequence: bytes) -> np.ndarray:
+    """The token ids of a sequence, int64 `[tokens]`."""
+    return np.frombuffer(sequence, ID_FORMAT).astype(np.int64)
+
+
+def token_count(sequence: bytes) -> int:
+    """How many tokens a sequence has."""
+    return len(sequence) // ID_BYTES
+
+
+def truncate(sequence: bytes, max_length: int | None, side: str) -> bytes:
+    """A sequence without the tokens beyond `max_length`, which are cut off at its "left" or "right"
+    `side`. max_length: None to keep all."""
+    if max_length is None:
+        return sequence
+    if side == "left":
+        return sequence[-max_length * ID_BYTES :]
+    return sequence[: max_length * ID_BYTES]
+
+
+# ---- Conversations
+
+
+def quoted(conversation: Conversation) -> str:
     """How an error message names a conversation: its beginning and end."""
-    return " .. ".join(
-        repr(message["content"][:60]) for message in (conversation[0], conversation[-1])
-    )
+    ends = (conversation[0], conversation[-1])
+    return " .. ".join(repr(message["content"][:60]) for message in ends)
 
 
-def tokenize_to_bytes(conversations, tokenizer):
-    """Chat-format and tokenize: of each conversation the ids as bytes, four each, which sort as the ids do. What stands
-    between special tokens, which a tokenizer takes out first, is tokenized once, if the first texts allow."""
-    template, known = tokenizer.chat_template, {}
-    if isinstance(template, dict):
-        template = template.get(
-            "default", "{{ raise_exception('none of its templates is named default') }}"
+def check_conversation(conversation: object) -> None:
+    """Raise InputError unless this is a list of messages with texts."""
+    is_list = isinstance(conversation, (list, tuple)) and len(conversation) > 0
+    if not is_list or not all(
+        isinstance(message, dict) and isinstance(message.get("content"), str)
+        for message in conversation
+    ):
+        raise InputError(
+            f"the conversation {conversation!r:.80}: not a list of messages "
+            "{'role': .., 'content': a text}"
         )
-    template = re.sub(
-        r"""strftime_now\((['"])(.*?)\1\)""",
-        lambda call: repr(time.strftime(call[2], TEMPLATE_DATE)),
-        template,
-    )
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    marks = sorted((token.content for token in added), reverse=True)
-    cut = re.compile(f"({'|'.join(map(re.escape, marks))})")
-    fast = getattr(
-        getattr(tokenizer, "backend_tokenizer", None), "encode_batch_fast", None
-    )  # ids without offsets
-    whole = (
-        any(token.lstrip or token.rstrip or token.single_word for token in added)
-        or not marks
-        or None
-    )  # to be tried
 
-    def formatted(conversation):
+
+def group_equal(
+    conversations: Iterable[Conversation],
+) -> tuple[list[Conversation], list[list[int]]]:
+    """Find equal conversations, so that only one of them has to be formatted and tokenized.
+
+    Returns the distinct conversations, and for each the numbers of all that are equal to it.
+    Raises InputError: one that is not a list of messages.
+    """
+    distinct = []
+    numbers = []
+    group_of = {}  # messages -> number of their group
+    for number, conversation in enumerate(conversations):
+        check_conversation(conversation)
+        group = len(distinct)
+        messages = tuple(tuple(message.items()) for message in conversation)
         try:
-            text = tokenizer.apply_chat_template(
-                conversation, chat_template=template, tokenize=False
-            )
-            text.encode()  # half a surrogate pair is no Unicode
-            return text
-        except Exception as error:  # the template is the checkpoint's program
+            group = group_of.setdefault(messages, group)
+        except TypeError:
+            pass  # a message with a list or a dict in it has no hash: it gets a group of its own
+        if group == len(distinct):
+            distinct.append(conversation)
+            numbers.append([])
+        numbers[group].append(number)
+    return distinct, numbers
+
+
+# ---- From conversations to texts
+
+
+def dated_template(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The tokenizer's chat template, with TEMPLATE_DATE in place of today's date.
+
+    Raises InputError: several templates, and none is named default.
+    """
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        if "default" not in template:
             raise InputError(
-                f"the model's chat template cannot format the conversation {quoted(conversation)} "
-                f"({error}); repair it or leave it out"
-            ) from None
+                f"the model has chat templates for {', '.join(template)} and none named default; "
+                "give the one for plain chats that name"
+            )
+        template = template["default"]
 
-    def encode(
-        texts, fast=None
-    ):  # the template has written the special tokens: the tokenizer must not add its own again
-        ids = (
-            [one.ids for one in fast(texts, add_special_tokens=False)]
-            if fast
-            else texts
-            and tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    def as_text(call: re.Match) -> str:
+        date_format = call[2]
+        return repr(time.strftime(date_format, TEMPLATE_DATE))
+
+    return re.sub(r"""strftime_now\((['"])(.*?)\1\)""", as_text, template)
+
+
+def format_conversation(
+    conversation: Conversation, tokenizer: "PreTrainedTokenizerBase", template: str
+) -> str:
+    """The text of a conversation, with special tokens. Raises InputError if the template fails."""
+    try:
+        text = tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False)
+        text.encode()  # fails at half a surrogate pair, which is no Unicode
+        return text
+    except Exception as error:  # the template is the checkpoint's program: it may raise anything
+        raise InputError(
+            f"the model's chat template cannot format the conversation {quoted(conversation)} "
+            f"({error}); repair it or leave it out"
+        ) from None
+
+
+# ---- From texts to sequences
+
+
+def encode_whole(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[bytes]:
+    """The sequences of texts, by the tokenizer's own call."""
+    if not texts:  # some tokenizers refuse an empty list
+        return []
+    # The template has written the special tokens; the tokenizer must not add its own again.
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
+    return [to_sequence(ids) for ids in encoded["input_ids"]]
+
+
+class PieceEncoder:
+    """Encodes texts piece by piece, and each distinct piece once for all texts.
+
+    A tokenizer takes the special tokens out of a text first, and then looks at each piece between
+    them alone. So pieces may be encoded one by one and joined, and a prompt with many answers is
+    encoded once. Not every tokenizer keeps to that: `is_possible` and `agrees_on` tell.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self.tokenizer = tokenizer
+        self.added_tokens = list(getattr(tokenizer, "added_tokens_decoder", {}).values())
+        # In reverse order a longer token is tried before one that it begins with.
+        marks = sorted((token.content for token in self.added_tokens), reverse=True)
+        self.special_token = re.compile(f"({'|'.join(map(re.escape, marks))})")
+        self.encode_pieces = self._fastest_encoder()
+        self.sequence_of = {}  # piece -> its sequence
+
+    def _fastest_encoder(self) -> Callable[[list[str]], list[bytes]]:
+        """Newer tokenizers can leave out where in the text each token is, which takes them time."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        encode_batch_fast = getattr(backend, "encode_batch_fast", None)
+        if encode_batch_fast is None:
+            return lambda texts: encode_whole(texts, self.tokenizer)
+
+        def encode(texts: list[str]) -> list[bytes]:
+            encodings = encode_batch_fast(texts, add_special_tokens=False)
+            return [to_sequence(encoding.ids) for encoding in encodings]
+
+        return encode
+
+    def is_possible(self) -> bool:
+        """False if there are no special tokens, or if one takes in characters beside it."""
+        return len(self.added_tokens) > 0 and not any(
+            token.lstrip or token.rstrip or token.single_word for token in self.added_tokens
         )
-        return [np.array(sequence, ">u4").tobytes() for sequence in ids]
 
-    def encode_pieces(texts):
-        pieces = [[piece for piece in cut.split(text) if piece] for text in texts]
-        new = list({piece for of_text in pieces for piece in of_text if piece not in known})
-        known.update(zip(new, encode(new, fast)))
-        return [b"".join(map(known.get, of_text)) for of_text in pieces]
+    def agrees_on(self, texts: list[str]) -> bool:
+        """Whether these texts get the same sequences piece by piece as whole."""
+        # Whole texts first: the tokenizer's own call switches off a truncation that was saved with
+        # it, and encode_batch_fast would apply that.
+        whole = encode_whole(texts, self.tokenizer)
+        return self.encode(texts) == whole
 
-    for start in range(0, len(conversations), 256):
-        texts = list(map(formatted, conversations[start : start + 256]))
-        whole = encode(texts) != encode_pieces(texts) if whole is None else whole
-        yield from encode(texts) if whole else encode_pieces(texts)
+    def encode(self, texts: list[str]) -> list[bytes]:
+        """The sequences of texts."""
+        texts_in_pieces = [
+            [piece for piece in self.special_token.split(text) if piece] for text in texts
+        ]
+        distinct_pieces = {piece for pieces in texts_in_pieces for piece in pieces}
+        new_pieces = [piece for piece in distinct_pieces if piece not in self.sequence_of]
+        self.sequence_of.update(zip(new_pieces, self.encode_pieces(new_pieces)))
+        return [b"".join(self.sequence_of[piece] for piece in pieces) for pieces in texts_in_pieces]
 
 
-def token_ids(sequence):
-    return np.frombuffer(sequence, ">u4").astype(np.int64)
+def tokenize_to_bytes(
+    conversations: list[Conversation], tokenizer: "PreTrainedTokenizerBase"
+) -> Iterator[bytes]:
+    """Chat-format and tokenize conversations, one sequence each.
+
+    Raises InputError: the template cannot format a conversation; no template is named default.
+    """
+    template = dated_template(tokenizer)
+    piece_encoder = PieceEncoder(tokenizer)
+    by_pieces = piece_encoder.is_possible()
+    for start in range(0, len(conversations), TEXTS_AT_ONCE):
+        texts = [
+            format_conversation(conversation, tokenizer, template)
+            for conversation in conversations[start : start + TEXTS_AT_ONCE]
+        ]
+        if start == 0 and by_pieces:
+            by_pieces = piece_encoder.agrees_on(texts)
+        if by_pieces:
+            yield from piece_encoder.encode(texts)
+        else:
+            yield from encode_whole(texts, tokenizer)
 
 
-def tokenize_conversations(conversations, tokenizer):
-    """Chat-format and tokenize conversations -> one list of token ids each, special tokens once. Raises InputError."""
+def tokenize_conversations(
+    conversations: list[Conversation], tokenizer: "PreTrainedTokenizerBase"
+) -> list[list[int]]:
+    """Chat-format and tokenize conversations: a list of token ids each, special tokens once.
+
+    Raises InputError: the template cannot format a conversation; no template is named default.
+    """
     return [
         token_ids(sequence).tolist() for sequence in tokenize_to_bytes(conversations, tokenizer)
     ]

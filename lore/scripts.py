@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from lore.embedding import embed_conversations
+from lore.embedding import embed_distinct
 from lore.embedding_files import embeddings_are_finished, new_embeddings
 from lore.evidence import evidence, judge_held_out, tossed_control
 from lore.files import TrainingCheckpoint, check_writable, digest_of
@@ -206,8 +206,9 @@ class EmbeddingFile:
     name: str
     contents: str  # printed when it is written: "38 workers, 5,700 pairs"
     conversations: list[Conversation]
-    # Writes the file at a path, given the embeddings of its conversations, bfloat16 (n, d).
-    write: Callable[[Path, torch.Tensor], None]
+    # Writes the file at a path, given a table of embeddings, bfloat16 (distinct, d), and the row of
+    # each of the file's conversations there, int64 (n,).
+    write: Callable[[Path, torch.Tensor, torch.Tensor], None]
 
 
 def embed_files(
@@ -232,7 +233,7 @@ def embed_files(
     announcement: printed before the embedding: "1,920 responses to embed".
     checkpoint: of the reward model; model: its name in results.
     data: the name of the data in results; data_digest: of what was read.
-    token_budget, shard_size: of `embed_conversations`.
+    token_budget, shard_size: of `lore.embedding.embed_conversations`.
     overwrite: replace files of another model or other data, which are else refused by InputError.
     provenance: further JSON values that the reward head's file keeps, such as `demo`.
     """
@@ -250,24 +251,22 @@ def embed_files(
         return
 
     print(announcement)
-    record = {}  # how the embeddings were made
-    embeddings = embed_conversations(
+    table, rows, record = embed_distinct(
         [conversation for file in files for conversation in file.conversations],
         checkpoint,
         cache_dir=cache,
         token_budget=token_budget,
         shard_size=shard_size,
         dtype=torch.bfloat16,
-        about=record,
-    )  # (conversations of all files, d)
+    )
     if process_rank() > 0:
         return
-    parts = embeddings.split([len(file.conversations) for file in files])
+    rows_per_file = rows.split([len(file.conversations) for file in files])
 
     provenance = {"model": model, "data": data, **provenance, "embedding": record}
     with new_embeddings(folder, head, identity, **provenance) as new_folder:
-        for file, part in zip(files, parts):
-            file.write(new_folder / file.name, part)
+        for file, rows_of_file in zip(files, rows_per_file):
+            file.write(new_folder / file.name, table, rows_of_file)
     for file, path in zip(files, paths):
         megabytes = path.stat().st_size / 1e6
         print(f"{file.name}: {file.contents}, d = {len(head)}, {megabytes:,.1f} MB")

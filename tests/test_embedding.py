@@ -1,5 +1,6 @@
-"""The reward model, its head, and embeddings against one forward pass per conversation."""
+"""The reward model, its head, and embeddings, against one forward pass per conversation."""
 
+import copy
 import json
 import math
 import os
@@ -16,11 +17,17 @@ from helpers import ROOT, fresh_process, input_error, outcome
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
+import lore.batching
+import lore.batching_trial
+import lore.conversations
 import lore.embedding
 import lore.files
+import lore.prefix_attention
 import lore.reward_model
-from lore.conversations import tokenize_conversations
-from lore.embedding import embed_conversations
+from lore.batching import Shard, next_batch_size, tokens_of_batches
+from lore.conversations import group_equal, to_sequence, tokenize_conversations, tokenize_to_bytes
+from lore.embedding import embed_conversations, embed_distinct
+from lore.prefix_attention import common_prefix, paths_through_row
 from lore.reward_model import (
     load_released_reference,
     load_reward_head,
@@ -29,8 +36,15 @@ from lore.reward_model import (
 )
 
 
+def embed_with_record(*arguments, **options):
+    """The embedding of each conversation `[n, d]`, and what they depend on."""
+    table, rows, record = embed_distinct(*arguments, **options)
+    return table[rows], record
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
+    """The folder of a small Llama reward model of random weights."""
     folder = tmp_path_factory.mktemp("models") / "standin"
     build_model(folder, layers=3)
     return folder
@@ -38,6 +52,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reward_model(checkpoint):
+    """(backbone, tokenizer) of the checkpoint, in float32."""
     return load_reward_model(str(checkpoint), device="cpu")
 
 
@@ -46,45 +61,41 @@ def conversation(prompt, response):
 
 
 def ragged_conversations(prompts=12, seed=0):
-    """Prompts of 1 to 90 words with 1 to 5 responses each, some of them beginnings of one another, some repeated."""
-    chance = np.random.default_rng(seed)
-    words = "my sister never pays me back and it is not funny any more 17 times \u00e9t\u00e9 \U0001f600".split()
+    """Prompts of 1 to 90 words with 1 to 5 responses each; some texts begin others, one is there
+    three times, one conversation goes on where another ends."""
+    generator = np.random.default_rng(seed)
+    words = "my sister never pays me back and it is not funny any more 17 times été 😀".split()
 
-    def text(most):
-        return " ".join(chance.choice(words, chance.integers(1, most)))
+    def text(longest):
+        return " ".join(generator.choice(words, generator.integers(1, longest)))
 
-    found = [
-        conversation(prompt, text(40))
-        for prompt in (text(90) for _ in range(prompts))
-        for _ in range(chance.integers(1, 6))
-    ]
-    found += [
-        conversation(found[0][0]["content"], found[0][1]["content"] + " indeed"),
-        found[3],
-        found[3],
-    ]
-    found.append(
-        [
-            *found[1],
-            {"role": "user", "content": "why?"},
-            {"role": "assistant", "content": "because"},
-        ]
-    )
-    return found
+    conversations = []
+    for prompt in [text(90) for _ in range(prompts)]:
+        for _ in range(generator.integers(1, 6)):
+            conversations.append(conversation(prompt, text(40)))
+    first_prompt, first_response = (message["content"] for message in conversations[0])
+    conversations.append(conversation(first_prompt, first_response + " indeed"))
+    conversations.extend([conversations[3]] * 2)
+    conversations.append([*conversations[1], *conversation("why?", "because")])
+    return conversations
 
 
 def one_at_a_time(conversations, model, tokenizer):
-    """The released way: template, tokenize, one forward pass each, the last state of the last token."""
+    """The released way: template, tokenize, one forward pass each, the last token's last state."""
     states = []
     for messages in conversations:
-        ids = tokenizer(
-            tokenizer.apply_chat_template(messages, tokenize=False),
-            add_special_tokens=False,
-            return_tensors="pt",
-        ).input_ids
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
         with torch.no_grad():
             states.append(model(ids).last_hidden_state[0, -1])
     return torch.stack(states)
+
+
+def largest_error(found, expected):
+    return (found - expected).abs().max()
+
+
+# ---- Every conversation gets the state that it has alone
 
 
 @pytest.mark.parametrize("token_budget", [1, 300, 100000])
@@ -93,7 +104,7 @@ def test_batched_embeddings_equal_one_forward_each(reward_model, token_budget):
     embeddings = embed_conversations(conversations, *reward_model, token_budget=token_budget)
     expected = one_at_a_time(conversations, *reward_model)
     assert expected.std() > 0.1
-    assert (embeddings - expected).abs().max() < 1e-5
+    assert largest_error(embeddings, expected) < 1e-5
 
 
 def test_bfloat16_embeddings_point_the_same_way(checkpoint):
@@ -105,37 +116,62 @@ def test_bfloat16_embeddings_point_the_same_way(checkpoint):
     assert torch.nn.functional.cosine_similarity(embeddings.float(), expected).min() > 0.999
 
 
+@pytest.mark.parametrize(
+    "attention, batching",
+    [("eager", "rows"), ("flash_attention_2", "shared"), ("sdpa", "shared")],
+)
+def test_other_attention_implementations_give_the_same(
+    checkpoint, reward_model, attention, batching
+):
+    model, tokenizer = load_reward_model(str(checkpoint), device="cpu", attention=attention)
+    conversations = ragged_conversations()
+    embeddings, record = embed_with_record(conversations, model, tokenizer)
+    assert largest_error(embeddings, one_at_a_time(conversations, *reward_model)) < 1e-5
+    assert record["batching"] == batching
+
+
+def test_repeated_conversations_have_equal_rows_in_their_places(reward_model):
+    conversations = ragged_conversations(3)
+    order = [0, 1, 0, 2, 2, 1, 0]
+    embeddings = embed_conversations([conversations[i] for i in order], *reward_model)
+    expected = one_at_a_time(conversations, *reward_model)[order]
+    assert largest_error(embeddings, expected) < 1e-5
+
+
+def test_a_conversation_of_one_token_is_right_in_a_batch_of_its_own(reward_model):
+    model, _ = reward_model
+    found = {}
+    for batching in ("shared", "alone"):
+        shards = lore.batching.last_states(model, [Shard([to_sequence([3])])], batching, 99)
+        _, found[batching] = next(shards)
+    assert torch.equal(found["shared"], found["alone"])
+
+
+# ---- Every token is computed once
+
+
 def tokens_through(model, call):
     """How many tokens, padding among them, go through the model while `call()` runs."""
-    seen = []
-    table = model.get_input_embeddings()
-    hook = table.register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0].numel()))
+    counts = []
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda layer, inputs, output: counts.append(inputs[0].numel())
+    )
     try:
         call()
     finally:
         hook.remove()
-    return sum(seen)
+    return sum(counts)
 
 
-def prefixes(sequences):
-    """How many tokens are left when every token behind the same tokens is counted once."""
+def distinct_tokens(sequences):
+    """How many tokens are left if every token behind the same tokens is counted once."""
     return len({tuple(ids[:end]) for ids in sequences for end in range(1, len(ids) + 1)})
-
-
-@pytest.mark.parametrize(
-    "attention, way", [("eager", "rows"), ("flash_attention_2", "shared"), ("sdpa", "shared")]
-)
-def test_other_attention_implementations_give_the_same(checkpoint, reward_model, attention, way):
-    model, tokenizer = load_reward_model(str(checkpoint), device="cpu", attention=attention)
-    conversations, about = ragged_conversations(), {}
-    embeddings = embed_conversations(conversations, model, tokenizer, about=about)
-    assert (embeddings - one_at_a_time(conversations, *reward_model)).abs().max() < 1e-5
-    assert about["way"] == way
 
 
 @pytest.mark.parametrize("budget", [None, 400])
 def test_what_conversations_begin_with_is_computed_once(reward_model, budget):
-    """Answers behind one post, and turns that repeat the dialogue before them, in batches that hold a family."""
+    """Answers to one post, and turns that repeat the dialogue before them, in batches that hold a
+    post with its answers."""
     model, tokenizer = reward_model
     conversations = [
         conversation(f"A long story about fence {post}. " * 8, answer)
@@ -147,57 +183,127 @@ def test_what_conversations_begin_with_is_computed_once(reward_model, budget):
         *conversation("why?", "because of it"),
         *conversation("so?", "so"),
     ]
-    conversations += [
-        dialogue[:2],
-        dialogue[:4],
-        dialogue,
-        [*dialogue[:5], {"role": "assistant", "content": "no"}],
-    ]
-    embed_conversations(conversations, model, tokenizer)  # the proof, once
+    other_end = [*dialogue[:5], {"role": "assistant", "content": "no"}]
+    conversations += [dialogue[:2], dialogue[:4], dialogue, other_end]
+    embed_conversations(conversations, model, tokenizer)  # the trial, once
     computed = tokens_through(
         model, lambda: embed_conversations(conversations, model, tokenizer, token_budget=budget)
     )
     sequences = tokenize_conversations(conversations, tokenizer)
-    assert (
-        computed
-        <= (1 if budget is None else 1.05) * prefixes(sequences)
-        < sum(map(len, sequences)) / 2
-    )
+    distinct = distinct_tokens(sequences)
+    assert distinct < sum(map(len, sequences)) / 2
+    assert computed <= (distinct if budget is None else 1.05 * distinct)
 
 
-OUT_OF_MEMORY = torch.cuda.OutOfMemoryError(), RuntimeError("error: CUBLAS_STATUS_ALLOC_FAILED")
+def random_sorted_ids(seed=0):
+    """Distinct lists of few different ids, so that many begin alike; sorted."""
+    generator = np.random.default_rng(seed)
+    lists = {tuple(generator.integers(0, 3, generator.integers(1, 7))) for _ in range(60)}
+    return [np.array(ids) for ids in sorted(lists)]
+
+
+def test_a_path_leads_through_the_row_of_tails_to_each_sequence():
+    ids = random_sorted_ids()
+    shared = np.array([0] + [common_prefix(a, b) for a, b in zip(ids, ids[1:])])
+    lengths = np.array([len(sequence) for sequence in ids])
+    row = np.concatenate([sequence[start:] for sequence, start in zip(ids, shared)])
+    assert len(row) == distinct_tokens([sequence.tolist() for sequence in ids]) < lengths.sum()
+    for path, sequence in zip(paths_through_row(lengths, shared), ids, strict=True):
+        assert row[path].tolist() == sequence.tolist()
+
+
+def varlen_flash_attention(
+    query, key, value, query_starts, key_starts, longest_query, longest_key, *flags, scale
+):
+    """What torch's kernel of that name computes, pair by pair of queries and keys."""
+    assert flags == (0.0, True, False)  # no dropout, causal, no debug mask
+    copies = query.shape[1] // key.shape[1]
+    scale = scale or query.shape[-1] ** -0.5
+    outputs = []
+    queries = query.tensor_split(query_starts[1:-1].tolist())
+    keys = key.tensor_split(key_starts[1:-1].tolist())
+    values = value.tensor_split(key_starts[1:-1].tolist())
+    assert longest_query == max(map(len, queries)) and longest_key == max(map(len, keys))
+    for q, k, v in zip(queries, keys, values, strict=True):
+        k, v = k.repeat_interleave(copies, 1), v.repeat_interleave(copies, 1)
+        scores = torch.einsum("qhw,khw->hqk", q, k) * scale
+        is_seen = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+        weights = scores.masked_fill(~is_seen, -math.inf).softmax(-1)
+        outputs.append(torch.einsum("hqk,khw->qhw", weights, v))
+    return (torch.cat(outputs),)
+
+
+def test_a_gpus_kernel_is_given_each_tail_with_the_keys_of_its_path(reward_model, monkeypatch):
+    monkeypatch.setattr(lore.prefix_attention, "has_flash_kernel", lambda model: True)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", varlen_flash_attention)
+    conversations = ragged_conversations()
+    model, tokenizer = reward_model
+    lore.batching_trial.KEPT_TRIALS.pop(model, None)
+    embeddings, record = embed_with_record(conversations, model, tokenizer)
+    lore.batching_trial.KEPT_TRIALS.pop(model)
+    assert record["batching"] == "shared"
+    assert largest_error(embeddings, one_at_a_time(conversations, model, tokenizer)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "batching, budget, batch_size, expected",
+    [
+        ("shared", 21, None, 3),  # four fit, but the fourth shares least with the one before it
+        ("shared", 99, None, 5),  # all fit
+        ("shared", 99, 2, 2),
+        ("shared", 1, None, 1),  # one sequence, though beyond the budget
+        ("rows", 21, None, 2),
+        ("alone", 99, None, 1),
+    ],
+)
+def test_a_batch_ends_within_its_budget_where_least_is_shared(
+    batching, budget, batch_size, expected
+):
+    lengths = np.array([10, 9, 9, 9, 9])
+    shared = np.array([0, 8, 6, 2, 8])  # tokens of batches of 1 to 5: 10, 11, 14, 21, 22
+    tokens = tokens_of_batches(lengths, shared, batching)
+    assert next_batch_size(tokens, shared, batching, budget, batch_size) == expected
+
+
+OUT_OF_MEMORY = [torch.cuda.OutOfMemoryError(), RuntimeError("error: CUBLAS_STATUS_ALLOC_FAILED")]
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
 def test_a_batch_beyond_the_gpus_memory_is_halved_and_stays_so(reward_model, monkeypatch, error):
-    forward, failed, done = lore.embedding.forward_last_states, [], []
+    forward = lore.batching.forward_last_states
+    batches_before_failures = []
+    batches = []
 
-    def small_gpu(model, ids, shared=None):
+    def on_a_small_gpu(model, ids, shared=None):
         size = sum(map(len, ids))
         if len(ids) > 1 and size > 250:
-            failed.append(len(done))
+            batches_before_failures.append(len(batches))
             raise error
-        done.append(size)
+        batches.append(size)
         return forward(model, ids, shared)
 
     conversations = ragged_conversations()
     expected = embed_conversations(conversations, *reward_model)
-    monkeypatch.setattr(lore.embedding, "forward_last_states", small_gpu)
+    monkeypatch.setattr(lore.batching, "forward_last_states", on_a_small_gpu)
     embeddings = embed_conversations(conversations, *reward_model, shard_size=4)
-    assert 0 < len(failed) < 8 and len(done) > 8 and max(failed) < len(done) / 2
-    assert (embeddings - expected).abs().max() < 1e-5
-    monkeypatch.setattr(
-        lore.embedding, "forward_last_states", lambda *arguments: forward(None)
-    )  # an error of another kind is not hidden
-    with pytest.raises(TypeError):
+    assert 0 < len(batches_before_failures) < 8 < len(batches)
+    assert max(batches_before_failures) < len(batches) / 2
+    assert largest_error(embeddings, expected) < 1e-5
+
+
+def test_an_error_of_the_forward_pass_that_is_not_of_memory_is_raised(reward_model, monkeypatch):
+    conversations = ragged_conversations()
+    embed_conversations(conversations, *reward_model)  # the trial takes such an error for an answer
+
+    def failing(*arguments):
+        raise TypeError("of another kind")
+
+    monkeypatch.setattr(lore.batching, "forward_last_states", failing)
+    with pytest.raises(TypeError, match="of another kind"):
         embed_conversations(conversations, *reward_model)
 
 
-def test_special_tokens_stand_once(reward_model):
-    _, tokenizer = reward_model
-    (ids,) = tokenize_conversations([conversation("hello", "there")], tokenizer)
-    assert ids.count(tokenizer.convert_tokens_to_ids("<|begin_of_text|>")) == 1
-    assert ids[-1] == tokenizer.convert_tokens_to_ids("<|eot_id|>")
+# ---- The checkpoint: its head, its tokenizer, its weights
 
 
 def test_reference_head_is_the_score_layer(checkpoint, reward_model):
@@ -208,7 +314,8 @@ def test_reference_head_is_the_score_layer(checkpoint, reward_model):
         states = whole.model(ids).last_hidden_state[:, -1]
         score = whole.score(states)
     head = load_reward_head(str(checkpoint))
-    assert head.dtype == torch.float32 and head.shape == (model.config.hidden_size, 1)
+    assert head.dtype == torch.float32
+    assert head.shape == (model.config.hidden_size, 1)
     torch.testing.assert_close(states @ head, score)
 
 
@@ -216,16 +323,18 @@ def test_head_is_found_in_a_sharded_checkpoint(checkpoint, tmp_path):
     tensors = load_file(checkpoint / "model.safetensors")
     save_file({"score.weight": tensors.pop("score.weight")}, tmp_path / "b.safetensors")
     save_file(tensors, tmp_path / "a.safetensors")
-    weight_map = {name: "a.safetensors" for name in tensors} | {"score.weight": "b.safetensors"}
+    weight_map = dict.fromkeys(tensors, "a.safetensors") | {"score.weight": "b.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (tmp_path / "a.safetensors").unlink()  # only the shard with the head is read
     assert torch.equal(load_reward_head(str(tmp_path)), load_reward_head(str(checkpoint)))
 
 
 def test_released_reference_is_a_column_of_the_last_linear_layer(checkpoint, reward_model):
-    last = [layer for layer in reward_model[0].modules() if isinstance(layer, torch.nn.Linear)][-1]
-    found = load_released_reference(str(checkpoint))
-    assert found.dtype == torch.float32 and torch.equal(found, last.weight[:, :1].float())
+    model, _ = reward_model
+    linear_layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    reference = load_released_reference(str(checkpoint))
+    assert reference.dtype == torch.float32
+    assert torch.equal(reference, linear_layers[-1].weight[:, :1].float())
 
 
 def test_model_without_an_mlp_has_no_released_reference(tmp_path):
@@ -241,6 +350,7 @@ def test_model_without_an_mlp_has_no_released_reference(tmp_path):
         {"score.weight": torch.zeros(2, 8)},
         {"score.weight": torch.zeros(1, 8), "other.score.weight": torch.zeros(1, 8)},
     ],
+    ids=["no head", "two labels", "two heads"],
 )
 def test_checkpoint_without_exactly_one_scalar_head_is_refused(heads, tmp_path):
     save_file({"norm.weight": torch.zeros(8), **heads}, tmp_path / "model.safetensors")
@@ -249,20 +359,20 @@ def test_checkpoint_without_exactly_one_scalar_head_is_refused(heads, tmp_path):
 
 
 def test_truncated_checkpoint_is_named(checkpoint, tmp_path):
-    data = (checkpoint / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
+    content = (checkpoint / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content[: len(content) // 2])
     with input_error("model.safetensors"):
         load_reward_head(str(tmp_path))
 
 
 def test_model_without_chat_template_is_refused(checkpoint, tmp_path):
-    shutil.copytree(checkpoint, tmp_path / "model")
-    (tmp_path / "model" / "chat_template.jinja").unlink(missing_ok=True)
-    config = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
     config.pop("chat_template", None)
-    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     with input_error("chat template"):
-        load_reward_model(str(tmp_path / "model"), device="cpu")
+        load_reward_model(str(folder), device="cpu")
 
 
 def test_model_in_another_format_than_safetensors_loads(checkpoint, reward_model, tmp_path):
@@ -270,12 +380,73 @@ def test_model_in_another_format_than_safetensors_loads(checkpoint, reward_model
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     model, _ = load_reward_model(str(folder), device="cpu")
-    for found, expected in zip(model.parameters(), reward_model[0].parameters(), strict=True):
+    original, tokenizer = reward_model
+    for found, expected in zip(model.parameters(), original.parameters(), strict=True):
         assert torch.equal(found, expected)
-    expected = embed_conversations(ragged_conversations(2), *reward_model)
-    assert torch.equal(
-        embed_conversations(ragged_conversations(2), model, reward_model[1]), expected
-    )
+    embeddings = embed_conversations(ragged_conversations(2), model, tokenizer)
+    expected = embed_conversations(ragged_conversations(2), original, tokenizer)
+    assert torch.equal(embeddings, expected)
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: f"module.{name}",
+        lambda name: f"_orig_mod.{name}",
+        lambda name: name.replace("layers.1.mlp.up", "elsewhere"),
+    ],
+)
+def test_a_backbone_that_lacks_weights_is_refused(checkpoint, tmp_path, rename):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {rename(name): tensor for name, tensor in tensors.items()}
+    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+    with input_error(str(folder), "weights"):
+        load_reward_model(str(folder), device="cpu")
+
+
+def test_a_config_of_fewer_layers_than_the_weights_is_refused(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    with input_error(str(folder), "layers.2"):
+        load_reward_model(str(folder), device="cpu")
+
+
+def test_a_checkpoint_is_loaded_when_all_is_tokenized(checkpoint, reward_model, monkeypatch):
+    load = lore.reward_model.load_reward_model
+    conversations = ragged_conversations(3)
+    loaded = []
+
+    def load_on_cpu(name, **options):
+        loaded.append(name)
+        return load(name, "cpu", **options)
+
+    monkeypatch.setattr(lore.embedding, "load_reward_model", load_on_cpu)
+    with input_error("half a \\ud83d"):
+        embed_conversations([*conversations, conversation("half a \ud83d", "yes")], str(checkpoint))
+    assert not loaded
+    expected = one_at_a_time(conversations, *reward_model)
+    model_that_knows_its_tokenizer, _ = reward_model
+    for model in (str(checkpoint), checkpoint, model_that_knows_its_tokenizer):
+        assert largest_error(embed_conversations(conversations, model), expected) < 1e-5
+    assert loaded == [str(checkpoint), checkpoint]
+
+
+def test_a_checkpoints_tokenizer_is_loaded_once(checkpoint, monkeypatch):
+    load = transformers.AutoTokenizer.from_pretrained
+    loaded = []
+
+    def counted(name, **options):
+        loaded.append(name)
+        return load(name, **options)
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", counted)
+    embed_conversations(ragged_conversations(2), str(checkpoint))
+    assert loaded == [str(checkpoint)]
+
+
+# ---- Input that cannot be embedded
 
 
 @pytest.mark.parametrize(
@@ -288,6 +459,7 @@ def test_model_in_another_format_than_safetensors_loads(checkpoint, reward_model
         {"shard_size": 1.5},
         {"truncation_side": "middle"},
     ],
+    ids=str,
 )
 def test_options_that_mean_nothing_are_named(reward_model, options):
     with input_error(*options, str(*options.values())):
@@ -295,62 +467,112 @@ def test_options_that_mean_nothing_are_named(reward_model, options):
 
 
 def test_conversation_longer_than_the_context_is_named(reward_model):
+    conversations = [conversation("hi", "you"), conversation("hi", "word and word " * 9000)]
     with input_error("word and word", "tokens"):
-        embed_conversations(
-            [conversation("hi", "you"), conversation("hi", "word and word " * 9000)], *reward_model
-        )
+        embed_conversations(conversations, *reward_model)
+
+
+def test_no_conversation_at_all_is_refused(reward_model):
     with input_error("no conversations"):
         embed_conversations([], *reward_model)
 
 
-def cached(conversations, reward_model, folder, **options):
-    """(embeddings, number of conversations that went through the model)."""
+@pytest.mark.parametrize(
+    "conversations",
+    [
+        [[]],
+        ["hello"],
+        conversation("not", "in a list"),
+        [[{"role": "user"}]],
+        [[{"role": "user", "content": None}]],
+    ],
+    ids=str,
+)
+def test_what_is_no_list_of_messages_is_refused(reward_model, conversations):
+    with input_error("not a list of messages"):
+        embed_conversations(conversations, *reward_model)
+
+
+def test_text_that_is_no_unicode_is_named(reward_model):
+    with input_error("half a \\ud83d"):
+        embed_conversations([[{"role": "user", "content": "half a \ud83d"}]], *reward_model)
+
+
+def test_a_token_outside_the_embedding_table_is_named(checkpoint):
+    model, tokenizer = load_reward_model(str(checkpoint), device="cpu")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+    conversations = [conversation("hi", "you"), conversation("<|new|>", "it is")]
+    with input_error("new", str(len(tokenizer) - 1), str(model.config.vocab_size)):
+        embed_conversations(conversations, model, tokenizer)
+
+
+def test_conversation_with_an_embedding_that_is_not_finite_is_named(checkpoint, tmp_path):
+    model, tokenizer = load_reward_model(str(checkpoint), device="cpu")
+    model.norm.weight.data[3] = math.inf
+    conversations = ragged_conversations(2)[:1]
+    prompt = conversations[0][0]["content"]
+    with input_error("NaN or infinite", repr(prompt[:60])[1:-1]):
+        embed_conversations(conversations, model, tokenizer, cache_dir=tmp_path)
+    assert not list(tmp_path.glob("*/*.safetensors"))
+
+
+# ---- Embeddings that are kept
+
+
+def embed_with_cache(conversations, reward_model, folder, **options):
+    """(embeddings, how many batches went through the model)."""
     model, tokenizer = reward_model
-    states = []
-    hook = model.norm.register_forward_hook(lambda layer, inputs, output: states.append(output))
+    batches = []
+    hook = model.norm.register_forward_hook(lambda layer, inputs, output: batches.append(output))
     try:
         embeddings = embed_conversations(
             conversations, model, tokenizer, cache_dir=folder, shard_size=4, **options
         )
     finally:
         hook.remove()
-    return embeddings, len(states)
+    return embeddings, len(batches)
 
 
 def test_second_call_computes_nothing_and_a_lost_shard_is_made_again(reward_model, tmp_path):
     conversations = ragged_conversations()
-    first, forwards = cached(conversations, reward_model, tmp_path)
-    again, none = cached(conversations[::-1], reward_model, tmp_path)
-    assert forwards > 3 and none == 0 and torch.equal(first, again.flip(0))
-    shards = sorted(tmp_path.glob("*/*.safetensors"))
-    content = shards[0].read_bytes()
-    shards[0].unlink()
-    mended, one = cached(conversations, reward_model, tmp_path)
-    assert one == 1 and torch.equal(first, mended) and shards[0].read_bytes() == content
+    first, batches = embed_with_cache(conversations, reward_model, tmp_path)
+    assert batches > 3
+    again, batches = embed_with_cache(conversations[::-1], reward_model, tmp_path)
+    assert batches == 0
+    assert torch.equal(first, again.flip(0))
+    shard = min(tmp_path.glob("*/*.safetensors"))
+    content = shard.read_bytes()
+    shard.unlink()
+    mended, batches = embed_with_cache(conversations, reward_model, tmp_path)
+    assert batches == 1
+    assert torch.equal(first, mended)
+    assert shard.read_bytes() == content
 
 
 def test_new_conversations_reuse_the_cache(reward_model, tmp_path):
     conversations = ragged_conversations()
-    cached(conversations[:-8], reward_model, tmp_path)
-    embeddings, _ = cached(conversations, reward_model, tmp_path)
-    assert (embeddings - one_at_a_time(conversations, *reward_model)).abs().max() < 1e-5
+    embed_with_cache(conversations[:-8], reward_model, tmp_path)
+    embeddings, _ = embed_with_cache(conversations, reward_model, tmp_path)
+    assert largest_error(embeddings, one_at_a_time(conversations, *reward_model)) < 1e-5
 
 
-def test_another_template_or_model_does_not_hit_the_cache(reward_model, checkpoint, tmp_path):
+def test_another_template_does_not_hit_the_cache(reward_model, tmp_path, monkeypatch):
     conversations = ragged_conversations(4)
-    model, tokenizer = reward_model
-    cached(conversations, reward_model, tmp_path)
-    template = tokenizer.chat_template
-    try:
-        tokenizer.chat_template = template + " "
-        assert cached(conversations, reward_model, tmp_path)[1] > 0
-    finally:
-        tokenizer.chat_template = template
-    other, _ = load_reward_model(str(checkpoint), device="cpu")
-    other.norm.weight.data[0] += 0.5
-    embeddings, forwards = cached(conversations, (other, tokenizer), tmp_path)
-    assert forwards > 0
-    assert (embeddings - one_at_a_time(conversations, other, tokenizer)).abs().max() < 1e-5
+    _, tokenizer = reward_model
+    embed_with_cache(conversations, reward_model, tmp_path)
+    monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template + " ")
+    _, batches = embed_with_cache(conversations, reward_model, tmp_path)
+    assert batches > 0
+
+
+def test_another_model_does_not_hit_the_cache(reward_model, checkpoint, tmp_path):
+    conversations = ragged_conversations(4)
+    embed_with_cache(conversations, reward_model, tmp_path)
+    other = load_reward_model(str(checkpoint), device="cpu")
+    other[0].norm.weight.data[0] += 0.5
+    embeddings, batches = embed_with_cache(conversations, other, tmp_path)
+    assert batches > 0
+    assert largest_error(embeddings, one_at_a_time(conversations, *other)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -361,24 +583,28 @@ def test_another_template_or_model_does_not_hit_the_cache(reward_model, checkpoi
     ],
     ids=["inner values", "settings"],
 )
-def test_a_retrained_model_does_not_hit_the_cache(reward_model, checkpoint, tmp_path, change):
+def test_a_changed_model_does_not_hit_the_cache(reward_model, checkpoint, tmp_path, change):
     conversations = ragged_conversations(2)
-    cached(conversations, reward_model, tmp_path)
-    other, tokenizer = load_reward_model(str(checkpoint), device="cpu")
-    change(other)
-    assert cached(conversations, (other, tokenizer), tmp_path)[1] > 0
-    assert cached(conversations, load_reward_model(str(checkpoint), device="cpu"), tmp_path)[1] == 0
+    embed_with_cache(conversations, reward_model, tmp_path)
+    changed, tokenizer = load_reward_model(str(checkpoint), device="cpu")
+    change(changed)
+    _, batches = embed_with_cache(conversations, (changed, tokenizer), tmp_path)
+    assert batches > 0
+    same = load_reward_model(str(checkpoint), device="cpu")
+    _, batches = embed_with_cache(conversations, same, tmp_path)
+    assert batches == 0
 
 
 def test_damaged_shard_is_made_again(reward_model, tmp_path):
     conversations = ragged_conversations(4)
-    embeddings, _ = cached(conversations, reward_model, tmp_path)
+    embeddings, _ = embed_with_cache(conversations, reward_model, tmp_path)
     shard = next(tmp_path.glob("*/*.safetensors"))
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-10])
-    again, forwards = cached(conversations, reward_model, tmp_path)
-    assert forwards > 0 and torch.equal(again, embeddings)
-    assert shard.read_bytes() == whole
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-10])
+    again, batches = embed_with_cache(conversations, reward_model, tmp_path)
+    assert batches > 0
+    assert torch.equal(again, embeddings)
+    assert shard.read_bytes() == content
 
 
 @pytest.mark.parametrize(
@@ -388,86 +614,84 @@ def test_damaged_shard_is_made_again(reward_model, tmp_path):
 )
 def test_shard_without_usable_embeddings_is_made_again(reward_model, tmp_path, spoilt):
     conversations = ragged_conversations(4)
-    embeddings, _ = cached(conversations, reward_model, tmp_path)
+    embeddings, _ = embed_with_cache(conversations, reward_model, tmp_path)
     shard = next(tmp_path.glob("*/*.safetensors"))
-    whole = shard.read_bytes()
+    content = shard.read_bytes()
     count = len(lore.files.load_tensors(shard)[0]["embeddings"])
     lore.files.save_tensors(shard, {name: tensor[:count] for name, tensor in spoilt.items()})
-    again, forwards = cached(conversations, reward_model, tmp_path)
-    assert forwards == 1 and torch.equal(again, embeddings) and shard.read_bytes() == whole
+    again, batches = embed_with_cache(conversations, reward_model, tmp_path)
+    assert batches == 1
+    assert torch.equal(again, embeddings)
+    assert shard.read_bytes() == content
 
 
-def test_conversation_whose_embedding_is_not_finite_is_named(checkpoint, tmp_path):
-    model, tokenizer = load_reward_model(str(checkpoint), device="cpu")
-    model.norm.weight.data[3] = math.inf
-    conversations = ragged_conversations(2)
-    with input_error("NaN or infinite", repr(conversations[0][0]["content"][:60])[1:-1]):
-        embed_conversations(conversations[:1], model, tokenizer, cache_dir=tmp_path)
-    assert not list(tmp_path.glob("*/*.safetensors"))
+def test_a_run_killed_at_any_moment_loses_at_most_a_shard(checkpoint, reward_model, tmp_path):
+    code = """if True:
+        import json, sys
+        from lore.embedding import embed_conversations
+        from lore.reward_model import load_reward_model
+        model, tokenizer = load_reward_model(sys.argv[1], device="cpu")
+        conversations = json.load(open(sys.argv[2]))
+        embed_conversations(conversations, model, tokenizer, sys.argv[3], shard_size=8)"""
+    conversations = ragged_conversations(100)
+    texts, cache = tmp_path / "texts.json", tmp_path / "cache"
+    texts.write_text(json.dumps(conversations))
+    generator = random.Random(0)
+
+    def shards():
+        return {path: path.read_bytes() for path in cache.glob("*/*.safetensors")}
+
+    for _ in range(3):
+        before = shards()
+        run = start_code(code, ROOT, checkpoint, texts, cache)
+        enough = len(before) + generator.randrange(1, 9)
+        while run.running() and len(shards()) < enough:
+            time.sleep(0.001)
+        run.kill()
+        assert before.items() <= shards().items()
+    done = sum(len(lore.files.load_tensors(path)[0]["embeddings"]) for path in shards())
+    assert done >= 8 * 3
+    embeddings = embed_conversations(conversations, *reward_model, cache_dir=cache, shard_size=8)
+    assert largest_error(embeddings, one_at_a_time(conversations, *reward_model)) < 1e-5
+    assert before.items() <= shards().items()  # none was made again
 
 
-def test_repeated_conversations_have_equal_rows_in_their_places(reward_model):
+# ---- Several processes
+
+
+@pytest.fixture
+def as_first_of_two_processes(monkeypatch):
+    """This process takes itself for the first of two, of which the other one makes no shard."""
+    monkeypatch.setattr(lore.embedding, "process_count", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+
+
+def test_without_a_folder_each_process_embeds_all(reward_model, as_first_of_two_processes):
     conversations = ragged_conversations(3)
-    order = [0, 1, 0, 2, 2, 1, 0]
-    model, tokenizer = reward_model
-    embeddings = lore.embedding.embed_conversations(
-        [conversations[i] for i in order], model, tokenizer
-    )
-    assert (embeddings - one_at_a_time(conversations, model, tokenizer)[order]).abs().max() < 1e-5
-
-
-def test_a_checkpoint_is_loaded_when_all_is_tokenized(checkpoint, reward_model, monkeypatch):
-    loaded, load, conversations = [], lore.reward_model.load_reward_model, ragged_conversations(3)
-    monkeypatch.setattr(
-        lore.embedding, "load_reward_model", lambda name: loaded.append(name) or load(name, "cpu")
-    )
-    with input_error("half a \\ud83d"):
-        embed_conversations([*conversations, conversation("half a \ud83d", "yes")], str(checkpoint))
-    assert not loaded
-    expected = one_at_a_time(conversations, *reward_model)
-    for model in (
-        str(checkpoint),
-        checkpoint,
-        reward_model[0],
-    ):  # a name, a path, a model that knows its tokenizer
-        assert (embed_conversations(conversations, model) - expected).abs().max() < 1e-5
-    assert loaded == [str(checkpoint), checkpoint]
-
-
-def test_text_that_is_no_unicode_is_named(reward_model):
-    model, tokenizer = reward_model
-    with input_error("half a \\ud83d"):
-        lore.embedding.embed_conversations(
-            [[{"role": "user", "content": "half a \ud83d"}]], model, tokenizer
-        )
+    embeddings = embed_conversations(conversations, *reward_model)
+    assert largest_error(embeddings, one_at_a_time(conversations, *reward_model)) < 1e-5
 
 
 def test_embeddings_that_another_process_did_not_make_are_missed(
-    reward_model, tmp_path, monkeypatch
+    reward_model, tmp_path, monkeypatch, as_first_of_two_processes
 ):
-    model, tokenizer = reward_model
-    twice = [
-        one for one in ragged_conversations() for _ in range(2)
-    ]  # the other process's share is as this one's
-    monkeypatch.setattr(lore.embedding, "process_count", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
-    monkeypatch.setattr(
-        torch.distributed, "all_gather_object", lambda parts, mine: parts.__setitem__(1, mine)
-    )
-    embeddings = embed_conversations(
-        ragged_conversations(3), model, tokenizer
-    )  # each process all, without a folder
-    assert (
-        embeddings - one_at_a_time(ragged_conversations(3), model, tokenizer)
-    ).abs().max() < 1e-5
+    conversations = ragged_conversations()
+    distinct, _ = group_equal(conversations)
+    share_of_the_other = list(tokenize_to_bytes(distinct[1::2], reward_model[1]))
+
+    def all_gather_object(shares, own_share):
+        shares[:] = [own_share, share_of_the_other]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
+    options = dict(cache_dir=tmp_path, shard_size=4)
     with input_error(str(tmp_path), "other processes"):
-        embed_conversations(twice, model, tokenizer, cache_dir=tmp_path, shard_size=4)
+        embed_conversations(conversations, *reward_model, **options)
     monkeypatch.undo()  # one process alone completes what is there
-    embeddings = embed_conversations(twice, model, tokenizer, cache_dir=tmp_path, shard_size=4)
-    assert (embeddings - one_at_a_time(twice, model, tokenizer)).abs().max() < 1e-5
+    embeddings = embed_conversations(conversations, *reward_model, **options)
+    assert largest_error(embeddings, one_at_a_time(conversations, *reward_model)) < 1e-5
 
 
-# ---- What a model's own scores say ----------------------------------------------------------------------------------
+# ---- The trial, on models that attend in different ways
 
 
 SMALL = dict(
@@ -475,38 +699,27 @@ SMALL = dict(
 )
 LLAMA = dict(SMALL, intermediate_size=48, num_key_value_heads=1, max_position_embeddings=512)
 GEMMA = dict(LLAMA, head_dim=16, sliding_window=400)
-ARCHITECTURES = {  # name -> its configuration and how its states are to be computed
+VISION = dict(
+    hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28
+)
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+SHORT_WINDOW = "Mistral, its window shorter than the text"
+BATCH_DEPENDENT_ROPE = "Phi3, rope that depends on the batch"
+ARCHITECTURES = {  # name -> its configuration and the batching that is right for it, None for any
     "Llama": (LLAMA, "shared"),
-    "Mistral, its window shorter than the text": (dict(LLAMA, sliding_window=8), "rows"),
+    SHORT_WINDOW: (dict(LLAMA, sliding_window=8), "rows"),
     "Mistral, its window longer": (dict(LLAMA, sliding_window=400), "shared"),
     "Gemma2, soft caps": (dict(GEMMA, attn_logit_softcapping=0.5), "rows"),
     "Gemma3, settings nested under text_config": (
-        dict(
-            text_config=GEMMA,
-            vision_config=dict(
-                hidden_size=16,
-                intermediate_size=16,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                image_size=28,
-            ),
-        ),
+        dict(text_config=GEMMA, vision_config=VISION),
         "shared",
     ),
-    "Phi3, rope that depends on the batch": (
-        dict(
-            LLAMA,
-            original_max_position_embeddings=40,
-            rope_scaling={"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8},
-        ),
+    BATCH_DEPENDENT_ROPE: (
+        dict(LLAMA, original_max_position_embeddings=40, rope_scaling=LONGROPE),
         "alone",
     ),
     "Phi3, the same, with a bound among the short": (
-        dict(
-            LLAMA,
-            original_max_position_embeddings=36,
-            rope_scaling={"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8},
-        ),
+        dict(LLAMA, original_max_position_embeddings=36, rope_scaling=LONGROPE),
         "alone",
     ),
     "Jamba, recurrent": (
@@ -567,8 +780,8 @@ ARCHITECTURES = {  # name -> its configuration and how its states are to be comp
 }
 
 
-class Numbers:
-    """A tokenizer of conversations that are numbers of prepared sequences."""
+class NumberTokenizer:
+    """A tokenizer of conversations that are numbers of prepared lists of token ids."""
 
     chat_template = "numbers"
 
@@ -585,22 +798,28 @@ class Numbers:
         return [conversation("the same", str(n)) for n in range(len(self.sequences))]
 
 
-def answers_behind_prompts(lengths=(40, 25, 3), answers=(5, 9, 3, 14), seed=0):
-    chance = np.random.default_rng(seed)
-    prompts = [chance.integers(3, 300, size=n).tolist() for n in lengths]
-    return Numbers(
-        [prompt + chance.integers(3, 300, size=n).tolist() for prompt in prompts for n in answers]
+def answers_behind_prompts(prompt_lengths=(40, 25, 3), answer_lengths=(5, 9, 3, 14), seed=0):
+    """A tokenizer of random prompts, each with random answers behind it."""
+    generator = np.random.default_rng(seed)
+    prompts = [generator.integers(3, 300, size=n).tolist() for n in prompt_lengths]
+    return NumberTokenizer(
+        [
+            prompt + generator.integers(3, 300, size=n).tolist()
+            for prompt in prompts
+            for n in answer_lengths
+        ]
     )
 
 
-def random_checkpoint(folder, name, settings, weights=AutoModelForSequenceClassification):
-    config = getattr(transformers, f"{name.split(',')[0]}Config", None)
-    if config is None:
+def save_random_model(folder, name, settings, model_class=AutoModelForSequenceClassification):
+    """Save a model of an architecture, the first word of `name`, and return its folder."""
+    config_class = getattr(transformers, f"{name.split(',')[0]}Config", None)
+    if config_class is None:
         pytest.skip("not in this version of transformers")
     torch.manual_seed(0)
-    config = config(**settings)
+    config = config_class(**settings)
     config.num_labels = 1
-    model = weights.from_config(config)
+    model = model_class.from_config(config)
     for weight in model.parameters():
         if weight.ndim > 1:
             torch.nn.init.normal_(weight, std=0.2)
@@ -608,41 +827,47 @@ def random_checkpoint(folder, name, settings, weights=AutoModelForSequenceClassi
     return folder
 
 
-def loaded(folder, dtype=None):
-    """The backbone of a checkpoint that has no tokenizer, as load_reward_model would give it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            transformers.AutoTokenizer, "from_pretrained", lambda *arguments, **options: Numbers([])
-        )
-        return load_reward_model(folder, device="cpu", dtype=dtype)[0]
+def load_backbone(folder, dtype=None):
+    """The backbone of a checkpoint that has no tokenizer, as load_reward_model gives it."""
+    return load_reward_model(folder, "cpu", dtype=dtype, tokenizer=NumberTokenizer([]))[0]
 
 
-def last_states(model, sequences):
+def random_model(folder, name, settings=None, dtype=None):
+    """The backbone of a random model of an architecture, by default as in ARCHITECTURES."""
+    settings = settings or ARCHITECTURES[name][0]
+    return load_backbone(save_random_model(folder, name, settings), dtype)
+
+
+def states_one_by_one(model, sequences):
     with torch.no_grad():
-        return torch.cat(
-            [model(input_ids=torch.tensor([ids])).last_hidden_state[:, -1] for ids in sequences]
-        )
+        states = [model(input_ids=torch.tensor([ids])).last_hidden_state for ids in sequences]
+    return torch.cat([state[:, -1] for state in states])
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_models_states_come_out_as_one_by_one_however_it_attends(name, tmp_path, capsys):
-    settings, way = ARCHITECTURES[name]
-    model, tokenizer, about = (
-        loaded(random_checkpoint(tmp_path, name, settings)),
-        answers_behind_prompts(),
-        {},
+    model = random_model(tmp_path, name)
+    tokenizer = answers_behind_prompts()
+    embeddings, record = embed_with_record(
+        tokenizer.conversations(), model, tokenizer, token_budget=300
     )
-    embeddings = embed_conversations(
-        tokenizer.conversations(), model, tokenizer, token_budget=300, about=about
-    )
-    expected = last_states(model, tokenizer.sequences)
-    assert expected.std() > 0.1 and (embeddings - expected).abs().max() < 1e-5
-    assert way in (about["way"], None) and about["score"] < 1e-5
-    assert len(capsys.readouterr().out.splitlines()) == (about["way"] != "shared")
+    expected = states_one_by_one(model, tokenizer.sequences)
+    assert expected.std() > 0.1
+    assert largest_error(embeddings, expected) < 1e-5
+    assert ARCHITECTURES[name][1] in (record["batching"], None)
+    assert record["score_difference"] < 1e-5
+    notes = capsys.readouterr().out.splitlines()
+    assert len(notes) == (0 if record["batching"] == "shared" else 1)
+
+
+def relative_errors(found, expected):
+    found, expected = found.float(), expected.float()
+    return (found - expected).norm(dim=1) / found.norm(dim=1)
 
 
 def test_short_answers_show_what_a_recurrent_model_remembers_of_others(tmp_path):
-    """Those few that share a prompt are short behind it; all others are long, and forget what was before them."""
+    """The few that share a prompt are short behind it; all others are long, and so forget what was
+    before them in the row."""
     settings = dict(
         vocab_size=300,
         hidden_size=32,
@@ -652,15 +877,24 @@ def test_short_answers_show_what_a_recurrent_model_remembers_of_others(tmp_path)
         head_dim=8,
         n_groups=1,
     )
-    model = loaded(
-        random_checkpoint(tmp_path, "Mamba2", settings, transformers.AutoModel), torch.bfloat16
-    )
-    chance = np.random.default_rng(0)
-    of = {n: chance.integers(3, 300, size=n).tolist() for n in range(60, 400, 20)}
-    tokenizer, about = Numbers([*of.values(), *(of[380] + [answer] for answer in range(3, 9))]), {}
-    found = embed_conversations(tokenizer.conversations(), model, tokenizer, about=about).float()
-    off = (found - last_states(model, tokenizer.sequences).float()).norm(dim=1) / found.norm(dim=1)
-    assert about["way"] == "rows" and off.max() < 0.1
+    folder = save_random_model(tmp_path, "Mamba2", settings, transformers.AutoModel)
+    model = load_backbone(folder, torch.bfloat16)
+    generator = np.random.default_rng(0)
+    prompts = [generator.integers(3, 300, size=n).tolist() for n in range(60, 400, 20)]
+    short_answers = [prompts[-2] + [answer] for answer in range(3, 9)]
+    tokenizer = NumberTokenizer(prompts + short_answers)
+    embeddings, record = embed_with_record(tokenizer.conversations(), model, tokenizer)
+    expected = states_one_by_one(model, tokenizer.sequences)
+    assert record["batching"] == "rows"
+    assert relative_errors(embeddings, expected).max() < 0.1
+
+
+def test_in_bfloat16_a_window_that_the_text_just_exceeds_is_noticed(tmp_path):
+    tokenizer = answers_behind_prompts((100, 90, 3))
+    model = random_model(tmp_path, "Mistral", dict(LLAMA, sliding_window=104), torch.bfloat16)
+    embeddings = embed_conversations(tokenizer.conversations(), model, tokenizer)
+    expected = states_one_by_one(model, tokenizer.sequences)
+    assert relative_errors(embeddings, expected).max() < 0.03
 
 
 def test_a_config_that_takes_no_empty_pad_token_is_left_as_it_was(tmp_path):
@@ -674,81 +908,100 @@ def test_a_config_that_takes_no_empty_pad_token_is_left_as_it_was(tmp_path):
         sep_token_id=2,
     )
     del settings["num_key_value_heads"]
-    model, tokenizer = (
-        loaded(random_checkpoint(tmp_path, "ModernBertDecoder", settings)),
-        answers_behind_prompts(),
-    )
-    found = embed_conversations(tokenizer.conversations(), model, tokenizer)
-    assert (
-        found - last_states(model, tokenizer.sequences)
-    ).abs().max() < 1e-5 and model.config.pad_token_id == 0
+    model = random_model(tmp_path, "ModernBertDecoder", settings)
+    tokenizer = answers_behind_prompts()
+    embeddings = embed_conversations(tokenizer.conversations(), model, tokenizer)
+    assert largest_error(embeddings, states_one_by_one(model, tokenizer.sequences)) < 1e-5
+    assert model.config.pad_token_id == 0
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
 def test_a_trial_that_fails_leaves_the_model_as_it_was(checkpoint, monkeypatch, error):
     model, tokenizer = load_reward_model(str(checkpoint), device="cpu")
+    conversations = ragged_conversations(2)
     forward, config = model.forward, model.config.to_dict()
 
-    def full(*arguments, **options):
+    def out_of_memory(*arguments, **options):
         raise error
 
-    model.forward = full
+    model.forward = out_of_memory
     with pytest.raises(type(error)):
-        embed_conversations(ragged_conversations(2), model, tokenizer)
+        embed_conversations(conversations, model, tokenizer)
     model.forward = forward
-    assert model.config.to_dict() == config and not model._forward_hooks
-    monkeypatch.setattr(
-        lore.embedding, "forward_last_states", full
-    )  # of the rows: no reason to take each conversation alone for ever
+    assert model.config.to_dict() == config
+    assert not model._forward_hooks
+
+    # In the rows of the trial: no reason to take each conversation alone from then on.
+    monkeypatch.setattr(lore.batching, "forward_last_states", out_of_memory)
     with pytest.raises(type(error)):
-        embed_conversations(ragged_conversations(2), model, tokenizer)
+        embed_conversations(conversations, model, tokenizer)
     monkeypatch.undo()
-    embed_conversations(ragged_conversations(2), model, tokenizer, about=(about := {}))
-    assert about["way"] == "shared"
+    _, record = embed_with_record(conversations, model, tokenizer)
+    assert record["batching"] == "shared"
 
 
-def test_one_conversation_proves_sharing_for_those_to_come(tmp_path):
-    name = "Mistral, its window shorter than the text"
-    model, tokenizer = (
-        loaded(random_checkpoint(tmp_path, name, ARCHITECTURES[name][0])),
-        answers_behind_prompts(),
-    )
-    found = [
-        embed_conversations(part, model, tokenizer)
-        for conversations in [tokenizer.conversations()]
-        for part in (conversations[3:4], conversations)
-    ]
-    assert (found[1] - last_states(model, tokenizer.sequences)).abs().max() < 1e-5
+def test_a_trial_on_one_conversation_is_right_for_those_to_come(tmp_path):
+    model = random_model(tmp_path, SHORT_WINDOW)
+    tokenizer = answers_behind_prompts()
+    conversations = tokenizer.conversations()
+    embed_conversations(conversations[3:4], model, tokenizer)
+    embeddings = embed_conversations(conversations, model, tokenizer)
+    assert largest_error(embeddings, states_one_by_one(model, tokenizer.sequences)) < 1e-5
 
 
-def test_a_proof_is_made_once_a_cache_and_for_longer_texts_again(
+def test_a_trial_of_long_texts_is_made_again_for_short_ones_among_them(tmp_path):
+    model = random_model(tmp_path, BATCH_DEPENDENT_ROPE)
+    tokenizer = answers_behind_prompts((60, 50, 3))
+    conversations = tokenizer.conversations()
+    embed_conversations(conversations[:8], model, tokenizer)
+    embeddings = embed_conversations(conversations, model, tokenizer)
+    assert largest_error(embeddings, states_one_by_one(model, tokenizer.sequences)) < 1e-5
+
+
+def test_a_trial_is_made_once_a_cache_and_again_for_longer_texts(
     reward_model, checkpoint, tmp_path, monkeypatch
 ):
-    made, proof = [], lore.embedding.choose_batching
-    monkeypatch.setattr(
-        lore.embedding,
-        "choose_batching",
-        lambda model, sequences: made.append(1) or proof(model, sequences),
-    )
-    conversations, tokenizer = (
-        [*ragged_conversations(4), conversation("a longer one " * 99, "yes")],
-        reward_model[1],
-    )
-    for some in (conversations[:-1], conversations[:-1], conversations[1:-1], conversations):
+    choose_batching = lore.batching_trial.choose_batching
+    trials = []
+
+    def counted(model, sequences):
+        trials.append(len(sequences))
+        return choose_batching(model, sequences)
+
+    monkeypatch.setattr(lore.batching_trial, "choose_batching", counted)
+    longer = conversation("a longer one " * 99, "yes")
+    conversations = ragged_conversations(4)
+    _, tokenizer = reward_model
+    for some in (conversations, conversations, conversations[1:], [*conversations, longer]):
         model, _ = load_reward_model(str(checkpoint), device="cpu")
         embed_conversations(some, model, tokenizer, cache_dir=tmp_path)
         embed_conversations(some[:1], model, tokenizer, cache_dir=tmp_path)
-    assert len(made) == 2
+    assert len(trials) == 2
 
 
-def test_a_model_whose_own_score_is_another_is_refused(reward_model, monkeypatch, checkpoint):
+@pytest.mark.parametrize("content", ["", '{"batching": "shared"}', '{"batching', "other"])
+def test_a_damaged_file_of_the_trial_is_made_again(reward_model, tmp_path, content):
+    model, _ = reward_model
+    conversations = ragged_conversations(3)
+    embeddings = embed_conversations(conversations, *reward_model, cache_dir=tmp_path)
+    (path,) = tmp_path.glob(f"*/{lore.batching_trial.TRIAL_FILE}")
+    whole = path.read_text()
+    path.write_text(whole.replace("shared", "none known") if content == "other" else content)
+    lore.batching_trial.KEPT_TRIALS.pop(model)  # as in another process
+    again = embed_conversations(conversations, *reward_model, cache_dir=tmp_path)
+    assert torch.equal(again, embeddings)
+    assert json.loads(path.read_text()).keys() == json.loads(whole).keys()
+    assert json.loads(path.read_text())["batching"] == "shared"
+
+
+def test_a_model_with_another_score_than_phi_times_head_is_refused(checkpoint, monkeypatch):
     model, tokenizer = load_reward_model(str(checkpoint), device="cpu")
     forward = transformers.LlamaForSequenceClassification.forward
 
     def biased(*arguments, **options):
-        found = forward(*arguments, **options)
-        found.logits = found.logits + 1
-        return found
+        output = forward(*arguments, **options)
+        output.logits = output.logits + 1
+        return output
 
     monkeypatch.setattr(transformers.LlamaForSequenceClassification, "forward", biased)
     with input_error(str(checkpoint), "score", "head"):
@@ -764,55 +1017,84 @@ def test_a_pad_token_that_ends_the_template_leaves_phi_the_last_tokens(
     (folder / "config.json").write_text(json.dumps(config))
     conversations = ragged_conversations(3)
     embeddings = embed_conversations(conversations, *load_reward_model(str(folder), device="cpu"))
-    (line,) = capsys.readouterr().out.splitlines()
-    assert (
-        "pad token" in line
-        and (embeddings - one_at_a_time(conversations, *reward_model)).abs().max() < 1e-5
-    )
+    notes = capsys.readouterr().out.splitlines()
+    assert len(notes) == 1
+    assert "pad token" in notes[0]
+    assert largest_error(embeddings, one_at_a_time(conversations, *reward_model)) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "rename",
-    [
-        lambda name: f"module.{name}",
-        lambda name: f"_orig_mod.{name}",
-        lambda name: name.replace("layers.1.mlp.up", "elsewhere"),
-    ],
-)
-def test_a_backbone_whose_weights_are_not_all_there_is_refused(checkpoint, tmp_path, rename):
-    folder = shutil.copytree(checkpoint, tmp_path / "model")
-    tensors = {
-        rename(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()
+def test_embeddings_come_with_a_record_of_what_they_depend_on(reward_model):
+    conversations = ragged_conversations(2)
+    options = dict(token_budget=77)
+    embeddings, record = embed_with_record(conversations, *reward_model, **options)
+    assert torch.equal(embeddings, embed_conversations(conversations, *reward_model, **options))
+    assert json.loads(json.dumps(record)) == record
+    expected = {
+        "device": "cpu",
+        "torch": torch.__version__,
+        "attention": "sdpa",
+        "dtype": "torch.float32",
+        "token_budget": 77,
+        "date": "2024-07-26",
+        "batching": "shared",
     }
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with input_error(str(folder), "weights"):
-        load_reward_model(str(folder), device="cpu")
+    assert record.items() >= expected.items()
+    assert 0 <= record["shared_difference"] < 1e-5
+    assert 0 < record["rows_difference"] < 1e-5
 
 
-def test_embeddings_record_what_they_depend_on(reward_model):
-    about = {}
-    embed_conversations(ragged_conversations(2), *reward_model, token_budget=77, about=about)
-    assert json.loads(json.dumps(about)) == about
-    assert (
-        about.items()
-        >= {
-            "device": "cpu",
-            "torch": torch.__version__,
-            "attention": "sdpa",
-            "dtype": "torch.float32",
-            "token_budget": 77,
-            "date": "2024-07-26",
-            "way": "shared",
-        }.items()
-    )
-    assert 0 <= about["shared"] < 1e-5 and 0 < about["rows"] < 1e-5
+# ---- Templates and tokens
 
 
-# ---- Templates and tokens -------------------------------------------------------------------------------------------
+def ids_of_whole_text(messages, tokenizer):
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_special_tokens_are_there_once(reward_model):
+    _, tokenizer = reward_model
+    (ids,) = tokenize_conversations([conversation("hello", "there")], tokenizer)
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|begin_of_text|>")) == 1
+    assert ids[-1] == tokenizer.convert_tokens_to_ids("<|eot_id|>")
+
+
+def test_sequences_sort_as_lists_of_their_ids():
+    generator = np.random.default_rng(0)
+    values = [0, 1, 255, 256, 65535, 65536, 2**31, 2**32 - 1]
+    lists = [generator.choice(values, generator.integers(0, 5)).tolist() for _ in range(300)]
+    assert sorted(map(to_sequence, lists)) == [to_sequence(ids) for ids in sorted(lists)]
+
+
+def test_equal_conversations_are_formatted_and_tokenized_once(reward_model, monkeypatch):
+    model, tokenizer = reward_model
+    distinct = [conversation(f"hello {n}", "there") for n in range(7)]
+    distinct.append([{**message, "role": "user"} for message in distinct[0]])  # roles count
+    conversations = copy.deepcopy(distinct * 40)
+    template = tokenizer.apply_chat_template
+    formatted = []
+
+    def recorded(messages, **options):
+        formatted.append(messages)
+        return template(messages, **options)
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", recorded)
+    embeddings = embed_conversations(conversations, model, tokenizer)
+    assert formatted == distinct
+    monkeypatch.undo()
+    assert largest_error(embeddings[:8], one_at_a_time(distinct, model, tokenizer)) < 1e-5
+    assert torch.equal(embeddings, embeddings[:8].repeat(40, 1))
+
+
+def test_messages_that_hold_lists_are_embedded_as_well(reward_model):
+    plain = conversation("hello", "there")
+    with_list = [{**message, "tool_calls": []} for message in plain]
+    embeddings = embed_conversations([with_list, plain, with_list], *reward_model)
+    expected = one_at_a_time([plain], *reward_model)
+    assert largest_error(embeddings, expected.expand(3, -1)) < 1e-5
 
 
 def test_pieces_between_special_tokens_give_the_tokens_of_the_whole_text(reward_model):
-    tokenizer = reward_model[1]
+    _, tokenizer = reward_model
     texts = [
         "",
         " ",
@@ -820,19 +1102,19 @@ def test_pieces_between_special_tokens_give_the_tokens_of_the_whole_text(reward_
         "  two  spaces\n\n",
         "a <|eot_id|> in the text",
         "<|eot_id|><|pad|>",
-        "\u00e9t\u00e9",
+        "été",
         "123",
     ]
-    conversations = [conversation(a, b) for a in texts for b in texts] * 5  # more than a chunk
+    conversations = [conversation(a, b) for a in texts for b in texts] * 5
+    assert len(conversations) > lore.conversations.TEXTS_AT_ONCE
     found = tokenize_conversations(conversations, tokenizer)
-    for ids, messages in zip(found, conversations, strict=True):
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-        assert ids == tokenizer(text, add_special_tokens=False).input_ids
+    assert found == [ids_of_whole_text(messages, tokenizer) for messages in conversations]
 
 
 def test_a_tokenizer_that_sees_beyond_special_tokens_gets_whole_texts():
-    class Lengths:
-        chat_template, added_tokens_decoder = "", {0: transformers.AddedToken("|")}
+    class LengthTokenizer:
+        chat_template = ""
+        added_tokens_decoder = {0: transformers.AddedToken("|")}
 
         def apply_chat_template(self, conversation, **options):
             return "|".join(message["content"] for message in conversation)
@@ -840,9 +1122,8 @@ def test_a_tokenizer_that_sees_beyond_special_tokens_gets_whole_texts():
         def __call__(self, texts, **options):
             return {"input_ids": [[len(text)] for text in texts]}
 
-    assert tokenize_conversations(
-        [conversation("hello", "you"), conversation("a", "b")], Lengths()
-    ) == [[9], [3]]
+    conversations = [conversation("hello", "you"), conversation("a", "b")]
+    assert tokenize_conversations(conversations, LengthTokenizer()) == [[9], [3]]
 
 
 def test_ids_are_those_of_whole_texts_with_a_slow_tokenizer_and_one_saved_with_truncation(
@@ -850,25 +1131,18 @@ def test_ids_are_those_of_whole_texts_with_a_slow_tokenizer_and_one_saved_with_t
 ):
     _, tokenizer = load_reward_model(str(checkpoint), device="cpu")
     conversations = [conversation(f"hello {n % 3}", "there it is " * 9) for n in range(300)]
-    expected = [
-        tokenizer(tokenizer.apply_chat_template(one, tokenize=False), add_special_tokens=False)[
-            "input_ids"
-        ]
-        for one in conversations
-    ]
+    expected = [ids_of_whole_text(messages, tokenizer) for messages in conversations]
 
-    class Slow:
-        chat_template, added_tokens_decoder = (
-            tokenizer.chat_template,
-            tokenizer.added_tokens_decoder,
-        )
+    class SlowTokenizer:
+        chat_template = tokenizer.chat_template
+        added_tokens_decoder = tokenizer.added_tokens_decoder
         apply_chat_template = staticmethod(tokenizer.apply_chat_template)
 
         def __call__(self, texts, **options):
             assert texts
             return tokenizer(texts, **options)
 
-    assert tokenize_conversations(conversations, Slow()) == expected
+    assert tokenize_conversations(conversations, SlowTokenizer()) == expected
     tokenizer.backend_tokenizer.enable_truncation(8)
     assert tokenize_conversations(conversations, tokenizer) == expected
 
@@ -876,99 +1150,82 @@ def test_ids_are_those_of_whole_texts_with_a_slow_tokenizer_and_one_saved_with_t
 @pytest.mark.parametrize(
     "flag, text", [("single_word", "xfoo y"), ("lstrip", "a   foo b"), ("rstrip", "a foo   b")]
 )
-def test_a_token_that_takes_in_what_stands_beside_it_is_met_late_as_well(checkpoint, flag, text):
+def test_a_token_that_takes_in_what_is_beside_it_is_met_late_as_well(checkpoint, flag, text):
     _, tokenizer = load_reward_model(str(checkpoint), device="cpu")
     tokenizer.add_tokens([transformers.AddedToken("foo", **{flag: True})])
     late = conversation(text, "ok")
-    expected = tokenizer(
-        tokenizer.apply_chat_template(late, tokenize=False), add_special_tokens=False
-    )["input_ids"]
-    assert (
-        tokenize_conversations(
-            [*(conversation(f"q{n}", "ok") for n in range(256)), late], tokenizer
-        )[-1]
-        == expected
-    )
+    before = [conversation(f"q{n}", "ok") for n in range(lore.conversations.TEXTS_AT_ONCE)]
+    found = tokenize_conversations([*before, late], tokenizer)
+    assert found[-1] == ids_of_whole_text(late, tokenizer)
 
 
-def test_a_conversation_of_one_token_is_right_in_a_batch_of_its_own(reward_model):
-    model, alone = reward_model[0], np.array([3], ">u4").tobytes()
-    found, expected = (
-        next(lore.embedding.last_states(model, [(None, [alone], None)], way, 99))[1]
-        for way in ("shared", "alone")
-    )
-    assert torch.equal(found, expected)
-
-
-def test_todays_date_and_the_template_named_default_are_the_ones(reward_model, checkpoint):
+def test_a_template_gets_a_fixed_date(checkpoint):
     _, tokenizer = load_reward_model(str(checkpoint), device="cpu")
-    expected = tokenize_conversations([conversation("26 Jul 2024, 2024-07-26", "x")], tokenizer)
+    (expected,) = tokenize_conversations([conversation("26 Jul 2024, 2024-07-26", "x")], tokenizer)
     dates = "strftime_now('%d %b %Y') + ', ' + strftime_now(\"%Y-%m-%d\")"
-    shout = tokenizer.chat_template.replace("message['content']", dates, 1)
-    tokenizer.chat_template = {"default": "{% set m = messages %}" + shout, "tools": "{{ 1 }}"}
+    tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", dates, 1)
     (dated,) = tokenize_conversations([conversation("x", "y")], tokenizer)
-    assert (
-        tokenizer.decode(dated).count("26 Jul 2024, 2024-07-26") == 2
-        and expected[0][:8] == dated[:8]
-    )
-    tokenizer.chat_template = {"tools": shout}
-    with input_error("default"):
-        tokenize_conversations([conversation("x", "y")], tokenizer)
+    assert tokenizer.decode(dated).count("26 Jul 2024, 2024-07-26") == 2
+    assert expected[:8] == dated[:8]
 
 
-def test_a_token_outside_the_embedding_table_is_named(reward_model, checkpoint):
-    model, tokenizer = load_reward_model(str(checkpoint), device="cpu")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
-    with input_error("new", str(len(tokenizer) - 1), str(model.config.vocab_size)):
-        embed_conversations(
-            [conversation("hi", "you"), conversation("<|new|>", "it is")], model, tokenizer
-        )
+def test_of_several_templates_the_one_named_default_is_taken(checkpoint):
+    _, tokenizer = load_reward_model(str(checkpoint), device="cpu")
+    conversations = [conversation("x", "y")]
+    expected = tokenize_conversations(conversations, tokenizer)
+    template = tokenizer.chat_template
+    tokenizer.chat_template = {"default": template, "tools": "{{ 1 }}"}
+    assert tokenize_conversations(conversations, tokenizer) == expected
+    tokenizer.chat_template = {"tools": template}
+    with input_error("tools", "default"):
+        tokenize_conversations(conversations, tokenizer)
 
 
-# ---- Which checkpoint it is -----------------------------------------------------------------------------------------
+# ---- Which checkpoint it is
 
 
 def test_identity_is_of_the_contents_and_says_which_part_differs(checkpoint, tmp_path, monkeypatch):
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     known = model_identity("model")
-    assert known == model_identity(folder) == model_identity(str(checkpoint)) and set(known) == {
-        "weights",
-        "tokenizer",
-    }
-    templates = [
-        path
-        for path in (folder / "chat_template.jinja", folder / "tokenizer_config.json")
-        if path.exists()
-    ]
-    templates[0].write_text(templates[0].read_text().replace("assistant", "critic"))
+    assert known.keys() == {"weights", "tokenizer"}
+    assert known == model_identity(folder) == model_identity(str(checkpoint))
+
+    names = ("chat_template.jinja", "tokenizer_config.json")
+    template = next(folder / name for name in names if (folder / name).exists())
+    template.write_text(template.read_text().replace("assistant", "critic"))
     edited = model_identity("model")
-    assert edited["weights"] == known["weights"] and edited["tokenizer"] != known["tokenizer"]
+    assert edited["weights"] == known["weights"]
+    assert edited["tokenizer"] != known["tokenizer"]
+
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][7] += 1
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     retrained = model_identity("model")
-    assert (
-        retrained["weights"] != known["weights"] and retrained["tokenizer"] == edited["tokenizer"]
-    )
+    assert retrained["weights"] != known["weights"]
+    assert retrained["tokenizer"] == edited["tokenizer"]
 
 
 def test_digests_of_files_are_remembered_until_the_files_change(checkpoint, tmp_path, monkeypatch):
-    read, digest_of, folder = (
-        [],
-        lore.files.digest_of,
-        shutil.copytree(checkpoint, tmp_path / "model"),
-    )
-    monkeypatch.setattr(
-        lore.reward_model, "digest_of", lambda content: read.append(content) or digest_of(content)
-    )
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    weights = folder / "model.safetensors"
+    digest_of = lore.files.digest_of
+    digested = []
+
+    def recorded(content):
+        digested.append(content)
+        return digest_of(content)
+
+    monkeypatch.setattr(lore.reward_model, "digest_of", recorded)
     first = model_identity(folder, tmp_path)
-    assert folder / "model.safetensors" in read
-    read.clear()
-    monkeypatch.setattr(lore.reward_model, "_known_digests", {})  # another process
-    assert model_identity(folder, tmp_path) == first and folder / "model.safetensors" not in read
-    os.utime(folder / "model.safetensors")
-    assert model_identity(folder, tmp_path) == first and folder / "model.safetensors" in read
+    assert weights in digested
+    digested.clear()
+    monkeypatch.setattr(lore.reward_model, "_known_digests", {})  # as in another process
+    assert model_identity(folder, tmp_path) == first
+    assert weights not in digested
+    os.utime(weights)
+    assert model_identity(folder, tmp_path) == first
+    assert weights in digested
 
 
 def test_a_checkpoint_in_the_hubs_cache_is_found_offline_and_named_by_its_blobs(
@@ -982,25 +1239,27 @@ def test_a_checkpoint_in_the_hubs_cache_is_found_offline_and_named_by_its_blobs(
     for number, path in enumerate(sorted(checkpoint.iterdir())):
         shutil.copy(path, repository / "blobs" / f"{number:064}")
         (snapshot / path.name).symlink_to(repository / "blobs" / f"{number:064}")
-    status, out, err = outcome(
-        fresh_process(
-            """if True:
+    code = """if True:
         import sys
         from pathlib import Path
-        from lore.embedding import embed_conversations
+        from lore.embedding import embed_distinct
         from lore.files import load_json
         from lore.reward_model import load_reward_head, load_reward_model, model_identity
         from utils import InputError
         model, tokenizer = load_reward_model("some/model", device="cpu")
         chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "there"}]
-        about, first = {}, model_identity("some/model", sys.argv[1])
-        states = embed_conversations([chat], model, tokenizer, cache_dir=sys.argv[1], about=about)
+        model_identity("some/model", sys.argv[1])
+        states, _, record = embed_distinct([chat], model, tokenizer, cache_dir=sys.argv[1])
         reward = float(states.float() @ load_reward_head("some/model"))
-        print(reward, about["score"], load_json(Path(sys.argv[1], "digests.json")))
+        digests = load_json(Path(sys.argv[1], "digests.json"))
+        print(reward, record["score_difference"], digests)
         try:
             load_reward_head("some/other")
         except InputError as error:
-            print(error)""",
+            print(error)"""
+    status, out, err = outcome(
+        fresh_process(
+            code,
             tmp_path,
             HF_HUB_CACHE=str(tmp_path / "hub"),
             HF_HUB_OFFLINE="1",
@@ -1009,104 +1268,11 @@ def test_a_checkpoint_in_the_hubs_cache_is_found_offline_and_named_by_its_blobs(
     )
     assert status == 0, err
     found, missing = out.splitlines()
+    reward, score_difference, *_ = found.split()
     whole = AutoModelForSequenceClassification.from_pretrained(checkpoint)
-    ids = torch.tensor(
-        tokenize_conversations(
-            [conversation("hello", "there")], load_reward_model(str(checkpoint))[1]
-        )
-    )
-    assert (
-        float(found.split()[0]) == pytest.approx(whole(ids).logits.item(), abs=1e-4)
-        and "0" * 63 in found
-    )
+    _, tokenizer = load_reward_model(str(checkpoint))
+    ids = torch.tensor(tokenize_conversations([conversation("hello", "there")], tokenizer))
+    assert float(reward) == pytest.approx(whole(ids).logits.item(), abs=1e-4)
+    assert float(score_difference) < 1e-4
+    assert "0" * 63 in found
     assert "some/other" in missing
-
-
-# ---- A run that is killed -------------------------------------------------------------------------------------------
-
-
-def test_a_run_killed_at_any_moment_loses_at_most_a_shard(checkpoint, reward_model, tmp_path):
-    code = """if True:
-        import json, sys, lore.embedding, lore.reward_model, utils
-        model, tokenizer = lore.reward_model.load_reward_model(sys.argv[1], device="cpu")
-        lore.embedding.embed_conversations(json.load(open(sys.argv[2])), model, tokenizer, sys.argv[3], shard_size=8)"""
-    conversations = ragged_conversations(100)
-    (tmp_path / "texts.json").write_text(json.dumps(conversations))
-    chance, cache = random.Random(0), tmp_path / "cache"
-
-    def shards():
-        return {path: path.read_bytes() for path in cache.glob("*/*.safetensors")}
-
-    for _ in range(3):
-        before = shards()
-        run = start_code(code, ROOT, checkpoint, tmp_path / "texts.json", cache)
-        more = len(before) + chance.randrange(1, 9)
-        while run.running() and len(shards()) < more:
-            time.sleep(0.001)
-        run.kill()
-        assert before.items() <= shards().items()
-    done = sum(len(lore.files.load_tensors(path)[0]["embeddings"]) for path in shards())
-    assert done >= 8 * 3
-    embeddings = embed_conversations(conversations, *reward_model, cache_dir=cache, shard_size=8)
-    assert (embeddings - one_at_a_time(conversations, *reward_model)).abs().max() < 1e-5
-    assert before.items() <= shards().items()  # none was made again
-
-
-def test_a_proof_of_long_texts_is_made_again_for_short_ones_among_them(tmp_path):
-    name = "Phi3, rope that depends on the batch"
-    tokenizer = answers_behind_prompts((60, 50, 3))
-    model, conversations = (
-        loaded(random_checkpoint(tmp_path, name, ARCHITECTURES[name][0])),
-        tokenizer.conversations(),
-    )
-    embed_conversations(conversations[:8], model, tokenizer)
-    found = embed_conversations(conversations, model, tokenizer)
-    assert (found - last_states(model, tokenizer.sequences)).abs().max() < 1e-5
-
-
-def test_in_bfloat16_a_window_that_the_text_just_exceeds_is_noticed(tmp_path):
-    name, tokenizer = (
-        "Mistral, its window shorter than the text",
-        answers_behind_prompts((100, 90, 3)),
-    )
-    model = loaded(
-        random_checkpoint(tmp_path, name, dict(LLAMA, sliding_window=104)), torch.bfloat16
-    )
-    found = embed_conversations(tokenizer.conversations(), model, tokenizer).float()
-    off = (found - last_states(model, tokenizer.sequences).float()).norm(dim=1) / found.norm(dim=1)
-    assert off.max() < 0.03
-
-
-def test_a_damaged_proof_is_made_again(reward_model, tmp_path):
-    model, tokenizer = reward_model
-    conversations, found = ragged_conversations(3), []
-    for content in ("", '{"way": "shared"}', '{"way'):
-        for path in tmp_path.glob("*/proof.json"):
-            path.write_text(content)
-        vars(model).pop("reward_proofs", None)
-        found.append(embed_conversations(conversations, model, tokenizer, cache_dir=tmp_path))
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-
-
-def test_a_config_of_fewer_layers_than_the_weights_is_refused(checkpoint, tmp_path):
-    folder = shutil.copytree(checkpoint, tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
-    with input_error(str(folder), "layers.2"):
-        load_reward_model(str(folder), device="cpu")
-
-
-@pytest.mark.parametrize(
-    "conversations",
-    [
-        [[]],
-        ["hello"],
-        conversation("not", "in a list"),
-        [[{"role": "user"}]],
-        [[{"role": "user", "content": None}]],
-    ],
-    ids=str,
-)
-def test_what_is_no_list_of_messages_is_refused(reward_model, conversations):
-    with input_error("not a list of messages"):
-        embed_conversations(conversations, *reward_model)

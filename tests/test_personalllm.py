@@ -415,7 +415,7 @@ def test_ctrl_c_in_the_embedding_says_that_a_second_run_resumes(monkeypatch, cap
     def stop(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lore.scripts, "embed_conversations", stop)
+    monkeypatch.setattr(lore.scripts, "embed_distinct", stop)
     data = data_of(tmp_path / "data", ran, 2)
     arguments = ["--data", data, "--model", ran.model, "--dir", tmp_path]
     interrupted(monkeypatch, capsys, script("prepare"), *arguments)

@@ -635,7 +635,7 @@ def test_ctrl_c_in_the_embedding_says_that_a_second_run_resumes(monkeypatch, cap
     def stop(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lore.scripts, "embed_conversations", stop)
+    monkeypatch.setattr(lore.scripts, "embed_distinct", stop)
     interrupted(monkeypatch, capsys, script(GENERATE), "--dir", tmp_path, "--model", ran.model)
     assert not list(tmp_path.glob("*.pkl"))
 
