@@ -368,9 +368,7 @@ def save_embeddings(
     table: bfloat16 `[distinct, d]`; rows: int64 `[2 * comparisons]`, the row of each conversation
     there, in the order of `conversations_of`.
     """
-    vectors = (
-        table.unbind()
-    )  # (d,) each; equal conversations share one, which the pickle holds once
+    vectors = table.unbind()  # (d,) each; one that conversations share is pickled once
     next_row = iter(rows.tolist())
     content = {}
     for worker, comparisons in by_worker.items():

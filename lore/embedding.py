@@ -263,8 +263,8 @@ def embed_distinct(
 ) -> DistinctEmbeddings:
     """As `embed_conversations`, but equal conversations share a row of what is returned.
 
-    The record is a dict of JSON values: device, torch, attention, dtype, token_budget, date (of the chat
-    template) and the fields of `lore.batching_trial.BatchingTrial`.
+    The record is a dict of JSON values: device, torch, attention, dtype, token_budget, date (of
+    the chat template) and the fields of `lore.batching_trial.BatchingTrial`.
     """
     settings = dict(
         token_budget=token_budget,

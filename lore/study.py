@@ -32,15 +32,15 @@ class Study:
     train_unseen: Features
     test_unseen: Features
     reward_head: torch.Tensor  # (d, 1), float32
-    prompts: dict[str, list[list[Hashable]]] = field(
-        default_factory=dict
-    )  # equal for equal prompts
-    texts: dict[str, list[list[tuple[str, str]]]] = field(default_factory=dict)  # chosen, rejected
-    # The number of the conversation that a pair is from, int64 `[m_i]`, counted from 0 for each user.
-    # Such pairs belong together: they are held out together, and a shot is a whole group.
+
+    # Of each pair a value that is equal for equal prompts: a text, a digest or a number.
+    prompts: dict[str, list[list[Hashable]]] = field(default_factory=dict)
+    # Of each pair the two answers: chosen, rejected.
+    texts: dict[str, list[list[tuple[str, str]]]] = field(default_factory=dict)
+    # The number of the conversation that each pair is from, int64 `[m_i]`, counted from 0 for each
+    # user. Such pairs belong together: they are held out together, and a shot is a whole group.
     groups: dict[str, list[torch.Tensor]] = field(default_factory=dict)
-    # JSON values, written into every result: the model and the data that the embeddings are of,
-    # their `identity`, how they were made.
+    # JSON values about the embeddings: the model, the data, their `identity`, how they were made.
     provenance: dict = field(default_factory=dict)
 
     def features(self) -> dict[str, Features]:

@@ -335,8 +335,8 @@ def memory_of(sizes, ranks, pipeline, alpha):
 
 def memory():
     print(
-        f"\nPeak memory of the pipelines (3 iterations)\n{'':<52} {'peak':>9}    {'features':>9}    "
-        f"{'(peak - allowed) / features':<22} target"
+        "\nPeak memory of the pipelines (3 iterations)\n"
+        f"{'':<52} {'peak':>9}    {'features':>9}    {'(peak - allowed) / features':<22} target"
     )
     tldr = [
         [
