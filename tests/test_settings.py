@@ -74,10 +74,11 @@ def test_the_cpu_is_always_there():
 
 RELEASED_NAMES = """
     np torch nn optim F random device run run_regularized run_few_shot_vary_shots LoRe
-    LoRe_regularized PersonalizeBatch solve solve_regularized solve_regularized_simplex learn_multiple_few_shot
-    learn_multiple learn_single_reward learn_single_reward_regularized evaluate_model eval_multiple
-    sample_shots simulate_user simulate_population generate_population generate_popupulation
-    create_sparse_tensor create_dataset_prism create_dataset_prism_shots
+    LoRe_regularized PersonalizeBatch solve solve_regularized solve_regularized_simplex
+    learn_multiple_few_shot learn_multiple learn_single_reward learn_single_reward_regularized
+    evaluate_model eval_multiple sample_shots simulate_user simulate_population
+    generate_population generate_popupulation create_sparse_tensor create_dataset_prism
+    create_dataset_prism_shots
 """
 OUR_NAMES = "Pairs InputError sweep Fit check_features check_matrix check_whole"
 
