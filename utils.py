@@ -428,8 +428,9 @@ class LoRe(nn.Module):
     The loss (`forward`) is the sum over users of the user's mean negative log-likelihood, plus
     alpha * sum_j |V_j - V_sft|^2. One Adam changes W and V together.
 
-    A subclass that overrides `forward` is trained by autograd on its own loss; without that,
-    `train` takes the engine below, which computes the same derivatives many times faster.
+    A subclass that overrides `forward` is trained by autograd on its own loss. Otherwise `train`
+    takes the engine below, which computes the same derivatives many times faster and does not call
+    `forward`.
 
     V_sft: the reward head `[d, 1]`; None if alpha is 0. num_classes: the number N of users.
     num_features: d. num_basis_vectors: K. seed: None takes torch's own generator, as released.
@@ -525,7 +526,10 @@ class LoRe(nn.Module):
 
 
 def _total(loss: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """What is minimised of the value of a `forward`: the loss itself, or nll + penalty."""
+    """What is minimised of the value of a `forward`: the loss itself, or nll + penalty.
+
+    Further parts, such as the entropy of `LoRe_regularized`, are reported and not minimised.
+    """
     if isinstance(loss, torch.Tensor):
         return loss
     nll, penalty, *_ = loss
@@ -541,7 +545,9 @@ class LoRe_regularized(LoRe):
     iteration takes one Adam step on W with V fixed, then one on V with the new W fixed.
 
     The logits start from U(0, 1). `train` leaves out the columns whose largest user weight is
-    below `threshold`; 0 keeps all. Otherwise as `LoRe`.
+    below `threshold`; 0 keeps all. The other arguments are those of `LoRe`.
+
+    A subclass overrides `forward(X, alpha_t)`; it is called with alpha_t = 0 for the step on W.
     """
 
     regularized = True
@@ -617,7 +623,9 @@ def prune(w: torch.Tensor, V: torch.Tensor, threshold: float) -> tuple[torch.Ten
     w: `[N, K]`; V: `[d, K]`. Returns both with the columns that are left.
     """
     largest = w.max(0).values  # (K,)
-    keep = largest >= largest.max().clamp(max=threshold)
+    keep = largest >= threshold
+    if not keep.any():
+        keep = largest == largest.max()
     return w[:, keep], V[:, keep]
 
 
@@ -626,8 +634,8 @@ class PersonalizeBatch(nn.Module):
 
     The loss (`forward`) is the sum over users of the user's mean negative log-likelihood; Adam
     changes the logits `W` `[N, K]`, which start from N(0, 1). Arguments and subclasses as of
-    `LoRe`. `lore.questions.fit_new_user` is the other fit, closed and with an uncertainty; this
-    one is the released one, which the pipelines report.
+    `LoRe`. This is the released fit, which the pipelines report; `lore.questions.fit_new_user` is
+    another, in closed form and with an uncertainty.
     """
 
     def __init__(
@@ -700,10 +708,17 @@ class PersonalizeBatch(nn.Module):
 # N users have M pairs in all; G members of the sweep have C columns in all.
 # ---------------------------------------------------------------------------------------------
 
-KERNEL_NUMBERS = 2**22  # in the pairs; with so many the kernel pays for its compilation (seconds)
-KERNEL_BLOCK = 1024  # numbers of a pair that it takes at a time: four pairs' fit the first cache
-CHECKPOINT_SECONDS = 60  # of training, the most that an interruption loses
+LEARNING_RATE = 0.5  # of both trainings, as released
+FEW_SHOT_LEARNING_RATE = 0.1  # after `LoRe`
+FEW_SHOT_LEARNING_RATE_REGULARIZED = 0.5  # after `LoRe_regularized`
 FEW_SHOT_ITERATIONS = 500
+
+# What a member draws random numbers for; each purpose has a generator of its own.
+START, FEW_SHOT_START, SHOTS = 0, 1, 2
+
+KERNEL_NUMBERS = 2**22  # in the pairs; with so many the kernel pays for its compilation (seconds)
+KERNEL_BLOCK = 1024  # numbers of a pair that it takes at a time: those of four fit the L1 cache
+CHECKPOINT_SECONDS = 60  # of training, the most that an interruption loses
 
 # torch has a fused Adam on the CPU from 2.6 on.
 FUSED_ADAM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
@@ -718,7 +733,7 @@ class Member:
     seed: int | None = None  # None: torch's own generator
 
     def generator(self, purpose: int) -> torch.Generator | None:
-        """A generator for one purpose (0: the start of a training, 1: that of a few-shot fit, ..).
+        """A generator for one purpose: START, FEW_SHOT_START, or SHOTS plus a number.
 
         It is the member's own, so that its numbers do not depend on the other members.
         """
@@ -730,14 +745,14 @@ class Member:
 
     def start(self, N: int, d: int, regularized: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits `[N, K]` and basis `[K, d]` that a training starts from."""
-        generator = self.generator(0)
+        generator = self.generator(START)
         draw_logits = torch.rand if regularized else torch.randn
         W = draw_logits(N, self.K, generator=generator)
         return W, torch.randn(self.K, d, generator=generator)
 
     def few_shot_start(self, N: int) -> torch.Tensor:
         """Logits `[N, K]` that a few-shot fit starts from."""
-        return torch.randn(N, self.K, generator=self.generator(1))
+        return torch.randn(N, self.K, generator=self.generator(FEW_SHOT_START))
 
 
 class Checkpoint(Protocol):
@@ -771,7 +786,7 @@ class Likelihood:
     ) -> None:
         self.counts = torch.tensor(counts, device=device)
         self.sizes = list(sizes)
-        self.threads = torch.get_num_threads()
+        self.threads = torch.get_num_threads()  # before `_one_torch_thread` limits them
         users = torch.arange(len(counts), device=device)
         self.user = users.repeat_interleave(self.counts)  # (M,) of each pair
         pairs = self.counts if total is None else torch.full_like(self.counts, total)
@@ -793,16 +808,19 @@ class Likelihood:
         return -(self.weight[self.user, None] * F.logsigmoid(self.margins(P, w))).sum(0)
 
     def residuals(self, P: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        """The loss derived by x V w_i of each pair, for each column of its member: `[M, C]`."""
+        """The derivative of the loss with respect to x V w_i of each pair, `[M, C]`.
+
+        It stands in each column of its member.
+        """
         missing = torch.sigmoid(-self.margins(P, w))  # (M, G): 1 - P(chosen beats rejected)
         return (-self.weight[self.user, None] * missing / TEMPERATURE)[:, self.member]
 
     def grad_w(self, P: torch.Tensor, residuals: torch.Tensor) -> torch.Tensor:
-        """The loss derived by the user weights: `[N, C]`."""
+        """The derivative with respect to the user weights: `[N, C]`."""
         return torch.segment_reduce(residuals * P, "sum", lengths=self.counts, axis=0)
 
     def grad_logits(self, w: torch.Tensor, grad_w: torch.Tensor) -> torch.Tensor:
-        """The loss derived by the logits, through the softmax: `[N, C]`."""
+        """The derivative with respect to the logits, through the softmax: `[N, C]`."""
         mean = (w * grad_w) @ self.columns_of_member  # (N, G)
         return w * (grad_w - mean[:, self.member])
 
@@ -814,7 +832,7 @@ class Likelihood:
         need_w: bool = True,
         need_V: bool = True,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The loss derived by w `[N, C]` and by V `[C, d]`, on any device.
+        """The derivatives with respect to w `[N, C]` and V `[C, d]`, on any device.
 
         X: `[M, d]`; V: `[C, d]`. Two matrix products, which is what a GPU is best at.
         """
@@ -854,9 +872,11 @@ class Likelihood:
         return grad_w, grad_V.sum(0)
 
 
-# numba keeps the kernel's machine code on disk, if it finds a folder that it can write to.
+# numba keeps the kernel's machine code on disk, and raises if it finds no folder to write to. Any
+# function tells whether it does.
 try:
-    CACHE_KERNEL = bool(numba.njit(cache=True)(process_rank))
+    numba.njit(cache=True)(process_rank)
+    CACHE_KERNEL = True
 except RuntimeError:
     CACHE_KERNEL = False
 
@@ -886,16 +906,17 @@ def _gradients(X, start, weight, w, V, first, size, grad_w, grad_V, need_w, need
 
         reward_g = V w_i / 100.
 
-    With each pair's residual (the loss derived by its margin), the sum over the user's pairs
+    The residual of a pair is the derivative of the loss with respect to x V w_i, as in
+    `Likelihood.residuals`. The sum over the user's pairs
 
-        total_g = sum of residual * x / 100
+        total_g = sum of residual * x
 
-    gives both derivatives: V total_g by w_i, and w_i total_g^T by V.
+    gives both derivatives: V total_g with respect to w_i, and w_i total_g^T with respect to V.
 
     User i's pairs are the rows start[i] to start[i + 1] of X, member g's columns first[g] to
     first[g] + size[g] of w and V. Threads share out the users. Four pairs are taken at a time, so
     that each number of a reward vector is loaded once for four products, and in blocks that stay
-    in the first cache while all members read them.
+    in the L1 cache while all members read them; one member alone needs no blocks.
     """
     threads = len(grad_V)
     G = len(size)
@@ -974,7 +995,7 @@ def _one_torch_thread() -> Iterator[None]:
 
 Gradients = Callable[
     [torch.Tensor, bool, bool], tuple[torch.Tensor | None, torch.Tensor | None]
-]  # (w, need_w, need_V) -> the loss derived by w and by V
+]  # (w, need_w, need_V) -> the derivatives with respect to w and V
 
 
 @_one_torch_thread()
@@ -1075,7 +1096,7 @@ def train_bases(
 
     features: one float32 `[m_i, d]` (or Pairs) per user. V_sft: `[d, 1]`, needed if an alpha is
     not 0. regularized: the loss and steps of `LoRe_regularized` in place of `LoRe`'s.
-    starts: the logits `[N, K]` and basis `[K, d]` of each member; None draws them.
+    starts: the logits `[N, K]` and basis `[K, d]` that each member starts from; None draws them.
     checkpoint: where the state is kept; the caller clears it.
 
     Under torchrun each process holds a part of the users; all return the whole, and no state is
@@ -1201,8 +1222,9 @@ def fit_logits(
 
     With V frozen, X V is a constant: the fit works on K numbers a pair, not on d.
 
-    scores: X_i V `[m_i, C]` of each user under all bases. members: whose generators draw the
-    starts. sizes: the K of each basis, which may have lost columns. starts: logits in their place.
+    scores: X_i V `[m_i, C]` of each user under all bases. members: one per basis; its generator
+    draws the start. sizes: the K of each basis, which may have lost columns.
+    starts: the logits `[N, K]` to start from, if they are not to be drawn.
     """
     P = torch.cat(scores)  # (M, C)
     likelihood = Likelihood([len(S) for S in scores], sizes, P.device)
@@ -1435,7 +1457,8 @@ def sweep(
         device,
         checkpoint,
     )
-    _fit_unseen(fits, train_unseen, 0.5 if regularized else 0.1)
+    few_shot_rate = FEW_SHOT_LEARNING_RATE_REGULARIZED if regularized else FEW_SHOT_LEARNING_RATE
+    _fit_unseen(fits, train_unseen, few_shot_rate)
     for setting, part in zip(SETTINGS, features):
         weights = [fit.W_unseen if setting in UNSEEN_SETTINGS else fit.W for fit in fits]
         accuracies = accuracies_per_user(part, [fit.V for fit in fits], weights)
@@ -1460,7 +1483,7 @@ def _train(
     trained = {}
     if to_train:
         bases = train_bases(
-            train, to_train, V_final, num_iterations, 0.5, regularized, device, checkpoint
+            train, to_train, V_final, num_iterations, LEARNING_RATE, regularized, device, checkpoint
         )
         trained = dict(zip(to_train, bases))
     fits = []
@@ -1502,11 +1525,12 @@ class Accuracies(tuple):
     def of(cls, fits: list[Fit]) -> "Accuracies":
         """The eight arrays: means over users in each of SETTINGS, then quarters of deviations."""
         models = fits_per_model(fits).values()
-        per_setting = [
-            [accuracy_per_user(seeds, setting) for seeds in models] for setting in SETTINGS
-        ]
-        means = [np.array([np.mean(a) for a in models]) for models in per_setting]
-        quarters = [np.array([np.std(a) / 4 for a in models]) for models in per_setting]
+        means = []
+        quarters = []  # of the standard deviation over users: the band of the released plots
+        for setting in SETTINGS:
+            accuracies = [accuracy_per_user(seeds, setting) for seeds in models]
+            means.append(np.array([np.mean(users) for users in accuracies]))
+            quarters.append(np.array([np.std(users) / 4 for users in accuracies]))
         accuracies = cls(means + quarters)
         accuracies.fits = fits
         return accuracies
@@ -1640,7 +1664,8 @@ def run_few_shot_vary_shots(
     trials: how often each number of shots is drawn. num_shots: a list of whole numbers.
     groups: int64 `[m_i]` per unseen user, the number of each pair's group, such as its
     conversation, counted from 0; a shot is then a whole group. further_seeds: models that are
-    trained beside that of `seed`, for `.fits` alone. Otherwise as `sweep`.
+    trained beside that of `seed`, for `.fits` alone. V_final: `[d, 1]`. The other arguments are
+    those of `sweep`.
 
     Returns 4 lists over num_shots (for each alpha and rank in turn, if there are several): mean
     and standard deviation over trials of the accuracy on the shots, then of that on the unseen
@@ -1706,14 +1731,14 @@ def few_shot_trials(
     test pairs, two float64 arrays `[trials, users]`.
     """
     users = len(S_test)
-    generator = member.generator(2 + shots)
+    generator = member.generator(SHOTS + shots)
     drawn = []
     for _ in range(trials):
         drawn += sample_shots(S_train, shots, generator, groups)
     device = drawn[0].device
     w = torch.ones(len(drawn), 1, device=device)  # (trials * users, K)
     if member.K > 1:
-        (w,) = fit_weights(drawn, [member], [member.K], FEW_SHOT_ITERATIONS, 0.1)
+        (w,) = fit_weights(drawn, [member], [member.K], FEW_SHOT_ITERATIONS, FEW_SHOT_LEARNING_RATE)
 
     def share(scores: torch.Tensor, counts: torch.Tensor, w: torch.Tensor) -> np.ndarray:
         margins = (scores * w.repeat_interleave(counts, 0)).sum(1, keepdim=True)
@@ -1732,7 +1757,7 @@ def few_shot_trials(
 #
 # The other functions of the released file, for scripts that were written for it. Where no seed or
 # generator is given, they draw as the release does: from torch's generator (starts, shots),
-# numpy's (populations, sparse draws) or Python's `random` (PRISM's shots).
+# numpy's (populations, sparse draws) or Python's `random` (shots of whole dialogs).
 # ---------------------------------------------------------------------------------------------
 
 

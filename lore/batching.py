@@ -130,7 +130,8 @@ def run_batches(
             size = next_batch_size(tokens, shared_in_batch, batching, budget, batch_size)
             batch_tokens = int(tokens[size - 1])
             end = start + size
-            # A lone token is a row: the heads of its query may be laid out in another way.
+            # A single token goes as a row: with one query, transformers may hand over the heads in
+            # another layout, which the attention over tails does not read.
             as_tails = batching == "shared" and batch_tokens > 1
             try:
                 states = forward_last_states(

@@ -58,9 +58,10 @@ def trial_sequences(sequences: list[bytes]) -> list[bytes]:
 
     - the shortest and the longest;
     - the one of middle length and its neighbour in sorted order, which probably begins alike;
-    - the first half of the middle one with one large token behind it. It sorts right behind the
-      middle one, so its tail comes after the middle one's other half in the row. A recurrent model
-      takes that half for the past of this token.
+    - the first half of the middle one, followed by a token with a larger id than the middle one
+      has there. It therefore sorts right behind the middle one, and in a row of tails this token
+      follows the middle one's second half. A recurrent model would read on from that half, which
+      is not in this sequence.
 
     sequences: distinct and sorted.
     """
@@ -80,8 +81,11 @@ def trial_sequences(sequences: list[bytes]) -> list[bytes]:
 
 @contextlib.contextmanager
 def _without_pad_token(config: "PretrainedConfig") -> Iterator[None]:
-    """While active, no token is the pad token: at one in a text, a model's own class would score an
-    earlier token. -1 and not None, which some configs refuse."""
+    """While active, no token is the pad token.
+
+    If a text ends with the pad token, a model's own class scores the token before it. The id is -1
+    and not None, because some configs refuse None.
+    """
     pad_token = config.pad_token_id
     config.pad_token_id = -1
     try:
@@ -130,8 +134,8 @@ def _check_scores(
     if difference > torch.finfo(model.dtype).eps ** 0.5:
         raise InputError(
             f"model {model.reward_checkpoint}: its own score of a conversation is "
-            f"{own_scores[0]:.5g}, its last state times its head {scores[0]:.5g}: more than that "
-            "is in it; give another model"
+            f"{own_scores[0]:.5g}, its last state times its head {scores[0]:.5g}: it computes "
+            "scores in another way; give another model"
         )
     return difference
 
@@ -139,8 +143,11 @@ def _check_scores(
 def _try_batching(
     model: "PreTrainedModel", sequences: list[bytes], batching: str, expected: torch.Tensor
 ) -> float | None:
-    """How far this batching's states are from those expected; None if the model takes no such
-    input. All sequences are in one batch, as one may be changed by its neighbours."""
+    """How far this batching's states are from those expected.
+
+    All sequences are in one batch, because one may be changed by its neighbours. None if the model
+    takes no such input.
+    """
     budget = len(sequences) * max(token_count(sequence) for sequence in sequences)
     try:
         # One shard, so one pair of the shard and its states.
@@ -155,9 +162,10 @@ def _try_batching(
 def _tolerance(dtype: torch.dtype, batching: str, rows_difference: float | None) -> float:
     """The largest difference that is still rounding in a number format.
 
-    Rows may differ by 9 % in bfloat16 and by 3e-4 in float32. Shared prefixes are held to 3 % and
+    Rows may differ by 9 % in bfloat16 and by 3e-4 in float32. Shared prefixes may differ by 3 % and
     1e-5: there a small difference may be a real one, such as that of a window of attention that a
-    text barely exceeds. If rows show more rounding than that, three times as much is allowed.
+    text barely exceeds. A model that rounds more is given three times the difference of its rows,
+    which have passed their own bound, and never more than rows may differ.
     """
     eps = torch.finfo(dtype).eps
     if batching == "rows":
@@ -208,7 +216,7 @@ def choose_batching(model: "PreTrainedModel", sequences: list[bytes]) -> Batchin
 
     trial.rows_difference = _try_batching(model, samples, "rows", alone)
     trial.shared_difference = _try_batching(model, samples, "shared", alone)
-    for batching, difference in (  # the faster one last
+    for batching, difference in (  # the last one that is exact wins, and it is the fastest
         ("rows", trial.rows_difference),
         ("shared", trial.shared_difference),
     ):

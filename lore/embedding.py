@@ -1,4 +1,4 @@
-"""phi(prompt, response): embeddings of conversations by a frozen reward model, each token once.
+"""phi(prompt, response): embeddings of conversations by a frozen reward model.
 
 The steps of `embed_distinct`, and where they are described:
 
@@ -10,6 +10,7 @@ The steps of `embed_distinct`, and where they are described:
 
 The cache folder has a folder for each model and way of computing, named after a fingerprint. There
 a shard's file is named after its token ids, so a call for the same conversations finds it again.
+Shards are cut from the sorted sequences: other conversations than before make other shards.
 """
 
 import contextlib
@@ -342,8 +343,8 @@ def embed_conversations(
     model, tokenizer: from `load_reward_model`. The model may be the name or path of a checkpoint,
         which is loaded when all conversations are tokenized. The tokenizer is by default the
         model's.
-    cache_dir: a folder for finished shards. A call for the same conversations goes on behind the
-        last one, and processes that torchrun started share the work.
+    cache_dir: a folder for finished shards. A call for the same conversations computes only what
+        is not there, and processes that torchrun started share the work.
     token_budget: tokens in a batch that has more than one conversation; default 8192 on a GPU,
         4096 on a CPU.
     shard_size: distinct conversations in a shard, the most that an interruption loses.

@@ -145,8 +145,11 @@ class SharedPrefixAttention(TorchFunctionMode):
     def _attend_with_flash(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
     ) -> torch.Tensor:
-        """All tails at once. The kernel's causal mask ends at a tail's last token and last key, so
-        each token of a tail sees what is before it."""
+        """All tails at once.
+
+        The kernel's causal mask is aligned at the bottom right: the last token of a tail sees all
+        keys of its path, the one before it all but one, and so on.
+        """
         out = torch.ops.aten._flash_attention_forward(
             query[0].transpose(0, 1),  # (row, heads, width)
             self._gather(key),

@@ -8,6 +8,7 @@ from torch.nn.functional import logsigmoid
 from lore.intervals import interval
 from lore.study import Features, Study
 from utils import (
+    SHOTS,
     TEMPERATURE,
     Fit,
     Member,
@@ -139,7 +140,7 @@ def question_accuracies(
         _, on_test = few_shot_trials(member, S_train, S_test, shots, trials, None)
         released.append(on_test.mean(0))  # (users,)
 
-    generator = member.generator(2)
+    generator = member.generator(SHOTS)
     random_orders = [random_questions(len(S), questions, trials, generator) for S in S_train]
     chosen_orders = [chosen_questions(S, W, questions)[None] for S in S_train]
     return {

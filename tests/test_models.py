@@ -402,10 +402,9 @@ def demo_features():
         for m in row["conversation_history"]
         if m["role"] == "model"
     )
-    script = load_script("PersonalLLM", "train_basis")
-    personal = int(
-        script.demo_N * script.demo_fractions[0] * len(rows("PersonalLLM/demo/train.jsonl.gz"))
-    )
+    population = load_script("PersonalLLM", "train_basis").demo_population
+    prompts = len(rows("PersonalLLM/demo/train.jsonl.gz"))
+    personal = int(population.N * population.fractions[0] * prompts)
     for pairs in (len(rows("RedditTLDR/demo/train.jsonl.gz")), prism, personal):
         assert pairs > 200
         yield random_users([pairs - 100, 100], 64)
