@@ -95,11 +95,11 @@ def group_equal(
     for number, conversation in enumerate(conversations):
         check_conversation(conversation)
         group = len(distinct)
-        messages = tuple(tuple(message.items()) for message in conversation)
-        try:
+        # A message with anything but texts in it gets a group of its own: a list or a dict has no
+        # hash, and True is equal to 1 although a template writes them differently.
+        if all(isinstance(value, str) for message in conversation for value in message.values()):
+            messages = tuple(tuple(message.items()) for message in conversation)
             group = group_of.setdefault(messages, group)
-        except TypeError:
-            pass  # a message with a list or a dict in it has no hash: it gets a group of its own
         if group == len(distinct):
             distinct.append(conversation)
             numbers.append([])
@@ -161,17 +161,22 @@ def encode_whole(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list
 class PieceEncoder:
     """Encodes texts piece by piece, and each distinct piece once for all texts.
 
-    A tokenizer takes the special tokens out of a text first, and then looks at each piece between
-    them alone. So pieces may be encoded one by one and joined, and a prompt with many answers is
-    encoded once. Not every tokenizer keeps to that: `is_possible` and `agrees_on` tell.
+    A piece is a special token with the text up to the next one. A fast tokenizer takes the special
+    tokens out of a text first, and then looks at each text between them alone; all that it may also
+    ask is whether this text is the first (Mistral's puts a space before it then). So pieces may be
+    encoded one by one and joined, and a prompt with many answers is encoded once. Not every
+    tokenizer keeps to that: `is_exact` tells.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.tokenizer = tokenizer
         self.added_tokens = list(getattr(tokenizer, "added_tokens_decoder", {}).values())
+        # A normalized token is looked for later, in the normalized text between the others: there
+        # it may read differently, and it is a part of that text.
+        marks = [token.content for token in self.added_tokens if not token.normalized]
         # In reverse order a longer token is tried before one that it begins with.
-        marks = sorted((token.content for token in self.added_tokens), reverse=True)
-        self.special_token = re.compile(f"({'|'.join(map(re.escape, marks))})")
+        self.marks = sorted(filter(None, marks), reverse=True)
+        self.special_token = re.compile(f"({'|'.join(map(re.escape, self.marks))})")
         self.encode_pieces = self._fastest_encoder()
         self.sequence_of = {}  # piece -> its sequence
 
@@ -188,24 +193,45 @@ class PieceEncoder:
 
         return encode
 
-    def is_possible(self) -> bool:
-        """False if there are no special tokens, or if one takes in characters beside it."""
-        return len(self.added_tokens) > 0 and not any(
-            token.lstrip or token.rstrip or token.single_word for token in self.added_tokens
-        )
+    def is_exact(self) -> bool:
+        """Whether every text gets the same sequence piece by piece as whole.
 
-    def agrees_on(self, texts: list[str]) -> bool:
-        """Whether these texts get the same sequences piece by piece as whole."""
+        Only the tokenizer decides, and no text that is to be encoded: a conversation must not get
+        other ids because of the list that it is in. So a tokenizer in Python, whose steps may look
+        at anything, is given whole texts.
+        """
+        is_fast = getattr(self.tokenizer, "backend_tokenizer", None) is not None
+        reads_them_as_text = getattr(self.tokenizer, "split_special_tokens", False)
+        if not is_fast or reads_them_as_text or not self.marks:
+            return False
+        # Such a token takes in characters beside it, or depends on them.
+        if any(token.lstrip or token.rstrip or token.single_word for token in self.added_tokens):
+            return False
+        return self._agrees_on_marks()
+
+    def _agrees_on_marks(self) -> bool:
+        """Whether texts with each special token get the same sequences piece by piece as whole.
+
+        They do unless the tokenizer's class changes what its compiled part does.
+        """
+        texts = [f"a{mark}b c{mark} d {mark}{mark}\n" for mark in self.marks]
+        texts += ["".join(self.marks), " ".join(self.marks)]
         # Whole texts first: the tokenizer's own call switches off a truncation that was saved with
         # it, and encode_batch_fast would apply that.
         whole = encode_whole(texts, self.tokenizer)
-        return self.encode(texts) == whole
+        agrees = self.encode(texts) == whole
+        self.sequence_of.clear()
+        return agrees
+
+    def _pieces(self, text: str) -> list[str]:
+        """The pieces of a text: what is before the first special token, and each with its text."""
+        before, *rest = self.special_token.split(text)  # then token, text, token, text, ..
+        pieces = [mark + piece for mark, piece in zip(rest[::2], rest[1::2])]
+        return [before, *pieces] if before else pieces
 
     def encode(self, texts: list[str]) -> list[bytes]:
         """The sequences of texts."""
-        texts_in_pieces = [
-            [piece for piece in self.special_token.split(text) if piece] for text in texts
-        ]
+        texts_in_pieces = [self._pieces(text) for text in texts]
         distinct_pieces = {piece for pieces in texts_in_pieces for piece in pieces}
         new_pieces = [piece for piece in distinct_pieces if piece not in self.sequence_of]
         self.sequence_of.update(zip(new_pieces, self.encode_pieces(new_pieces)))
@@ -221,14 +247,12 @@ def tokenize_to_bytes(
     """
     template = dated_template(tokenizer)
     piece_encoder = PieceEncoder(tokenizer)
-    by_pieces = piece_encoder.is_possible()
+    by_pieces = piece_encoder.is_exact()
     for start in range(0, len(conversations), TEXTS_AT_ONCE):
         texts = [
             format_conversation(conversation, tokenizer, template)
             for conversation in conversations[start : start + TEXTS_AT_ONCE]
         ]
-        if start == 0 and by_pieces:
-            by_pieces = piece_encoder.agrees_on(texts)
         if by_pieces:
             yield from piece_encoder.encode(texts)
         else:
