@@ -24,7 +24,15 @@ import torch
 import prism
 from lore.files import save_torch
 from lore.reward_model import check_gpu
-from lore.scripts import STANDIN_FOLDER, EmbeddingFile, embed_files, run_script, script_parser
+from lore.scripts import (
+    STANDIN_FOLDER,
+    EmbeddingFile,
+    add_max_length,
+    embed_files,
+    run_script,
+    script_parser,
+)
+from utils import check_whole
 
 # ---- Settings
 
@@ -34,7 +42,7 @@ SHARD_SIZE = 1024  # conversations per file of the cache, the most that an inter
 
 
 def read_arguments() -> argparse.Namespace:
-    """Read the command line."""
+    """Read and check the command line. Raises InputError: --max_length below 1."""
     parser = script_parser(__doc__, HERE)
     parser.add_argument(
         "--model", metavar="ID_OR_PATH", help="the reward model (default: the one prepare.py names)"
@@ -44,7 +52,11 @@ def read_arguments() -> argparse.Namespace:
         action="store_true",
         help="replace finished embeddings of another model or data",
     )
-    return parser.parse_args()
+    add_max_length(parser)
+    args = parser.parse_args()
+    if args.max_length is not None:
+        check_whole("--max_length", args.max_length, 1)
+    return args
 
 
 def write_rows(path: Path, rows: list[prism.Row], embeddings: torch.Tensor) -> None:
@@ -65,13 +77,16 @@ def write_rows(path: Path, rows: list[prism.Row], embeddings: torch.Tensor) -> N
 def file_of(name: str, rows: list[prism.Row]) -> EmbeddingFile:
     """The file of embeddings of the train or the test rows."""
     conversations = []
+    pairs = []
     for row in rows:
+        chosen = len(conversations)
         conversations += prism.row_conversations(row)
+        pairs += [(chosen, rejected) for rejected in range(chosen + 1, len(conversations))]
 
     def write(path: Path, table: torch.Tensor, row_of_conversation: torch.Tensor) -> None:
         write_rows(path, rows, table[row_of_conversation])
 
-    return EmbeddingFile(name, f"{len(rows):,} turns", conversations, write)
+    return EmbeddingFile(name, f"{len(rows):,} turns", conversations, write, pairs)
 
 
 def main() -> None:
@@ -98,6 +113,7 @@ def main() -> None:
         token_budget=TOKEN_BUDGET,
         shard_size=SHARD_SIZE,
         overwrite=args.overwrite,
+        max_length=args.max_length,
         demo=split["demo"],
     )
 

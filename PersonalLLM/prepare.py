@@ -72,7 +72,12 @@ def file_of(name: str, split: personalllm.ScoredPrompts) -> EmbeddingFile:
         tensors = {"embeddings": table[rows], "scores": split.scores}
         save_tensors(path, tensors, scorers=personalllm.SCORERS)
 
-    return EmbeddingFile(name, f"{len(conversations):,} embeddings", conversations, write)
+    pairs = []
+    first = 0
+    for responses in split.responses:  # any two responses to a prompt may be compared
+        pairs += itertools.combinations(range(first, first + len(responses)), 2)
+        first += len(responses)
+    return EmbeddingFile(name, f"{len(conversations):,} embeddings", conversations, write, pairs)
 
 
 def main() -> None:
@@ -92,6 +97,7 @@ def main() -> None:
         token_budget=TOKEN_BUDGET,
         shard_size=SHARD_SIZE,
         overwrite=args.overwrite,
+        max_length=args.max_length,
         demo=args.demo,
     )
 

@@ -71,11 +71,14 @@ def file_of(name: str, by_worker: tldr.ByWorker) -> EmbeddingFile:
     def write(path: Path, table: torch.Tensor, rows: torch.Tensor) -> None:
         tldr.save_embeddings(path, by_worker, table, rows)
 
+    conversations = tldr.conversations_of(by_worker)
+    winning_places = range(0, len(conversations), 2)  # each winning one is before the losing one
     return EmbeddingFile(
         name,
         f"{len(by_worker)} workers, {len(tldr.comparisons_of(by_worker)):,} pairs",
-        tldr.conversations_of(by_worker),
+        conversations,
         write,
+        pairs=[(place, place + 1) for place in winning_places],
     )
 
 
@@ -95,6 +98,7 @@ def main() -> None:
         token_budget=TOKEN_BUDGET,
         shard_size=SHARD_SIZE,
         overwrite=args.overwrite,
+        max_length=args.max_length,
         demo=args.demo,
         own=is_own,
     )

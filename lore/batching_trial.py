@@ -79,6 +79,11 @@ def trial_sequences(sequences: list[bytes]) -> list[bytes]:
     return sorted({shortest, neighbour, middle, spliced, longest})
 
 
+def _exactly_on_cpu(values: torch.Tensor) -> torch.Tensor:
+    """Values on the CPU, in float32, or in float64 if they are: no number is rounded."""
+    return values.to("cpu", torch.promote_types(values.dtype, torch.float32))
+
+
 @contextlib.contextmanager
 def _without_pad_token(config: "PretrainedConfig") -> Iterator[None]:
     """While active, no token is the pad token.
@@ -100,7 +105,7 @@ def _run_alone(
     """Each sequence by itself through the model's own class.
 
     whole: `model` with its head on top, or `model` again. Returns the last tokens' states, float32
-    `[n, d]` on the CPU, and the first output of `whole` for each sequence.
+    or float64 `[n, d]` on the CPU, and the first output of `whole` for each sequence.
     """
     states = []
     outputs = []
@@ -114,7 +119,7 @@ def _run_alone(
                 outputs.append(whole(input_ids=ids, use_cache=False)[0])
     finally:
         hook.remove()
-    return torch.stack(states).float().cpu(), outputs
+    return _exactly_on_cpu(torch.stack(states)), outputs
 
 
 def _largest_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -127,11 +132,14 @@ def _check_scores(
 ) -> float:
     """How far states times head are from the model's own scores, relative to all scores together.
 
-    states: float32 `[n, d]`. head: `[d, 1]`. own_scores: `[n]`. Raises InputError if it is far.
+    states: float32 or float64 `[n, d]`. head: `[d, 1]`. own_scores: `[n]`.
+    Raises InputError: it is far.
     """
-    scores = (states @ head)[:, 0]  # (n,)
+    scores = (states @ head.to(states.dtype))[:, 0]  # (n,)
     difference = _largest_difference(scores, own_scores)
-    if difference > torch.finfo(model.dtype).eps ** 0.5:
+    # The head that we have is float32, even if the model's is float64.
+    eps = max(torch.finfo(model.dtype).eps, torch.finfo(head.dtype).eps)
+    if difference > eps**0.5:
         raise InputError(
             f"model {model.reward_checkpoint}: its own score of a conversation is "
             f"{own_scores[0]:.5g}, its last state times its head {scores[0]:.5g}: it computes "
@@ -156,7 +164,7 @@ def _try_batching(
         if is_out_of_memory(error):
             raise
         return None
-    return _largest_difference(states.float(), expected)
+    return _largest_difference(_exactly_on_cpu(states), expected)
 
 
 def _tolerance(dtype: torch.dtype, batching: str, rows_difference: float | None) -> float:
@@ -205,7 +213,7 @@ def choose_batching(model: "PreTrainedModel", sequences: list[bytes]) -> Batchin
         trial.longest = 0  # it covers no sequence, so the next call makes a trial of its own
 
     if head is not None:
-        own_scores = torch.cat(outputs)[:, 0].float().cpu()  # (n,)
+        own_scores = _exactly_on_cpu(torch.cat(outputs)[:, 0])  # (n,)
         trial.score_difference = _check_scores(model, alone, head, own_scores)
         longest = max(sequences, key=len)
         if whole.config.get_text_config().pad_token_id == token_ids(longest)[-1]:

@@ -48,6 +48,7 @@ CACHE_VERSION = 5  # of how embeddings are computed and kept; another version re
 GPU_TOKEN_BUDGET = 8192  # tokens in a batch
 CPU_TOKEN_BUDGET = 4096
 SHARD_SIZE = 1024  # sequences in a shard
+NUMBERS_NAMED = 5  # of conversations that an error counts
 
 
 # ---- From conversations to sequences
@@ -88,17 +89,93 @@ def check_sequences(
     model: "PreTrainedModel",
     conversations: list[Conversation],
 ) -> None:
-    """Raise InputError if a sequence is empty, or beyond the model's context or vocabulary."""
+    """Raise InputError if sequences are empty, or beyond the model's context or vocabulary.
+
+    The error counts all such conversations, so that one repair is enough.
+    """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     vocabulary = model.get_input_embeddings().weight.shape[0]
+    empty = []
+    too_long = []
+    unknown = []
+    longest = 0
+    largest_id = 0
     for sequence, numbers in conversations_of.items():
         ids = token_ids(sequence)
-        if not 0 < len(ids) <= context or ids.max() >= vocabulary:
-            raise InputError(
-                f"the conversation {quoted(conversations[numbers[0]])} has {len(ids)} tokens up to "
-                f"id {ids.max(initial=0)}, the model takes 1 to {context} of {vocabulary}; leave "
-                "it out or cut it"
-            )
+        if len(ids) == 0:
+            empty += numbers
+            continue
+        if len(ids) > context:
+            too_long += numbers
+            longest = max(longest, len(ids))
+        if ids.max() >= vocabulary:
+            unknown += numbers
+            largest_id = max(largest_id, int(ids.max()))
+
+    problems = []
+    if empty:
+        problems.append(f"{_count_and_name(empty, conversations)} no tokens; leave them out")
+    if too_long:
+        problems.append(
+            f"{_count_and_name(too_long, conversations)} more than the {context:,} tokens of the "
+            f"model's context, the longest {longest:,}; leave them out, or cut them with "
+            f"max_length={context} (a script: --max_length {context})"
+        )
+    if unknown:
+        problems.append(
+            f"{_count_and_name(unknown, conversations)} tokens up to id {largest_id}, and the "
+            f"model's vocabulary has {vocabulary}; leave them out, or take the model's "
+            "own tokenizer"
+        )
+    if problems:
+        raise InputError("; and ".join(problems))
+
+
+def _count_and_name(numbers: list[int], conversations: list[Conversation]) -> str:
+    """How many conversations these are, and which: the beginning of "3 of 60 conversations have".
+
+    numbers: places in `conversations`, not empty.
+    """
+    numbers = sorted(numbers)
+    first_numbers = ", ".join(map(str, numbers[:NUMBERS_NAMED]))
+    if len(numbers) > NUMBERS_NAMED:
+        first_numbers += ", .."
+    return (
+        f"{len(numbers):,} of {len(conversations):,} conversations (counted from 0: "
+        f"{first_numbers}; the first is {quoted(conversations[numbers[0]])}) have"
+    )
+
+
+def warn_of_equal_token_ids(
+    label: str,
+    pairs: list[tuple[int, int]],
+    conversations: list[Conversation],
+    rows: torch.Tensor,
+    max_length: int | None = None,
+) -> int:
+    """How many pairs have two sides that the model cannot tell apart.
+
+    Their margin is 0, so they count as wrong under every reward. Prints how many these are if the
+    texts of any of them differ; `lore.rows.warn_of_equal_sides` tells of pairs of equal texts.
+    pairs: the places of both sides in `conversations`. rows: int64 `[n]`, from `embed_distinct` for
+    these conversations. max_length: what they were cut to.
+    """
+    row_of = rows.tolist()
+    equal = [(a, b) for a, b in pairs if row_of[a] == row_of[b]]
+    different_texts = sum(conversations[a] != conversations[b] for a, b in equal)
+    if different_texts:
+        cause = "the chat template"
+        if max_length is not None:
+            cause += f" or the cut to {max_length:,} tokens"
+        message = (
+            f"{label}: {len(equal):,} of {len(pairs):,} pairs have two sides of equal token ids "
+            "and count as wrong under every reward; the texts of "
+            f"{different_texts:,} of them differ: {cause} leaves out what they differ in"
+        )
+        if len(equal) > 0.01 * len(pairs):
+            message += f"; warning: that is {len(equal) / len(pairs):.1%}, leave them out"
+        print(message)
+    return len(equal)
 
 
 # ---- Shards that are kept

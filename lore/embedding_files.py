@@ -2,7 +2,8 @@
 
 The reward head's file also records the provenance of the embeddings: the names of model and data,
 the digest of each file, and their `identity`. The identity is a dict of JSON values: "model", a
-name, and the digests of everything that the embeddings depend on.
+name, and the digests of everything that the embeddings depend on; also "max_length", a number of
+tokens, if conversations were cut to so many.
 """
 
 import contextlib
@@ -53,6 +54,9 @@ def _check_same_identity(path: Path, provenance: dict[str, Any], identity: dict[
     recorded = provenance.get("identity")
     if not recorded:
         recorded = dict.fromkeys(identity)  # None is no digest: all parts differ
+    # Without a max_length nothing was cut.
+    recorded = {"max_length": None, **recorded}
+    identity = {"max_length": None, **identity}
     different = [
         part
         for part, digest in recorded.items()

@@ -6,14 +6,14 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
-from lore.embedding import embed_distinct
+from lore.embedding import embed_distinct, warn_of_equal_token_ids
 from lore.embedding_files import embeddings_are_finished, new_embeddings
 from lore.evidence import evidence, judge_held_out, tossed_control
 from lore.files import TrainingCheckpoint, check_writable, digest_of
@@ -123,11 +123,18 @@ def prepare_arguments(
     Returns a namespace: `dir`; `data`, a path, or None for the download; `model`, a name or path;
     `limit`, a whole number or None; `overwrite`; `demo`; `label`, the name of the data, or None for
     the download.
-    Raises InputError: --limit below 1, --demo with --data or --model, no GPU for the default model.
+    If the script embeds, also `max_length`, a whole number or None.
+    Raises InputError: --limit or --max_length below 1, --demo with --data or --model, no GPU for
+    the default model.
     """
-    args = _prepare_parser(description, folder, model_name).parse_args()
+    parser = _prepare_parser(description, folder, model_name)
+    if embeds:
+        add_max_length(parser)
+    args = parser.parse_args()
     if args.limit is not None:
         check_whole("--limit", args.limit, 1)
+    if embeds and args.max_length is not None:
+        check_whole("--max_length", args.max_length, 1)
     if args.demo and (args.data or args.model):
         raise InputError(
             "--demo brings its own data and model; leave out --data and --model, or --demo"
@@ -182,6 +189,17 @@ def _prepare_parser(
     return parser
 
 
+def add_max_length(parser: argparse.ArgumentParser) -> None:
+    """Add `--max_length`, which every script that embeds has."""
+    parser.add_argument(
+        "--max_length",
+        type=int,
+        metavar="N",
+        help="cut longer conversations to their last N tokens; without it, one beyond the model's "
+        "context ends the run",
+    )
+
+
 def _make_demo_model(model: Path, data: Path) -> None:
     """Write the stand-in model, its tokenizer trained on the demo's data, and say what it is."""
     print(
@@ -209,6 +227,8 @@ class EmbeddingFile:
     # Writes the file at a path, given a table of embeddings, bfloat16 (distinct, d), and the row of
     # each of the file's conversations there, int64 (n,).
     write: Callable[[Path, torch.Tensor, torch.Tensor], None]
+    # Which conversations are compared with each other, as their places in `conversations`
+    pairs: list[tuple[int, int]] = field(default_factory=list)
 
 
 def embed_files(
@@ -223,6 +243,7 @@ def embed_files(
     token_budget: int | None,
     shard_size: int,
     overwrite: bool,
+    max_length: int | None = None,
     **provenance: Any,
 ) -> None:
     """Embed the conversations of all files, and write the files and the reward head to `folder`.
@@ -233,9 +254,11 @@ def embed_files(
     announcement: printed before the embedding: "1,920 responses to embed".
     checkpoint: of the reward model; model: its name in results.
     data: the name of the data in results; data_digest: of what was read.
-    token_budget, shard_size: of `lore.embedding.embed_conversations`.
+    token_budget, shard_size, max_length: of `lore.embedding.embed_conversations`.
     overwrite: replace files of another model or other data, which are else refused by InputError.
-    provenance: further JSON values that the reward head's file keeps, such as `demo`.
+    provenance: further JSON values that the reward head's file keeps, such as `demo`. It also keeps
+        `equal_pairs` if there are any: of each file with pairs of equal token ids, how many are
+        `equal` and how many `pairs` it has.
     """
     head = load_reward_head(checkpoint)
     cache = folder / CACHE_FOLDER
@@ -246,6 +269,8 @@ def embed_files(
         "reward_head": digest_of(head.tolist()),
         **model_identity(checkpoint, cache),
     }
+    if max_length is not None:
+        identity["max_length"] = max_length
     if embeddings_are_finished(paths, identity, overwrite):
         print(f"these embeddings are finished already, in {folder}; next: python train_basis.py")
         return
@@ -257,11 +282,21 @@ def embed_files(
         cache_dir=cache,
         token_budget=token_budget,
         shard_size=shard_size,
+        max_length=max_length,
         dtype=torch.bfloat16,
     )
     if process_rank() > 0:
         return
     rows_per_file = rows.split([len(file.conversations) for file in files])
+    equal_pairs = {}
+    for file, rows_of_file in zip(files, rows_per_file):
+        equal = warn_of_equal_token_ids(
+            file.name, file.pairs, file.conversations, rows_of_file, max_length
+        )
+        if equal:
+            equal_pairs[file.name] = {"equal": equal, "pairs": len(file.pairs)}
+    if equal_pairs:
+        provenance["equal_pairs"] = equal_pairs
 
     provenance = {"model": model, "data": data, **provenance, "embedding": record}
     with new_embeddings(folder, head, identity, **provenance) as new_folder:

@@ -21,9 +21,11 @@ import lore.batching
 import lore.batching_trial
 import lore.conversations
 import lore.embedding
+import lore.embedding_files
 import lore.files
 import lore.prefix_attention
 import lore.reward_model
+import lore.scripts
 from lore.batching import Shard, next_batch_size, tokens_of_batches
 from lore.conversations import group_equal, to_sequence, tokenize_conversations, tokenize_to_bytes
 from lore.embedding import embed_conversations, embed_distinct
@@ -472,6 +474,47 @@ def test_conversation_longer_than_the_context_is_named(reward_model):
         embed_conversations(conversations, *reward_model)
 
 
+def test_all_conversations_beyond_the_context_are_counted(reward_model, monkeypatch):
+    model, tokenizer = reward_model
+    monkeypatch.setattr(model.config, "max_position_embeddings", 64)
+    conversations = [conversation(f"question {n}?", "word") for n in range(40)]
+    for number in (7, 30, 39):
+        conversations[number] = conversation(f"question {number}?", "x " * (100 + number))
+    longest = max(map(len, tokenize_conversations(conversations, tokenizer)))
+    with input_error(
+        "3 of 40 conversations",
+        ": 7, 30, 39;",
+        "question 7?",
+        "64 tokens",
+        f"longest {longest}",
+        "max_length=64",
+    ):
+        embed_conversations(conversations, model, tokenizer)
+    cut = embed_conversations(conversations, model, tokenizer, max_length=64)
+    assert cut.shape[0] == 40
+
+    many = [conversation("again?", "x " * 200)] * 1500  # equal ones are counted, too
+    with input_error("1,500 of 1,540 conversations", ": 40, 41, 42, 43, 44, ..;", "again?"):
+        embed_conversations([*map(conversations.__getitem__, [0] * 40), *many], model, tokenizer)
+
+
+def test_texts_beyond_context_and_vocabulary_are_counted_in_one_line(checkpoint):
+    model, tokenizer = load_reward_model(str(checkpoint), device="cpu")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+    model.config.max_position_embeddings = 64
+    conversations = [conversation("hi", text) for text in ("<|new|>", "x " * 90, "a<|new|>", "b")]
+    with input_error("1 of 4 conversations", "2 of 4 conversations", "; and ", ": 0, 2;", ": 1;"):
+        embed_conversations(conversations, model, tokenizer)
+
+
+def test_an_empty_sequence_is_counted(checkpoint):
+    model, tokenizer = load_reward_model(str(checkpoint), device="cpu")
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    conversations = [conversation(text, "yes") for text in ("hello", "", "you", "")]
+    with input_error("2 of 4 conversations", ": 1, 3;", "have no tokens"):
+        embed_conversations(conversations, model, tokenizer)
+
+
 def test_no_conversation_at_all_is_refused(reward_model):
     with input_error("no conversations"):
         embed_conversations([], *reward_model)
@@ -514,6 +557,124 @@ def test_conversation_with_an_embedding_that_is_not_finite_is_named(checkpoint, 
     with input_error("NaN or infinite", repr(prompt[:60])[1:-1]):
         embed_conversations(conversations, model, tokenizer, cache_dir=tmp_path)
     assert not list(tmp_path.glob("*/*.safetensors"))
+
+
+# ---- What the model sees of pairs
+
+# As Qwen3's: what an answer has before </think> is left out, and white space around the rest.
+TEMPLATE_WITHOUT_THOUGHTS = (
+    "{% for message in messages %}"
+    "{{ '[' + message['role'] + ']' }}"
+    "{{ message['content'].split('</think>')[-1] | trim + '<|eot_id|>' }}"
+    "{% endfor %}"
+)
+
+
+@pytest.fixture
+def embed_pairs(checkpoint, tmp_path):
+    """A function that embeds pairs of answers as a script does -> what the head's file records."""
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(TEMPLATE_WITHOUT_THOUGHTS)
+
+    def embed(pairs, folder="out", overwrite=False, **options):
+        conversations = [conversation("really?", answer) for pair in pairs for answer in pair]
+        file = lore.scripts.EmbeddingFile(
+            "train.safetensors",
+            "some pairs",
+            conversations,
+            lambda path, table, rows: save_file({"embeddings": table[rows]}, path),
+            pairs=[(2 * n, 2 * n + 1) for n in range(len(pairs))],
+        )
+        lore.scripts.embed_files(
+            [file],
+            "pairs to embed",
+            folder=tmp_path / folder,
+            checkpoint=str(model),
+            model="stand-in",
+            data="pairs",
+            data_digest=lore.files.digest_of(pairs),
+            token_budget=None,
+            shard_size=1024,
+            overwrite=overwrite,
+            **options,
+        )
+        return lore.files.load_tensors(tmp_path / folder / lore.embedding_files.HEAD_FILE)[1]
+
+    embed.folder = tmp_path
+    return embed
+
+
+def test_pairs_that_the_template_makes_equal_are_counted_and_recorded(embed_pairs, capsys):
+    pairs = [(f"<think>{n}</think>Yes.", "<think>no</think> Yes. ") for n in range(30)]
+    pairs += [("Yes.", "No.")] * 25 + [("equal", "equal")] * 5
+    provenance = embed_pairs(pairs)
+    assert provenance["equal_pairs"] == {"train.safetensors": {"equal": 35, "pairs": 60}}
+    printed = capsys.readouterr().out
+    (line,) = [line for line in printed.splitlines() if "equal token ids" in line]
+    assert "35 of 60 pairs" in line and "30 of them differ" in line
+    assert "the chat template leaves out" in line and "warning: that is 58.3%" in line
+
+
+def test_pairs_of_equal_texts_alone_are_recorded_and_not_told_twice(embed_pairs, capsys):
+    provenance = embed_pairs([("Yes.", "No."), ("equal", "equal")])
+    assert provenance["equal_pairs"] == {"train.safetensors": {"equal": 1, "pairs": 2}}
+    assert "equal token ids" not in capsys.readouterr().out
+
+
+def test_no_equal_pair_leaves_no_word(embed_pairs, capsys):
+    assert "equal_pairs" not in embed_pairs([("Yes.", "No."), ("No.", "Yes.")])
+    assert "equal token ids" not in capsys.readouterr().out
+
+
+def test_embeddings_of_texts_that_are_cut_are_others(embed_pairs, capsys):
+    pairs = [("a long answer " * 9 + "yes", "a long answer " * 9 + "no"), ("first end", "x end")]
+    whole = embed_pairs(pairs)
+    assert "max_length" not in whole["identity"]
+    with input_error("of other max_length (", "--overwrite"):
+        embed_pairs(pairs, max_length=3)
+    capsys.readouterr()
+    cut = embed_pairs(pairs, max_length=2, overwrite=True)
+    assert cut["identity"] == {**whole["identity"], "max_length": 2}
+    assert "or the cut to 2 tokens" in capsys.readouterr().out  # "end" and the special token
+    assert cut["equal_pairs"] == {"train.safetensors": {"equal": 1, "pairs": 2}}
+    embed_pairs(pairs, max_length=2)
+    assert "finished already" in capsys.readouterr().out
+    for other in ({}, {"max_length": 4}):
+        with input_error("of other max_length (", "--overwrite"):
+            embed_pairs(pairs, **other)
+
+    found = load_file(embed_pairs.folder / "out" / "train.safetensors")["embeddings"]
+    conversations = [conversation("really?", answer) for pair in pairs for answer in pair]
+    expected = embed_conversations(
+        conversations, embed_pairs.folder / "model", max_length=2, dtype=torch.bfloat16
+    )
+    assert torch.equal(found, expected)
+
+
+# ---- Double precision
+
+
+@pytest.fixture
+def double_by_default():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("double_by_default")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float64], ids=str)
+def test_double_precision_by_default_leaves_embeddings_as_they_are(tmp_path, dtype):
+    folder = build_model(tmp_path / "model")  # its weights are saved in float64
+    conversations = ragged_conversations(4)
+    model, tokenizer = load_reward_model(str(folder), device="cpu", dtype=dtype)
+    for cache in (None, tmp_path / "cache", tmp_path / "cache"):
+        embeddings, record = embed_with_record(conversations, model, tokenizer, cache)
+        assert embeddings.dtype == model.dtype == (dtype or torch.float32)
+        assert record["batching"] == "shared"
+        if dtype == torch.bfloat16:
+            continue  # it rounds too much to be compared
+        error = largest_error(embeddings, one_at_a_time(conversations, model, tokenizer))
+        assert error < (1e-12 if dtype == torch.float64 else 1e-5)
 
 
 # ---- Embeddings that are kept
