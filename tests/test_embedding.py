@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from demos import build_model, start_code
-from helpers import ROOT, fresh_process, input_error, outcome
+from helpers import ROOT, fresh_process, input_error, load_script, outcome, refused
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
@@ -649,6 +649,59 @@ def test_embeddings_of_texts_that_are_cut_are_others(embed_pairs, capsys):
         conversations, embed_pairs.folder / "model", max_length=2, dtype=torch.bfloat16
     )
     assert torch.equal(found, expected)
+
+
+def comparisons_of_a_script(name):
+    """The file of embeddings that a script makes of four answers, and which are compared there."""
+    if name == "RedditTLDR":
+        comparisons = [
+            {"text": "post", "winning_summary": "a", "losing_summary": "b"},
+            {"text": "post", "winning_summary": "c", "losing_summary": "d"},
+        ]
+        file = load_script(name, "prepare").file_of("train", {"worker": comparisons})
+        return file, ["ab", "cd"]
+    if name == "PRISM":
+        prompt = [{"role": "user", "content": "question"}]
+        rows = [
+            {
+                "prompt": prompt,
+                "extra_info": {"chosen_utterance": "a", "rejected_utterance": ["b"]},
+            },
+            {
+                "prompt": prompt,
+                "extra_info": {"chosen_utterance": "c", "rejected_utterance": ["d", "a"]},
+            },
+        ]
+        file = load_script(name, "generate-prism-embeddings").file_of("train", rows)
+        return file, ["ab", "cd", "ca"]
+    prepare = load_script(name, "prepare")
+    prompts = prepare.personalllm.ScoredPrompts(["one", "two"], [["a", "b", "c"], ["d", "e"]], None)
+    return prepare.file_of("train", prompts), ["ab", "ac", "bc", "de"]
+
+
+@pytest.mark.parametrize("name", ["RedditTLDR", "PRISM", "PersonalLLM"])
+def test_a_scripts_pairs_are_those_that_are_compared(name):
+    file, compared = comparisons_of_a_script(name)
+    answers = [messages[-1]["content"] for messages in file.conversations]
+    assert [answers[a] + answers[b] for a, b in file.pairs] == compared
+
+
+@pytest.mark.parametrize(
+    "folder, name",
+    [
+        ("RedditTLDR", "prepare"),
+        ("PersonalLLM", "prepare"),
+        ("PRISM", "generate-prism-embeddings"),
+    ],
+)
+def test_a_cut_to_no_token_is_refused_by_every_script(monkeypatch, capsys, tmp_path, folder, name):
+    options = ["--model", tmp_path, "--dir", tmp_path, "--max_length", 0]
+    refused(monkeypatch, capsys, load_script(folder, name), options, "--max_length: 0")
+
+
+def test_a_script_that_runs_no_model_cannot_cut(monkeypatch, capsys, tmp_path):
+    options = ["--demo", "--dir", tmp_path, "--max_length", 9]
+    refused(monkeypatch, capsys, load_script("PRISM", "prepare"), options, "--max_length")
 
 
 # ---- Double precision
