@@ -8,27 +8,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import safetensors.torch
 import torch
 
+from lore.basis import Basis, Weights, check_rank, check_user_weights, load_basis
+from lore.checkpoint import (
+    Checkpoint,
+    checkpoint_folder,
+    download,
+    file_per_tensor,
+    inspect_checkpoint,
+    one_line,
+    open_safetensors,
+)
 from lore.conversations import tokenize_conversations
 from lore.embedding import embed_conversations
 from lore.files import (
     atomic_write,
-    digest_of,
     load_json,
-    load_tensors,
     replace_files_in,
     save_json,
     save_text,
 )
-from lore.reward_model import (
-    checkpoint_folder,
-    load_reward_head,
-    load_reward_model,
-    shard_per_tensor,
-)
+from lore.reward_model import load_reward_head, load_reward_model
 from lore.tables import format_cell
 from utils import UNSEEN_TEST, InputError, check_matrix
 
@@ -90,8 +92,8 @@ class ExpectedScores:
 def export_reward_model(
     folder: str | Path,
     model_name: str | Path,
-    V: torch.Tensor | np.ndarray,
-    w: torch.Tensor | np.ndarray | list[float] | None = None,
+    V: Basis,
+    w: Weights | None = None,
     about: dict[str, Any] | None = None,
     conversations: list[Conversation] = PROBES,
 ) -> None:
@@ -99,11 +101,12 @@ def export_reward_model(
 
     folder: a new folder, or an empty one.
     model_name: the reward model that the basis V was learnt on.
-    V: the basis `[d, K]`.
+    V: the basis `[d, K]`, or the file `results/K_<rank>.safetensors` that holds it. The file says
+        on which model the basis was learnt, which has to be this one.
     w: one user's weights `[K]`, for a model with one label, the reward of this user. The default
         is a model with K labels, the rewards of the basis.
-    about: what is known of the basis, for the model card: the dict of results.json, updated by that
-        of the rank's file (`load_json` and `load_tensors` read them from results/).
+    about: what is known of the basis, for the model card: the dict of results.json (`load_json`
+        reads it), updated by the metadata of the rank's file if V is not that file.
     conversations: those that the export is proven on.
 
     The head is written in float32; files of the backbone are linked, not copied.
@@ -114,26 +117,29 @@ def export_reward_model(
     of its own, or has no token to pad with; logits that are not the rewards.
     """
     folder = Path(folder)
-    run_info = about or {}
-
+    checkpoint = inspect_checkpoint(model_name)
     reward_head = load_reward_head(model_name)  # (d, 1)
+    V, run_info = load_basis(model_name, V, about)
     V = check_matrix(V, "V", len(reward_head)).cpu()
-    new_head = V if w is None else V @ _check_weights(w, rank=V.shape[1])  # (d, labels)
-    config = load_json(checkpoint_folder(model_name, "config.json") / "config.json", "model_type")
-    architecture = _classifier_name(model_name, config)
+    new_head = V  # (d, labels)
+    if w is not None:
+        new_head = V @ check_user_weights(w, "w", V.shape[1])[:, None]
+    check_rank(V, run_info)
+    architecture = _classifier_name(checkpoint)
+    card = _model_card(model_name, V.shape[1], w is not None, run_info)
     _check_new_folder(folder)
-    _check_basis_fits_run(folder, model_name, reward_head, V.shape[1], run_info)
 
     expected = _compute_expected_scores(model_name, new_head, conversations)
 
-    config |= _classifier_settings(architecture, new_head.shape[1], expected.pad_token)
-    card = _model_card(model_name, V.shape[1], w is not None, run_info)
+    config = _classifier_config(
+        checkpoint.config, architecture, new_head.shape[1], expected.pad_token
+    )
     try:
         with replace_files_in(folder) as new:
             save_json(new / "config.json", config)
             save_text(new / "README.md", card)
             _write_tokenizer(new, model_name, expected.tokenizer, expected.pad_token)
-            _write_weights(new, model_name, new_head)
+            _write_weights(new, download(checkpoint), new_head)
             _prove_export(new, conversations, expected.logits)
     finally:
         if folder.is_dir() and not any(folder.iterdir()):
@@ -143,13 +149,7 @@ def export_reward_model(
 # ---- Check
 
 
-def _check_weights(w: torch.Tensor | np.ndarray | list[float], rank: int) -> torch.Tensor:
-    """One user's weights as a column `[K, 1]`. Raises InputError: another shape, not finite."""
-    column = torch.as_tensor(w).reshape(-1, 1)
-    return check_matrix(column, "w", rank, 1).cpu()
-
-
-def _classifier_name(model_name: str | Path, config: dict[str, Any]) -> str:
+def _classifier_name(checkpoint: Checkpoint) -> str:
     """The name of the sequence classifier that transformers has of this architecture.
 
     Raises InputError: there is none, or the checkpoint brings code of its own.
@@ -158,12 +158,18 @@ def _classifier_name(model_name: str | Path, config: dict[str, Any]) -> str:
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS,
     )
 
-    if "auto_map" in config or config["model_type"] not in CLASSIFIERS:
+    model_type = str(checkpoint.config.get("model_type"))
+    if "auto_map" in checkpoint.config:
         raise InputError(
-            f"model {model_name}: needs code of its own (trust_remote_code), which servers and "
-            "trainers do not run; take one that transformers has as a sequence classifier"
+            f"model {checkpoint.name}: needs code of its own (trust_remote_code), which servers "
+            "and trainers do not run; take one that transformers has as a sequence classifier"
         )
-    return CLASSIFIERS[config["model_type"]]
+    if model_type not in CLASSIFIERS:
+        raise InputError(
+            f"model {checkpoint.name}: transformers has no sequence classifier of its model_type "
+            f"({model_type!r:.60}); take a model that it has one of"
+        )
+    return CLASSIFIERS[model_type]
 
 
 def _check_new_folder(folder: Path) -> None:
@@ -171,28 +177,6 @@ def _check_new_folder(folder: Path) -> None:
     is_empty_folder = folder.is_dir() and not any(folder.iterdir())
     if folder.exists() and not is_empty_folder:
         raise InputError(f"{folder}: a file, or not empty; give a new folder")
-
-
-def _check_basis_fits_run(
-    folder: Path,
-    model_name: str | Path,
-    reward_head: torch.Tensor,
-    columns: int,
-    run_info: dict[str, Any],
-) -> None:
-    """Raise InputError if the run, as far as it is known, cannot have given this basis.
-
-    A basis may have fewer columns than the run's rank, as those that no user needs are removed.
-    """
-    digest = (run_info.get("identity") or {}).get("reward_head")
-    is_other_model = digest is not None and digest != digest_of(reward_head.tolist())
-    rank = run_info.get("K", columns)
-    if is_other_model or rank < columns:
-        raise InputError(
-            f"{folder}: the basis is of {run_info.get('config', {}).get('model')} at rank "
-            f"{run_info.get('K')}, not {model_name}'s of {columns} columns; give the model and "
-            "`about` of this basis"
-        )
 
 
 # ---- Compute
@@ -260,10 +244,13 @@ def _choose_pad_token(
 # ---- Write
 
 
-def _classifier_settings(architecture: str, labels: int, pad_token: PadToken) -> dict[str, Any]:
-    """The entries of config.json that make a checkpoint a classifier with so many labels."""
+def _classifier_config(
+    config: dict[str, Any], architecture: str, labels: int, pad_token: PadToken
+) -> dict[str, Any]:
+    """A checkpoint's config.json, as that of a classifier with so many labels."""
     names = [f"LABEL_{k}" for k in range(labels)]
-    return {
+    classifier = {
+        **config,
         "architectures": [architecture],
         "num_labels": labels,
         "pad_token_id": pad_token.token_id,
@@ -271,6 +258,10 @@ def _classifier_settings(architecture: str, labels: int, pad_token: PadToken) ->
         "label2id": {name: k for k, name in enumerate(names)},
         "problem_type": "regression",  # with another, servers apply a sigmoid or softmax
     }
+    if isinstance(config.get("text_config"), dict):  # of a model of text and images: its own token
+        text_config = {**config["text_config"], "pad_token_id": pad_token.token_id}
+        classifier["text_config"] = text_config
+    return classifier
 
 
 def _write_tokenizer(
@@ -293,14 +284,13 @@ def _write_tokenizer(
             shutil.copyfile(checkpoint / name, folder / name)
 
 
-def _write_weights(folder: Path, model_name: str | Path, head: torch.Tensor) -> None:
+def _write_weights(folder: Path, checkpoint: Checkpoint, head: torch.Tensor) -> None:
     """Write the checkpoint's shards with another head, `[d, labels]`, and the index of them.
 
     The new head has a shard of its own. The backbone's shards are linked; only the one that held
     the old head is written, without it.
     """
-    checkpoint = checkpoint_folder(model_name, "*.safetensors")
-    old_shards = shard_per_tensor(model_name)  # tensor -> file
+    old_shards = dict(file_per_tensor(checkpoint))  # tensor -> file
     # Exactly one tensor is the head: load_reward_head has checked that.
     (head_name,) = (name for name in old_shards if name.endswith("score.weight"))
     old_head_file = old_shards.pop(head_name)
@@ -311,14 +301,13 @@ def _write_weights(folder: Path, model_name: str | Path, head: torch.Tensor) -> 
     *backbone_files, head_file = new_files
     new_name = dict(zip(old_files, backbone_files))
     for old_file in old_files:
-        source = checkpoint / old_file
         target = folder / new_name[old_file]
         if old_file == old_head_file:
-            tensors, _ = load_tensors(source)
-            del tensors[head_name]
-            _save_shard(target, tensors)
+            shard = open_safetensors(checkpoint, old_file)
+            tensors = {name: shard.get_tensor(name) for name in shard.keys() if name != head_name}
+            _save_shard(target, tensors, shard.metadata())
         else:
-            _link_or_copy(source, target)
+            _link_or_copy(checkpoint.folder / old_file, target)
     _save_shard(folder / head_file, {head_name: head.T.contiguous()})
 
     weight_map = {name: new_name[file] for name, file in old_shards.items()}
@@ -330,10 +319,15 @@ def _write_weights(folder: Path, model_name: str | Path, head: torch.Tensor) -> 
     )
 
 
-def _save_shard(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file that transformers accepts: it asks for the format "pt"."""
+def _save_shard(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file that transformers accepts: it asks for the format "pt".
+
+    metadata: of the file that the tensors are from. Some quantisers keep their settings there.
+    """
     with atomic_write(path) as file:
-        file.write(safetensors.torch.save(tensors, {"format": "pt"}))
+        file.write(safetensors.torch.save(tensors, {**(metadata or {}), "format": "pt"}))
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -347,7 +341,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 def _model_card(
     model_name: str | Path, columns: int, is_personal: bool, run_info: dict[str, Any]
 ) -> str:
-    """The text of the export's README.md."""
+    """The text of the export's README.md. Raises InputError: a run_info of another shape."""
     if is_personal:
         meaning = "One user's reward: one logit"
     else:
@@ -356,14 +350,24 @@ def _model_card(
     alpha = run_info.get("alpha")
     facts = {
         "reward model": Path(model_name).name if os.path.isdir(model_name) else model_name,
-        "data": run_info.get("config", {}).get("data"),
+        "data": (run_info.get("config") or {}).get("data"),
         "rank": rank,
         "alpha": alpha,
         "seed": run_info.get("seed"),
     }
-    for entry in run_info.get("evidence", ()):
-        if entry["K"] == rank and entry["alpha"] == alpha:
-            facts[f"accuracy, {UNSEEN_TEST}"] = entry["accuracy"][UNSEEN_TEST]
+    try:
+        for entry in run_info.get("evidence", ()):
+            if entry["K"] == rank and entry["alpha"] == alpha:
+                facts[f"accuracy, {UNSEEN_TEST}"] = entry["accuracy"][UNSEEN_TEST]
+        verdict = str(run_info["verdict"]["text"]) if "verdict" in run_info else None
+        lines = [
+            f"- {name}: {format_cell(fact)}" for name, fact in facts.items() if fact is not None
+        ]
+    except (LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"about: its evidence or verdict is not that of results.json ({one_line(error)}); give "
+            "the dict of results.json"
+        ) from None
 
     paragraphs = [
         CARD_HEADER,
@@ -371,12 +375,10 @@ def _model_card(
         f"{meaning} of a chat-formatted conversation, without a sigmoid or softmax. The head is in "
         "float32; in bfloat16 rewards lose digits that close answers may need.",
         CARD_EXAMPLE,
-        "\n".join(
-            f"- {name}: {format_cell(value)}" for name, value in facts.items() if value is not None
-        ),
+        "\n".join(lines),
     ]
-    if "verdict" in run_info:
-        paragraphs += ["The whole run's verdict:", run_info["verdict"]["text"]]
+    if verdict is not None:
+        paragraphs += ["The whole run's verdict:", verdict]
     return "\n\n".join(paragraphs) + "\n"
 
 
@@ -384,9 +386,27 @@ def _model_card(
 
 
 def _prove_export(folder: Path, conversations: list[Conversation], expected: torch.Tensor) -> None:
-    """Raise InputError unless the model in `folder` gives the expected logits.
+    """Raise InputError unless the model in `folder` gives the expected logits `[n, labels]`."""
+    try:
+        logits = _served_logits(folder, conversations)  # (2n, labels)
+    except Exception as error:  # of the model's own code, or of its quantiser
+        raise InputError(
+            f"{folder.parent}: transformers cannot load or run the export, so nothing was written; "
+            f"it says: {one_line(error)}"
+        ) from None
+    error = (logits - expected.repeat(2, 1)).norm() / logits.norm()
+    if not error <= LARGEST_ERROR:  # also if it is NaN
+        raise InputError(
+            f"{folder.parent}: the export's logits differ from phi @ V by {error:.1e} of their "
+            "size, so nothing was written; transformers computes this model otherwise than "
+            "embed_conversations"
+        )
 
-    They are computed as a server does: one by one, and in a padded batch. expected: `[n, labels]`.
+
+def _served_logits(folder: Path, conversations: list[Conversation]) -> torch.Tensor:
+    """The logits of conversations as a server computes them, `[2n, labels]`.
+
+    First one by one, and then in a padded batch.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -398,14 +418,10 @@ def _prove_export(folder: Path, conversations: list[Conversation], expected: tor
     def compute_logits(batch: list[str]) -> torch.Tensor:
         tokens = tokenizer(batch, add_special_tokens=False, padding=True, return_tensors="pt")
         with torch.inference_mode():
-            return model(tokens["input_ids"], tokens["attention_mask"]).logits
+            # By name: the mask's place among the arguments differs between architectures.
+            return model(
+                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+            ).logits
 
     one_by_one = torch.cat([compute_logits([text]) for text in texts])
-    logits = torch.cat([one_by_one, compute_logits(texts)])  # (2n, labels)
-    error = (logits - expected.repeat(2, 1)).norm() / logits.norm()
-    if not error <= LARGEST_ERROR:  # also if it is NaN
-        raise InputError(
-            f"{folder.parent}: the export's logits differ from phi @ V by {error:.1e} of their "
-            "size, so nothing was written; transformers computes this model otherwise than "
-            "embed_conversations"
-        )
+    return torch.cat([one_by_one, compute_logits(texts)])

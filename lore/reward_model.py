@@ -6,79 +6,43 @@ A checkpoint is given by name: a folder, or the id of a model on the Hugging Fac
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 import torch
 
-from lore.files import digest_of, explain_damage, load_json, save_json
+from lore.checkpoint import (
+    CONFIG,
+    MERGE,
+    Checkpoint,
+    check_loadable,
+    checkpoint_folder,
+    damage,
+    download,
+    file_per_tensor,
+    inspect_checkpoint,
+    number_formats,
+    one_line,
+    open_tensor,
+)
+from lore.files import digest_of, load_json, save_json
 from utils import InputError, check_device, default_device, process_rank
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and many runs need no model
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SINGLE_SHARD = "model.safetensors"  # all tensors of a small checkpoint
-SHARD_INDEX = "model.safetensors.index.json"  # the file of each tensor of a large one
 DOWN_PROJECTION = re.compile(r".*layers\.(\d+)\.mlp\.down_proj\.weight$")
 
-# The files of a checkpoint that its identity depends on
-WEIGHT_FILE = re.compile(r"\.(safetensors|bin|py)$|^config\.json$")
+# The files that a tokenizer's identity depends on
 TOKENIZER_FILE = re.compile(r"token|template|vocab|merges|spiece|\.jinja$")
+
+# What to do if transformers does not know a model
+OTHER_VERSION = "give a checkpoint that this version loads, or install the version that wrote it"
 
 # Digests of files by "path size time". A process asks for a model's identity several times, and
 # each file of weights is read only once for it.
 _known_digests: dict[str, str] = {}
-
-
-# ---- Files of a checkpoint
-
-
-def checkpoint_folder(model_name: str | Path, *patterns: str) -> Path:
-    """The folder of a checkpoint.
-
-    For an id on the hub this is its folder in the hub's cache, after a download of the files whose
-    names match one of `patterns`. Raises InputError: no such folder, and not served by the hub.
-    """
-    if os.path.isdir(model_name):
-        return Path(model_name).resolve()
-
-    from huggingface_hub import logging, snapshot_download
-
-    logging.set_verbosity_error()  # its warnings about retries: the error below says it in one line
-    try:
-        return Path(snapshot_download(str(model_name), allow_patterns=patterns))
-    except Exception as error:  # the hub's client has a class for each: unknown id, network, access
-        raise InputError(
-            f"model {model_name}: no such folder, and the hub did not serve it "
-            f"({type(error).__name__}); check the name and the network, or give the path of a "
-            "downloaded checkpoint"
-        ) from None
-
-
-def open_safetensors(model_name: str | Path, filename: str) -> safetensors.safe_open:
-    """Open a safetensors file of a checkpoint. Raises InputError: it is missing or damaged."""
-    path = checkpoint_folder(model_name, filename) / filename
-    if not path.exists():
-        raise InputError(
-            f"model {model_name}: no {filename} in it; give a checkpoint in safetensors format"
-        )
-    with explain_damage(path, "safetensors file"):
-        return safetensors.safe_open(path, "pt")
-
-
-def shard_per_tensor(model_name: str | Path) -> dict[str, str]:
-    """The name of each tensor of a checkpoint -> the name of the safetensors file that holds it.
-
-    Raises InputError: unknown model, a file missing or damaged.
-    """
-    index = checkpoint_folder(model_name, SHARD_INDEX) / SHARD_INDEX
-    if index.exists():
-        return load_json(index, "weight_map")["weight_map"]
-    tensor_names = open_safetensors(model_name, SINGLE_SHARD).keys()
-    return dict.fromkeys(tensor_names, SINGLE_SHARD)
 
 
 # ---- Reward head
@@ -87,23 +51,33 @@ def shard_per_tensor(model_name: str | Path) -> dict[str, str]:
 def load_reward_head(model_name: str | Path) -> torch.Tensor:
     """The reward head of a checkpoint: its `score.weight` transposed, float32 `[d, 1]`.
 
-    Reads only the shard that holds it. Raises InputError: unknown model, no safetensors files, not
-    exactly one scalar head, a head that is not finite.
+    Reads only the shard that holds it. Raises InputError: unknown model, no whole model in
+    safetensors files, not exactly one scalar head, a head that is not finite or in a number format
+    that cannot be computed with.
     """
-    shards = shard_per_tensor(model_name)
-    heads = [
-        open_safetensors(model_name, shard).get_slice(name)[:]  # (labels, d)
-        for name, shard in shards.items()
-        if name.endswith("score.weight")
-    ]
-    shapes = [tuple(head.shape) for head in heads]
-    is_one_scalar_head = len(heads) == 1 and len(shapes[0]) == 2 and shapes[0][0] == 1
-    if not is_one_scalar_head or not heads[0].isfinite().all():
+    return _read_head(inspect_checkpoint(model_name))
+
+
+def _read_head(checkpoint: Checkpoint) -> torch.Tensor:
+    """The reward head, see `load_reward_head`."""
+    files = file_per_tensor(checkpoint)
+    names = [name for name in files if name.endswith("score.weight")]
+    packed = [name for name in files if re.search(r"(^|\.)score\.(weight.|qweight)", name)]
+    if packed and not names:
         raise InputError(
-            f"model {model_name}: needs exactly one scalar reward head, of finite values; its "
-            f"score.weight has the shapes {shapes}; give a sequence-classification checkpoint"
+            f"model {checkpoint.name}: its reward head is quantised ({packed[0]!r:.100}) and "
+            "cannot be computed with; give the checkpoint as it was before it was quantised"
         )
-    return heads[0].float().T.contiguous()  # (d, 1)
+    stored = [open_tensor(checkpoint, files[name], name) for name in names]  # (labels, d) each
+    shapes = [tuple(head.get_shape()) for head in stored]
+    if len(shapes) == 1 and len(shapes[0]) == 2 and shapes[0][0] == 1:
+        head = stored[0][:].float()  # (1, d)
+        if head.isfinite().all():
+            return head.T.contiguous()  # (d, 1)
+    raise InputError(
+        f"model {checkpoint.name}: needs exactly one scalar reward head, of finite values; its "
+        f"score.weight has the shapes {shapes}; give a sequence-classification checkpoint"
+    )
 
 
 def load_released_reference(model_name: str | Path) -> torch.Tensor:
@@ -112,9 +86,10 @@ def load_released_reference(model_name: str | Path) -> torch.Tensor:
     It is the first column of the last layer's MLP down-projection, float32 `[d, 1]`.
     Raises InputError: unknown model, no safetensors files, no such layer.
     """
-    shards = shard_per_tensor(model_name)
+    checkpoint = inspect_checkpoint(model_name)
+    files = file_per_tensor(checkpoint)
     name_by_layer = {}
-    for name in shards:
+    for name in files:
         match = DOWN_PROJECTION.match(name)
         if match:
             name_by_layer[int(match[1])] = name
@@ -124,7 +99,7 @@ def load_released_reference(model_name: str | Path) -> torch.Tensor:
             "Llama"
         )
     name = name_by_layer[max(name_by_layer)]
-    weight = open_safetensors(model_name, shards[name]).get_slice(name)  # (d, width of the MLP)
+    weight = open_tensor(checkpoint, files[name], name)  # (d, width of the MLP)
     return weight[:, :1].float().contiguous()  # (d, 1)
 
 
@@ -141,20 +116,50 @@ def load_tokenizer(
     from transformers import AutoTokenizer, logging
 
     logging.set_verbosity_error()  # what a user must know of its warnings, our errors say
-    checkpoint_folder(model_name, "tokenizer_config.json")  # an unknown model is an error of ours
+    # An unknown model is an error of ours.
+    folder = checkpoint_folder(model_name, "tokenizer_config.json")
+    options = {"trust_remote_code": trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_name, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(model_name, **options)
     except Exception as error:  # a class for each: files missing, damaged or of another kind
-        raise InputError(
-            f"model {model_name}: its tokenizer cannot be loaded "
-            f"({str(error) or type(error).__name__}); check the name, the network and that it "
-            "holds one"
-        ) from None
+        reason = (
+            _tokenizer_damage(folder)
+            or _config_damage(model_name, options)
+            or (
+                f"transformers says: {one_line(error)}; save its tokenizer beside it, or name the "
+                "checkpoint that has it as tokenizer_name"
+            )
+        )
+        raise InputError(f"model {model_name}: its tokenizer cannot be loaded: {reason}") from None
     if not tokenizer.chat_template:
         raise InputError(
             f"model {model_name}: its tokenizer has no chat template; give a chat model"
         )
     return tokenizer
+
+
+def _tokenizer_damage(folder: Path) -> str | None:
+    """Which of a tokenizer's files is damaged, and what to do; None if this does not show."""
+    for path in sorted(folder.glob("*")):
+        if TOKENIZER_FILE.search(path.name) and damage(path):
+            return f"{path.name!r:.100} {damage(path)}"
+    return None
+
+
+def _config_damage(model_name: str | Path, options: dict[str, Any]) -> str | None:
+    """Why a checkpoint's config, which its tokenizer depends on, cannot be loaded; None if it can.
+
+    A checkpoint of a tokenizer alone needs none.
+    """
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(model_name, **options)
+    except OSError:  # there is none
+        return None
+    except Exception as error:  # an unknown architecture, code of its own
+        return f"transformers says: {one_line(error)}; {OTHER_VERSION}"
+    return None
 
 
 def load_reward_model(
@@ -176,21 +181,23 @@ def load_reward_model(
     tokenizer_name: the checkpoint whose tokenizer is loaded, default the model's.
     tokenizer: an already loaded tokenizer, so that it is not loaded twice; tokenizer_name is then
         ignored.
-    Raises InputError: unknown model, weights missing in it, no chat template, no such device.
+    Raises InputError: unknown model, an adapter, weights missing in it, a quantiser that is not
+    installed, no chat template, no such device.
     """
     from transformers import logging
 
     logging.set_verbosity_error()
+    checkpoint = inspect_checkpoint(model_name)
     if tokenizer is None:
         tokenizer = load_tokenizer(tokenizer_name or model_name, trust_remote_code)
     device = default_device() if device is None else check_device(device)
-    checkpoint = checkpoint_folder(model_name, "config.json")
-    whole, loading_info = _load_whole_model(
-        model_name, **_loading_options(device, attention, dtype, trust_remote_code)
-    )
+    checkpoint = download(checkpoint)
+    check_loadable(checkpoint)
+    options = _loading_options(checkpoint, device, attention, dtype, trust_remote_code)
+    whole, loading_info = _load_whole_model(checkpoint, **options)
     head_names = _head_parameters(whole)
     unread_names = _unread_weights(whole, loading_info)
-    _check_backbone_was_read(model_name, unread_names - head_names)
+    _check_backbone_was_read(checkpoint, unread_names - head_names)
     has_head = bool(head_names) and not unread_names & head_names
 
     # embed_conversations is given the backbone alone, and reads two attributes of it: the
@@ -199,14 +206,17 @@ def load_reward_model(
     # ordinary model of transformers. The scorer is in a list because torch would make a bare module
     # a part of the backbone.
     backbone = whole.base_model  # shares its weights with `whole`
-    backbone.reward_checkpoint = str(checkpoint)
-    backbone.reward_scorer = _own_scorer(model_name, whole) if has_head else []
+    backbone.reward_checkpoint = str(checkpoint.folder)
+    backbone.reward_scorer = _own_scorer(checkpoint, whole) if has_head else []
 
-    whole.eval().requires_grad_(False).to(device)
+    whole.eval().requires_grad_(False)
+    if not checkpoint.quantiser:  # a quantised model is on its device, and some refuse to move
+        whole.to(device)
     return backbone, tokenizer
 
 
 def _loading_options(
+    checkpoint: Checkpoint,
     device: torch.device,
     attention: str | None,
     dtype: torch.dtype | None,
@@ -225,31 +235,46 @@ def _loading_options(
     )
     if attention not in (None, "flash_attention_2"):
         options["attn_implementation"] = attention
-    if device.type == "cuda":  # or every process would hold the whole model on the host first
+    # Without a map every process would hold the whole model on the host first, and a quantiser
+    # would choose a device itself.
+    if device.type == "cuda" or checkpoint.quantiser:
         options["device_map"] = {"": device}
     return options
 
 
 def _load_whole_model(
-    model_name: str | Path, **options: Any
+    checkpoint: Checkpoint, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model with its head, if transformers has a sequence classifier of its architecture.
 
     Otherwise the model alone. The second value says which weights were not read.
     Raises InputError: it cannot be loaded.
     """
+    import transformers
     from transformers import AutoModel, AutoModelForSequenceClassification, logging
 
     logging.disable_progress_bar()
+    folder = str(checkpoint.folder)
     try:
         try:
-            return AutoModelForSequenceClassification.from_pretrained(model_name, **options)
-        except ValueError:  # no such class for this architecture
-            return AutoModel.from_pretrained(model_name, **options)
-    except Exception as error:  # a class for each: files missing, damaged or of several models
+            return AutoModelForSequenceClassification.from_pretrained(folder, **options)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            # There is no such class for this architecture.
+            return AutoModel.from_pretrained(folder, **options)
+    except Exception as error:  # a class for each: unknown architecture, quantiser not installed
+        remedy = OTHER_VERSION
+        if "auto_map" in checkpoint.config:
+            remedy = "it needs code of its own: give trust_remote_code=True if you trust that code"
+        if checkpoint.quantiser:
+            remedy = (
+                f"its weights are quantised ({checkpoint.quantiser!r:.50}): install what that "
+                "takes, or give the checkpoint as it was before"
+            )
         raise InputError(
-            f"model {model_name}: cannot be loaded ({str(error) or type(error).__name__}); check "
-            "the name, the network and that it holds a model"
+            f"model {checkpoint.name}: transformers {transformers.__version__} cannot load it and "
+            f"says: {one_line(error)}; {remedy}"
         ) from None
 
 
@@ -271,25 +296,37 @@ def _unread_weights(whole: PreTrainedModel, loading_info: dict[str, Any]) -> set
     return {*loading_info["missing_keys"], *other_shape, *without_layer}
 
 
-def _check_backbone_was_read(model_name: str | Path, unread_names: set[str]) -> None:
+def _check_backbone_was_read(checkpoint: Checkpoint, unread_names: set[str]) -> None:
     """Raise InputError if weights of the backbone were not read from the checkpoint."""
-    if unread_names:
-        raise InputError(
-            f"model {model_name}: {len(unread_names)} weights are not in it or not of its config, "
-            f"such as {min(unread_names)}; save the whole model, without a wrapper that puts a "
-            "prefix (module., _orig_mod.) before each name"
+    if not unread_names:
+        return
+    if any(".lora_" in name for name in number_formats(checkpoint)):
+        remedy = f"an adapter is among its weights; {MERGE}"
+    elif checkpoint.quantiser:
+        remedy = (
+            f"its config says that they are quantised ({checkpoint.quantiser!r:.50}); give the "
+            "checkpoint as it was before"
         )
+    else:
+        remedy = (
+            "save the whole model, without a wrapper that puts a prefix (module., _orig_mod.) "
+            "before each name"
+        )
+    raise InputError(
+        f"model {checkpoint.name}: {len(unread_names)} weights are not in it or not of its config, "
+        f"such as {min(unread_names)}; {remedy}"
+    )
 
 
 def _own_scorer(
-    model_name: str | Path, whole: PreTrainedModel
+    checkpoint: Checkpoint, whole: PreTrainedModel
 ) -> list[tuple[PreTrainedModel, torch.Tensor]]:
     """The model with its head, and the head `[d, 1]` as read from its file: one pair.
 
     Empty if the head cannot be read from a safetensors file: the comparison is then left out.
     """
     with contextlib.suppress(InputError):
-        return [(whole, load_reward_head(model_name))]
+        return [(whole, _read_head(checkpoint))]
     return []
 
 
@@ -299,29 +336,37 @@ def _own_scorer(
 def model_identity(model_name: str | Path, folder: str | Path | None = None) -> dict[str, str]:
     """Digests of what a checkpoint holds: {"weights": .., "tokenizer": ..}.
 
-    They depend on the files' contents and names, not on where the checkpoint lies. The chat
-    template is part of the tokenizer, config and code are part of the weights.
+    They depend on the contents and names of the files that are read, not on where the checkpoint
+    lies or on what else lies there. The chat template is part of the tokenizer, config and code
+    are part of the weights.
     folder: if given, the digests of files are kept there, in digests.json, for later runs.
-    Raises InputError: unknown model.
+    Raises InputError: unknown model, an adapter, files of weights that are missing.
     """
     digests_file = Path(folder, "digests.json") if folder else None
     if digests_file:
         with contextlib.suppress(InputError):  # missing or damaged: the files are read again
             _known_digests.update(load_json(digests_file))
 
-    weights, tokenizer = {}, {}  # file name -> digest
-    checkpoint = checkpoint_folder(
-        model_name, "*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"
+    checkpoint = inspect_checkpoint(model_name)
+    weight_files = checkpoint.weight_files
+    root = checkpoint_folder(
+        model_name, "*.json", "*.jinja", "*.txt", "*.model", "*.py", *weight_files
     )
-    templates = checkpoint.glob("additional_chat_templates/*.jinja")
-    for path in sorted([*checkpoint.glob("*.*"), *templates]):
-        if WEIGHT_FILE.search(path.name):
+    weights, tokenizer = {}, {}  # file name -> digest
+    for name in weight_files:
+        reason = damage(root / name)
+        if reason:
+            raise InputError(f"model {model_name}: its {name!r:.100} {reason}")
+        weights[name] = _file_digest(root / name)
+    for path in sorted([*root.glob("*.*"), *root.glob("additional_chat_templates/*.jinja")]):
+        if path.suffix == ".py" or path.name == CONFIG:
             weights[path.name] = _file_digest(path)
-        elif TOKENIZER_FILE.search(path.name):
+        elif TOKENIZER_FILE.search(path.name) and path.name not in weights:
             tokenizer[path.name] = _file_digest(path)
 
     if digests_file and digests_file.parent.exists() and process_rank() == 0:
         save_json(digests_file, _known_digests)
+    weights = dict(sorted(weights.items()))  # JSON keeps the order
     return {"weights": digest_of(weights), "tokenizer": digest_of(tokenizer)}
 
 

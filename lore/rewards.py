@@ -1,75 +1,153 @@
 """Rewards of users, for trainers and for choosing the best of several answers."""
 
-from collections.abc import Callable, Hashable, Sequence
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from lore.basis import Basis, Weights, check_rank, check_user_weights, load_basis
 from lore.embedding import embed_conversations
 from lore.reward_model import load_reward_model
 from lore.rows import as_messages
 from utils import InputError, check_matrix
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 Text = str | list[dict[str, str]]  # a text, or a list of messages
-Weights = torch.Tensor | np.ndarray | list[float]  # (K,)
 Reward = Callable[..., list[float]]  # reward(prompts, completions, user=[..], **columns)
+
+WHOLE_NUMBER = re.compile(r"([+-]?\d+)\.0+")  # 3.0, as programs write ids with a column of floats
+LARGEST_EXACT = 2**53  # from here on floats stand for several whole numbers
 
 
 def personal_reward(
     model_name: str | Path,
-    V: torch.Tensor | np.ndarray,
-    weights: dict[Hashable, Weights] | Sequence[Weights],
+    V: Basis,
+    weights: Mapping[Hashable, Weights] | Sequence[Weights],
     device: str | torch.device | None = None,
+    about: dict[str, Any] | None = None,
     **options: Any,
 ) -> Reward:
     """A reward function as TRL's trainers call it: `reward(prompts, completions, user=[..], ..)`.
 
-    V: the basis `[d, K]`.
+    V: the basis `[d, K]`, or the file `results/K_<rank>.safetensors` that holds it. The file says
+        on which model the basis was learnt, which has to be this one.
     weights: a dict, user -> w `[K]`; or rows `[N, K]`, of the users 0 to N - 1.
     device: default a GPU, or the CPU if there is none.
+    about: what is known of V if it is no file: the metadata that `load_tensors` reads with it.
     options: of `embed_conversations`, such as token_budget.
 
     The function takes prompts and completions, each a text or a list of messages, and the user of
     each, and returns a list of floats: `phi @ V @ w` of each completion. TRL gives it every other
-    column of the data too; these are ignored.
-    Raises InputError: V or weights of a wrong shape or not finite; in a call, a user without
-    weights, lists of different lengths.
+    column of the data too; these are ignored. Users are the same if their ids read the same: 1 and
+    "1" are.
+    Raises InputError: a basis of another model; V or weights of a wrong shape or not finite; two
+    users with the same id; in a call, a user without weights, lists of different lengths.
     """
+    V, run_info = load_basis(model_name, V, about)
     model, tokenizer = load_reward_model(model_name, device)
-    V = check_matrix(V, "V", model.config.hidden_size).cpu()
-    if not isinstance(weights, dict):
-        weights = dict(enumerate(weights))
-    weights_by_user = {
-        user: check_matrix(torch.as_tensor(w)[None], f"weights of {user}", 1, V.shape[1]).cpu()[0]
-        for user, w in weights.items()
-    }  # user -> (K,)
+    V = check_matrix(V, "V", _width_of_states(model)).cpu()
+    check_rank(V, run_info)
+    weights_by_id = _weights_by_id(weights, V.shape[1])
 
     # TRL logs the mean of a reward under the name of its function.
     def personal_reward(
-        prompts: list[Text], completions: list[Text], user: list[Hashable], **columns: Any
+        prompts: list[Text],
+        completions: list[Text],
+        user: list[Hashable] | None = None,
+        **columns: Any,
     ) -> list[float]:
-        if not len(prompts) == len(completions) == len(user):
-            raise InputError(
-                f"{len(prompts)} prompts, {len(completions)} completions, {len(user)} users; give "
-                "equally many"
-            )
-        for name in user:
-            if name not in weights_by_user:
-                raise InputError(
-                    f"user {name!r}: no weights; fit them from this user's choices with "
-                    "fit_new_user, and give them to personal_reward"
-                )
+        if user is None:
+            raise InputError("no users; the data need a column user, the id of each row's user")
+        _check_equally_many(prompts, completions, user)
+        W = torch.stack([_weights_of(name, weights_by_id) for name in user])  # (n, K)
         conversations = [
             as_messages("user", prompt) + as_messages("assistant", completion)
             for prompt, completion in zip(prompts, completions)
         ]
         phi = embed_conversations(conversations, model, tokenizer, **options).float()  # (n, d)
-        W = torch.stack([weights_by_user[name] for name in user])  # (n, K)
         return (phi @ V * W).sum(dim=1).tolist()
 
     return personal_reward
+
+
+def _width_of_states(model: PreTrainedModel) -> int:
+    """d of a model of `load_reward_model`: that of its head, if it could be read."""
+    for _, head in model.reward_scorer:
+        return len(head)
+    return model.config.get_text_config().hidden_size
+
+
+def _check_equally_many(
+    prompts: list[Text], completions: list[Text], users: list[Hashable]
+) -> None:
+    """Raise InputError unless these are lists of one length."""
+    for name, values in (("prompts", prompts), ("completions", completions), ("user", users)):
+        if isinstance(values, str):
+            raise InputError(
+                f"{name} = {values!r:.60}: one text; give a list, an item a completion"
+            )
+    if not len(prompts) == len(completions) == len(users):
+        raise InputError(
+            f"{len(prompts)} prompts, {len(completions)} completions, {len(users)} users; give "
+            "equally many"
+        )
+
+
+# ---- Users
+
+
+def _user_id(user: Hashable) -> str:
+    """The id of a user as a text that is the same however a file or a program keeps it.
+
+    Raises InputError: None; a float from 2^53 on, or NaN, which several ids become.
+    """
+    if user is None:
+        raise InputError("user None: no id; give the user of each row")
+    if isinstance(user, np.generic):
+        user = user.item()  # Python's own number or text
+    if isinstance(user, float):
+        if not abs(user) < LARGEST_EXACT:  # also if it is NaN
+            raise InputError(f"user {user!r}: no id, as several become this float; give texts")
+        user = repr(user)
+    text = unicodedata.normalize("NFC", str(user)).strip()
+    whole_number = WHOLE_NUMBER.fullmatch(text)
+    return whole_number[1] if whole_number else text
+
+
+def _weights_by_id(
+    weights: Mapping[Hashable, Weights] | Sequence[Weights], rank: int
+) -> dict[str, torch.Tensor]:
+    """The weights `[K]` of each user by `_user_id`. Raises InputError: see `personal_reward`."""
+    if not isinstance(weights, Mapping):
+        weights = dict(enumerate(weights))
+    found = {}
+    for user, w in weights.items():
+        name = _user_id(user)
+        if name in found:
+            raise InputError(f"weights: two users are called {name!r:.60}; give each user once")
+        found[name] = check_user_weights(w, f"weights of {user}", rank)
+    return found
+
+
+def _weights_of(user: Hashable, weights_by_id: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The weights `[K]` of a user. Raises InputError: there are none."""
+    if _user_id(user) not in weights_by_id:
+        raise InputError(
+            f"user {user!r:.60}: no weights; fit them from this user's choices with fit_new_user, "
+            "and give them to personal_reward"
+        )
+    return weights_by_id[_user_id(user)]
+
+
+# ---- Choosing
 
 
 def best_of_n(
@@ -78,7 +156,13 @@ def best_of_n(
     """Score the completions of one prompt for one user.
 
     reward: of `personal_reward`. Returns (the scores, the completions' numbers, best first).
+    Raises InputError: completions that are one text, and what `reward` raises.
     """
+    if isinstance(completions, str):
+        raise InputError(
+            f"completions = {completions!r:.60}: one text; give a list of the texts to choose from"
+        )
+    completions = list(completions)
     count = len(completions)
     scores = reward([prompt] * count, completions, user=[user] * count)
     order = sorted(range(count), key=lambda i: scores[i], reverse=True)
