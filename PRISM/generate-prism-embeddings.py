@@ -99,6 +99,7 @@ def main() -> None:
         shard_size=SHARD_SIZE,
         overwrite=args.overwrite,
         demo=split["demo"],
+        data_notes=split.get("data_notes", []),
     )
 
 
