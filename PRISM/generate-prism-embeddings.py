@@ -115,6 +115,7 @@ def main() -> None:
         overwrite=args.overwrite,
         max_length=args.max_length,
         demo=split["demo"],
+        data_notes=split.get("data_notes", []),
     )
 
 

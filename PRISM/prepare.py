@@ -16,8 +16,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import prism
+from lore.data_notes import notes_on_comparisons, print_notes
 from lore.files import digest_of, load_json
-from lore.rows import warn_of_blank_texts, warn_of_equal_sides
+from lore.rows import warn_of_equal_sides
 from lore.scripts import prepare_arguments, run_script
 from utils import InputError, check_number, check_whole
 
@@ -78,17 +79,15 @@ def print_counts(counts: dict[str, int], is_full: bool) -> None:
         print(line)
 
 
-def warn_of_texts(rows: dict[str, list[prism.Row]], pair_count: int) -> None:
-    """Warn of pairs of two equal responses, and of blank responses."""
-    equal_count = 0
-    responses = []
-    for row in rows["train"] + rows["test"]:
-        chosen = row["extra_info"]["chosen_utterance"]
-        rejected = row["extra_info"]["rejected_utterance"]
-        equal_count += rejected.count(chosen)
-        responses += [chosen, *rejected]
-    warn_of_equal_sides("both splits", equal_count, pair_count)
-    warn_of_blank_texts("responses", responses)
+def look_at_texts(rows: dict[str, list[prism.Row]]) -> list[str]:
+    """Print what is odd in the rows; return it, but for the pairs of two equal responses."""
+    judged = {part: prism.judged_of(rows[part]) for part in rows}
+    pairs = [pair for part in judged for pair in judged[part]]
+    equal_count = sum(pair.chosen == pair.rejected for pair in pairs)
+    warn_of_equal_sides("both splits", equal_count, len(pairs))
+    notes = notes_on_comparisons(judged)
+    print_notes(notes)
+    return notes
 
 
 def check_replaceable(folder: Path, rows: dict[str, list[prism.Row]]) -> None:
@@ -124,7 +123,7 @@ def main() -> None:
     rows = prism.rows_per_part(split, turns)
     counts = prism.count_rows(rows)
     print_counts(counts, is_full=not args.demo and args.limit is None)
-    warn_of_texts(rows, counts["train pairs"] + counts["test pairs"])
+    notes = look_at_texts(rows)
 
     folder = args.dir / prism.SPLIT_FOLDER
     if not args.overwrite:
@@ -135,6 +134,7 @@ def main() -> None:
         "demo": args.demo,
         "counts": counts,
         "split_seed": split_seed,
+        "data_notes": notes,
     }
     prism.save_split(folder, rows, split, provenance)
     print(

@@ -13,8 +13,10 @@ import pandas as pd
 import torch
 from pydantic import BaseModel, Field, StrictStr
 
+from lore.data_notes import Judged
 from lore.embedding_files import find_reward_head
 from lore.files import atomic_write, digest_of, load_json, load_pickle, replace_files_in, save_json
+from lore.normal_forms import Id, prompt_key
 from lore.rows import parse_rows, read_rows, split_files
 from lore.study import PARTS, Study
 from utils import InputError, create_dataset_prism, group_by_dialog, is_finite, turn_pairs
@@ -23,6 +25,7 @@ DATASET = "HannahRoseKirk/prism-alignment"
 FILES = ("train_embeddings.pkl", "test_embeddings.pkl")
 SPLIT_FOLDER = Path("data") / "prism"  # prepare.py writes there, and the released scripts do too
 PAIR_FORMAT = "one embedding per rejected response"
+MESSAGE_KEYS = ("role", "content")
 INFO_KEYS = (
     "split",
     "seen",
@@ -51,7 +54,7 @@ Users = dict[str, dict[str, list[Row]]]  # user -> conversation -> its turns
 class User(BaseModel):
     """A row of survey.jsonl; only these columns are needed."""
 
-    user_id: StrictStr
+    user_id: Id
     num_completed_conversations: int
 
 
@@ -67,8 +70,8 @@ class Message(BaseModel):
 class Conversation(BaseModel):
     """A row of conversations.jsonl; only these columns are needed."""
 
-    conversation_id: StrictStr
-    user_id: StrictStr
+    conversation_id: Id
+    user_id: Id
     conversation_history: list[Message]
 
 
@@ -99,19 +102,27 @@ def read_conversations(
 
     folder: holds the survey and the conversations; None: download them. limit: only the first
     so many of these users. Users are in the order of the survey, conversations in that of the file.
-    Raises InputError that names file, row and field; also if a conversation is there twice or its
-    user is not in the survey.
+    Raises InputError that names file, row and field; also if a user or a conversation is there
+    twice, or the user of a conversation is not in the survey.
     """
     survey = source_file(folder, "survey")
     conversations = source_file(folder, "conversations")
 
-    users = [user for _, user in parse_rows(read_rows(survey), User, DATASET)]
-    surveyed = {user.user_id for user in users}
-    active = [user.user_id for user in users if user.num_completed_conversations > 0]
+    surveyed = set()
+    active = []
+    for where, user in parse_rows(read_rows(survey, User), User, DATASET):
+        if user.user_id in surveyed:
+            raise InputError(
+                f"{where}: user {user.user_id} is in the file twice; remove one of the two rows"
+            )
+        surveyed.add(user.user_id)
+        if user.num_completed_conversations > 0:
+            active.append(user.user_id)
     conversations_per_user: dict[str, list[Conversation]] = {user: [] for user in active[:limit]}
 
     known_ids = set()
-    for where, conversation in parse_rows(read_rows(conversations), Conversation, DATASET):
+    rows = read_rows(conversations, Conversation)
+    for where, conversation in parse_rows(rows, Conversation, DATASET):
         if conversation.conversation_id in known_ids:
             raise InputError(
                 f"{where}: conversation {conversation.conversation_id} is in the file twice; "
@@ -263,6 +274,18 @@ def count_rows(rows: dict[str, list[Row]]) -> dict[str, int]:
     return {"seen users": seen_count, "unseen users": len(users) - seen_count, **turns, **pairs}
 
 
+def judged_of(rows: list[Row]) -> list[Judged]:
+    """Each rejected response of each turn, with the chosen one and the user."""
+    judged = []
+    for row in rows:
+        info = row["extra_info"]
+        for rejected in info["rejected_utterance"]:
+            judged.append(
+                Judged(info["user_id"], row["prompt"], info["chosen_utterance"], rejected)
+            )
+    return judged
+
+
 def save_split(
     folder: Path, rows: dict[str, list[Row]], split: dict[str, UserSplit], provenance: dict
 ) -> None:
@@ -301,9 +324,7 @@ def load_split(folder: Path) -> tuple[dict[str, list[Row]], dict[str, Any]]:
 def _in_written_order(row: Row) -> Row:
     """The row with its keys in the order of `rows_per_part`; some versions of pyarrow sort them."""
     return {
-        "prompt": [
-            {key: message.get(key) for key in ("role", "content")} for message in row["prompt"]
-        ],
+        "prompt": [{key: message.get(key) for key in MESSAGE_KEYS} for message in row["prompt"]],
         "extra_info": {key: row["extra_info"].get(key) for key in INFO_KEYS},
     }
 
@@ -476,9 +497,19 @@ def _holds_texts(row: Row) -> bool:
     info = row["extra_info"]
     chosen = info.get("chosen_utterance")
     rejected = info.get("rejected_utterance")
-    if "prompt" not in row or not isinstance(chosen, str) or not isinstance(rejected, list):
+    if not _are_messages(row.get("prompt")):
+        return False
+    if not isinstance(chosen, str) or not isinstance(rejected, list):
         return False
     return len(rejected) == len(turn_pairs(row)) and all(isinstance(t, str) for t in rejected)
+
+
+def _are_messages(prompt: Any) -> bool:
+    """Whether this is a list of messages, each with a role and a text."""
+    return isinstance(prompt, list) and all(
+        isinstance(message, dict) and {str} == {type(message.get(key)) for key in MESSAGE_KEYS}
+        for message in prompt
+    )
 
 
 class PairSource(NamedTuple):
@@ -490,8 +521,8 @@ class PairSource(NamedTuple):
 
     @property
     def prompt(self) -> str:
-        """One value for the messages of the prompt, equal for equal prompts."""
-        return str(self.row["prompt"])
+        """One text for the messages of the prompt, equal for prompts that are equal to a reader."""
+        return prompt_key(self.row["prompt"])
 
     @property
     def texts(self) -> tuple[str, str]:

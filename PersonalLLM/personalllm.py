@@ -74,11 +74,11 @@ def read_prompts(folder: Path | None = None) -> dict[str, Iterable[LocatedRow]]:
     Raises InputError: the hub does not serve them, a file is missing or damaged.
     """
     if folder is None:
-        splits = hub_rows(DATASET)
+        splits = hub_rows(DATASET, Row)
         return {split: splits[split] for split in SPLITS}
     files_of = split_files(folder, train=["train"], test=["test", "validation"])
     return {
-        split: itertools.chain.from_iterable(map(read_rows, files))
+        split: itertools.chain.from_iterable(read_rows(path, Row) for path in files)
         for split, files in files_of.items()
     }
 

@@ -25,8 +25,16 @@ import itertools
 import torch
 
 import personalllm
+from lore.data_notes import (
+    notes_on_likeness,
+    notes_on_overlap,
+    notes_on_repeats,
+    notes_on_texts,
+    print_notes,
+)
 from lore.files import digest_of, save_tensors
-from lore.rows import warn_of_blank_texts, warn_of_equal_sides
+from lore.normal_forms import prompt_key
+from lore.rows import warn_of_equal_sides
 from lore.scripts import EmbeddingFile, embed_files, prepare_arguments, run_script
 
 # ---- Settings
@@ -36,8 +44,11 @@ TOKEN_BUDGET = None  # tokens in a batch; None: as the device takes
 SHARD_SIZE = 1024  # responses per file of the cache, the most that an interruption loses
 
 
-def read(args: argparse.Namespace) -> dict[str, personalllm.ScoredPrompts]:
-    """The prompts of both splits, with responses and scores. Prints what was read."""
+def read(args: argparse.Namespace) -> tuple[dict[str, personalllm.ScoredPrompts], list[str]]:
+    """The prompts of both splits, with responses and scores, and notes: what is odd in them.
+
+    Prints what was read, and the notes.
+    """
     splits = {}
     for split, rows in personalllm.read_prompts(args.data).items():
         splits[split] = personalllm.parse(rows, args.limit)
@@ -48,11 +59,13 @@ def read(args: argparse.Namespace) -> dict[str, personalllm.ScoredPrompts]:
             print(
                 f"warning: the full {split} split has {full:,} prompts; the hub's data has changed"
             )
-    return splits
+    notes = notes_on(splits)
+    print_notes(notes)
+    return splits, notes
 
 
 def describe(name: str, split: personalllm.ScoredPrompts) -> None:
-    """Print how much was read, and which texts are odd."""
+    """Print how much was read, and how many responses are equal."""
     responses = sum(len(texts) for texts in split.responses)
     print(
         f"{name}: {len(split.prompts):,} prompts, {responses:,} responses with "
@@ -60,8 +73,20 @@ def describe(name: str, split: personalllm.ScoredPrompts) -> None:
     )
     equal = sum(len(texts) - len(set(texts)) for texts in split.responses)
     warn_of_equal_sides(f"{name}, responses to one prompt", equal, responses)
-    texts = itertools.chain(split.prompts, *split.responses)
-    warn_of_blank_texts(f"prompts or responses of {name}", texts)
+
+
+def notes_on(splits: dict[str, personalllm.ScoredPrompts]) -> list[str]:
+    """What is odd in the prompts and responses, a line each."""
+    notes = []
+    keys = {
+        name: [prompt_key(prompt) for prompt in split.prompts] for name, split in splits.items()
+    }
+    for name, split in splits.items():
+        notes += notes_on_repeats(f"prompts of {name}", keys[name])
+        notes += notes_on_likeness(name, split.responses)
+        notes += notes_on_texts(f"prompts of {name}", split.prompts)
+        notes += notes_on_texts(f"responses of {name}", itertools.chain(*split.responses))
+    return notes + notes_on_overlap("prompts", keys)
 
 
 def file_of(name: str, split: personalllm.ScoredPrompts) -> EmbeddingFile:
@@ -82,7 +107,8 @@ def file_of(name: str, split: personalllm.ScoredPrompts) -> EmbeddingFile:
 
 def main() -> None:
     args = prepare_arguments(__doc__, HERE, MODEL_NAME)
-    splits = list(read(args).values())
+    splits_by_name, notes = read(args)
+    splits = list(splits_by_name.values())
     files = [file_of(name, split) for name, split in zip(personalllm.FILES, splits)]
     responses = sum(len(file.conversations) for file in files)
     contents = [[split.prompts, split.responses, split.scores.tolist()] for split in splits]
@@ -99,6 +125,7 @@ def main() -> None:
         overwrite=args.overwrite,
         max_length=args.max_length,
         demo=args.demo,
+        data_notes=notes,
     )
 
 

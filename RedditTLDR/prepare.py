@@ -29,6 +29,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import torch
 
 import tldr
+from lore.data_notes import notes_on_comparisons, notes_on_removed_prompts, print_notes
 from lore.files import digest_of
 from lore.rows import warn_of_equal_sides
 from lore.scripts import EmbeddingFile, embed_files, prepare_arguments, run_script
@@ -44,15 +45,17 @@ test_share = 0.2  # of the prompts, for validation
 test_seed = 0  # of the draw of these prompts
 
 
-def read(args: argparse.Namespace) -> tuple[bool, list[tldr.ByWorker]]:
-    """Whether the data are own data, and the comparisons of the train and the validation split.
+def read(args: argparse.Namespace) -> tuple[bool, list[tldr.ByWorker], list[str]]:
+    """Whether the data are own data, the comparisons of the train and the validation split, notes.
 
-    Prints what was read. Raises InputError if it could not be trained on.
+    Prints what was read, and the notes: what is odd in it.
+    Raises InputError if it could not be trained on.
     """
     is_own, rows_of = tldr.read_comparisons(args.data, test_share, test_seed)
-    splits = []
+    splits = {}
+    notes = []
     for split, rows in rows_of.items():
-        by_worker, dropped = tldr.comparisons_by_worker(rows, args.limit)
+        by_worker, dropped, repeats = tldr.comparisons_by_worker(rows, args.limit)
         comparisons = tldr.comparisons_of(by_worker)
         print(
             f"{split}: {len(comparisons):,} comparisons by {len(by_worker)} workers, {dropped:,} "
@@ -60,9 +63,13 @@ def read(args: argparse.Namespace) -> tuple[bool, list[tldr.ByWorker]]:
         )
         equal = sum(pair["winning_summary"] == pair["losing_summary"] for pair in comparisons)
         warn_of_equal_sides(split, equal, len(comparisons))
-        splits.append(by_worker)
-    tldr.split_workers(*splits, leave_out=0 if is_own else tldr.LEAVE_OUT)
-    return is_own, splits
+        notes += notes_on_removed_prompts(split, repeats)
+        splits[split] = by_worker
+    tldr.split_workers(*splits.values(), leave_out=0 if is_own else tldr.LEAVE_OUT)
+    judged = {split: tldr.judged_of(by_worker) for split, by_worker in splits.items()}
+    notes += notes_on_comparisons(judged)
+    print_notes(notes)
+    return is_own, list(splits.values()), notes
 
 
 def file_of(name: str, by_worker: tldr.ByWorker) -> EmbeddingFile:
@@ -84,7 +91,7 @@ def file_of(name: str, by_worker: tldr.ByWorker) -> EmbeddingFile:
 
 def main() -> None:
     args = prepare_arguments(__doc__, HERE, MODEL_NAME)
-    is_own, splits = read(args)
+    is_own, splits, notes = read(args)
     files = [file_of(name, by_worker) for name, by_worker in zip(tldr.FILES, splits)]
     summaries = sum(len(file.conversations) for file in files)
     embed_files(
@@ -101,6 +108,7 @@ def main() -> None:
         max_length=args.max_length,
         demo=args.demo,
         own=is_own,
+        data_notes=notes,
     )
 
 

@@ -1,9 +1,7 @@
 """Reddit TL;DR, and comparisons of anybody's own: the rows, the files of embeddings, the study."""
 
-import ast
 import functools
 import itertools
-import json
 import pickle
 import random
 from collections.abc import Iterable, Iterator
@@ -13,17 +11,25 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, BeforeValidator, Field, StrictStr, model_validator
+from pydantic import BaseModel, Field, StrictStr, model_validator
 from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
+from lore.data_notes import Judged
 from lore.embedding_files import find_reward_head
 from lore.files import atomic_write, load_pickle
+from lore.normal_forms import (
+    Asked,
+    Id,
+    prompt_key,
+    without_messages,
+    without_repeated_prompts,
+)
 from lore.rows import (
     LocatedRow,
     as_messages,
+    column_names,
     data_files,
     hub_rows,
-    is_csv,
     parse_rows,
     read_rows,
     split_files,
@@ -48,23 +54,6 @@ ByWorker = dict[str, list[dict]]
 
 
 # ---- The schemas of a row
-
-
-def worker_id(worker: Any) -> Any:
-    """A worker's id without white space around it; a whole number, as in a table, as its digits.
-
-    Anything else is left for the schema to refuse.
-    """
-    if isinstance(worker, bool):
-        return worker
-    if isinstance(worker, float) and worker.is_integer():
-        worker = int(worker)
-    if isinstance(worker, int):
-        return str(worker)
-    return worker.strip() if isinstance(worker, str) else worker
-
-
-Worker = Annotated[StrictStr, Field(min_length=1, pattern=r"\S"), BeforeValidator(worker_id)]
 
 
 class Message(TypedDict):
@@ -98,7 +87,7 @@ class Comparison(BaseModel):
     info: Info
     summaries: Annotated[list[Summary], Field(min_length=2, max_length=2)]
     choice: Annotated[int, Field(ge=0, le=1)]
-    worker: Worker
+    worker: Id
 
     def preference(self) -> Preference:
         """The post, and the summary that was chosen over the other."""
@@ -108,9 +97,9 @@ class Comparison(BaseModel):
 
 
 class OwnComparison(BaseModel):
-    """A row of own data. An answer in messages may begin with those of the prompt."""
+    """A row of own data. An answer may begin with the prompt, as text or in messages."""
 
-    user: Worker
+    user: Id
     prompt: Turns
     chosen: Turns
     rejected: Turns
@@ -135,16 +124,10 @@ class OwnComparison(BaseModel):
 
     def preference(self) -> Preference:
         """The prompt, and the answers without its messages."""
-        prompt = as_messages("user", self.prompt or "")
-        chosen, rejected = (_without(prompt, answer) for answer in (self.chosen, self.rejected))
+        chosen, rejected = (
+            without_messages(self.prompt, answer) for answer in (self.chosen, self.rejected)
+        )
         return Preference(self.user, self.prompt, chosen, rejected)
-
-
-def _without(prompt: list[dict], answer: TextOrMessages | None) -> TextOrMessages | None:
-    """An answer without the messages of its prompt, if it begins with them."""
-    if isinstance(answer, list) and answer[: len(prompt)] == prompt:
-        return answer[len(prompt) :]
-    return answer
 
 
 # ---- Rows
@@ -161,19 +144,19 @@ def read_comparisons(
     """
     if data is None:
         files = {split: f"comparisons/{split}/*.parquet" for split in SPLITS}
-        splits = hub_rows(DATASET, revision="refs/convert/parquet", data_files=files)
+        splits = hub_rows(DATASET, Comparison, revision="refs/convert/parquet", data_files=files)
         return False, {split: _parsed(splits[split], Comparison) for split in SPLITS}
 
     if data.is_file():
-        return True, split_own(read_file(data), test_share, test_seed)
+        return True, split_own(read_rows(data, OwnComparison), test_share, test_seed)
     paths = data_files(data)
     if len(paths) == 1 and schema_of(paths[0]) is OwnComparison:
-        return True, split_own(read_file(paths[0]), test_share, test_seed)
+        return True, split_own(read_rows(paths[0], OwnComparison), test_share, test_seed)
 
     files_of = split_files(data, train=["train"], validation=["validation", "test"])
     schema = schema_of(files_of["train"][0])
     rows_of = {
-        split: itertools.chain.from_iterable(map(read_file, files))
+        split: itertools.chain.from_iterable(read_rows(path, schema) for path in files)
         for split, files in files_of.items()
     }
     return schema is OwnComparison, {
@@ -187,35 +170,13 @@ def _parsed(rows: Iterable[LocatedRow], schema: type[BaseModel]) -> Iterator[Bas
         yield row
 
 
-def read_file(path: Path) -> Iterator[LocatedRow]:
-    """The rows of a file with their places; a CSV file's messages, which are text there, parsed."""
-    for place, row in read_rows(path):
-        if is_csv(path):
-            row = {field: _messages_in(value) for field, value in row.items()}
-        yield place, row
-
-
-def _messages_in(value: Any) -> Any:
-    """The messages that a field of a CSV file holds, as Python or JSON; else the value itself."""
-    if not isinstance(value, str) or not value.startswith("[{"):
-        return value
-    try:
-        content = ast.literal_eval(value)
-        if any("role" in message for message in content):
-            return content
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        pass  # a text that only begins like messages
-    return value
-
-
 def schema_of(path: Path) -> type[Comparison] | type[OwnComparison]:
-    """Which of the two schemas the rows of a file have, judged by the first row."""
+    """Which of the two schemas the rows of a file have, judged by its columns."""
     try:
-        _, row = next(read_file(path))
+        names = column_names(path)
     except InputError:  # raised again when the rows are read
         return Comparison
-    is_own = isinstance(row, dict) and ("chosen" in row or "rejected" in row)
-    return OwnComparison if is_own else Comparison
+    return OwnComparison if names & {"chosen", "rejected"} else Comparison
 
 
 def split_own(
@@ -269,26 +230,43 @@ def _draw_prompts(prompts: list[str], share: float, seed: int) -> set[str]:
     return set(drawn)
 
 
+class Grouped(NamedTuple):
+    """The comparisons of a split."""
+
+    by_worker: ByWorker
+    dropped: int  # rows without a prompt or an answer
+    repeats: int  # comparisons whose answers repeated the text of the prompt, which is left out
+
+
 def comparisons_by_worker(
     rows: Iterable[Comparison | OwnComparison], limit: int | None = None
-) -> tuple[ByWorker, int]:
-    """The comparisons of each worker, and how many rows were dropped.
+) -> Grouped:
+    """The comparisons of each worker.
 
     A row is dropped if its prompt or an answer is null, empty or blank.
     limit: take only so many usable rows, the first ones.
     Workers come in ascending order of their number of comparisons.
     """
-    by_worker, kept, dropped = {}, 0, 0
+    usable, dropped = [], 0
     for row in rows:
-        worker, *turns = row.preference()
-        if not all(map(_has_text, turns)):
+        preference = row.preference()
+        if not all(map(_has_text, preference[1:])):
             dropped += 1
             continue
-        by_worker.setdefault(worker, []).append(dict(zip(TEXT_FIELDS, turns)))
-        kept += 1
-        if kept == limit:
+        usable.append(preference)
+        if len(usable) == limit:
             break
-    return dict(sorted(by_worker.items(), key=lambda item: len(item[1]))), dropped
+
+    by_worker = {}
+    turns_of_rows, repeats = without_repeated_prompts([Asked(*row[1:]) for row in usable])
+    for preference, turns in zip(usable, turns_of_rows):
+        if not all(map(_has_text, turns)):  # an answer was the prompt and nothing else
+            dropped += 1
+            continue
+        comparison = dict(zip(TEXT_FIELDS, turns))
+        by_worker.setdefault(preference.worker, []).append(comparison)
+    by_size = sorted(by_worker.items(), key=lambda item: len(item[1]))
+    return Grouped(dict(by_size), dropped, repeats)
 
 
 def _has_text(turns: TextOrMessages | None) -> bool:
@@ -296,14 +274,6 @@ def _has_text(turns: TextOrMessages | None) -> bool:
     if not turns:
         return False
     return all(message["content"].strip() for message in as_messages("user", turns))
-
-
-def prompt_key(prompt: TextOrMessages | None) -> str:
-    """A text that is equal for prompts that differ in nothing but white space."""
-    messages = as_messages("user", prompt or "")
-    return json.dumps(
-        [[message["role"], " ".join(message["content"].split())] for message in messages]
-    )
 
 
 def as_text(turns: TextOrMessages | None) -> str:
@@ -317,6 +287,15 @@ def as_text(turns: TextOrMessages | None) -> str:
 def comparisons_of(by_worker: ByWorker) -> list[dict]:
     """The comparisons of all workers, in order."""
     return list(itertools.chain.from_iterable(by_worker.values()))
+
+
+def judged_of(by_worker: ByWorker) -> list[Judged]:
+    """The comparisons of all workers, in order, with the names of the workers."""
+    return [
+        Judged(worker, *(comparison[field] for field in TEXT_FIELDS))
+        for worker, comparisons in by_worker.items()
+        for comparison in comparisons
+    ]
 
 
 def conversation(post: TextOrMessages, summary: TextOrMessages) -> list[dict]:

@@ -4,6 +4,8 @@ A module imports only utils.py and modules above it in this list.
 
     files             whole files, JSON, safetensors, pickles of others, checkpoints of trainings
     rows              rows of other people's files, and the messages in them
+    normal_forms      one form for ids, texts and answers that come in several
+    data_notes        what is odd in data, a line each
     conversations     conversations as the token ids that the reward model reads
     reward_model      the frozen reward model: checkpoint, reward head, tokenizer, identity
     prefix_attention  the forward pass of a batch, as padded rows or with shared beginnings

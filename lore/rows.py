@@ -1,24 +1,46 @@
 """Rows of other people's files, and the messages in them."""
 
+import ast
 import csv
 import gzip
+import io
 import json
 import re
-import zlib
+import typing
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
+import typing_extensions
 
 from utils import InputError
 
 DATA_FILE = re.compile(r"^[^.].*\.(parquet|jsonl|csv|jsonl\.gz|csv\.gz)$")
 SHARD = re.compile(r"(\d+)-of-(\d+)")  # train-00000-of-00002.parquet
+PARQUET_BATCH = 1024  # rows in memory at a time
+
+DAMAGED_FILE = (
+    "the file is cut short, of another format or encoding, an error page, or closed to you; "
+    "download or write it again"
+)
+
+# How a CSV cell begins that holds messages as Python, JSON or numpy print them, and what it has.
+PRINTED_OBJECTS = re.compile(r"""(\s|\[|\(|array|list)*\{\s*['"]""")
+PRINTED_ROLE = re.compile(r"""['"]role['"]\s*:""")
+# numpy prints no comma between objects. A brace within a string of Python's notation is none.
+STRING_OR_END_OF_OBJECT = re.compile(
+    r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\}(?=\s+\{)""", re.DOTALL
+)
+PRINTED_ARRAY = re.compile(r"array\((.*),\s*dtype=object\)", re.DOTALL)
 
 # A row with the place that error messages name: "train.jsonl, row 3".
 LocatedRow = tuple[str, Any]
 Schema = TypeVar("Schema", bound=pydantic.BaseModel)
+# The columns that a schema names. A column of objects has the fields that are named in it; a column
+# without any is read as it is.
+Columns = dict[str, "Columns"]
 
 
 # ---- Files
@@ -37,7 +59,8 @@ def data_files(folder: Path) -> list[Path]:
 def split_files(folder: Path | str, **words: list[str]) -> dict[str, list[Path]]:
     """The files of each split in a folder: split -> one file, or all shards of one, in order.
 
-    A file is .parquet, .jsonl, .csv, .jsonl.gz or .csv.gz.
+    A file is .parquet, .jsonl, .csv, .jsonl.gz or .csv.gz. The shards of a file are numbered from
+    0-of-n to (n - 1)-of-n.
     words: for each split, words that tell its files; a file's name must hold one as a whole word.
     Raises InputError: the folder is missing; a split has no file, several files or not all shards;
     a file belongs to two splits.
@@ -54,9 +77,9 @@ def split_files(folder: Path | str, **words: list[str]) -> dict[str, list[Path]]
         if not _is_whole(files):
             raise InputError(
                 f"{folder}: one file with {' or '.join(split_words)} in its name is needed, or all "
-                f"its shards; it holds {names}"
+                f"its shards, numbered from 0; it holds {names}"
             )
-        files_of[split] = files
+        files_of[split] = sorted(files, key=_shard_number)
 
     assigned = [path for files in files_of.values() for path in files]
     if len(set(assigned)) < len(assigned):
@@ -69,6 +92,12 @@ def _words_in(name: str) -> set[str]:
     return set(re.split(r"[\W\d_]+", name.lower()))
 
 
+def _shard_number(path: Path) -> int:
+    """The number of a shard, by its name; 0 for a file that is none."""
+    shard = SHARD.search(path.name)
+    return int(shard[1]) if shard else 0
+
+
 def _is_whole(files: list[Path]) -> bool:
     """Whether these are a single file that is no shard, or all the shards of one."""
     shards = [SHARD.search(path.name) for path in files]
@@ -77,17 +106,86 @@ def _is_whole(files: list[Path]) -> bool:
     if not files or None in shards:
         return False
     names = {re.sub(r"\d+-of", "", path.name) for path in files}
-    return len(names) == 1 and len(files) == int(shards[0][2])
+    count = int(shards[0][2])
+    return len(names) == 1 and sorted(map(_shard_number, files)) == list(range(count))
+
+
+# ---- Columns
+
+
+def columns_of(schema: type[pydantic.BaseModel]) -> Columns:
+    """The columns that a schema names, under their aliases, too."""
+    columns = {}
+    for name, field in schema.model_fields.items():
+        for alias in _names_of(name, field.validation_alias):
+            columns[alias] = _fields_in(field.annotation)
+    return columns
+
+
+def _names_of(
+    name: str, alias: str | pydantic.AliasPath | pydantic.AliasChoices | None
+) -> list[str]:
+    """The names that a field of a schema may have in a row."""
+    choices = alias.choices if isinstance(alias, pydantic.AliasChoices) else [alias]
+    names = [name]
+    for choice in choices:
+        if isinstance(choice, pydantic.AliasPath):
+            choice = choice.path[0]
+        if choice is not None:
+            names.append(choice)
+    return names
+
+
+def _fields_in(annotation: Any) -> Columns:
+    """The fields of all models and typed dicts in an annotation, such as `list[Message] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        return columns_of(annotation)
+    if typing_extensions.is_typeddict(annotation):
+        hints = typing_extensions.get_type_hints(annotation)
+        return {name: _fields_in(hint) for name, hint in hints.items()}
+    fields = {}
+    for argument in typing.get_args(annotation):
+        fields |= _fields_in(argument)
+    return fields
+
+
+def column_names(path: Path | str) -> set[str]:
+    """The columns of a file: those of its header or, of JSON lines, those of its first row.
+
+    Raises InputError: the file cannot be read.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet  # it loads slowly, and few files need it
+
+            return set(pyarrow.parquet.read_schema(path).names)
+        row = next(_rows_in(path, None), None)
+    except Exception as error:  # each library has its own for what is damaged
+        raise _damage(f"{path}, row 1", error, DAMAGED_FILE) from None
+    return set(row) if isinstance(row, dict) else set()
+
+
+def _check_named_once(names: list[str]) -> None:
+    """Raise ValueError if two columns, or two fields of an object, have one name."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"it names {', '.join(map(repr, twice))} twice")
 
 
 # ---- Rows
 
 
-def read_rows(path: Path | str) -> Iterator[LocatedRow]:
+def read_rows(
+    path: Path | str, schema: type[pydantic.BaseModel] | None = None
+) -> Iterator[LocatedRow]:
     """The rows of a parquet, JSON lines or CSV file with their places, a few in memory at a time.
 
+    A cell of a CSV file that holds messages, which are text there, is given as messages.
+    schema: of the rows; columns that it does not name are not read. None: all are.
     Raises InputError that names file and row: the file is missing, of another format, damaged or
-    without a row; a line is no JSON.
+    without a row; a line is no JSON; two columns have one name; the messages in a cell of a CSV
+    file cannot be read.
     """
     path = Path(path)
     if not DATA_FILE.search(path.name):
@@ -95,64 +193,26 @@ def read_rows(path: Path | str) -> Iterator[LocatedRow]:
             f"{path}: not a .parquet, .jsonl or .csv file, the last two also .gz; write it as one "
             "of these"
         )
-    count = 0
-    try:
-        for row in _rows_in(path):
-            count += 1
-            yield f"{path}, row {count}", row
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such file; give the folder that holds it with --data"
-        ) from None
-    # pyarrow's errors are ValueErrors.
-    except (ValueError, OSError, EOFError, RecursionError, zlib.error, csv.Error) as error:
-        raise InputError(
-            f"{path}, row {count + 1}: cannot be read ({error}): the file is cut short, of another "
-            "format or encoding, an error page, or closed to you; download or write it again"
-        ) from None
-    if count == 0:
+    if not path.exists():
+        raise InputError(f"{path}: no such file; give the folder that holds it with --data")
+    columns = None if schema is None else columns_of(schema)
+    is_empty = True
+    for place, row in _located(str(path), _rows_in(path, columns), DAMAGED_FILE):
+        is_empty = False
+        if is_csv(path):
+            row = {field: _cell(value, f"{place}: {field}") for field, value in row.items()}
+        yield place, row
+    if is_empty:
         raise InputError(f"{path}: no row in it; download or write it again")
 
 
-def _rows_in(path: Path) -> Iterator[Any]:
-    """The rows of a file. Raises the errors of whatever library reads it."""
-    if path.suffix == ".parquet":
-        import pyarrow.parquet  # it loads slowly, and few files need it
-
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
-            yield from batch.to_pylist()
-        return
-
-    open_file = gzip.open if path.suffix == ".gz" else open
-    with open_file(path, "rt", encoding="utf-8-sig", newline="") as file:
-        if is_csv(path):
-            yield from _csv_rows(file)
-        else:
-            for line in file:
-                if line.strip():
-                    yield json.loads(line)
-
-
-def _csv_rows(lines: Iterable[str]) -> Iterator[dict[str, str]]:
-    """The rows of an open CSV file.
-
-    Raises ValueError: its header names a field twice; a row has more fields than the header.
-    """
-    csv.field_size_limit(2**31 - 1)  # a text may be long
-    table = csv.DictReader(lines, strict=True)
-    header = table.fieldnames or []
-    if len(set(header)) < len(header):
-        raise ValueError(f"its header names a field twice: {header}")
-    for row in table:
-        if None in row:  # where DictReader puts the fields that have no name
-            raise ValueError(f"{len(row[None])} more fields than its header names")
-        yield row
-
-
-def hub_rows(dataset: str, **options: Any) -> dict[str, Iterator[LocatedRow]]:
+def hub_rows(
+    dataset: str, schema: type[pydantic.BaseModel] | None = None, **options: Any
+) -> dict[str, Iterator[LocatedRow]]:
     """The splits of a data set of the hub: split -> its rows with their places.
 
-    options: those of `datasets.load_dataset`. Raises InputError: the hub did not serve it.
+    schema: as in `read_rows`. options: those of `datasets.load_dataset`.
+    Raises InputError: the hub did not serve it; a row cannot be read.
     """
     from datasets import load_dataset  # it loads slowly, and local data do not need it
 
@@ -163,13 +223,163 @@ def hub_rows(dataset: str, **options: Any) -> dict[str, Iterator[LocatedRow]]:
             f"data set {dataset}: the hub did not serve it ({type(error).__name__}: {error}); "
             "check the network, or give a downloaded copy with --data"
         ) from None
-    return {split: _located(f"{dataset}, {split}", rows) for split, rows in splits.items()}
+    located = {}
+    for split, rows in splits.items():
+        names = getattr(rows, "column_names", None)
+        if schema is not None and names is not None:
+            columns = columns_of(schema)
+            rows = rows.select_columns([name for name in names if name in columns])
+        located[split] = _located(
+            f"{dataset}, {split}", rows, "download the data set again, or give a copy with --data"
+        )
+    return located
 
 
-def _located(source: str, rows: Iterable[Any]) -> Iterator[LocatedRow]:
-    """Rows with their places in a source, counted from 1."""
-    for number, row in enumerate(rows, 1):
-        yield f"{source}, row {number}", row
+def _located(source: str, rows: Iterable[Any], remedy: str) -> Iterator[LocatedRow]:
+    """Rows with their places in a source, counted from 1.
+
+    Raises InputError that names the place and this remedy: a row cannot be read.
+    """
+    count = 0
+    try:
+        for row in rows:
+            count += 1
+            yield f"{source}, row {count}", row
+    except Exception as error:  # each library has its own for what is damaged
+        raise _damage(f"{source}, row {count + 1}", error, remedy) from None
+
+
+def _damage(place: str, error: Exception, remedy: str) -> InputError:
+    """The error for a row that cannot be read."""
+    return InputError(f"{place}: cannot be read ({str(error) or type(error).__name__}): {remedy}")
+
+
+def _rows_in(path: Path, columns: Columns | None) -> Iterator[Any]:
+    """The rows of a file, of which only some columns are read (None: all).
+
+    Raises the errors of whatever library reads it.
+    """
+    if path.suffix == ".parquet":
+        yield from _parquet_rows(path, columns)
+        return
+    open_file = gzip.open if path.suffix == ".gz" else open
+    with open_file(path, "rb") as file:
+        lines = _text_lines(file)
+        if is_csv(path):
+            yield from _csv_rows(lines, columns)
+        else:
+            for line in lines:
+                if line.strip():
+                    yield _from_json(line)
+
+
+def _text_lines(file: Iterable[bytes]) -> Iterator[str]:
+    """The lines of a file in UTF-8, which end as they do there: in "\\n", "\\r" or "\\r\\n".
+
+    Each is decoded by itself, so that an error is that of its row.
+    """
+    for number, line in enumerate(file):
+        text = line.decode("utf-8-sig" if number == 0 else "utf-8")
+        yield from io.StringIO(text, newline="")
+
+
+def _from_json(text: str) -> Any:
+    """What a JSON text says. Raises ValueError: it is none, or an object names a field twice."""
+    return json.loads(text, object_pairs_hook=_json_object)
+
+
+def _json_object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The fields of a JSON object. Raises ValueError: a name is there twice."""
+    content = dict(fields)
+    if len(content) < len(fields):
+        _check_named_once([name for name, _ in fields])
+    return content
+
+
+def _csv_rows(lines: Iterable[str], columns: Columns | None) -> Iterator[dict[str, str]]:
+    """The rows of an open CSV file, of which only some columns are read (None: all).
+
+    Raises ValueError: the header names a column twice; a row has not as many fields as the header;
+    the last line has no end.
+    """
+    csv.field_size_limit(2**31 - 1)  # a text may be long
+    table = (fields for fields in csv.reader(_whole_lines(lines), strict=True) if fields)
+    header = next(table, [])
+    place_of = {
+        name: place for place, name in enumerate(header) if columns is None or name in columns
+    }
+    _check_named_once([name for name in header if name in place_of])
+    for fields in table:
+        if len(fields) != len(header):
+            raise ValueError(f"its header names {len(header)} fields, and it has {len(fields)}")
+        yield {name: fields[place] for name, place in place_of.items()}
+
+
+def _whole_lines(lines: Iterable[str]) -> Iterator[str]:
+    """The lines of a CSV file. Raises ValueError: the last one has no end.
+
+    Its last field may then have been cut short, which nothing else in the file would show.
+    """
+    for line in lines:
+        if not line.endswith(("\n", "\r")):
+            raise ValueError(
+                "no line break at the end of the file; if nothing is missing, add one there"
+            )
+        yield line
+
+
+def _parquet_rows(path: Path, columns: Columns | None) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file, of which only some columns are read (None: all).
+
+    Raises ValueError: two columns have one name; and the errors of pyarrow.
+    """
+    import pyarrow
+    import pyarrow.parquet  # it loads slowly, and few files need it
+
+    file = pyarrow.parquet.ParquetFile(path)
+    names = file.schema_arrow.names
+    if columns is not None:
+        names = [name for name in names if name in columns]
+    _check_named_once(names)
+    for batch in file.iter_batches(PARQUET_BATCH, columns=names):
+        if columns is not None and names:
+            batch = batch.select(names)  # "a" has selected a column "a.b", too
+            fields = [
+                pyarrow.field(field.name, _narrowed(field.type, columns[field.name]))
+                for field in batch.schema
+            ]
+            batch = batch.cast(pyarrow.schema(fields))
+        yield from _python_rows(batch)
+
+
+def _narrowed(kind: Any, fields: Columns) -> Any:
+    """A type of pyarrow with only these fields in its objects; as it is if there are none."""
+    import pyarrow
+
+    if not fields:
+        return kind
+    if pyarrow.types.is_struct(kind):
+        return pyarrow.struct(
+            [
+                pyarrow.field(field.name, _narrowed(field.type, fields[field.name]))
+                for field in kind
+                if field.name in fields
+            ]
+        )
+    if pyarrow.types.is_list(kind):
+        return pyarrow.list_(_narrowed(kind.value_type, fields))
+    if pyarrow.types.is_large_list(kind):
+        return pyarrow.large_list(_narrowed(kind.value_type, fields))
+    return kind
+
+
+def _python_rows(batch: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a batch of pyarrow as Python has them."""
+    try:
+        rows = batch.to_pylist()
+    except Exception:  # such as a date that Python has not: one by one, to tell which row has it
+        rows = (batch.slice(i, 1).to_pylist()[0] for i in range(len(batch)))
+    yield from rows
 
 
 def parse_rows(
@@ -194,6 +404,55 @@ def parse_rows(
         yield place, parsed
 
 
+# ---- Messages in a CSV file
+
+
+def _cell(value: str, place: str) -> Any:
+    """What a cell of a CSV file holds: a text, or messages, which are text there.
+
+    Messages are read as JSON, or as Python or numpy print them, with or without a list around them.
+    Raises InputError that names the place: it begins like messages, and cannot be read.
+    """
+    if value.strip() == "[]":
+        return []
+    if not PRINTED_OBJECTS.match(value) or not PRINTED_ROLE.search(value):
+        return value
+    for read in (_from_json, ast.literal_eval, _from_numpy):
+        try:
+            content = read(value.strip())
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            continue
+        return content if _has_roles(content) else value
+    raise InputError(
+        f"{place}: begins like messages and cannot be read as JSON nor as a list that Python or "
+        f"numpy printed, and it is {value[:40]!r}..; repair it, or write the rows as JSON lines"
+    )
+
+
+def _from_numpy(text: str) -> Any:
+    """The objects that numpy printed: Python's notation without a comma between two objects.
+
+    Raises what `ast.literal_eval` raises: the text is something else, or numpy left objects out,
+    as it does in arrays of more than 1,000.
+    """
+    array = PRINTED_ARRAY.fullmatch(text)
+    if array:
+        text = array[1]
+    return ast.literal_eval(
+        STRING_OR_END_OF_OBJECT.sub(
+            lambda match: "}," if match[0] == "}" else match[0],
+            text,
+        )
+    )
+
+
+def _has_roles(content: Any) -> bool:
+    """Whether this is a message, or a list of some, however nested."""
+    if isinstance(content, dict):
+        return "role" in content
+    return isinstance(content, list | tuple) and any(map(_has_roles, content))
+
+
 # ---- What is odd in texts
 
 
@@ -211,13 +470,6 @@ def warn_of_equal_sides(label: str, equal: int, pairs: int) -> None:
     if equal > 0.01 * pairs:
         message += f"; warning: that is {equal / pairs:.1%}, leave them out"
     print(message)
-
-
-def warn_of_blank_texts(label: str, texts: Iterable[str]) -> None:
-    """Print how many texts are blank; they are embedded as they are. Prints nothing if none is."""
-    blank = sum(not text.strip() for text in texts)
-    if blank:
-        print(f"warning: {blank:,} {label} are blank, and stay as they are")
 
 
 # ---- Messages

@@ -8,6 +8,8 @@ import random
 from collections import Counter
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from demos import (
     EMBEDDINGS,
@@ -80,7 +82,8 @@ def prompts_of(pickled):
 
 def parsed(path):
     """The preferences in the rows of a file."""
-    rows = lore.rows.parse_rows(tldr.read_file(path), tldr.OwnComparison, "own")
+    rows = lore.rows.read_rows(path, tldr.OwnComparison)
+    rows = lore.rows.parse_rows(rows, tldr.OwnComparison, "own")
     return [row.preference() for _, row in rows]
 
 
@@ -364,5 +367,166 @@ def test_prompts_that_differ_in_white_space_alone_are_one(rows):
     assert not train & validation and len(train | validation) == 60
 
 
-def test_white_space_around_a_name_is_not_of_it():
-    assert [tldr.worker_id(name) for name in (" u1 ", "u1", 7, 7.0)] == ["u1", "u1", "7", "7"]
+# ---- One person, one prompt, and what is odd
+
+
+def test_a_person_whose_name_is_written_in_several_ways_is_one(rows):
+    """Composed and decomposed letters, white space at the ends, numbers of a float column."""
+    names = [
+        ("Zoë", "Zoe\u0308", " Zoë "),
+        (7, 7.0, "7.0"),
+        ("Ada Lovelace", "Ada\u00a0Lovelace\n"),
+    ]
+    for row in rows:
+        ways = names[row["user"] % 3]
+        row["user"] = ways[len(row["chosen"]) % len(ways)]
+    located = [("here", row) for row in rows]
+    comparisons = [row for _, row in lore.rows.parse_rows(located, tldr.OwnComparison, "own")]
+    by_worker = tldr.comparisons_by_worker(comparisons).by_worker
+    assert set(by_worker) == {"Zoë", "7", "Ada Lovelace"}
+    assert sum(map(len, by_worker.values())) == len(rows)
+
+
+def test_prompts_that_are_equal_to_a_reader_are_on_one_side_and_stay_as_they_are(rows):
+    written = ["où est-ce ?", "ou\u0300 est-ce ?", " où  est-ce ?\n", "o\u200bù\u00a0est-ce ?"]
+    for i, row in enumerate(rows):
+        row["prompt"] = f"{row['prompt']} {written[i % len(written)]}"
+    splits = tldr.split_own([("here", row) for row in rows], 0.2, 0)
+    prompts = [{row.prompt for row in split} for split in splits.values()]
+    train, validation = ({tldr.prompt_key(prompt) for prompt in side} for side in prompts)
+    assert not train & validation and len(train | validation) == 60
+    assert set.union(*prompts) == {row["prompt"] for row in rows}
+
+
+NOTES = [
+    "train: both answers of 2 pairs began with the text of their prompt, which is left out of them",
+    "rows of train: 1 are there already, word for word",
+    "train: 1 answers look the same as another one to their prompt: they differ only in white "
+    "space or in how Unicode writes them",
+    "rejected answers of the pairs in train: 1 are lists or objects printed as text, and are taken "
+    "as texts",
+    "1 pairs were chosen both ways round by the same user: one way of each is wrong under every "
+    "reward",
+    "a user is called 'nan', with 1 rows: are these rows of nobody?",
+    "1 users are in train only, and take no part",
+]
+
+
+def test_what_is_odd_is_said_once_and_kept_with_the_embeddings(
+    monkeypatch, capsys, model, rows, tmp_path
+):
+    rows = rows[:120]  # of users 0 to 3
+    for i, row in enumerate(rows):
+        row["split"] = "test" if i % 30 >= 24 else "train"
+    plain = {
+        "user": 0,
+        "prompt": "Is it so?",
+        "chosen": "Yes.",
+        "rejected": "No.",
+        "split": "train",
+    }
+    whole = "Human: Where to?\n\nAssistant:"
+    rows += [
+        rows[0],
+        {**rows[1], "chosen": rows[1]["rejected"], "rejected": rows[1]["chosen"]},
+        {**plain, "rejected": "Yes.\n"},
+        {**plain, "rejected": "['No.', 'Never.']"},
+        {**plain, "prompt": whole, "chosen": f"{whole} Home.", "rejected": f"{whole} Away."},
+        {**plain, "prompt": whole, "chosen": f"{whole} On.", "rejected": f"{whole} Back."},
+        {**plain, "user": "nan"},
+    ]
+    train, _ = prepared(monkeypatch, model, write_rows(tmp_path / "mine.jsonl", rows), tmp_path)
+    out = capsys.readouterr().out
+    assert "odd in these data:\n" + "".join(f"  - {note}\n" for note in NOTES) in out
+    assert [out.count(note) for note in NOTES] == [1] * len(NOTES)
+    assert tldr.load_embeddings(tmp_path, None, 100, 100).provenance["data_notes"] == NOTES
+    answers = [(pair["winning_summary"], pair["losing_summary"]) for pair in train["0"]]
+    assert answers[-4:] == [
+        ("Yes.", "Yes.\n"),  # as it is
+        ("Yes.", "['No.', 'Never.']"),
+        ("Home.", "Away."),
+        ("On.", "Back."),
+    ]
+
+
+def test_data_with_nothing_odd_say_nothing(monkeypatch, capsys, model, rows, tmp_path):
+    prepared(monkeypatch, model, write_rows(tmp_path / "mine.jsonl", rows[:120]), tmp_path)
+    assert "odd" not in capsys.readouterr().out
+    assert tldr.load_embeddings(tmp_path, None, 100, 100).provenance["data_notes"] == []
+
+
+def test_an_answer_that_is_its_prompt_and_nothing_else_is_no_answer():
+    asked = "Where do we eat?"
+    row = {"user": "a", "prompt": asked, "chosen": f"{asked} Here.", "rejected": asked}
+    comparisons = [tldr.OwnComparison(**row), tldr.OwnComparison(**{**row, "rejected": "No."})]
+    found = tldr.comparisons_by_worker(comparisons)
+    assert (len(found.by_worker["a"]), found.dropped, found.repeats) == (1, 1, 1)
+
+
+# ---- The files of others: the same comparisons as each program writes them
+
+
+def chats(count=12):
+    """Rows whose prompts are conversations of three messages."""
+    return [
+        {
+            "user": f"user {i % 3}",
+            "prompt": [
+                {"role": "user", "content": f"It's question {i}?"},
+                {"role": "assistant", "content": 'Which "day"?'},
+                {"role": "user", "content": "Today } {"},
+            ],
+            "chosen": [{"role": "assistant", "content": f"We walk {i} miles."}],
+            "rejected": "We sleep.",
+        }
+        for i in range(count)
+    ]
+
+
+def test_lists_of_messages_that_numpy_has_printed_are_messages(tmp_path):
+    pd.DataFrame(chats()).to_parquet(tmp_path / "a.parquet")
+    pd.read_parquet(tmp_path / "a.parquet").to_csv(tmp_path / "a.csv", index=False)
+    assert "}\n {" in (tmp_path / "a.csv").read_text()
+    expected = [tuple(row.values()) for row in chats()]
+    assert parsed(tmp_path / "a.csv") == parsed(tmp_path / "a.parquet") == expected
+
+
+def test_a_printed_list_that_lacks_its_end_is_refused_before_the_model_is_read(
+    monkeypatch, capsys, tmp_path
+):
+    rows = chats()
+    rows[4]["prompt"] = str(rows[4]["prompt"])[:-3]
+    pd.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
+    named = "a.csv, row 5: prompt: begins like messages"
+    is_refused(monkeypatch, capsys, tmp_path / "a.csv", tmp_path / "out", named)
+
+
+def test_a_date_beyond_pythons_in_a_column_that_is_not_needed_does_no_harm(tmp_path):
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+    table = pa.Table.from_pylist(chats())
+    late = pa.array([2**60] * 12, pa.timestamp("us"))
+    pq.write_table(table.append_column("seen_at", late), tmp_path / "a" / "a.parquet")
+    pq.write_table(table.append_column("seen_at", late), tmp_path / "b" / "train.parquet")
+    pq.write_table(table, tmp_path / "b" / "test.parquet")
+    assert len(parsed(tmp_path / "a" / "a.parquet")) == 12
+    for data in (tmp_path / "a" / "a.parquet", tmp_path / "a", tmp_path / "b"):
+        is_own, splits = tldr.read_comparisons(data, 0.2, 0)
+        assert is_own and sum(len(list(split)) for split in splits.values()) in (12, 24)
+
+
+def test_people_whose_ids_a_float_has_mixed_up_are_refused(monkeypatch, capsys, rows, tmp_path):
+    for row in rows:
+        row["user"] = float(2**53 + row["user"])
+    path = write_rows(tmp_path / "mine.jsonl", rows)
+    named = "mine.jsonl, row 1: user: "
+    is_refused(monkeypatch, capsys, path, tmp_path / "out", named, "went through a float")
+
+
+def test_a_csv_file_that_was_cut_in_its_last_row_is_refused(monkeypatch, capsys, rows, tmp_path):
+    path = tmp_path / "mine.csv"
+    pd.DataFrame(rows).to_csv(path, index=False)
+    whole = path.read_text()
+    for missing in (1, 5, 30, 60):
+        path.write_text(whole[:-missing])
+        is_refused(monkeypatch, capsys, path, tmp_path / "out", "mine.csv, row 600: cannot be read")

@@ -9,6 +9,8 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from corpora import PLANTED_RANK, SCORERS
@@ -485,7 +487,45 @@ def test_two_equal_responses_are_counted_and_warned_about(monkeypatch, capsys, r
     prepare(monkeypatch, data, ran.model, tmp_path)
     train, test = capsys.readouterr().out.split("test: ", 1)
     assert "equal" not in train and "1 of 32" in test and "warning" in test
-    assert "blank" not in train and "warning: 2 prompts or responses of test are blank" in test
+    assert "blank" not in train
+    assert "prompts of test: 1 are blank" in test and "responses of test: 1 are blank" in test
+
+
+def test_what_is_odd_in_prompts_and_responses_is_said_once_and_kept(
+    monkeypatch, capsys, ran, tmp_path
+):
+    data = data_of(tmp_path / "data", ran, 4)
+    train, test = (rows_of(ran, split)[:4] for split in ("train", "test"))
+    train[1]["prompt"] = f" {train[0]['prompt']}\u00a0"
+    test[2]["prompt"] = train[3]["prompt"] + "\n"
+    test[0]["response_1"] = test[0]["response_5"] + " "
+    test[1]["response_2"] = "['Yes.', 'No.']"
+    write_rows(data / "train.jsonl", train)
+    write_rows(data / "test.jsonl", test)
+    prepare(monkeypatch, data, ran.model, tmp_path)
+    notes = [
+        "prompts of train: 1 are there already, word for word",
+        "test: 1 answers look the same as another one to their prompt: they differ only in white "
+        "space or in how Unicode writes them",
+        "responses of test: 1 are lists or objects printed as text, and are taken as texts",
+        "1 of 4 prompts of test are also in train: they test nothing new",
+    ]
+    block = "odd in these data:\n" + "".join(f"  - {note}\n" for note in notes)
+    assert capsys.readouterr().out.count(block) == 1
+    _, provenance = lore.files.load_tensors(tmp_path / lore.embedding_files.HEAD_FILE)
+    assert provenance["data_notes"] == notes
+
+
+def test_a_column_that_is_not_needed_may_hold_what_python_cannot(tmp_path, ran):
+    for split in ("train", "test"):
+        table = pa.Table.from_pylist(rows_of(ran, split)[:4])
+        late = pa.array([2**60] * 4, pa.timestamp("us"))
+        pq.write_table(table.append_column("scored_at", late), tmp_path / f"{split}.parquet")
+    splits = personalllm.read_prompts(tmp_path)
+    prompts = {split: personalllm.parse(rows).prompts for split, rows in splits.items()}
+    assert prompts == {
+        split: [row["prompt"] for row in rows_of(ran, split)[:4]] for split in ("train", "test")
+    }
 
 
 def test_other_embeddings_are_replaced_only_with_overwrite(monkeypatch, capsys, ran, embeddings):

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from corpora import PLANTED_RANK
@@ -51,6 +53,7 @@ import lore.files
 import lore.reward_model
 import lore.scripts
 import prism
+from lore.normal_forms import prompt_key
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -388,8 +391,61 @@ def test_pairs_of_two_equal_texts_are_counted_and_warned_about(
 def test_blank_responses_are_counted(monkeypatch, capsys, tmp_path, corpus):
     for row in conversations_of(corpus, "user17"):
         row["conversation_history"][2]["content"] = "  "
-    prepare(monkeypatch, tmp_path, corpus)
-    assert "warning: 8 responses are blank" in capsys.readouterr().out
+    split, _, _ = prepare(monkeypatch, tmp_path, corpus)
+    out = capsys.readouterr().out
+    for part in ("train", "test"):
+        note = f"rejected answers of the pairs in {part}: 4 are blank, and stay as they are"
+        assert out.count(note) == 1 and note in split["data_notes"]
+
+
+def test_a_user_and_a_conversation_are_one_however_their_ids_are_written(
+    monkeypatch, tmp_path, corpus
+):
+    """Composed and decomposed letters, white space at the ends, numbers from a float column."""
+    survey, conversations = corpus
+    ways = {
+        "user17": ["Zoë", "Zoe\u0308", " Zoë\n"],
+        "user7": ["3", 3, 3.0, "3.0"],
+    }
+    for user, names in ways.items():
+        for row in survey:
+            if row["user_id"] == user:
+                row["user_id"] = names[-1]
+        for i, row in enumerate(conversations_of(corpus, user)):
+            row["user_id"] = names[i % len(names)]
+            row["conversation_id"] = float(1000 * len(names) + i)
+    split, train, test = prepare(monkeypatch, tmp_path, corpus)
+    users = split["users"]
+    assert {"Zoë", "3"} <= set(users) and len(users) == 6
+    ids = [info["dialog_id"] for info in (row["extra_info"] for row in train + test)]
+    assert {"3000", "4000"} <= set(ids)
+    assert len(users["Zoë"]["train"] + users["Zoë"]["test"]) == 8
+
+
+def test_columns_that_are_not_needed_may_hold_what_python_cannot(monkeypatch, tmp_path, corpus):
+    expected = prepare(monkeypatch, tmp_path, corpus)
+    source = tmp_path / "parquet"
+    source.mkdir()
+    for name, rows in zip(("survey", "conversations"), corpus):
+        table = pa.Table.from_pylist(rows)
+        times = pa.array([2**60] * len(rows), pa.timestamp("us"))
+        pq.write_table(table.append_column("written", times), source / f"{name}.parquet")
+    call(monkeypatch, script("prepare"), "--data", source, "--dir", tmp_path / "other")
+    split, train, test = prepared(tmp_path / "other")
+    assert (split["users"], train, test) == (expected[0]["users"], *expected[1:])
+
+
+def test_what_is_odd_is_kept_with_the_split_and_with_the_embeddings(monkeypatch, ran, embeddings):
+    """Between prepare.py and the study lies the script that embeds."""
+    path = embeddings / "data" / "prism" / "split.json"
+    split = json.loads(path.read_text())
+    assert split["data_notes"] == []
+    assert prism.load_embeddings(embeddings, None).provenance["data_notes"] == []
+    split["data_notes"] = ["something odd"]
+    path.write_text(json.dumps(split))
+    options = ["--model", ran.model, "--dir", embeddings, "--overwrite"]
+    call(monkeypatch, script(GENERATE), *options)
+    assert prism.load_embeddings(embeddings, None).provenance["data_notes"] == ["something odd"]
 
 
 def test_full_data_that_differs_from_the_published_counts_is_warned_about(
@@ -426,6 +482,10 @@ def with_a_conversation_twice(survey: Rows, conversations: Rows) -> None:
     conversations.append(conversations[3])
 
 
+def with_a_user_twice(survey: Rows, conversations: Rows) -> None:
+    survey.append({**survey[3], "user_id": f" {survey[3]['user_id']}\n"})
+
+
 def with_few_conversations(survey: Rows, conversations: Rows) -> None:
     del conversations[30:]
 
@@ -447,6 +507,7 @@ def with_few_conversations(survey: Rows, conversations: Rows) -> None:
         (without_a_history, ["row 3: conversation_history"]),
         (without_a_count, ["survey.jsonl, row 3"]),
         (with_a_conversation_twice, ["c3", "in the file twice"]),
+        (with_a_user_twice, ["survey.jsonl, row ", "user3", "in the file twice"]),
         (with_few_conversations, ["6 conversations"]),
     ],
 )
@@ -822,7 +883,7 @@ def test_each_pair_has_the_conversation_the_prompt_and_the_texts_that_it_is_from
         info = row["extra_info"]
         for text, rejected in zip(info["rejected_utterance"], info["rejected_conv_embedding"]):
             x = tuple((info["chosen_conv_embedding"].float() - rejected.float()).tolist())
-            pair = (str(row["prompt"]), (info["chosen_utterance"], text), info["dialog_id"])
+            pair = (prompt_key(row["prompt"]), (info["chosen_utterance"], text), info["dialog_id"])
             turn_of_vector[x] = pair
     for part, features in study.features().items():
         for user, X in enumerate(features):
@@ -835,6 +896,26 @@ def test_each_pair_has_the_conversation_the_prompt_and_the_texts_that_it_is_from
                 assert study.groups[part][user].tolist() == [numbers[d] for d in dialogs]
                 assert len(numbers) == 3
     assert set(study.groups) == {"train", "train_unseen"}
+
+
+def test_prompts_that_are_equal_to_a_reader_are_one_and_stay_as_they_are(embeddings):
+    def write_otherwise(rows: Rows) -> None:
+        for row in rows[::2]:
+            row["prompt"][-1]["content"] += " \u00a0\n"
+
+    before = prism.load_embeddings(embeddings, None)
+    spoil(embeddings, write_otherwise)
+    assert prism.load_embeddings(embeddings, None).prompts == before.prompts
+    written = [row["prompt"][-1]["content"] for row in embedded_rows(embeddings)[0]]
+    assert any(text.endswith("\n") for text in written)
+
+
+def with_a_prompt_that_is_a_text(rows: Rows) -> None:
+    rows[3]["prompt"] = "Why?"
+
+
+def with_a_message_without_text(rows: Rows) -> None:
+    rows[3]["prompt"][0]["content"] = None
 
 
 def without_prompts(rows: Rows) -> None:
@@ -855,7 +936,15 @@ def with_a_released_row(rows: Rows) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [without_prompts, without_a_text, without_a_chosen_text, with_a_released_row]
+    "change",
+    [
+        without_prompts,
+        with_a_prompt_that_is_a_text,
+        with_a_message_without_text,
+        without_a_text,
+        without_a_chosen_text,
+        with_a_released_row,
+    ],
 )
 def test_texts_that_are_not_whole_are_not_known(embeddings, change):
     spoil(embeddings, change)

@@ -1,0 +1,205 @@
+"""What is odd in data, a line each: printed when they are read, and kept for the report.
+
+Nothing here stops a run. The lines go, as `data_notes`, into the provenance of the embeddings.
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from lore.normal_forms import Asked, Turns, answer_key, prompt_key, repeated_answers
+from lore.rows import as_messages
+
+# What other programs write as the id of nobody.
+NOBODY = {"nan", "none", "null", "na", "n/a", "<na>", "nat", "undefined"}
+# A text that is the whole of a list or an object, as Python, JSON or numpy print it.
+PRINTED = re.compile(r"""\s*(\[\s*['"{\[]|\{\s*['"]).*['"}\]]\s*[\]}]\s*""", re.DOTALL)
+
+
+class Judged(NamedTuple):
+    """A comparison, and who made it."""
+
+    user: str
+    prompt: Turns
+    chosen: Turns
+    rejected: Turns
+
+
+class _Digests(NamedTuple):
+    """A comparison in little memory. Texts that are equal to a reader have equal digests."""
+
+    user: str
+    prompt: bytes
+    chosen: bytes
+    rejected: bytes
+
+
+def notes_on_comparisons(splits: dict[str, list[Judged]]) -> list[str]:
+    """What is odd in the comparisons of each split, a line each."""
+    digests = {split: [_digests_of(row) for row in rows] for split, rows in splits.items()}
+    notes = []
+    for split, rows in splits.items():
+        pairs = [(row.chosen, row.rejected) for row in rows]
+        notes += notes_on_repeats(f"rows of {split}", digests[split])
+        notes += notes_on_likeness(split, pairs)
+        notes += _notes_on_kept_prompts(split, rows)
+        for name, texts in zip(("prompts", "chosen answers", "rejected answers"), _columns(rows)):
+            notes += notes_on_texts(f"{name} of the pairs in {split}", texts)
+    notes += notes_on_overlap("rows", digests)
+    notes += _notes_on_turned_pairs(digests)
+    notes += _notes_on_users({split: [row.user for row in rows] for split, rows in splits.items()})
+    return notes
+
+
+def print_notes(notes: list[str]) -> None:
+    """Print the notes as one block; nothing if there are none."""
+    if notes:
+        print("odd in these data:")
+    for note in notes:
+        print(f"  - {note}")
+
+
+# ---- One kind each
+
+
+def notes_on_repeats(label: str, keys: Iterable) -> list[str]:
+    """How many of the things that a label names, "rows of train", are there a second time.
+
+    keys: equal for equal things.
+    """
+    keys = list(keys)
+    repeats = len(keys) - len(set(keys))
+    return [f"{label}: {repeats:,} are there already, word for word"] if repeats else []
+
+
+def notes_on_overlap(things: str, splits: dict[str, list]) -> list[str]:
+    """How many "rows" or "prompts" of the second split are also in the first; keys as above."""
+    (first, first_keys), (second, second_keys) = splits.items()
+    shared = sum(map(set(first_keys).__contains__, second_keys))
+    if not shared:
+        return []
+    return [
+        f"{shared:,} of {len(second_keys):,} {things} of {second} are also in {first}: they test "
+        "nothing new"
+    ]
+
+
+def notes_on_likeness(label: str, answers: Iterable[Sequence[Turns]]) -> list[str]:
+    """How many answers differ from another answer to their prompt in nothing that a reader sees.
+
+    answers: of each prompt. Equal texts are not counted here.
+    """
+    alike = 0
+    for of_prompt in answers:
+        looks = {answer_key(answer) for answer in of_prompt}
+        if len(looks) < len(of_prompt):
+            alike += len({_exact_key(answer) for answer in of_prompt}) - len(looks)
+    if not alike:
+        return []
+    return [
+        f"{label}: {alike:,} answers look the same as another one to their prompt: they differ "
+        "only in white space or in how Unicode writes them"
+    ]
+
+
+def notes_on_texts(label: str, texts: Iterable[Turns]) -> list[str]:
+    """How many texts are blank, and how many are a printed list or object.
+
+    Printed lists on one side only made the released results on PRISM: a model learns the brackets.
+    """
+    blank = 0
+    printed = 0
+    for text in texts:
+        if isinstance(text, str):
+            blank += not text.strip()
+            printed += text.lstrip()[:1] in ("[", "{") and bool(PRINTED.fullmatch(text))
+    notes = []
+    if blank:
+        notes.append(f"{label}: {blank:,} are blank, and stay as they are")
+    if printed:
+        notes.append(
+            f"{label}: {printed:,} are lists or objects printed as text, and are taken as texts"
+        )
+    return notes
+
+
+def notes_on_removed_prompts(label: str, count: int) -> list[str]:
+    """How many pairs of answers lost the text of their prompt, see `without_repeated_prompts`."""
+    if not count:
+        return []
+    return [
+        f"{label}: both answers of {count:,} pairs began with the text of their prompt, which is "
+        "left out of them"
+    ]
+
+
+def _notes_on_kept_prompts(label: str, rows: list[Judged]) -> list[str]:
+    count = sum(repeated_answers(Asked(*row[1:])) > 0 for row in rows)
+    if not count:
+        return []
+    return [
+        f"{label}: in {count:,} pairs an answer begins with the text of its prompt, and stays as "
+        "it is"
+    ]
+
+
+def _notes_on_turned_pairs(splits: dict[str, list[_Digests]]) -> list[str]:
+    """Of a pair that one person chose both ways round, one is wrong under every reward."""
+    rows = {row for of_split in splits.values() for row in of_split}
+    turned = sum(
+        row.chosen < row.rejected and row._replace(chosen=row.rejected, rejected=row.chosen) in rows
+        for row in rows
+    )
+    if not turned:
+        return []
+    return [
+        f"{turned:,} pairs were chosen both ways round by the same user: one way of each is wrong "
+        "under every reward"
+    ]
+
+
+def _notes_on_users(splits: dict[str, list[str]]) -> list[str]:
+    """Users who are nobody, who have most of the rows, or who are in one split only.
+
+    splits: the user of each row.
+    """
+    notes = []
+    counts = Counter(user for users in splits.values() for user in users)
+    rows = sum(counts.values())
+    for user in sorted(counts):
+        if user.casefold() in NOBODY:
+            notes.append(
+                f"a user is called {user!r}, with {counts[user]:,} rows: are these rows of nobody?"
+            )
+    for user, count in counts.most_common(1):
+        if count > rows / 2 and len(counts) > 1:
+            notes.append(f"user {user!r} has {count:,} of the {rows:,} rows")
+    for split, users in splits.items():
+        others = {user for name in splits if name != split for user in splits[name]}
+        lone = set(users) - others
+        if lone and others:
+            notes.append(f"{len(lone):,} users are in {split} only, and take no part")
+    return notes
+
+
+# ---- Helpers
+
+
+def _columns(rows: list[Judged]) -> list[list[Turns]]:
+    """The prompts, the chosen and the rejected answers."""
+    return [[row[column] for row in rows] for column in (1, 2, 3)]
+
+
+def _digests_of(row: Judged) -> _Digests:
+    keys = (prompt_key(row.prompt), answer_key(row.chosen), answer_key(row.rejected))
+    return _Digests(
+        row.user, *(hashlib.blake2b(key.encode(), digest_size=16).digest() for key in keys)
+    )
+
+
+def _exact_key(answer: Turns) -> str:
+    """A text that is equal for equal answers; a text and the assistant's message are equal."""
+    return json.dumps(as_messages("assistant", answer or ""), sort_keys=True)
