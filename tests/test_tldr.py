@@ -16,6 +16,8 @@ import time
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from corpora import PLANTED_RANK
@@ -225,13 +227,13 @@ def test_equal_conversations_are_embedded_by_one_call_and_pickled_once(
     monkeypatch, ran, rows, tmp_path
 ):
     handed_over = []
-    embed = lore.scripts.embed_distinct
+    embed = lore.scripts.embed_conversations
 
     def counted(conversations, *arguments, **options):
         handed_over.extend(conversations)
         return embed(conversations, *arguments, **options)
 
-    monkeypatch.setattr(lore.scripts, "embed_distinct", counted)
+    monkeypatch.setattr(lore.scripts, "embed_conversations", counted)
     rows[1:3] = [
         {**row, "info": rows[0]["info"], "summaries": rows[0]["summaries"]} for row in rows[1:3]
     ]
@@ -664,6 +666,8 @@ def test_splits_are_told_by_whole_words_and_whole_sets_of_shards(
         ({"worker": True}, "worker"),
         ({"worker": float("nan")}, "worker"),
         ({"worker": None}, "worker"),
+        ({"worker": 2.0**53}, "worker: Value error, an id that went through a float"),
+        ({"worker": "1e+16"}, "worker: Value error, an id that went through a float"),
     ],
 )
 def test_a_spoilt_row_is_named(monkeypatch, capsys, rows, tmp_path, changes, named):
@@ -674,6 +678,26 @@ def test_a_spoilt_row_is_named(monkeypatch, capsys, rows, tmp_path, changes, nam
     data = data_of(tmp_path / "data", rows)
     prepare_is_refused(monkeypatch, capsys, data, tmp_path, "train.jsonl, row 3: ", named)
     assert not list(tmp_path.glob("*.pkl"))
+
+
+def test_columns_and_fields_that_are_not_needed_may_hold_what_python_cannot(tmp_path, rows):
+    (tmp_path / "late").mkdir()
+    late = pa.array([2**60] * 30, pa.timestamp("us"))
+    for split, part in (("train", rows[:30]), ("validation", rows[30:60])):
+        table = pa.Table.from_pylist(part)
+        info = table["info"].combine_chunks()
+        fields = [*zip(info.type.names, info.flatten()), ("posted", late)]
+        info = pa.StructArray.from_arrays([column for _, column in fields], [n for n, _ in fields])
+        table = table.set_column(table.schema.get_field_index("info"), "info", info)
+        table = table.append_column("judged", late)
+        pq.write_table(table, tmp_path / "late" / f"{split}.parquet")
+    found = {}
+    for data in (tmp_path / "late", data_of(tmp_path / "plain", rows)):
+        is_own, splits = tldr.read_comparisons(data, 0.2, 0)
+        assert not is_own
+        by_worker = [tldr.comparisons_by_worker(split).by_worker for split in splits.values()]
+        found[data.name] = by_worker
+    assert found["late"] == found["plain"]
 
 
 def test_rows_of_the_hub_are_named_after_their_split(monkeypatch, capsys, rows, tmp_path):
@@ -730,7 +754,7 @@ def test_workers_that_no_split_shares_are_refused_before_anything_is_embedded(
 ):
     for i, row in enumerate(rows[30:60]):
         row["worker"] = f"new {i % 5}"
-    monkeypatch.setattr(lore.scripts, "embed_distinct", None)
+    monkeypatch.setattr(lore.scripts, "embed_conversations", None)
     data = data_of(tmp_path / "data", rows)
     arguments = ["--data", data, "--model", ran.model, "--dir", tmp_path / "out"]
     refused(monkeypatch, capsys, script("prepare"), arguments, "validation part: 0")
