@@ -26,9 +26,9 @@ DAMAGED_FILE = (
     "download or write it again"
 )
 
-# How a CSV cell begins that holds messages as Python, JSON or numpy print them, and what it has.
+# How a CSV cell begins that holds messages as Python, JSON or numpy print them, and a key of one.
 PRINTED_OBJECTS = re.compile(r"""(\s|\[|\(|array|list)*\{\s*['"]""")
-PRINTED_ROLE = re.compile(r"""['"]role['"]\s*:""")
+PRINTED_KEY = re.compile(r"""['"](role|content)['"]\s*:""")
 # numpy prints no comma between objects. A brace within a string of Python's notation is none.
 STRING_OR_END_OF_OBJECT = re.compile(
     r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\}(?=\s+\{)""", re.DOTALL
@@ -415,7 +415,7 @@ def _cell(value: str, place: str) -> Any:
     """
     if value.strip() == "[]":
         return []
-    if not PRINTED_OBJECTS.match(value) or not PRINTED_ROLE.search(value):
+    if not PRINTED_OBJECTS.match(value) or not PRINTED_KEY.search(value):
         return value
     for read in (_from_json, ast.literal_eval, _from_numpy):
         try:

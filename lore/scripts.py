@@ -234,7 +234,8 @@ def embed_files(
     data: the name of the data in results; data_digest: of what was read.
     token_budget, shard_size: of `embed_conversations`.
     overwrite: replace files of another model or other data, which are else refused by InputError.
-    provenance: further JSON values that the reward head's file keeps, such as `demo`.
+    provenance: further JSON values that the reward head's file keeps, such as `demo` and
+        `data_notes`, what is odd in the data, a list of lines.
     """
     head = load_reward_head(checkpoint)
     cache = folder / CACHE_FOLDER

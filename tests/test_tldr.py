@@ -16,6 +16,8 @@ import time
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from corpora import PLANTED_RANK
@@ -664,6 +666,8 @@ def test_splits_are_told_by_whole_words_and_whole_sets_of_shards(
         ({"worker": True}, "worker"),
         ({"worker": float("nan")}, "worker"),
         ({"worker": None}, "worker"),
+        ({"worker": 2.0**53}, "worker: Value error, an id that went through a float"),
+        ({"worker": "1e+16"}, "worker: Value error, an id that went through a float"),
     ],
 )
 def test_a_spoilt_row_is_named(monkeypatch, capsys, rows, tmp_path, changes, named):
@@ -674,6 +678,26 @@ def test_a_spoilt_row_is_named(monkeypatch, capsys, rows, tmp_path, changes, nam
     data = data_of(tmp_path / "data", rows)
     prepare_is_refused(monkeypatch, capsys, data, tmp_path, "train.jsonl, row 3: ", named)
     assert not list(tmp_path.glob("*.pkl"))
+
+
+def test_columns_and_fields_that_are_not_needed_may_hold_what_python_cannot(tmp_path, rows):
+    (tmp_path / "late").mkdir()
+    late = pa.array([2**60] * 30, pa.timestamp("us"))
+    for split, part in (("train", rows[:30]), ("validation", rows[30:60])):
+        table = pa.Table.from_pylist(part)
+        info = table["info"].combine_chunks()
+        fields = [*zip(info.type.names, info.flatten()), ("posted", late)]
+        info = pa.StructArray.from_arrays([column for _, column in fields], [n for n, _ in fields])
+        table = table.set_column(table.schema.get_field_index("info"), "info", info)
+        table = table.append_column("judged", late)
+        pq.write_table(table, tmp_path / "late" / f"{split}.parquet")
+    found = {}
+    for data in (tmp_path / "late", data_of(tmp_path / "plain", rows)):
+        is_own, splits = tldr.read_comparisons(data, 0.2, 0)
+        assert not is_own
+        by_worker = [tldr.comparisons_by_worker(split).by_worker for split in splits.values()]
+        found[data.name] = by_worker
+    assert found["late"] == found["plain"]
 
 
 def test_rows_of_the_hub_are_named_after_their_split(monkeypatch, capsys, rows, tmp_path):
