@@ -61,7 +61,7 @@ def read(args: argparse.Namespace) -> tuple[bool, list[tldr.ByWorker], list[str]
             f"{split}: {len(comparisons):,} comparisons by {len(by_worker)} workers, {dropped:,} "
             "rows without a post or a summary dropped"
         )
-        equal = sum(pair["winning_summary"] == pair["losing_summary"] for pair in comparisons)
+        equal = sum(map(tldr.has_equal_sides, comparisons))
         warn_of_equal_sides(split, equal, len(comparisons))
         notes += notes_on_removed_prompts(split, repeats)
         splits[split] = by_worker

@@ -303,6 +303,14 @@ def conversation(post: TextOrMessages, summary: TextOrMessages) -> list[dict]:
     return as_messages("user", post) + as_messages("assistant", summary)
 
 
+def has_equal_sides(comparison: dict) -> bool:
+    """Whether the model is shown the same conversation for both answers."""
+    winning, losing = (
+        conversation(comparison["text"], comparison[f"{side}_summary"]) for side in SIDES
+    )
+    return winning == losing
+
+
 def conversations_of(by_worker: ByWorker) -> list[list[dict]]:
     """The conversations of all comparisons, in order, each winning one before the losing one."""
     return [

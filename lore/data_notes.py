@@ -42,9 +42,13 @@ def notes_on_comparisons(splits: dict[str, list[Judged]]) -> list[str]:
     digests = {split: [_digests_of(row) for row in rows] for split, rows in splits.items()}
     notes = []
     for split, rows in splits.items():
-        pairs = [(row.chosen, row.rejected) for row in rows]
+        alike = [
+            (row.chosen, row.rejected)
+            for row, digest in zip(rows, digests[split])
+            if digest.chosen == digest.rejected
+        ]
         notes += notes_on_repeats(f"rows of {split}", digests[split])
-        notes += notes_on_likeness(split, pairs)
+        notes += notes_on_likeness(split, alike)
         notes += _notes_on_kept_prompts(split, rows)
         for name, texts in zip(("prompts", "chosen answers", "rejected answers"), _columns(rows)):
             notes += notes_on_texts(f"{name} of the pairs in {split}", texts)

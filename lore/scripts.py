@@ -256,9 +256,10 @@ def embed_files(
     data: the name of the data in results; data_digest: of what was read.
     token_budget, shard_size, max_length: of `lore.embedding.embed_conversations`.
     overwrite: replace files of another model or other data, which are else refused by InputError.
-    provenance: further JSON values that the reward head's file keeps, such as `demo`. It also keeps
-        `equal_pairs` if there are any: of each file with pairs of equal token ids, how many are
-        `equal` and how many `pairs` it has.
+    provenance: further JSON values that the reward head's file keeps, such as `demo` and
+        `data_notes`, what is odd in the data, a list of lines. It also keeps `equal_pairs` if there
+        are any: of each file with pairs of equal token ids, how many are `equal` and how many
+        `pairs` it has.
     """
     head = load_reward_head(checkpoint)
     cache = folder / CACHE_FOLDER

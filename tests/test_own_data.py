@@ -449,6 +449,17 @@ def test_what_is_odd_is_said_once_and_kept_with_the_embeddings(
     ]
 
 
+def test_a_text_and_the_assistants_message_of_this_text_are_equal_sides():
+    pair = {"text": "Why?", "winning_summary": "So."}
+    for losing, expected in (
+        ("So.", True),
+        ([{"role": "assistant", "content": "So."}], True),
+        ("So. ", False),
+        ([*SAID["assistant"], *SAID["user"], {"role": "assistant", "content": "So."}], False),
+    ):
+        assert tldr.has_equal_sides({**pair, "losing_summary": losing}) is expected
+
+
 def test_data_with_nothing_odd_say_nothing(monkeypatch, capsys, model, rows, tmp_path):
     prepared(monkeypatch, model, write_rows(tmp_path / "mine.jsonl", rows[:120]), tmp_path)
     assert "odd" not in capsys.readouterr().out
