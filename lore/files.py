@@ -1,8 +1,9 @@
 """Reading and writing files.
 
 - A file appears whole or not at all, and files of one run appear together.
-- A missing or damaged file is reported in one line that says what to do.
-- A pickle from somebody else is read without running code from it.
+- A missing or damaged file is reported in one printable line that says what to do.
+- A pickle from somebody else is read without running code from it, and without changing anything
+  in the process.
 - An unfinished training is kept in a file, so that a later run goes on from there.
 """
 
@@ -11,20 +12,19 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import re
 import shutil
 import tempfile
 import threading
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
 
+from lore.pickles import LEGACY_MAGIC, load_plain_pickle
 from utils import InputError
 
 # Checkpoints of unfinished trainings. They lie where the results will be written.
@@ -113,6 +113,21 @@ def check_writable(folder: Path | str) -> None:
 
 # ---- Damaged files
 
+
+def printable(text: object) -> str:
+    """The text in one line, with an escape such as \\x1b for every character that cannot be seen.
+
+    A name from a file may hold anything: with control characters it could hide on a terminal the
+    line in which it is refused, and half of a surrogate pair cannot be printed at all.
+    """
+    return "".join(c if c.isprintable() else escape(c) for c in str(text))
+
+
+def escape(character: str) -> str:
+    r"""The character as Python writes it in a string, such as \n, \x1b or \u4f60."""
+    return character.encode("unicode_escape").decode()
+
+
 # What reading a damaged file raises. RecursionError: JSON that is nested too deeply.
 READING_ERRORS = (
     OSError,
@@ -136,19 +151,20 @@ def explain_damage(path: Path | str, kind: str, written_by: str = "prepare.py") 
     except InputError:
         raise
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; run {written_by} first") from None
+        raise InputError(printable(f"{path}: no such file; run {written_by} first")) from None
     except READING_ERRORS as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: no whole {kind} ({reason}); write it again") from None
+        message = f"{path}: no whole {kind} ({reason}); write it again"
+        raise InputError(printable(message)) from None
 
 
 # ---- Text, JSON and digests
 
 
 def save_text(path: Path | str, text: str) -> None:
-    """Write a text file in UTF-8."""
+    """Write a text file in UTF-8. Half of a surrogate pair, which has no UTF-8, is escaped."""
     with atomic_write(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def to_json(content: Any, **options: Any) -> str:
@@ -171,19 +187,50 @@ def save_json(path: Path | str, content: dict[str, Any]) -> None:
     save_text(path, to_json(content, indent=1) + "\n")
 
 
-def load_json(path: Path | str, *keys: str) -> dict[str, Any]:
+# How deep lists and objects in JSON may be nested. What we and others write is not nested nearly so
+# deep. What is nested about 1000 deep can be read, but not be written again into our results.
+MOST_JSON_DEPTH = 100
+
+Type = type | tuple[type, ...]  # as `isinstance` takes it
+
+
+def load_json(path: Path | str, *keys: str, **types: Type) -> dict[str, Any]:
     """Read a JSON object that has at least these keys.
 
-    Raises InputError: the file is missing, damaged or no JSON object, or lacks one of `keys`.
+    types: key -> the type of its value, if it has one, such as `files=dict`.
+    Raises InputError: the file is missing, damaged or no JSON object, is nested more than
+    MOST_JSON_DEPTH deep, or lacks one of `keys`; a value is of another type.
     """
     with explain_damage(path, "JSON object"):
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise TypeError(f"it holds a {type(content).__name__}")
+        content = _parse_json_object(Path(path).read_text(encoding="utf-8"), types)
         for key in keys:
             if key not in content:
                 raise ValueError(f"it has no {key!r}")
         return content
+
+
+def _parse_json_object(text: str, types: dict[str, Type]) -> dict[str, Any]:
+    """The JSON object in a text; types: see `load_json`.
+
+    Raises ValueError, TypeError or RecursionError: no JSON object, or not of these types.
+    """
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise TypeError(f"it holds a {type(content).__name__}")
+    for key, expected in types.items():
+        if key in content and not isinstance(content[key], expected):
+            raise TypeError(f"its {key!r} is a {type(content[key]).__name__}")
+
+    containers = [content]  # those of one depth
+    for _ in range(MOST_JSON_DEPTH):
+        inner = []
+        for container in containers:
+            values = container.values() if isinstance(container, dict) else container
+            inner += [value for value in values if isinstance(value, (dict, list))]
+        containers = inner
+    if containers:
+        raise ValueError(f"it is nested more than {MOST_JSON_DEPTH} deep")
+    return content
 
 
 def digest_of(content: Any) -> str:
@@ -210,14 +257,16 @@ def save_tensors(path: Path | str, tensors: dict[str, torch.Tensor], **metadata:
         file.write(safetensors.torch.save(on_cpu, {METADATA_ENTRY: to_json(metadata)}))
 
 
-def load_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def load_tensors(path: Path | str, **types: Type) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read a safetensors file -> (tensors on the CPU by name, the metadata of `save_tensors`).
 
-    Raises InputError: the file is missing or damaged.
+    types: key of the metadata -> the type of its value, if it has one.
+    Raises InputError: the file is missing or damaged; its metadata are no JSON object, are nested
+    more than MOST_JSON_DEPTH deep, or have a value of another type.
     """
     with explain_damage(path, "safetensors file"), safetensors.safe_open(path, "pt") as file:
         entries = file.metadata() or {}
-        metadata = json.loads(entries.get(METADATA_ENTRY, "{}"))
+        metadata = _parse_json_object(entries.get(METADATA_ENTRY, "{}"), types)
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         return tensors, metadata
 
@@ -229,7 +278,7 @@ def load_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, A
 #
 #   an archive of torch.save (a zip)       torch.load(weights_only=True), from torch 2.6 on
 #   torch.save's format without archive    torch.load(weights_only=True)
-#   a plain pickle                         _PlainUnpickler, and _StorageUnpickler for its tensors
+#   a plain pickle                         lore.pickles.load_plain_pickle
 #
 # Nothing here looks into an archive: two crafted archives once showed a harmless content to the
 # check and another one to the loader.
@@ -239,92 +288,19 @@ def load_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, A
 # without archive.
 ARCHIVES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 6)
 ARCHIVE_MAGIC = b"PK"  # how every zip begins
-LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # how a file without archive begins
-
-PLAIN_GLOBALS = {
-    ("torch._utils", "_rebuild_tensor_v2"),
-    ("torch._utils", "_rebuild_parameter"),
-    ("torch", "Size"),
-    ("collections", "OrderedDict"),
-    ("builtins", "set"),
-    ("__builtin__", "set"),  # Python 2's name, in pickles of old protocols
-    ("_codecs", "encode"),  # bytes, in pickles of old protocols
-}
 
 # The sentence of an error's text that says what was refused. torch's texts have several sentences,
 # and others of them say how to run the code all the same.
 REFUSAL = re.compile(r"[^\n.]*(refused|GLOBAL|class|TorchScript)[^\n]*?(?=\.\s|\n|$)")
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads a plain pickle: builds tensors and plain containers, and refuses every other global."""
-
-    def find_class(self, module: str, name: str) -> Callable[..., Any]:
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
-            return _load_storage
-        if (module, name) not in PLAIN_GLOBALS:
-            raise pickle.UnpicklingError(
-                f"refused: it asks for {module}.{name}, and only tensors and plain containers are "
-                "loaded"
-            )
-        return super().find_class(module, name)
-
-
-def _load_storage(data: bytes) -> torch.storage.TypedStorage:
-    """Load the numbers of a tensor in a plain pickle, which are a file of torch's legacy format.
-
-    Such a file is a sequence of pickles (magic number, version of the format, system, storage), and
-    then the storage's bytes.
-    """
-    if not data.startswith(LEGACY_MAGIC):
-        raise pickle.UnpicklingError("refused: a tensor whose memory is not in torch.save's format")
-    unpickler = _StorageUnpickler(data)
-    unpickler.load()  # the magic number
-    unpickler.load()  # the version of the format
-    unpickler.load()  # the system that wrote it
-    return unpickler.load()
-
-
-class _StorageUnpickler(pickle.Unpickler):
-    """Reads a tensor's storage that is embedded in a plain pickle.
-
-    The storage is a view of the pickled bytes. The unpickler of the whole file keeps these bytes in
-    memory anyway until it is done, so a copy would double the peak.
-    """
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(io.BytesIO(data))
-        self.data = data
-
-    def find_class(self, module: str, name: str) -> type:
-        if module != "torch" or not name.endswith("Storage"):
-            raise pickle.UnpicklingError(f"refused: a tensor's memory asks for {module}.{name}")
-        return getattr(torch, name)
-
-    def persistent_load(self, saved: tuple[Any, ...]) -> torch.storage.TypedStorage:
-        # ("storage", its class, a key, the device, the count of numbers, ..). The numbers are the
-        # end of the data. They are loaded on the CPU, whatever the device was.
-        storage_class = saved[1]
-        count = saved[4]
-        dtype = storage_class._dtype
-        if count == 0:
-            numbers = torch.empty(0, dtype=dtype)
-        else:
-            start = len(self.data) - count * dtype.itemsize
-            with warnings.catch_warnings():
-                # Nobody else uses these bytes, so it does no harm if a tensor changes them.
-                warnings.filterwarnings("ignore", "The given buffer is not writable")
-                numbers = torch.frombuffer(self.data, dtype=dtype, count=count, offset=start)
-        return torch.storage.TypedStorage(
-            wrap_storage=numbers.untyped_storage(), dtype=dtype, _internal=True
-        )
-
-
 def load_pickle(path: Path | str, written_by: str = "prepare.py") -> Any:
     """Load a file of `pickle.dump` or `torch.save` without running code from it.
 
     It may hold tensors, which are loaded on the CPU, and plain containers, so every file that the
-    released scripts wrote can be read.
+    released scripts wrote can be read. Nothing in the process is changed by loading it.
+    A plain pickle takes time and memory in proportion to its size. Of a file of `torch.save`, which
+    torch loads, this is not known: with tuples in tuples as a key it can keep torch busy for ever.
     written_by: the script to run if the file is missing.
     Raises InputError: the file is missing, truncated, of another kind, or names a global that could
     run code (the message says which); or it is an archive, and this torch is older than 2.6.
@@ -334,16 +310,17 @@ def load_pickle(path: Path | str, written_by: str = "prepare.py") -> Any:
         file.seek(0)
         is_archive = beginning.startswith(ARCHIVE_MAGIC)
         if is_archive and not ARCHIVES:
-            raise InputError(
+            message = (
                 f"{path}: refused: an archive, through which torch {torch.__version__} may run "
                 "code; load it with torch 2.6 or newer, or write it again here"
             )
+            raise InputError(printable(message))
         try:
             if is_archive or beginning == LEGACY_MAGIC:
                 return torch.load(file, map_location="cpu", weights_only=True)
-            return _PlainUnpickler(file).load()
+            return load_plain_pickle(file)
         except Exception as error:  # a damaged pickle can raise nearly any class of errors
-            raise InputError(f"{path}: {_reason_and_remedy(error)}") from None
+            raise InputError(printable(f"{path}: {_reason_and_remedy(error)}")) from None
 
 
 def _reason_and_remedy(error: Exception) -> str:
