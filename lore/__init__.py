@@ -2,7 +2,8 @@
 
 A module imports only utils.py and modules above it in this list.
 
-    files             whole files, JSON, safetensors, pickles of others, checkpoints of trainings
+    pickles           pickles of others, read without running code
+    files             whole files, JSON, safetensors, torch.save, checkpoints of trainings
     rows              rows of other people's files, and the messages in them
     normal_forms      one form for ids, texts and answers that come in several
     data_notes        what is odd in data, a line each
