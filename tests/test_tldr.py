@@ -227,13 +227,13 @@ def test_equal_conversations_are_embedded_by_one_call_and_pickled_once(
     monkeypatch, ran, rows, tmp_path
 ):
     handed_over = []
-    embed = lore.scripts.embed_conversations
+    embed = lore.scripts.embed_distinct
 
     def counted(conversations, *arguments, **options):
         handed_over.extend(conversations)
         return embed(conversations, *arguments, **options)
 
-    monkeypatch.setattr(lore.scripts, "embed_conversations", counted)
+    monkeypatch.setattr(lore.scripts, "embed_distinct", counted)
     rows[1:3] = [
         {**row, "info": rows[0]["info"], "summaries": rows[0]["summaries"]} for row in rows[1:3]
     ]
@@ -754,7 +754,7 @@ def test_workers_that_no_split_shares_are_refused_before_anything_is_embedded(
 ):
     for i, row in enumerate(rows[30:60]):
         row["worker"] = f"new {i % 5}"
-    monkeypatch.setattr(lore.scripts, "embed_conversations", None)
+    monkeypatch.setattr(lore.scripts, "embed_distinct", None)
     data = data_of(tmp_path / "data", rows)
     arguments = ["--data", data, "--model", ran.model, "--dir", tmp_path / "out"]
     refused(monkeypatch, capsys, script("prepare"), arguments, "validation part: 0")
