@@ -13,11 +13,27 @@ from typing import Any
 
 import torch
 
-from lore.files import digest_of, load_tensors, replace_files_in, save_tensors
+from lore.files import (
+    digest_of,
+    load_json,
+    load_tensors,
+    printable,
+    replace_files_in,
+    save_tensors,
+)
 from lore.reward_model import load_reward_head
 from utils import InputError
 
 HEAD_FILE = "reward_head.safetensors"
+
+# The types of what is read from the head's file, if it is there
+PROVENANCE_TYPES = {"identity": dict, "files": dict, "model": str, "data": str}
+
+# What trainings leave beside the embeddings: folders, and the files in results/ that have the
+# identity of the embeddings. What was learned from other embeddings goes into a subfolder.
+RESULT_FOLDERS = ("results", "checkpoints")
+FILES_WITH_IDENTITY = ("results.json", "vary_fewshot.json", "vary_questions.json")
+EARLIER = "earlier"
 
 # How an error names the parts of an identity whose own names explain too little
 NAMES_OF_PARTS = {"weights": "weights or config", "tokenizer": "tokenizer or chat template"}
@@ -43,7 +59,7 @@ def embeddings_are_finished(outputs: list[Path], identity: dict[str, Any], overw
         )
     provenance = {}
     with contextlib.suppress(InputError):  # damaged: nothing is known of the embeddings
-        _, provenance = load_tensors(head_file)
+        _, provenance = load_tensors(head_file, **PROVENANCE_TYPES)
     _check_same_identity(existing[0], provenance, identity)
     digests = provenance.get("files", {})
     return all(path.exists() and digest_of(path) == digests.get(path.name) for path in outputs)
@@ -54,22 +70,28 @@ def _check_same_identity(path: Path, provenance: dict[str, Any], identity: dict[
     recorded = provenance.get("identity")
     if not recorded:
         recorded = dict.fromkeys(identity)  # None is no digest: all parts differ
-    # Without a max_length nothing was cut.
-    recorded = {"max_length": None, **recorded}
-    identity = {"max_length": None, **identity}
-    different = [
-        part
-        for part, digest in recorded.items()
-        if part != "model" and part in identity and digest != identity[part]
-    ]
+    different = _different_parts(recorded, identity)
     if different:
         parts = ", ".join(NAMES_OF_PARTS.get(part, part) for part in different)
         model = provenance.get("model", "unknown")
         data = provenance.get("data", "unknown")
-        raise InputError(
+        message = (
             f"{path} holds finished embeddings of other {parts} (model {model}, data {data}); "
             "move it away, or replace it with --overwrite"
         )
+        raise InputError(printable(message))
+
+
+def _different_parts(recorded: dict[str, Any], identity: dict[str, Any]) -> list[str]:
+    """The parts of a recorded identity that are not as in `identity`, as far as both have them."""
+    # Without a max_length nothing was cut.
+    recorded = {"max_length": None, **recorded}
+    identity = {"max_length": None, **identity}
+    return [
+        part
+        for part, digest in recorded.items()
+        if part != "model" and part in identity and digest != identity[part]
+    ]
 
 
 @contextlib.contextmanager
@@ -79,6 +101,7 @@ def new_embeddings(
     """Yield a temporary folder to write embeddings in.
 
     On success the reward head's file is added, and all files replace those in `folder` together.
+    Results of other embeddings do not stay beside them, see `set_aside_other_results`.
     head: `[d, 1]`. identity: see the module's docstring. provenance: further JSON values.
     """
     with replace_files_in(folder) as new:
@@ -91,6 +114,49 @@ def new_embeddings(
             **provenance,
             files=digests,
         )
+        set_aside_other_results(folder, identity)
+
+
+def set_aside_other_results(folder: str | Path, identity: dict[str, Any]) -> None:
+    """Move results of embeddings with another identity into a subfolder, and print where to.
+
+    Beside new embeddings they would be taken for theirs. They are moved and not removed, because
+    they took a training, and --overwrite is said of embeddings only. In the subfolder, such as
+    results/earlier-1, no script reads or replaces them.
+    If no file says of which embeddings the results are, they are moved, too. Hidden files stay:
+    those are checkpoints of unfinished trainings, which name their data themselves.
+    """
+    if _have_identity(Path(folder) / RESULT_FOLDERS[0], identity):
+        return
+    for name in RESULT_FOLDERS:
+        results = Path(folder) / name
+        files = [path for path in results.glob("[!.]*") if not path.name.startswith(EARLIER)]
+        if not files:
+            continue
+        number = 1
+        while (results / f"{EARLIER}-{number}").exists():
+            number += 1
+        earlier = results / f"{EARLIER}-{number}"
+        earlier.mkdir()
+        for path in files:
+            path.rename(earlier / path.name)
+        print(
+            f"{results} was not learned from the new embeddings: what it held is now in {earlier}"
+        )
+
+
+def _have_identity(results: Path, identity: dict[str, Any]) -> bool:
+    """Whether the results in a folder say that they are of embeddings with this identity."""
+    recorded = []
+    for name in FILES_WITH_IDENTITY:
+        if (results / name).exists():
+            content = {}
+            with contextlib.suppress(InputError):  # damaged: it does not say of what it is
+                content = load_json(results / name, identity=dict)
+            recorded.append(content.get("identity"))
+    return bool(recorded) and all(
+        parts and not _different_parts(parts, identity) for parts in recorded
+    )
 
 
 def find_reward_head(
@@ -104,6 +170,7 @@ def find_reward_head(
 
     It is read from the file beside them in `folder`, or, if there is none, from the checkpoint
     `model_name`. The provenance gains a title for plots: `title`, with the name of the data.
+    The names of data and model, which are file names, are made printable.
     width: each width d of the embeddings -> where one of that width was read, for the error.
     outputs: the names of the files of embeddings.
     Raises InputError: one of the files, or the head, is not the one that was written together with
@@ -111,9 +178,10 @@ def find_reward_head(
     """
     head_file = Path(folder) / HEAD_FILE
     if head_file.exists():
-        tensors, provenance = load_tensors(head_file)
+        tensors, provenance = load_tensors(head_file, **PROVENANCE_TYPES)
         _check_same_files(folder, outputs, provenance)
         head = tensors.get("reward_head", torch.zeros(0))
+        head = head.float() if head.is_floating_point() else torch.zeros(0)
     else:
         provenance = {"model": model_name}
         head = load_reward_head(model_name)
@@ -131,6 +199,9 @@ def find_reward_head(
             f"{head_file}: its head is not the one that it names; make the embeddings again"
         )
 
+    for name in ("data", "model"):
+        if name in provenance:
+            provenance[name] = printable(provenance[name])
     if "data" in provenance:
         title = f"{title} ({provenance['data']})"
     return head, {**provenance, "title": title}

@@ -1,13 +1,15 @@
 """The pictures of results: small multiples, a panel for each setting or model."""
 
+import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from lore.files import atomic_write
+from lore.files import atomic_write, escape, printable, replace_files_in
 from lore.tables import REFERENCE, Entry, Results, shown_rows
 from utils import SETTINGS, UNSEEN_TEST
 
@@ -31,6 +33,9 @@ STYLE = {
     "axes.grid": True,
     "grid.alpha": 0.25,
     "pdf.fonttype": 42,
+    # Names are plain text: what stands between two dollar signs is no formula.
+    "text.parse_math": False,
+    "text.usetex": False,
 }
 
 Color = str | list[float]
@@ -87,6 +92,7 @@ def small_multiples(
             label_right_end(panels[-1], curves_in(frame, row, columns[-1]), baseline, colors)
         for column, axes in zip(columns, grid[0]):
             axes.set_title(column)
+        escape_missing_glyphs(matplotlib, figure)
     return figure
 
 
@@ -98,8 +104,39 @@ def import_matplotlib() -> Any:
     """
     os.environ.pop("MPLBACKEND", None)
     import matplotlib.figure
+    import matplotlib.font_manager
+    import matplotlib.text
 
     return matplotlib
+
+
+def escape_missing_glyphs(matplotlib: Any, figure: "Figure") -> None:
+    """Write characters that the picture's font lacks as their numbers, such as \\u4f60.
+
+    They would be empty boxes, with a warning for each. Other fonts that are installed can be named
+    in `font.family` of a matplotlibrc.
+    """
+    fonts = available_fonts(matplotlib)
+
+    def shown(character: str) -> str:
+        has_glyph = any(font.get_char_index(ord(character)) for font in fonts)
+        return character if has_glyph or character == "\n" else escape(character)
+
+    for text in figure.findobj(matplotlib.text.Text):
+        escaped = "".join(map(shown, text.get_text()))
+        if escaped != text.get_text():
+            text.set_text(escaped)
+
+
+def available_fonts(matplotlib: Any) -> list[Any]:
+    """The fonts that matplotlib takes the characters of a text from, the first one first."""
+    fonts = matplotlib.font_manager
+    files = []
+    for family in fonts.FontProperties().get_family():
+        with contextlib.suppress(ValueError):  # not installed
+            properties = fonts.FontProperties(family=family)
+            files.append(fonts.findfont(properties, fallback_to_default=False))
+    return [fonts.get_font(file) for file in files or [fonts.findfont(fonts.FontProperties())]]
 
 
 def describe_study(results: Results, band: str) -> str:
@@ -107,7 +144,7 @@ def describe_study(results: Results, band: str) -> str:
     counts = results["counts"]
     seeds = len(results["seeds"])
     return (
-        f"{results['config']['data']}: {counts['seen users']} seen, "
+        f"{printable(results['config']['data'])}: {counts['seen users']} seen, "
         f"{counts['unseen users']} unseen users, {seeds} {'seed' if seeds == 1 else 'seeds'}\n"
         f"band or bar: {band} over users"
     )
@@ -270,6 +307,25 @@ def draw_personal_part(results: Results) -> "Figure":
                 }
             )
     return small_multiples(results, points, RANK, note=f"; {UNSEEN_TEST}")
+
+
+def save_pictures(folder: Path, drawings: dict[str, Callable[[], "Figure"]]) -> None:
+    """Draw pictures, and write each as `name`.png and `name`.pdf.
+
+    Call it when all else is written, so that nothing is lost to a picture. One that cannot be drawn
+    is left out, which is printed.
+    drawings: the name of each picture, and what draws it.
+    Raises OSError that names the file: disk full, read-only.
+    """
+    with replace_files_in(folder) as new:
+        for name, draw in drawings.items():
+            try:
+                save_picture(new, name, draw())
+            except OSError:
+                raise
+            except Exception as error:  # whatever matplotlib raises
+                reason = printable(f"{type(error).__name__}: {error}")
+                print(f"note: no picture {name} ({reason}); all else is in {folder}")
 
 
 def save_picture(folder: Path, name: str, figure: "Figure") -> None:

@@ -1,9 +1,18 @@
 """report.md: the verdict first, then the tables that it rests on."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from lore.evidence import VALIDATION
-from lore.tables import Entry, Results, model_cells, model_name, shown_rows, text_table
+from lore.tables import (
+    Entry,
+    Results,
+    markdown_text,
+    model_cells,
+    model_name,
+    shown_rows,
+    text_table,
+)
 from utils import FEW_SHOT_TRAIN, SEEN_TEST, TRAIN, UNSEEN_TEST
 
 
@@ -104,9 +113,8 @@ def report(results: Results) -> str:
 def verdict_section(results: Results) -> str:
     """The title and the verdict, its first line in bold."""
     first, *further = results["verdict"]["text"].splitlines()
-    return paragraphs(
-        f"# {results['config']['data']}: is the reward personal?", f"**{first}**", *further
-    )
+    data = markdown_text(results["config"]["data"])
+    return paragraphs(f"# {data}: is the reward personal?", f"**{first}**", *further)
 
 
 def reading_section(results: Results) -> str:
@@ -198,6 +206,7 @@ def basis_section(results: Results) -> str:
     ]
     return paragraphs(
         "## Basis and seeds",
+        *rank_remarks([entry["K"] for entry in results["evidence"]], results["counts"]),
         f"Of each model the seed with {kept} is kept. The first table describes its basis.",
         explain(list(BASIS.values())),
         markdown_table(bases),
@@ -205,6 +214,28 @@ def basis_section(results: Results) -> str:
         explain([SEED, KEPT, LOSS]),
         markdown_table(seeds),
     )
+
+
+def rank_remarks(ranks: Iterable[int], counts: dict[str, int]) -> list[str]:
+    """A sentence for each reason why the largest rank is larger than can be of use.
+
+    counts: of results.json.
+    """
+    rank = max(ranks)
+    users = counts["seen users"]
+    d = counts["d"]
+    remarks = []
+    if rank > max(users, 1):
+        remarks.append(
+            f"K = {rank} is more directions than there are seen users ({users}): each can have one "
+            "to themselves, so nothing needs to be shared."
+        )
+    if rank > d:
+        remarks.append(
+            f"K = {rank} is more directions than the embeddings have numbers (d = {d}): some are "
+            "mixtures of others."
+        )
+    return remarks
 
 
 def leaks_section(results: Results) -> str:

@@ -13,13 +13,20 @@ import torch
 from lore.evidence import kept_fit
 from lore.files import replace_files_in, save_json, save_tensors, save_text
 from lore.intervals import interval
-from lore.pictures import draw_accuracy_by_rank, draw_personal_part, save_picture, small_multiples
-from lore.report import report
+from lore.pictures import (
+    draw_accuracy_by_rank,
+    draw_personal_part,
+    save_pictures,
+    small_multiples,
+)
+from lore.report import rank_remarks, report
 from lore.study import PARTS, Study
 from lore.tables import (
     REFERENCE,
     Results,
+    csv_text,
     format_cell,
+    latex_text,
     model_cells,
     model_name,
     shown_rows,
@@ -94,9 +101,10 @@ def save_results(
     seconds: float,
     evidence: dict[str, Any],
 ) -> Results:
-    """Write results.json, results.csv, report.md, the pictures, and a safetensors file of each fit.
+    """Write results.json, results.csv, report.md, a safetensors file of each fit, and the pictures.
 
     They replace the files of an earlier sweep together, or, if one cannot be written, not at all.
+    Only then the pictures are drawn, so that no result is lost to them.
 
     folder: where to write. fits: of all ranks, alphas and seeds. config: the settings that a reader
     set, JSON values. seconds: how long training and evaluation took. evidence: what
@@ -111,16 +119,17 @@ def save_results(
         "fits": describe_fits(fits, study),
         **evidence,
     }
-    personal = any(entry["personal_part"] for entry in results["evidence"])
-    with replace_files_in(folder, ["K_*.safetensors", "personal_part.*"]) as new:
+    drawings = {"accuracy_by_rank": lambda: draw_accuracy_by_rank(results)}
+    if any(entry["personal_part"] for entry in results["evidence"]):
+        drawings["personal_part"] = lambda: draw_personal_part(results)
+    earlier = ["K_*.safetensors", "accuracy_by_rank.*", "personal_part.*"]
+    with replace_files_in(folder, earlier) as new:
         for fit, description in zip(fits, results["fits"]):
             save_basis(new / description["file"], fit, provenance)
         save_json(new / "results.json", results)
         save_text(new / "report.md", report(results))
-        save_text(new / "results.csv", pd.json_normalize(shown_rows(results)).to_csv(index=False))
-        save_picture(new, "accuracy_by_rank", draw_accuracy_by_rank(results))
-        if personal:
-            save_picture(new, "personal_part", draw_personal_part(results))
+        save_text(new / "results.csv", csv_text(pd.json_normalize(shown_rows(results))))
+    save_pictures(folder, drawings)
     return results
 
 
@@ -184,9 +193,11 @@ def save_basis(path: Path, fit: Fit, provenance: dict[str, Any]) -> None:
 
 
 def print_results(results: Results) -> None:
-    """Print how a sweep ends: the accuracies with their intervals, and the verdict."""
+    """Print how a sweep ends: the accuracies with their intervals, the verdict, odd ranks."""
     rows = [model_cells(entry) | entry["accuracy"] for entry in shown_rows(results)]
-    print(f"\n{text_table(rows).to_string(index=False)}\n\n{results['verdict']['text']}")
+    remarks = rank_remarks([entry["K"] for entry in results["evidence"]], results["counts"])
+    closing = "\n".join([results["verdict"]["text"], *remarks])
+    print(f"\n{text_table(rows).to_string(index=False)}\n\n{closing}")
 
 
 # ---- The number of shots
@@ -195,7 +206,7 @@ def print_results(results: Results) -> None:
 def save_few_shot_curves(
     folder: Path, curves: Curves, study: Study, config: dict[str, Any]
 ) -> pd.DataFrame:
-    """Write vary_fewshot.json, .csv, .tex, .png and .pdf, and print if users have too few shots.
+    """Write vary_fewshot.json, .csv, .tex, .png and .pdf; print if shots are few or ranks large.
 
     They replace those of an earlier run, and the files of the questions that belonged to these.
 
@@ -214,6 +225,8 @@ def save_few_shot_curves(
         print(f"{note}: of {max(shots)} the mean user has {max(reached):.1f}")
 
     provenance = run_info(study, config)
+    for remark in rank_remarks(config["K_list"], provenance["counts"]):
+        print(remark)
     content = {
         **provenance,
         "shots_are": unit,
@@ -225,18 +238,21 @@ def save_few_shot_curves(
     is_first_alpha = intervals["alpha"] == intervals["alpha"][0]
     shown = intervals[is_trained | is_first_alpha]  # the reference once, as in `shown_rows`
     table = few_shot_table(shown)
-    caption = f"{study.title}: {UNSEEN_TEST}, with 95 \\% intervals over users"
-    figure = draw_few_shot_curves(
-        {**provenance, "seeds": [config.get("seed", 0)]},
-        intervals,
-        f"{unit} per unseen user",
-        f", {config['trials']} draws{note}",
-    )
-    with replace_files_in(folder, ["vary_questions.*"]) as new:
+    caption = latex_text(f"{study.title}: {UNSEEN_TEST}, with 95 % intervals over users")
+    with replace_files_in(folder, ["vary_fewshot.*", "vary_questions.*"]) as new:
         save_json(new / "vary_fewshot.json", content)
-        save_text(new / "vary_fewshot.csv", shown.to_csv(index=False))
+        save_text(new / "vary_fewshot.csv", csv_text(shown))
         save_text(new / "vary_fewshot.tex", table.to_latex(escape=True, caption=caption))
-        save_picture(new, "vary_fewshot", figure)
+
+    def draw() -> "Figure":
+        return draw_few_shot_curves(
+            {**provenance, "seeds": [config.get("seed", 0)]},
+            intervals,
+            f"{unit} per unseen user",
+            f", {config['trials']} draws{note}",
+        )
+
+    save_pictures(folder, {"vary_fewshot": draw})
     return table
 
 
@@ -313,11 +329,10 @@ def save_question_curves(
         return
     content = {**run_info(study, config), "seeds": config["question_seeds"]}
     named = with_model_names(frame)
-    figure = draw_question_curves(content, named)
-    with replace_files_in(folder) as new:
+    with replace_files_in(folder, ["vary_questions.*"]) as new:
         save_json(new / "vary_questions.json", {**content, "curves": named.to_dict("records")})
-        save_text(new / "vary_questions.csv", named.to_csv(index=False))
-        save_picture(new, "vary_questions", figure)
+        save_text(new / "vary_questions.csv", csv_text(named))
+    save_pictures(folder, {"vary_questions": lambda: draw_question_curves(content, named)})
 
 
 def question_table(frame: pd.DataFrame) -> str:

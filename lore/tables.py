@@ -1,9 +1,11 @@
-"""Results as tables of text."""
+"""Results as tables of text, and names as plain text in Markdown, LaTeX and CSV."""
 
+import re
 from typing import Any
 
 import pandas as pd
 
+from lore.files import printable
 from lore.intervals import DIFFERENCE, INTERVAL
 
 REFERENCE = "ref"  # the name of K = 0 in tables and pictures
@@ -62,3 +64,69 @@ def text_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(
         [{heading: format_cell(value) for heading, value in row.items()} for row in rows]
     )
+
+
+# ---- Names
+#
+# The names of data, models and people are whatever somebody called them. In a file that is a
+# program to its reader they must be plain text, so each goes through the escape of that file.
+# Pictures have theirs in lore/pictures.py.
+
+# Markdown, as CommonMark and GitHub read it. A backslash stands before most signs; for those before
+# which not every reader takes one, and for those of HTML, there is an entity.
+MARKDOWN_SIGNS = re.compile(r"[\\`*_{}\[\]#!]")
+MARKDOWN_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {
+    sign: f"&#{ord(sign)};" for sign in "|~$"
+}
+
+LATEX_SIGNS = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    **{sign: "\\" + sign for sign in "{}$&#%_"},
+}
+
+
+def markdown_text(name: str) -> str:
+    """A name as plain text in Markdown, in a heading, a cell of a table or within a line."""
+    text = MARKDOWN_SIGNS.sub(r"\\\g<0>", printable(name))
+    return text.translate(str.maketrans(MARKDOWN_ENTITIES))
+
+
+def latex_text(name: str) -> str:
+    """A name as plain text in LaTeX."""
+    text = printable(name).translate(str.maketrans(LATEX_SIGNS))
+    return re.sub("-(?=-)", "-{}", text)  # two hyphens would be a dash
+
+
+def csv_text(frame: pd.DataFrame) -> str:
+    """The text of a CSV file with a table, without its index.
+
+    Texts are printable. One that a spreadsheet would take for a formula has an apostrophe before
+    it, as those have that are typed there.
+    """
+    safe = frame.rename(columns=_csv_cell)
+    for heading in safe.select_dtypes(exclude=["number", "bool"]):
+        safe[heading] = safe[heading].map(_csv_cell)
+    return safe.to_csv(index=False)
+
+
+def _csv_cell(value: Any) -> Any:
+    """The value of a cell, safe in a spreadsheet if it is a text."""
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    if text.lstrip()[:1] in ("=", "+", "-", "@") and not _is_number(text):
+        return f"'{text}"
+    return text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -275,11 +275,46 @@ def test_a_failure_leaves_the_results_of_before_and_nothing_else(
     def no_space(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Figure, "savefig", no_space)  # pictures are written last
+    monkeypatch.setattr(pd.DataFrame, "to_csv", no_space)  # of results.csv, which is written last
+    with pytest.raises(OSError):
+        save_results(tmp_path, swept(study, [2], num_iterations=1), study, {}, 2.0)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def fails_to_draw(error):
+    def draw(*_, **__):
+        raise error
+
+    return draw
+
+
+def test_results_are_whole_before_a_picture_is_drawn_and_have_no_picture_of_before(
+    tmp_path, study, fits, monkeypatch
+):
+    save_results(tmp_path, fits, study, {})
+    monkeypatch.setattr(Figure, "savefig", fails_to_draw(OSError(28, "No space left on device")))
     with pytest.raises(OSError) as error:
         save_results(tmp_path, swept(study, [2], num_iterations=1), study, {}, 2.0)
     assert "accuracy_by_rank" in error.value.filename
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    names = {"results.json", "results.csv", "report.md", "K_2.safetensors"}
+    assert set(os.listdir(tmp_path)) == names
+    assert strict_json(tmp_path / "results.json")["seconds"] == 2.0
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_result(tmp_path, study, fits, monkeypatch, capsys):
+    monkeypatch.setattr(Figure, "savefig", fails_to_draw(ValueError("cannot\x1b[2K draw")))
+    save_results(tmp_path, fits, study, {})
+    save_few_shot_curves(tmp_path, CURVES, study, {**CONFIG, "num_shots": [2, 3, 4]})
+    save_question_curves(tmp_path, QUESTIONS, study, {"question_seeds": [0]})
+    lines = capsys.readouterr().out.splitlines()
+    pictures = ["accuracy_by_rank", "personal_part", "vary_fewshot", "vary_questions"]
+    for name, line in zip(pictures, lines, strict=True):
+        assert f"no picture {name} " in line
+        assert r"cannot\x1b[2K draw" in line
+        assert str(tmp_path) in line
+        assert not list(tmp_path.glob(f"{name}.p*"))
+    kinds = {"json", "csv", "md", "tex", "safetensors"}
+    assert {path.suffix[1:] for path in tmp_path.iterdir()} == kinds
 
 
 def test_the_closing_table_has_the_reference_once_and_means_over_users_and_seeds(
