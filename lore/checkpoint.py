@@ -156,12 +156,12 @@ def download(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def inspect_checkpoint(model_name: str | Path) -> Checkpoint:
-    """Look at what a checkpoint holds. No weights are read or downloaded.
+    """Look at what a checkpoint holds. No weights are downloaded.
 
     Raises InputError: unknown model; no weights of a whole model; an adapter, alone or beside whole
     weights; two different models; a damaged config or index.
-    A missing config.json, missing shards and quantised weights are not refused: they do no harm to
-    who reads one tensor only. `check_loadable` looks for these.
+    A missing config.json, missing shards and quantised weights are not refused: to read a single
+    tensor, none of these is needed. `check_loadable` looks for them.
     """
     is_on_hub = not os.path.isdir(model_name)
     folder = checkpoint_folder(model_name, CONFIG, ADAPTER_CONFIG, "*.index.json")
@@ -394,6 +394,16 @@ def number_formats(checkpoint: Checkpoint) -> dict[str, str]:
     return formats
 
 
+def layer_of(name: str) -> str:
+    """The layer of a tensor: a.b of a.b.weight, a.b.weight.absmax, a.b.weight_scale and a.b.SCB."""
+    return re.sub(r"\.weight.*$|\.[^.]*$", "", name)
+
+
+def hold_adapter(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are those of a model that still wraps its adapter."""
+    return any(".lora_" in name for name in names)
+
+
 def _check_shards_beside_are_equal(what: str, folder: Path) -> None:
     """Raise InputError if whole shards beside the single file hold another model.
 
@@ -478,13 +488,13 @@ def _check_number_formats(what: str, checkpoint: Checkpoint) -> None:
     another tensor of the same layer.
     """
     formats = number_formats(checkpoint)
-    tensors_of_layer = Counter(_layer_of(name) for name in formats if not name.endswith(".bias"))
+    tensors_of_layer = Counter(layer_of(name) for name in formats if not name.endswith(".bias"))
     for name, number_format in formats.items():
         if not name.endswith(".weight") or number_format in PLAIN_FORMATS:
             continue
         if not checkpoint.quantiser:
             missing = f"{CONFIG} names no quantiser"
-        elif tensors_of_layer[_layer_of(name)] == 1:
+        elif tensors_of_layer[layer_of(name)] == 1:
             missing = "its scale is missing"
         else:
             continue
@@ -492,8 +502,3 @@ def _check_number_formats(what: str, checkpoint: Checkpoint) -> None:
             f"{what}: its {name!r:.100} is in the number format {number_format}, and {missing}; "
             "give the checkpoint as it was before it was quantised"
         )
-
-
-def _layer_of(name: str) -> str:
-    """The layer of a tensor: a.b of a.b.weight, a.b.weight.absmax, a.b.weight_scale and a.b.SCB."""
-    return re.sub(r"\.weight.*$|\.[^.]*$", "", name)

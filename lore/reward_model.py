@@ -15,13 +15,16 @@ import torch
 from lore.checkpoint import (
     CONFIG,
     MERGE,
+    PLAIN_FORMATS,
     Checkpoint,
     check_loadable,
     checkpoint_folder,
     damage,
     download,
     file_per_tensor,
+    hold_adapter,
     inspect_checkpoint,
+    layer_of,
     number_formats,
     one_line,
     open_tensor,
@@ -74,9 +77,12 @@ def _read_head(checkpoint: Checkpoint) -> torch.Tensor:
         head = stored[0][:].float()  # (1, d)
         if head.isfinite().all():
             return head.T.contiguous()  # (d, 1)
+    remedy = "give a sequence-classification checkpoint"
+    if hold_adapter(files):
+        remedy = f"an adapter is among its weights; {MERGE}"
     raise InputError(
         f"model {checkpoint.name}: needs exactly one scalar reward head, of finite values; its "
-        f"score.weight has the shapes {shapes}; give a sequence-classification checkpoint"
+        f"score.weight has the shapes {shapes}; {remedy}"
     )
 
 
@@ -135,13 +141,19 @@ def load_tokenizer(
         raise InputError(
             f"model {model_name}: its tokenizer has no chat template; give a chat model"
         )
+    longest = getattr(tokenizer, "model_max_length", 0)  # every text's length is compared with it
+    if not isinstance(longest, int | float):
+        raise InputError(
+            f"model {model_name}: its tokenizer_config.json has model_max_length = "
+            f"{longest!r:.60}; write a number, or leave it out"
+        )
     return tokenizer
 
 
 def _tokenizer_damage(folder: Path) -> str | None:
     """Which of a tokenizer's files is damaged, and what to do; None if this does not show."""
     for path in sorted(folder.glob("*")):
-        if TOKENIZER_FILE.search(path.name) and damage(path):
+        if TOKENIZER_FILE.search(path.name) and not path.is_dir() and damage(path):
             return f"{path.name!r:.100} {damage(path)}"
     return None
 
@@ -300,13 +312,15 @@ def _check_backbone_was_read(checkpoint: Checkpoint, unread_names: set[str]) -> 
     """Raise InputError if weights of the backbone were not read from the checkpoint."""
     if not unread_names:
         return
-    if any(".lora_" in name for name in number_formats(checkpoint)):
+    formats = number_formats(checkpoint)
+    packed = {layer_of(name) for name in formats if formats[name] not in PLAIN_FORMATS}
+    if hold_adapter(formats):
         remedy = f"an adapter is among its weights; {MERGE}"
-    elif checkpoint.quantiser:
-        remedy = (
-            f"its config says that they are quantised ({checkpoint.quantiser!r:.50}); give the "
-            "checkpoint as it was before"
-        )
+    elif checkpoint.quantiser or packed & {layer_of(name) for name in unread_names}:
+        how = "config.json does not say how"
+        if checkpoint.quantiser:
+            how = f"by {checkpoint.quantiser!r:.50}"
+        remedy = f"they are quantised ({how}); give the checkpoint as it was before"
     else:
         remedy = (
             "save the whole model, without a wrapper that puts a prefix (module., _orig_mod.) "
@@ -314,7 +328,7 @@ def _check_backbone_was_read(checkpoint: Checkpoint, unread_names: set[str]) -> 
         )
     raise InputError(
         f"model {checkpoint.name}: {len(unread_names)} weights are not in it or not of its config, "
-        f"such as {min(unread_names)}; {remedy}"
+        f"such as {min(unread_names)!r:.100}; {remedy}"
     )
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from lore.basis import Basis, Weights, check_rank, check_user_weights, load_basis
 from lore.embedding import embed_conversations
+from lore.normal_forms import canonical_id
 from lore.reward_model import load_reward_model
 from lore.rows import as_messages
 from utils import InputError, check_matrix
@@ -22,9 +20,6 @@ if TYPE_CHECKING:
 
 Text = str | list[dict[str, str]]  # a text, or a list of messages
 Reward = Callable[..., list[float]]  # reward(prompts, completions, user=[..], **columns)
-
-WHOLE_NUMBER = re.compile(r"([+-]?\d+)\.0+")  # 3.0, as programs write ids with a column of floats
-LARGEST_EXACT = 2**53  # from here on floats stand for several whole numbers
 
 
 def personal_reward(
@@ -67,12 +62,13 @@ def personal_reward(
         if user is None:
             raise InputError("no users; the data need a column user, the id of each row's user")
         _check_equally_many(prompts, completions, user)
-        W = torch.stack([_weights_of(name, weights_by_id) for name in user])  # (n, K)
+        weights_of_each = [_weights_of(name, weights_by_id) for name in user]
         conversations = [
             as_messages("user", prompt) + as_messages("assistant", completion)
             for prompt, completion in zip(prompts, completions)
         ]
         phi = embed_conversations(conversations, model, tokenizer, **options).float()  # (n, d)
+        W = torch.stack(weights_of_each)  # (n, K)
         return (phi @ V * W).sum(dim=1).tolist()
 
     return personal_reward
@@ -92,7 +88,7 @@ def _check_equally_many(
     for name, values in (("prompts", prompts), ("completions", completions), ("user", users)):
         if isinstance(values, str):
             raise InputError(
-                f"{name} = {values!r:.60}: one text; give a list, an item a completion"
+                f"{name} = {values!r:.60}: one text; give a list, with one for each completion"
             )
     if not len(prompts) == len(completions) == len(users):
         raise InputError(
@@ -104,27 +100,26 @@ def _check_equally_many(
 # ---- Users
 
 
-def _user_id(user: Hashable) -> str:
-    """The id of a user as a text that is the same however a file or a program keeps it.
+def _user_id(user: Hashable) -> Hashable:
+    """What is equal for ids of the same user, however a file or a program keeps them.
 
-    Raises InputError: None; a float from 2^53 on, or NaN, which several ids become.
+    Raises InputError: no id, or a float that may have been another one.
     """
-    if user is None:
-        raise InputError("user None: no id; give the user of each row")
-    if isinstance(user, np.generic):
-        user = user.item()  # Python's own number or text
-    if isinstance(user, float):
-        if not abs(user) < LARGEST_EXACT:  # also if it is NaN
-            raise InputError(f"user {user!r}: no id, as several become this float; give texts")
-        user = repr(user)
-    text = unicodedata.normalize("NFC", str(user)).strip()
-    whole_number = WHOLE_NUMBER.fullmatch(text)
-    return whole_number[1] if whole_number else text
+    if getattr(user, "ndim", None) == 0:  # one of numpy's or torch's numbers
+        user = user.item()
+    try:
+        name = canonical_id(user)
+    except ValueError as error:
+        raise InputError(f"user {user!r:.60}: {error}") from None
+    is_missing = name is None or name != name  # NaN is not equal to itself
+    if is_missing or not isinstance(name, Hashable):
+        raise InputError(f"user {user!r:.60}: no id; give a text or a whole number for each user")
+    return name
 
 
 def _weights_by_id(
     weights: Mapping[Hashable, Weights] | Sequence[Weights], rank: int
-) -> dict[str, torch.Tensor]:
+) -> dict[Hashable, torch.Tensor]:
     """The weights `[K]` of each user by `_user_id`. Raises InputError: see `personal_reward`."""
     if not isinstance(weights, Mapping):
         weights = dict(enumerate(weights))
@@ -137,7 +132,7 @@ def _weights_by_id(
     return found
 
 
-def _weights_of(user: Hashable, weights_by_id: dict[str, torch.Tensor]) -> torch.Tensor:
+def _weights_of(user: Hashable, weights_by_id: dict[Hashable, torch.Tensor]) -> torch.Tensor:
     """The weights `[K]` of a user. Raises InputError: there are none."""
     if _user_id(user) not in weights_by_id:
         raise InputError(

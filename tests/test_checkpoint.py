@@ -62,7 +62,9 @@ def change_json(path, **values):
 
 
 def tensors_of(folder):
-    return load_file(folder / "model.safetensors")
+    """The weights of a model in one file, in memory of their own: the file may be replaced."""
+    tensors = load_file(folder / "model.safetensors")
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def save_single(folder, tensors):
@@ -563,13 +565,39 @@ NOT_LOADED = {  # the head can be read, and the whole model cannot be loaded
         ),
         ["adapter", MERGE],
     ),
+    "weights that an old quantiser packed": (
+        lambda f: save_single(
+            f,
+            {name: tensor for name, tensor in tensors_of(f).items() if name != UP_PROJECTION}
+            | {
+                UP_PROJECTION.replace("weight", "qweight"): torch.ones(2, D, dtype=torch.int32),
+                UP_PROJECTION.replace("weight", "scales"): torch.ones(1, D),
+            },
+        ),
+        ["layers.0.mlp.up_proj", "quantised", "as it was before"],
+    ),
+    "a hostile name of a layer": (
+        lambda f: save_single(f, {**tensors_of(f), "model.\x1b[2J.weight": torch.ones(2)}),
+        ["weights", "\\x1b[2J"],
+    ),
     "no tokenizer": (
         lambda f: [path.unlink() for path in f.glob("*token*")],
+        ["tokenizer_name"],
+    ),
+    "no tokenizer but a folder of templates": (
+        lambda f: (
+            [path.unlink() for path in f.glob("*token*")],
+            (f / "additional_chat_templates").mkdir(),
+        ),
         ["tokenizer_name"],
     ),
     "a tokenizer that is a pointer of git-lfs": (
         write("tokenizer.json", LFS_POINTER),
         ["tokenizer.json", "`git lfs pull`"],
+    ),
+    "a tokenizer with a longest text that is no number": (
+        lambda f: change_json(f / "tokenizer_config.json", model_max_length="many"),
+        ["model_max_length", "'many'"],
     ),
     "an empty tokenizer": (write("tokenizer.json", ""), ["tokenizer.json", "empty"]),
 }
@@ -639,6 +667,16 @@ def test_a_head_in_another_float_is_read_as_float32(folder, dtype):
     tensors["score.weight"] = tensors["score.weight"].to(dtype)
     save_single(folder, tensors)
     assert torch.equal(load_reward_head(folder), tensors["score.weight"].float().T)
+
+
+def test_a_head_that_an_adapter_wraps_is_refused(folder, tmp_path):
+    tensors = tensors_of(folder)
+    head = tensors.pop("score.weight")
+    tensors["score.modules_to_save.default.weight"] = head
+    tensors["score.original_module.weight"] = head.clone()
+    tensors["model.layers.0.self_attn.q_proj.lora_A.default.weight"] = torch.ones(4, D)
+    save_single(folder, tensors)
+    check_refused(folder, tmp_path, "reward head", "adapter", MERGE, by=["head", "export"])
 
 
 def test_a_head_beyond_float32_is_refused(folder, tmp_path):

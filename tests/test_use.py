@@ -1,9 +1,12 @@
 """What others take from a basis: an exported model, and a reward for trainers."""
 
 import json
+import math
 import os
 import shutil
+import unicodedata
 
+import numpy as np
 import pytest
 import torch
 from demos import build_model, state_alone
@@ -14,13 +17,17 @@ from helpers import (
     planted_basis,
     planted_weights,
 )
+from test_embedding import ARCHITECTURES, save_random_model
+from transformers import AutoModelForSequenceClassification
 
 import lore.embedding
 import lore.export
 import lore.reward_model
+import lore.standin
 import utils
 from lore.export import export_reward_model
-from lore.reward_model import load_reward_model, load_tokenizer
+from lore.files import digest_of, load_tensors, save_tensors
+from lore.reward_model import load_reward_head, load_reward_model, load_tokenizer
 from lore.rewards import best_of_n, personal_reward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -333,13 +340,256 @@ def test_bases_and_folders_that_do_not_fit_are_refused(single, basis, tmp_path):
     assert not (tmp_path / "export").exists()
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_torchs_default_number_format_changes_nothing(
+    default_dtype, single, basis, tmp_path, default
+):
+    V, W = basis
+    prompts = ["Where do we eat?", "And then?"]
+    completions = ["At the pier.", "We walk home along the canal."]
+
+    def results(folder):
+        export_reward_model(folder, single, V, W[1])
+        reward = personal_reward(single, V, W, "cpu")
+        return reward(prompts, completions, [1, 2]), weights_in(folder)
+
+    rewards, exported = results(tmp_path / "float32")
+    default_dtype(default)
+    rewards_now, exported_now = results(tmp_path / "other")
+    assert rewards_now == pytest.approx(rewards, rel=1e-5)
+    assert exported_now.keys() == exported.keys()
+    for name, tensor in exported.items():
+        assert exported_now[name].dtype == torch.float32
+        assert torch.equal(exported_now[name], tensor)
+
+
+@pytest.fixture
+def default_dtype():
+    """`torch.set_default_dtype` for one test."""
+    yield torch.set_default_dtype
+    torch.set_default_dtype(torch.float32)
+
+
+def weights_in(folder):
+    """All tensors of a folder's safetensors files."""
+    tensors = {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= load_tensors(path)[0]
+    return tensors
+
+
+# ---- Architectures
+
+
+FURTHER_ARCHITECTURES = {
+    "GPTJ": dict(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=512, rotary_dim=8),
+}
+
+
+@pytest.fixture(scope="module")
+def small_vocabulary(tmp_path_factory):
+    """The files of a tokenizer that has no more tokens than ARCHITECTURES have embeddings."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    lore.standin.build_standin_model(folder, [""], hidden_size=8, layers=1)
+    (folder / "model.safetensors").unlink()
+    (folder / "config.json").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *FURTHER_ARCHITECTURES])
+def test_every_architecture_exports_or_says_why_not(name, small_vocabulary, tmp_path):
+    """Held against the original, in float32, with the new head put in by hand."""
+    settings = FURTHER_ARCHITECTURES.get(name) or ARCHITECTURES[name][0]
+    folder = save_random_model(tmp_path / "model", name, settings)
+    shutil.copytree(small_vocabulary, folder, dirs_exist_ok=True)
+    V = planted_basis(len(load_reward_head(folder)), 2)
+    try:
+        export_reward_model(tmp_path / "export", folder, V)
+    except utils.InputError as reason:
+        assert len(str(reason).splitlines()) == 1
+        assert "nothing was written" in str(reason)
+        assert not (tmp_path / "export").exists()
+        return
+
+    original = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    original.score.weight = torch.nn.Parameter(V.T.contiguous())
+    exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "export")
+    tokenizer = load_tokenizer(folder)
+    text = tokenizer.apply_chat_template(CONVERSATIONS[0], tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = original(input_ids=ids).logits
+        logits = exported(input_ids=ids).logits
+    assert expected.norm() > 0
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in ARCHITECTURES if name.startswith(("Llama", "GPT2", "OPT", "Gemma3"))]
+)
+def test_a_reward_fits_models_whose_states_have_another_width_than_their_config(
+    name, small_vocabulary, tmp_path
+):
+    folder = save_random_model(tmp_path / "model", name, ARCHITECTURES[name][0])
+    shutil.copytree(small_vocabulary, folder, dirs_exist_ok=True)
+    d = len(load_reward_head(folder))
+    reward = personal_reward(folder, planted_basis(d, 2), {"ada": [0.5, 0.5]}, "cpu")
+    assert math.isfinite(reward(["One?"], ["Two."], ["ada"])[0])
+    with input_error("V: shape"):
+        personal_reward(folder, planted_basis(d + 1, 2), {"ada": [0.5, 0.5]}, "cpu")
+
+
+def test_a_model_without_a_classifier_in_transformers_is_refused_with_the_reason(
+    single, basis, tmp_path
+):
+    V, _ = basis
+    model = shutil.copytree(single, tmp_path / "model")
+    for model_type in ("mamba2", "nobody's", ["llama"]):
+        change_json(model / "config.json", model_type=model_type)
+        with input_error("no sequence classifier", repr(str(model_type))):
+            export_reward_model(tmp_path / "export", model, V)
+    assert not (tmp_path / "export").exists()
+
+
+# ---- A basis and its model
+
+
+def is_used_by_export(folder, model, V, **options):
+    export_reward_model(folder, model, V, [1.0, 0.0, 0.0], **options)
+
+
+def is_used_by_reward(folder, model, V, **options):
+    personal_reward(model, V, {"ada": [1.0, 0.0, 0.0]}, "cpu", **options)
+
+
+BOTH_USES = pytest.mark.parametrize("use", [is_used_by_export, is_used_by_reward])
+
+
+def run_info_of(model, **changes):
+    """What a training records of a basis, as far as it matters here."""
+    digest = digest_of(load_reward_head(model).tolist())
+    run_info = {
+        "K": K,
+        "alpha": 0.0,
+        "config": {"model": "the model", "data": "the data"},
+        "identity": {"reward_head": digest},
+    }
+    return run_info | changes
+
+
+@pytest.fixture
+def basis_file(single, basis, tmp_path):
+    V, W = basis
+    save_tensors(tmp_path / "K_3.safetensors", {"V": V, "W": W}, **run_info_of(single))
+    return tmp_path / "K_3.safetensors"
+
+
+@BOTH_USES
 @pytest.mark.parametrize(
     "other", [{"identity": {"reward_head": "another's"}}, {"K": K - 1}], ids=["model", "rank"]
 )
-def test_a_basis_of_another_model_or_a_lower_rank_is_refused(single, basis, tmp_path, other):
+def test_a_basis_of_another_model_or_a_lower_rank_is_refused(single, basis, tmp_path, use, other):
     V, _ = basis
     with input_error("this basis"):
-        export_reward_model(tmp_path / "export", single, V, about=other)
+        use(tmp_path / "export", single, V, about=run_info_of(single, **other))
+    file = tmp_path / "K_3.safetensors"
+    save_tensors(file, {"V": V}, **run_info_of(single, **other))
+    with input_error("this basis"):
+        use(tmp_path / "export", single, file)
+    assert not (tmp_path / "export").exists()
+
+
+@BOTH_USES
+def test_a_model_with_another_head_is_another_model(single, basis_file, tmp_path, use):
+    other = shutil.copytree(single, tmp_path / "other")
+    tensors = load_tensors(other / "model.safetensors")[0]
+    tensors["score.weight"] = 2 * tensors["score.weight"]
+    lore.export._save_shard(other / "model.safetensors", tensors)
+    with input_error("another model", str(other), "'the model'"):
+        use(tmp_path / "export", other, basis_file)
+
+
+@BOTH_USES
+def test_a_basis_whose_model_is_not_known_is_used_with_a_note(
+    capsys, single, basis, basis_file, tmp_path, use
+):
+    V, _ = basis
+    use(tmp_path / "1", single, V)
+    (note,) = capsys.readouterr().out.splitlines()
+    assert note.startswith("note: ")
+    assert "results/K_<rank>.safetensors" in note
+    use(tmp_path / "2", single, V, about={"config": {"data": "the data"}})
+    assert capsys.readouterr().out.startswith("note: ")
+
+    use(tmp_path / "3", single, V, about=run_info_of(single))
+    use(tmp_path / "4", single, basis_file)
+    use(tmp_path / "5", single, str(basis_file), about={"verdict": {"text": "Yes."}})
+    assert capsys.readouterr().out == ""
+
+
+def test_a_file_of_a_basis_is_the_basis_and_what_is_known_of_it(
+    single, basis, basis_file, tmp_path
+):
+    V, W = basis
+    of_file = personal_reward(single, basis_file, W, "cpu")
+    of_tensor = personal_reward(single, V, W, "cpu")
+    expected = of_tensor(["One?"], ["Two."], [1])
+    assert of_file(["One?"], ["Two."], [1]) == pytest.approx(expected, rel=1e-5)
+
+    export_reward_model(tmp_path / "1", single, basis_file, W[0], {"verdict": {"text": "Yes."}})
+    export_reward_model(tmp_path / "2", single, V, W[0])
+    exported = weights_in(tmp_path / "1")
+    for name, tensor in weights_in(tmp_path / "2").items():
+        assert torch.equal(exported[name], tensor)
+    card = (tmp_path / "1" / "README.md").read_text()
+    for text in ("the data", "- rank: 3", "Yes."):
+        assert text in card
+
+
+@BOTH_USES
+def test_a_file_without_a_basis_is_refused(single, basis, tmp_path, use):
+    V, _ = basis
+    with input_error("missing.safetensors"):
+        use(tmp_path / "export", single, tmp_path / "missing.safetensors")
+    save_tensors(tmp_path / "weights.safetensors", {"W": V})
+    with input_error("weights.safetensors", "no basis in it"):
+        use(tmp_path / "export", single, tmp_path / "weights.safetensors")
+    (tmp_path / "damaged.safetensors").write_bytes(b"damaged")
+    with input_error("damaged.safetensors"):
+        use(tmp_path / "export", single, tmp_path / "damaged.safetensors")
+    assert not (tmp_path / "export").exists()
+
+
+@BOTH_USES
+@pytest.mark.parametrize(
+    "about",
+    [["a"], "a", {"identity": ["a"]}, {"config": "a"}, {"K": "3"}, {"K": [3]}],
+    ids=str,
+)
+def test_what_is_known_of_a_basis_in_another_shape_is_refused(single, basis, tmp_path, use, about):
+    V, _ = basis
+    with input_error("about", "results.json"):
+        use(tmp_path / "export", single, V, about=about)
+    assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"evidence": 7},
+        {"evidence": [7]},
+        {"evidence": [{"K": K}]},
+        {"evidence": [{"K": K, "alpha": None, "accuracy": {}}]},
+        {"verdict": "yes"},
+        {"verdict": {}},
+        {"verdict": [["text"]]},
+    ],
+    ids=str,
+)
+def test_evidence_in_another_shape_is_refused(single, basis, tmp_path, about):
+    V, _ = basis
+    with input_error("about", "results.json"):
+        export_reward_model(tmp_path / "export", single, V, about=about)
     assert not (tmp_path / "export").exists()
 
 
@@ -425,6 +675,88 @@ def test_rewards_refuse_what_does_not_fit_together(single, basis):
         reward(["a", "b", "c"], ["d", "e", "f"], user=["ada", "eve", 7])
     with input_error("neither a text nor"):
         best_of_n(reward, "a", [None], "ada")
+    with input_error("column user"):
+        reward(["a"], ["b"])
+    for nothing in ([], ()):
+        with input_error("no conversations"):
+            best_of_n(reward, "a", nothing, "ada")
+    with input_error("weights of ada"):
+        personal_reward(single, V, {"ada": "abc"}, "cpu")
+
+
+def test_one_text_is_no_list_of_texts(single, basis):
+    """Its letters would be scored."""
+    V, W = basis
+    reward = personal_reward(single, V, {"a": W[0]}, "cpu")
+    with input_error("completions = 'yes'", "give a list"):
+        best_of_n(reward, "One?", "yes", "a")
+    for prompts, completions, users in (
+        ("One", ["a", "b", "c"], ["a", "a", "a"]),
+        (["One?"] * 3, "yes", ["a", "a", "a"]),
+        (["One?"] * 3, ["a", "b", "c"], "aaa"),
+    ):
+        with input_error("one text", "give a list"):
+            reward(prompts, completions, users)
+    scores, order = best_of_n(reward, "One?", ("yes", "no"), "a")  # any other sequence is fine
+    assert sorted(order) == [0, 1]
+
+
+# ---- Ids of users
+
+
+COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "Zoë") for form in ("NFC", "NFD"))
+
+
+@pytest.mark.parametrize(
+    ("known", "asked"),
+    [
+        (1, "1"),
+        ("1", 1),
+        ("1", 1.0),
+        (1, "1.0"),
+        ("1.0", 1),
+        (np.int64(1), "1"),
+        ("1", np.float64(1)),
+        (np.str_("ada"), "ada"),
+        ("ada", " ada\n"),
+        (COMPOSED, DECOMPOSED),
+        (("ada", 1), ("ada", 1)),
+    ],
+    ids=repr,
+)
+def test_ids_that_read_the_same_are_one_user(single, basis, known, asked):
+    V, W = basis
+    reward = personal_reward(single, V, {"another": W[0], known: W[1]}, "cpu")
+    expected = reward(["One?"], ["yes"], [known])
+    assert reward(["One?"], ["yes"], [asked]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "names", [(1, "1"), ("1.0", 1), ("ada", " ada"), (COMPOSED, DECOMPOSED)], ids=repr
+)
+def test_two_users_whose_ids_read_the_same_are_refused(single, basis, names):
+    V, W = basis
+    with input_error("two users are called"):
+        personal_reward(single, V, dict(zip(names, W)), "cpu")
+
+
+@pytest.mark.parametrize("user", ["11", 2, "1.5", "01", -1, True, 1.5, (1,)], ids=repr)
+def test_ids_that_read_otherwise_are_other_users(single, basis, user):
+    V, W = basis
+    reward = personal_reward(single, V, {1: W[0]}, "cpu")
+    with input_error("no weights", "fit_new_user"):
+        reward(["One?"], ["yes"], [user])
+
+
+@pytest.mark.parametrize("user", [None, math.nan, 2.0**53, -1e300, "1e+16", [1], {}], ids=repr)
+def test_what_several_users_may_have_become_is_no_id(single, basis, user):
+    V, W = basis
+    reward = personal_reward(single, V, {1: W[0]}, "cpu")
+    with input_error(f"user {user!r}: "):
+        reward(["One?"], ["yes"], [user])
+    if not isinstance(user, list | dict):
+        with input_error(f"user {user!r}: "):
+            personal_reward(single, V, {user: W[0]}, "cpu")
 
 
 def test_trl_trains_with_the_callable_and_with_an_exported_folder(single, basis, tmp_path):
