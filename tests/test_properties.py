@@ -70,7 +70,7 @@ def states_of_globals() -> list[tuple]:
 
 
 def loads_or_says_why(load, path, content: bytes):
-    """What a file with this content holds; None if it is refused, which takes one printable line."""
+    """What a file with this content holds; None if it is refused, in one printable line."""
     path.write_bytes(content)
     before = states_of_globals()
     try:
@@ -178,7 +178,10 @@ def text(value: str) -> bytes:
 
 # Pieces of programs: what a pickle may name, arguments, and what can be done with them
 PIECES = [
-    *(pickle.GLOBAL + f"{module}\n{name}\n".encode() for module, name in lore.pickles.PLAIN_GLOBALS),
+    *(
+        pickle.GLOBAL + f"{module}\n{name}\n".encode()
+        for module, name in lore.pickles.PLAIN_GLOBALS
+    ),
     *(text(word) for word in ("__defaults__", "__kwdefaults__", "neg", "latin1", "a")),
     pickle.NONE,
     pickle.NEWTRUE,
@@ -258,7 +261,9 @@ def test_plain_content_comes_back_from_a_pickle_of_any_protocol(folder, content,
     path.write_bytes(pickle.dumps(content, protocol))
     found = load_pickle(path)
     assert found == content
-    assert repr(found) == repr(content) or isinstance(content, set)  # types, too; a set has no order
+    assert repr(found) == repr(content) or isinstance(
+        content, set
+    )  # types, too; a set has no order
 
 
 shapes = st.lists(st.integers(0, 4), max_size=3)
@@ -284,7 +289,9 @@ def test_parts_of_tensors_come_back_from_a_pickle_of_any_protocol(
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
-    lambda part: st.lists(part, max_size=3) | st.dictionaries(st.text(max_size=5), part, max_size=3),
+    lambda part: (
+        st.lists(part, max_size=3) | st.dictionaries(st.text(max_size=5), part, max_size=3)
+    ),
     max_leaves=10,
 )
 
@@ -376,7 +383,9 @@ def test_a_picture_can_have_any_name(folder, name):
 
     point = {"row": name, "column": name, "line": name, "x": 1, "mean": 0.5, "low": 0, "high": 1}
     counts = {"seen users": 3, "unseen users": 2}
-    figure = small_multiples({"config": {"data": name}, "counts": counts, "seeds": [0]}, [point], "x")
+    figure = small_multiples(
+        {"config": {"data": name}, "counts": counts, "seeds": [0]}, [point], "x"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         save_picture(folder, "a", figure)
