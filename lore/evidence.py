@@ -3,37 +3,40 @@
 The parts of this module, in their order:
 
     Validation   pairs that are held out of the training, to choose the rank and the alpha by
-    Controls     what other people's weights, tossed choices and the longer answer would score
     The basis    what it looks like
-    Leaks        test prompts that are training prompts too
-    Evidence     all of it, as results.json holds it; the sentences are in lore/verdict.py
+    Evidence     all of it, as results.json holds it
+
+What models score that cannot know anybody's tastes is in lore/controls.py, how much of the test
+repeats the training in lore/leaks.py, and what is said of all that in lore/verdict.py.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import torch
 from torch.nn.functional import cosine_similarity
 
-from lore.files import TrainingCheckpoint
-from lore.intervals import DIFFERENCE, INTERVAL, interval  # noqa: F401 - lore/tables.py takes two
+from lore.controls import (
+    TossedControl,
+    exchanged_accuracies,
+    longer_answer_accuracies,
+    model_per_user_accuracies,
+    tossed_control,  # noqa: F401 - the scripts take it from here
+)
+from lore.intervals import Interval, interval, worst_served
+from lore.leaks import leaks_of
 from lore.study import Features, Study
-from lore.verdict import COLLAPSED, ModelEvidence, write_verdict
+from lore.verdict import COLLAPSED, ModelEvidence, UnseenTest, write_verdict
 from utils import (
-    SEEN_TEST,
     UNSEEN_TEST,
     Fit,
     InputError,
-    Pairs,
     accuracies_per_user,
-    accuracies_under_each,
     accuracy_per_user,
     check_number,
     fits_per_model,
-    sweep,
 )
 
 VALIDATION = "Validation"  # the setting of held-out training pairs, beside those of SETTINGS
@@ -142,126 +145,6 @@ def kept_fit(fits: list[Fit]) -> Fit:
     return max(fits, key=quality)
 
 
-# ---- Controls, all on the unseen users' unseen prompts
-
-
-@dataclass
-class ExchangedWeights:
-    """Accuracy of each unseen user's pairs under different people's weights, float64 `[N]` each."""
-
-    own: np.ndarray
-    mean: np.ndarray  # under everyone's mean weights
-    others: np.ndarray | None  # the mean over every other user's weights; None for a single user
-
-    @property
-    def personal_part(self) -> np.ndarray:
-        """How much of the accuracy is due to the weights being the user's own, float64 `[N]`."""
-        return self.own - self.mean
-
-
-def exchanged_accuracies(features: Features, fits: list[Fit]) -> ExchangedWeights:
-    """Judge unseen users' pairs by their own weights, by everyone's mean and by other people's.
-
-    features: of each of the N unseen users. fits: all seeds of one model; the accuracies are
-    means over them.
-    """
-    N = len(features)
-    accuracies = np.zeros((N, N + 1))
-    for fit in fits:
-        mean_weights = fit.W_unseen.mean(0, keepdim=True)  # (1, K)
-        candidates = torch.cat([fit.W_unseen, mean_weights])  # (N + 1, K)
-        accuracies += accuracies_under_each(features, fit.V, candidates)
-    accuracies /= len(fits)
-    own = accuracies.diagonal()
-    others = None
-    if N > 1:
-        others = (accuracies[:, :N].sum(1) - own) / (N - 1)
-    return ExchangedWeights(own, accuracies[:, N], others)
-
-
-@dataclass
-class TossedControl:
-    """What a model scores if nobody's choices mean anything, see `tossed_control`."""
-
-    K: int
-    alpha: float
-    accuracies: np.ndarray  # float64 [N_unseen], on the unseen users' unseen prompts
-
-
-def tossed_control(
-    study: Study,
-    K_list: Sequence[int],
-    alpha_list: Sequence[float],
-    seeds: Sequence[int],
-    num_iterations: int,
-    device: torch.device | str,
-    checkpoint: TrainingCheckpoint | None = None,
-    regularized: bool = False,
-    threshold: float = 0.0,
-) -> TossedControl | None:
-    """Train the largest rank of a sweep on pairs whose directions are tossed: it must be at chance.
-
-    The test pairs are tossed too. If they were not, a model could still see on which side of any
-    direction their mean lies. The first alpha and the first seed are taken. Other arguments: as
-    of `sweep`; the checkpoint must not be the one of the sweep itself.
-    Returns None if no rank is above 1. Raises InputError: see `sweep`.
-    """
-    K = max(K_list)
-    if K <= 1:
-        return None
-    train = list(toss(study.train, seed=0))
-    train_unseen = list(toss(study.train_unseen, seed=1))
-    # The test pairs are many, so they are tossed and judged one user at a time, further down.
-    # `sweep` would need all of them at once; in their place it is given the training pairs.
-    (fit,) = sweep(  # one rank, one alpha, one seed: one fit
-        [K],
-        [alpha_list[0]],
-        study.reward_head,
-        train,
-        train,
-        train_unseen,
-        train_unseen,
-        len(train),
-        len(train_unseen),
-        device,
-        seed=seeds[0],
-        num_iterations=num_iterations,
-        checkpoint=checkpoint,
-        regularized=regularized,
-        threshold=threshold,
-    )
-    test_unseen = toss(study.test_unseen, seed=2)
-    accuracies = accuracies_per_user(test_unseen, [fit.V], [fit.W_unseen])  # (1, N_unseen)
-    return TossedControl(fit.K, fit.alpha, accuracies[0])
-
-
-def toss(features: Features, seed: int = 0) -> Iterator[torch.Tensor | Pairs]:
-    """Yield the pairs of each user in turn, each pair turned round or not by a seeded coin."""
-    coin = torch.Generator().manual_seed(seed)
-    for X in features:
-        heads = torch.rand(len(X), generator=coin) < 0.5  # (m_i,)
-        if isinstance(X, Pairs):
-            chosen = X.chosen.where(heads, X.rejected)
-            rejected = X.rejected.where(heads, X.chosen)
-            yield Pairs(X.embeddings, chosen, rejected)
-        else:
-            yield X.where(heads[:, None].to(X.device), -X)
-
-
-def longer_answer_accuracies(study: Study) -> np.ndarray | None:
-    """What always taking the longer answer scores on each unseen user's test pairs, float64 `[N]`.
-
-    Equally long answers count half. None if the study does not know the texts.
-    """
-    if "test_unseen" not in study.texts:
-        return None
-    accuracies = []
-    for texts in study.texts["test_unseen"]:
-        signs = [np.sign(len(chosen) - len(rejected)) for chosen, rejected in texts]
-        accuracies.append((1 + np.mean(signs)) / 2)
-    return np.array(accuracies)
-
-
 # ---- The basis
 
 
@@ -329,30 +212,6 @@ def as_float64(tensor: torch.Tensor) -> np.ndarray:
     return tensor.double().cpu().numpy()
 
 
-# ---- Leaks
-
-
-def prompt_leaks(study: Study) -> dict[str, float | None]:
-    """The share of the test pairs whose prompt is one of the training pairs of that group of users.
-
-    Returns a share under SEEN_TEST, of the seen users, and one under UNSEEN_TEST, of the unseen
-    users; None if the study does not know the prompts of both parts.
-    """
-    return {
-        SEEN_TEST: share_of_known_prompts(study, "train", "test"),
-        UNSEEN_TEST: share_of_known_prompts(study, "train_unseen", "test_unseen"),
-    }
-
-
-def share_of_known_prompts(study: Study, train: str, test: str) -> float | None:
-    """The share of the pairs in the part `test` whose prompt is in the part `train`, of anybody."""
-    if train not in study.prompts or test not in study.prompts:
-        return None
-    known = set(itertools.chain.from_iterable(study.prompts[train]))
-    tested = itertools.chain.from_iterable(study.prompts[test])
-    return float(np.mean([prompt in known for prompt in tested]))
-
-
 # ---- Evidence
 
 
@@ -365,12 +224,22 @@ def evidence(fits: list[Fit], study: Study, tossed: TossedControl | None = None)
     is not known.
     """
     fits_by_model = fits_per_model(fits)
-    longer = interval(longer_answer_accuracies(study))
+    shared_controls = {
+        "longer": interval(longer_answer_accuracies(study)),
+        "model_per_user": interval(own_models(fits, study)),
+    }
     models = [
-        model_evidence(fits_by_model, model, study, tossed, longer) for model in fits_by_model
+        model_evidence(fits_by_model, model, study, tossed, shared_controls)
+        for model in fits_by_model
     ]
     chosen = choose(models)
-    leaks = prompt_leaks(study)
+    leaks = leaks_of(study)
+    test = UnseenTest(
+        users=len(study.test_unseen),
+        pairs=study.pair_count("test_unseen"),
+        leaks=leaks[UNSEEN_TEST],
+        tossed=tossed.interval if tossed else None,
+    )
     return {
         "evidence": [model.entry for model in models],
         "chosen": {
@@ -379,8 +248,19 @@ def evidence(fits: list[Fit], study: Study, tossed: TossedControl | None = None)
             "by": "validation" if chosen else "none",
         },
         "leaks": leaks,
-        "verdict": write_verdict(models, chosen, leaks[UNSEEN_TEST], len(study.test_unseen)),
+        "verdict": write_verdict(models, chosen, test),
     }
+
+
+def own_models(fits: list[Fit], study: Study) -> np.ndarray | None:
+    """The accuracy of a model per unseen user about the direction of K = 1, float64 `[N_unseen]`.
+
+    Of several alphas and seeds the fit to keep is taken. None if the sweep has no K = 1.
+    """
+    pooled = [fit for fit in fits if fit.K == 1]
+    if not pooled:
+        return None
+    return model_per_user_accuracies(study, kept_fit(pooled).V)
 
 
 def model_evidence(
@@ -388,11 +268,11 @@ def model_evidence(
     model: tuple[int, float],
     study: Study,
     tossed: TossedControl | None,
-    longer: dict[str, float] | None,
+    shared_controls: dict[str, Interval | None],
 ) -> ModelEvidence:
     """What is known of one model (K, alpha).
 
-    fits_by_model: of `fits_per_model`. longer: the interval of that control, the same for all.
+    fits_by_model: of `fits_per_model`. shared_controls: those that are the same for all models.
     """
     K, alpha = model
     fits = fits_by_model[model]
@@ -401,13 +281,16 @@ def model_evidence(
     controls = {
         "mean_weights": None,
         "other_users": None,
-        "tossed": interval(tossed.accuracies) if is_tossed else None,
-        "longer": longer,
+        "tossed": tossed.interval if is_tossed else None,
+        **shared_controls,
     }
     personal_part = None
+    served_worse = None
     if K > 1:
         exchanged = exchanged_accuracies(study.test_unseen, fits)
         personal_part = exchanged.personal_part
+        # Rounded, equal accuracies are equal in whatever order they were added up.
+        served_worse = float(np.mean(personal_part.round(9) < 0))
         controls["mean_weights"] = interval(exchanged.mean)
         controls["other_users"] = interval(exchanged.others)
     entry = {
@@ -419,6 +302,8 @@ def model_evidence(
         "minus_pooled": differences(accuracy, fits_by_model.get((1, alpha))),
         "controls": controls,
         "personal_part": interval(personal_part, difference=True),
+        "worst_served": worst_served(accuracy[UNSEEN_TEST]),
+        "served_worse": served_worse,  # the share of users whom the mean weights serve better
         "basis": describe_basis(fits, study.reward_head),
     }
     return ModelEvidence(entry, personal_part, is_collapsed(fits, study.reward_head))
@@ -426,7 +311,7 @@ def model_evidence(
 
 def differences(
     accuracy: dict[str, np.ndarray], baseline: list[Fit] | None
-) -> dict[str, dict[str, float] | None]:
+) -> dict[str, Interval | None]:
     """Intervals of how much better each user is served than by a baseline, in each setting.
 
     accuracy: {setting: float64, one per user}. baseline: all seeds of another model; None: there

@@ -1,0 +1,229 @@
+"""Which pairs are the same, and how many test pairs repeat a training pair.
+
+The parts of this module, in their order:
+
+    Identity    a key of each pair, equal for equal pairs, whichever way round they are
+    Leaks       the shares of test pairs that repeat a training pair by prompt, answers or features
+"""
+
+import hashlib
+import itertools
+import unicodedata
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn.functional import normalize
+
+from lore.study import Features, Study
+from utils import SEEN_TEST, UNSEEN_TEST, Pairs, _one_torch_thread, pair_scores
+
+HASHED_ROWS = 1024  # of a table's pairs are made at once, to be hashed
+
+NEARLY_EQUAL = 0.99  # pairs whose features have a larger |cosine| repeat each other
+SKETCH = 128  # columns; cosines of wider features are estimated from so many random projections
+
+
+# ---- Identity
+
+
+@dataclass
+class Identity:
+    """What tells m pairs apart, those of one user or of several."""
+
+    keys: np.ndarray  # uint64 [m], equal for equal pairs, whichever way round
+    turned: np.ndarray  # bool [m], whether the pair is the other way round than its key has it
+
+    def __getitem__(self, rows: slice) -> "Identity":
+        return Identity(self.keys[rows], self.turned[rows])
+
+
+def identities(study: Study, parts: tuple[str, ...]) -> dict[str, list[Identity]]:
+    """The identity of all pairs in some parts of a study: {part: one Identity per user}.
+
+    Pairs are equal if their two answers are. If the study knows the texts of all these parts, the
+    texts are compared, and the prompts may differ; else the features, which must be equal in
+    every bit, but for their sign.
+    """
+    if all(part in study.texts for part in parts):
+        return {part: [identity_of_texts(texts) for texts in study.texts[part]] for part in parts}
+    features = study.features()
+    return {part: list(identities_of_features(features[part])) for part in parts}
+
+
+def plain_text(text: str) -> str:
+    """The text as a reader sees it: equal for texts that look alike."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def ordered_answers(texts: tuple[str, str]) -> tuple[str, str]:
+    """The two answers of a pair in alphabetical order, equal for a pair that is turned round."""
+    first, second = sorted(map(plain_text, texts))
+    return first, second
+
+
+def identity_of_texts(texts: list[tuple[str, str]]) -> Identity:
+    """The identity of one user's pairs by their texts: chosen, rejected."""
+    keys = []
+    turned = []
+    for pair in texts:
+        first, second = ordered_answers(pair)
+        # The length is there because ("ab", "c") and ("a", "bc") are not equal.
+        keys.append(key_of(f"{len(first)} {first}{second}".encode(errors="surrogatepass")))
+        turned.append(plain_text(pair[0]) != first)
+    return Identity(np.array(keys, np.uint64), np.array(turned, bool))
+
+
+def key_of(content: bytes) -> int:
+    """A hash of 64 bits, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def identities_of_features(features: Features) -> Iterator[Identity]:
+    """The identity of the pairs of each user in turn, by their features up to sign.
+
+    The pairs of users who share a table are hashed together, each distinct one once: thousands of
+    users may compare the same answers.
+    """
+    for table, users_of_table in itertools.groupby(features, table_number):
+        if table is None:
+            yield from map(identity_of_rows, users_of_table)
+            continue
+        users = list(users_of_table)
+        identity = identity_of_table_pairs(users)
+        first = 0
+        for X in users:
+            yield identity[first : first + len(X)]
+            first += len(X)
+
+
+def table_number(X: torch.Tensor | Pairs) -> int | None:
+    """A number that is equal for pairs of the same table; None for a matrix."""
+    return id(X.embeddings) if isinstance(X, Pairs) else None
+
+
+def identity_of_table_pairs(users: list[Pairs]) -> Identity:
+    """The identity of the pairs of all users together; they must share a table."""
+    table = users[0].embeddings
+    chosen = np.concatenate([X.chosen.cpu().numpy() for X in users])
+    rejected = np.concatenate([X.rejected.cpu().numpy() for X in users])
+    low = np.minimum(chosen, rejected)
+    high = np.maximum(chosen, rejected)
+    distinct, places = np.unique(low * len(table) + high, return_inverse=True)
+    low, high = np.divmod(distinct, len(table))
+    slices = [slice(row, row + HASHED_ROWS) for row in range(0, len(distinct), HASHED_ROWS)]
+    hashed = [identity_of_rows(Pairs(table, low[rows], high[rows]).dense()) for rows in slices]
+    keys = np.concatenate([identity.keys for identity in hashed])
+    turned = np.concatenate([identity.turned for identity in hashed])
+    return Identity(keys[places], turned[places] ^ (chosen > rejected))
+
+
+def identity_of_rows(X: torch.Tensor) -> Identity:
+    """The identity of pairs by their features `[m, d]`.
+
+    A pair and its negative have the key of the one whose first number that is not 0 is positive.
+    """
+    rows = X.float().cpu().numpy()
+    first = (rows != 0).argmax(1)
+    turned = rows[np.arange(len(rows)), first] < 0
+    upright = np.where(turned[:, None], -rows, rows) + np.float32(0)  # no negative zero
+    keys = [key_of(row.tobytes()) for row in upright]
+    return Identity(np.array(keys, np.uint64), turned)
+
+
+# ---- Leaks
+
+
+Shares = dict[str, float | None]  # by_prompt, by_answers, by_features; None: not known
+
+
+def leaks_of(study: Study) -> dict[str, Shares]:
+    """How much of the test repeats the training: {setting: {by_prompt, by_answers, by_features}}.
+
+    Under SEEN_TEST shares of the seen users' test pairs, which repeat one of their training pairs;
+    under UNSEEN_TEST shares of the unseen users' test pairs, which repeat one of their few shots:
+
+    - by_prompt: the prompt is that of a training pair of anybody among these users, or the
+      conversation is one that the same user was trained on. The test parts of `study.groups` must
+      number a user's conversations as the training parts do.
+    - by_answers: the two answers are those of a training pair of anybody among these users, either
+      way round.
+    - by_features: the features are nearly those of a training pair of the same user, or their
+      negative, see `repeats_by_features`.
+
+    None is a share that is not known, because the study does not know prompts, groups or texts.
+    """
+    # All users at once, as seen and unseen ones often share their tables.
+    repeats = repeats_by_features(study.train + study.train_unseen, study.test + study.test_unseen)
+    by_features = {
+        SEEN_TEST: repeats[: len(study.test)],
+        UNSEEN_TEST: repeats[len(study.test) :],
+    }
+    parts = {SEEN_TEST: ("train", "test"), UNSEEN_TEST: ("train_unseen", "test_unseen")}
+    return {
+        setting: {
+            "by_prompt": share_by_prompt(study, train, test),
+            "by_answers": share_by_answers(study, train, test),
+            "by_features": torch.cat(by_features[setting]).double().mean().item(),
+        }
+        for setting, (train, test) in parts.items()
+    }
+
+
+def share_by_prompt(study: Study, train: str, test: str) -> float | None:
+    """The share of the test pairs with a prompt, or of a conversation, that was trained on."""
+    repeats = []
+    if train in study.prompts and test in study.prompts:
+        repeats.append(are_known(study.prompts[train], study.prompts[test]))
+    if train in study.groups and test in study.groups:
+        conversations = {part: conversations_of(study.groups[part]) for part in (train, test)}
+        repeats.append(are_known(conversations[train], conversations[test]))
+    if not repeats:
+        return None
+    return float(np.any(repeats, axis=0).mean())
+
+
+def conversations_of(groups: list[torch.Tensor]) -> Iterator[list[tuple[int, int]]]:
+    """For each user in turn what tells the conversations of all users apart, a value per pair."""
+    for user, numbers in enumerate(groups):
+        yield [(user, number) for number in numbers.tolist()]
+
+
+def share_by_answers(study: Study, train: str, test: str) -> float | None:
+    """The share of the test pairs whose two answers are those of a training pair."""
+    if train not in study.texts or test not in study.texts:
+        return None
+    answers = {
+        part: [[ordered_answers(pair) for pair in user_texts] for user_texts in study.texts[part]]
+        for part in (train, test)
+    }
+    return float(are_known(answers[train], answers[test]).mean())
+
+
+def are_known(
+    trained: Iterable[Iterable[Hashable]], tested: Iterable[Iterable[Hashable]]
+) -> np.ndarray:
+    """Which of the values of all users in `tested` are among those in `trained`: bool `[m]`."""
+    known = set(itertools.chain.from_iterable(trained))
+    return np.array([value in known for value in itertools.chain.from_iterable(tested)], bool)
+
+
+@_one_torch_thread()  # the products are small, and its threads would wait for one another
+def repeats_by_features(train: Features, test: Features) -> list[torch.Tensor]:
+    """Which test pairs have nearly the features of a train pair of the same user, bool `[m_i]`.
+
+    Nearly: an absolute cosine above NEARLY_EQUAL. Cosines of features of up to SKETCH columns are
+    exact. Those of wider ones are estimated from random projections, which hardly ever take a
+    cosine of .98 or .995 for one on the other side of .99; so the embeddings are multiplied once,
+    and not every test pair with every train pair.
+    """
+    d = train[0].shape[1]
+    projections = torch.eye(d)
+    if d > SKETCH:
+        projections = torch.randn(d, SKETCH, generator=torch.Generator().manual_seed(0))
+    repeats = []
+    for known, tested in zip(pair_scores(train, projections), pair_scores(test, projections)):
+        cosines = normalize(tested) @ normalize(known).T  # (m_test, m_train)
+        repeats.append(cosines.abs().amax(1) > NEARLY_EQUAL)
+    return repeats
