@@ -45,12 +45,30 @@ CONTROLS = {
     ),
     "tossed": Column(
         "randomly flipped choices",
-        "The accuracy of the model of the largest rank, trained and tested on pairs with their "
-        "choices flipped at random. Nothing can be learned from these.",
+        "The accuracy of the model of the largest rank, trained and tested on choices that are "
+        "flipped by a coin. The coin belongs to the pair, so a pair that is asked again falls the "
+        "same way; otherwise nothing can be learned. Here the interval is 2.6 standard deviations "
+        "to each side.",
+    ),
+    "model_per_user": Column(
+        "a model per user",
+        "The accuracy of one Bradley-Terry model for each user, a ridge about the direction of "
+        "K = 1. Its strength is the one that does best on the seen users' unseen prompts.",
     ),
     "longer": Column(
         "longer answer",
-        "The accuracy of always predicting that the longer answer is chosen.",
+        "The accuracy of always predicting that the longer answer is chosen. It describes the "
+        "users.",
+    ),
+}
+WORST = {
+    "worst_served": Column(
+        "worst tenth",
+        "The mean accuracy of the tenth of users with the lowest accuracies.",
+    ),
+    "served_worse": Column(
+        "served worse",
+        "The share of users whom everybody's mean weights serve better than their own.",
     ),
 }
 DIFFERENCES = {
@@ -67,6 +85,7 @@ DIFFERENCES = {
         "The accuracy minus that of one direction for everybody.",
     ),
 }
+LEAKS = {"by_prompt": "prompts", "by_answers": "answers", "by_features": "features"}
 BASIS = {
     "columns": Column("columns", "How many directions the basis has."),
     "effective_rank": Column(
@@ -166,7 +185,7 @@ def controls_section(results: Results) -> str:
     section = paragraphs(
         f"## Controls, on {UNSEEN_TEST}",
         "Controls are accuracies that can be reached without knowing what the user likes.",
-        explain([*CONTROLS.values(), *DIFFERENCES.values()]),
+        explain([*CONTROLS.values(), *WORST.values(), *DIFFERENCES.values()]),
         markdown_table([model_cells(entry) | control_cells(entry) for entry in trained]),
     )
     if any(entry["personal_part"] for entry in trained):
@@ -181,7 +200,11 @@ def control_cells(entry: Entry) -> dict[str, Any]:
         "minus_reference": entry["minus_reference"][UNSEEN_TEST],
         "minus_pooled": entry["minus_pooled"][UNSEEN_TEST],
     }
-    return with_headings(CONTROLS, entry["controls"]) | with_headings(DIFFERENCES, gains)
+    return (
+        with_headings(CONTROLS, entry["controls"])
+        | with_headings(WORST, entry)
+        | with_headings(DIFFERENCES, gains)
+    )
 
 
 def basis_section(results: Results) -> str:
@@ -239,16 +262,20 @@ def rank_remarks(ranks: Iterable[int], counts: dict[str, int]) -> list[str]:
 
 
 def leaks_section(results: Results) -> str:
-    """How many test pairs have a prompt that the training has seen."""
-    shares = []
-    for setting, share in results["leaks"].items():
-        text = "not known" if share is None else f"{share:.1%}"
-        shares.append(f"**{setting}**: {text}")
+    """How many test pairs the training has seen in some form."""
+    lines = []
+    for setting, leaks in results["leaks"].items():
+        shares = []
+        for key, meaning in LEAKS.items():
+            share = leaks[key]
+            shares.append(f"{meaning} {'not known' if share is None else f'{share:.1%}'}")
+        lines.append(f"**{setting}**: {', '.join(shares)}")
     return paragraphs(
         "## Leaks",
-        "These are the shares of test pairs with a prompt that is also the prompt of a training "
-        "pair of the same group of users, seen or unseen.",
-        bullets(*shares),
+        "These are the shares of test pairs that the training pairs of the same group of users, "
+        "seen or unseen, repeat: their prompt or conversation, their two answers, or nearly their "
+        "features (of the same user, up to sign).",
+        bullets(*lines),
     )
 
 

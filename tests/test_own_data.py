@@ -103,7 +103,8 @@ def test_a_file_of_20_users_with_30_comparisons_goes_to_a_report_with_two_comman
     assert sorted(results["users"] + results["unseen_users"], key=int) == [
         str(number) for number in range(20)
     ]
-    assert results["verdict"]["personal"] == "yes" and not any(results["leaks"].values())
+    assert results["verdict"]["personal"] == "yes"
+    assert all(leaks["by_prompt"] == 0 for leaks in results["leaks"].values())
     assert len(prompts_of(validation)) == 12 and len(prompts_of(train)) == 48
 
 
@@ -175,7 +176,7 @@ def test_messages_are_embedded_as_conversations_and_may_repeat_the_prompt(
     module = quick(monkeypatch, script("train_basis"), K_list=[0, 2], num_iterations=5)
     call(monkeypatch, module, "--dir", tmp_path)
     results = results_in(tmp_path)
-    assert results["leaks"][utils.UNSEEN_TEST] == 1  # these prompts are on both sides
+    assert results["leaks"][utils.UNSEEN_TEST]["by_prompt"] == 1  # these prompts are on both sides
     longer = results["evidence"][0]["controls"]["longer"]["mean"]
     assert longer == 0  # "Four." is chosen over "No more."
 

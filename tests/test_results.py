@@ -428,10 +428,11 @@ def test_the_report_counts_the_data_and_says_how_the_model_was_chosen(saved):
 
 def test_the_report_tells_no_leak_from_a_leak_that_is_not_known(saved):
     results = strict_json(saved / "results.json")
-    results["leaks"] = {SEEN_TEST: None, UNSEEN_TEST: 0.25}
+    unknown = dict.fromkeys(["by_prompt", "by_answers", "by_features"])
+    results["leaks"] = {SEEN_TEST: unknown, UNSEEN_TEST: {**unknown, "by_prompt": 0.25}}
     text = report(results)
-    assert f"- **{SEEN_TEST}**: not known" in text
-    assert f"- **{UNSEEN_TEST}**: 25.0%" in text
+    assert f"- **{SEEN_TEST}**: prompts not known, answers not known" in text
+    assert f"- **{UNSEEN_TEST}**: prompts 25.0%, answers not known" in text
 
 
 def test_a_report_on_the_reference_alone_has_no_empty_tables(tmp_path, study):
