@@ -103,7 +103,12 @@ def seed_files() -> list[tuple]:
     files += [(load_pickle, torch_bytes(content, archive)) for archive in (True, False)]
     record = {"identity": {"data": "12ab"}, "files": {"a.pkl": "34cd"}, "users": ["é", 7, None]}
     metadata = {"about": json.dumps(record)}
-    files.append((load_tensors, save({"reward_head": tensors[0], "V": tensors[1]}, metadata)))
+    files.append(
+        (
+            load_tensors,
+            save({"reward_head": tensors[0].contiguous(), "V": tensors[1].contiguous()}, metadata),
+        )
+    )
     files.append((load_json, json.dumps({**record, "p": [0.5, 1e9, True]}).encode()))
     return files
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import fresh_process, outcome, random_users
 from matplotlib.figure import Figure
+from scipy.stats import norm, t
 
 import lore.files
 import lore.pictures
@@ -19,7 +20,7 @@ import lore.results
 import utils
 from lore.evidence import VALIDATION, evidence
 from lore.files import load_tensors
-from lore.report import report
+from lore.report import CONTROLS, report
 from lore.results import (
     print_results,
     question_table,
@@ -393,7 +394,9 @@ def test_the_tables_of_the_report_have_the_numbers_of_the_results(tmp_path, stud
         assert row[2:] == [format_cell(entry["accuracy"][setting]) for setting in SETTINGS]
     for row, entry in zip(controls[1:], trained, strict=True):
         gains = [entry[name][UNSEEN_TEST] for name in ("minus_reference", "minus_pooled")]
-        expected = [*entry["controls"].values(), entry["personal_part"], *gains]
+        controls_of_entry = [entry["controls"][key] for key in CONTROLS]
+        worst = [entry["worst_served"], entry["served_worse"]]
+        expected = [*controls_of_entry, *worst, entry["personal_part"], *gains]
         assert row[2:] == [format_cell(value) for value in expected]
     for row, entry in zip(basis[1:], trained, strict=True):
         assert row[2:] == [format_cell(value) for value in entry["basis"].values()]
@@ -666,8 +669,10 @@ def test_the_csv_of_the_curves_has_means_over_users_with_their_intervals(saved_c
     for row in ROWS:
         for setting in UNSEEN_SETTINGS:
             point = points.loc[row["K"], row["alpha"], row["shots"], setting]
-            # The interval of two users reaches from the one to the other.
-            expected = (row[setting].mean(), *sorted(row[setting]))
+            # That of two users reaches from the one to the other, widened to Student's t.
+            mean = row[setting].mean()
+            half = np.ptp(row[setting]) / 2 * t.ppf(0.975, 1) / norm.ppf(0.975) * 2**0.5
+            expected = (mean, max(mean - half, 0), min(mean + half, 1))
             assert (point["mean"], point["low"], point["high"]) == pytest.approx(expected)
 
 
