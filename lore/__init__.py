@@ -8,7 +8,9 @@ A module imports only utils.py and modules above it in this list.
     normal_forms      one form for ids, texts and answers that come in several
     data_notes        what is odd in data, a line each
     conversations     conversations as the token ids that the reward model reads
-    reward_model      the frozen reward model: checkpoint, reward head, tokenizer, identity
+    checkpoint        what a checkpoint folder holds, and which of its files are read
+    reward_model      the frozen reward model: reward head, tokenizer, identity
+    basis             a learned basis, and whether it is of this reward model
     prefix_attention  the forward pass of a batch, as padded rows or with shared beginnings
     batching          sequences in batches through the model, shard by shard
     batching_trial    the trial on the model that chooses the batching
@@ -16,8 +18,10 @@ A module imports only utils.py and modules above it in this list.
     embedding_files   files of embeddings, and the reward head beside them
     study             what every data set returns: people, their pairs, what is known of both
     intervals         intervals over users, and tests of differences
+    leaks             test pairs that the training repeats
+    controls          what is reached without knowing the user, and by a model per user
     verdict           "yes", "no" or "undecided", and why, in sentences
-    evidence          pairs held out, controls, what the basis looks like, leaks
+    evidence          pairs held out, what the basis looks like, and all of the above together
     tables            results as tables of text
     report            report.md
     pictures          accuracy by rank, personal part, and other curves
