@@ -39,6 +39,7 @@ SIMILAR = 5  # people with about equally many pairs, who are exchanged with one 
 TYPICAL_PAIRS = 5  # how many pairs of a user like everybody are added to a user's own
 ALIKE = 0.8  # attributes with a larger correlation over people are not told from one another
 DISTINCT = 0.3  # nor are those with a smaller partial correlation with the weights
+NEARLY = 0.05  # by how much less a correlation is about as strong
 FEWEST_PEOPLE = 5  # on either side, to compare those who give an answer with the others
 EXAMPLES = 5  # of each column, at most
 SHOWN_CHARACTERS = 300  # of a text in an example
@@ -264,8 +265,8 @@ def group_attributes(
     explained by it. What is ALIKE stays together. So a taste for long texts is never called one
     for sentences alone, only because long texts have more of them.
 
-    The first of a group is, of the found ones that would explain the column as well, the one that
-    ATTRIBUTES name first. Then come the strongest.
+    The first of a group is, of the found ones that would explain the column about as well, the one
+    that ATTRIBUTES name first. Then come the strongest.
 
     correlation, p: `(J,)`, of the column with each attribute. between: `(J, J)`, the correlations
     of the attributes with one another, over the same users.
@@ -285,7 +286,8 @@ def group_attributes(
             elif p[j] < FOUND and abs(partial_correlation(r, r_strongest, r_both)) < bound:
                 explained.add(j)
         members = sorted(explaining | explained)
-        first = min(j for j in explaining if p[j] < FOUND)
+        as_strong = np.abs(correlation) > abs(correlation[strongest]) - NEARLY
+        first = min(j for j in explaining if p[j] < FOUND and as_strong[j])
         group = [first] + [
             j for j in left if j != first and (j in members or alike[members, j].any())
         ]

@@ -381,8 +381,9 @@ def test_what_would_explain_the_strongest_attribute_as_well_goes_with_it():
     assert grouped([0.1, 0.8], between=0.1, p=[0.2, 0.01]) == [[1]]
 
 
-def test_of_attributes_that_explain_the_same_the_first_in_the_table_leads():
+def test_of_attributes_that_explain_it_about_as_well_the_first_in_the_table_leads():
     assert grouped([0.78, 0.8], between=0.97) == [[0, 1]]
+    assert grouped([0.7, 0.8], between=0.9) == [[1, 0]]
     assert grouped([0.8, 0.8], between=1.0) == [[0, 1]]
 
 

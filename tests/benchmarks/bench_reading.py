@@ -40,6 +40,7 @@ from utils import Fit, fits_per_model
 data_sets = 100  # of each kind without tastes
 tasted_data_sets = 40
 K_list = [2, 3, 5]
+seeds = [0, 1, 2]
 planted_rank = 3
 d = 512  # of the embeddings, when seconds are measured
 
@@ -66,8 +67,8 @@ SIZES = [
 def named_by_the_verdict(fits: list[Fit], study: Study) -> tuple[int, float]:
     """The model that a verdict without validation would be about."""
     parts = {
-        model: exchanged_accuracies(study.test_unseen, seeds).personal_part.mean()
-        for model, seeds in fits_per_model(fits).items()
+        model: exchanged_accuracies(study.test_unseen, fits_of_model).personal_part.mean()
+        for model, fits_of_model in fits_per_model(fits).items()
     }
     return max(parts, key=parts.get)
 
@@ -111,7 +112,7 @@ def report_no_tastes(
     found = found_unguarded = 0
     for seed in range(data_sets):
         study = make_study(seed)
-        fits = swept(study, K_list)
+        fits = swept(study, K_list, seeds)
         model = named_by_the_verdict(fits, study)
         found += finds_anything(fits, study, model)
         if unguarded:
@@ -131,7 +132,8 @@ def report_tastes() -> None:
     sentences_alone = 0
     for seed in range(tasted_data_sets):
         study = made_study(1000 + seed)
-        reading = read_directions(swept(study, [planted_rank]), study, (planted_rank, 0))
+        fits = swept(study, [planted_rank], seeds)
+        reading = read_directions(fits, study, (planted_rank, 0))
         groups = [
             [entry, *entry["with"]]
             for column in reading["columns"]
