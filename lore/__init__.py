@@ -22,6 +22,7 @@ A module imports only utils.py and modules above it in this list.
     controls          what is reached without knowing the user, and by a model per user
     verdict           "yes", "no" or "undecided", and why, in sentences
     evidence          pairs held out, what the basis looks like, and all of the above together
+    reading           what each direction prefers, and who weighs it
     tables            results as tables of text
     report            report.md
     pictures          accuracy by rank, personal part, and other curves
