@@ -583,11 +583,6 @@ def known_mean(values: np.ndarray) -> float | None:
     return float(known.mean()) if len(known) else None
 
 
-def about_users(study: Study) -> dict[str, Entry]:
-    """What is known of the people, {user: {column: value}}; empty if nothing is."""
-    return getattr(study, "about_users", None) or {}
-
-
 def read_known(fit: Fit, study: Study) -> Part:
     """Do the weights go with what is known of the people?
 
@@ -597,7 +592,7 @@ def read_known(fit: Fit, study: Study) -> Part:
     """
     columns = fit.V.shape[1]
     nothing: list[list[Entry]] = [[] for _ in range(columns)]
-    about = about_users(study)
+    about = study.about_users
     if not about:
         return Part(None, nothing, [])
     table = weights_of_people(fit, study).drop_duplicates("user")  # all may be seen and unseen
@@ -768,7 +763,7 @@ def weights_table(fits: list[Fit], study: Study, model: tuple[int, float]) -> pd
     `accuracy`, the share of these that is predicted right; `about_<name>` for what is known.
     """
     table = weights_of_people(kept_fit(fits_per_model(fits)[model]), study)
-    about = about_users(study)
+    about = study.about_users
     known = pd.DataFrame([about.get(user, {}) for user in table["user"]], index=table.index)
     return table.join(known.add_prefix("about_"))
 

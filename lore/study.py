@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -40,8 +41,11 @@ class Study:
     # The number of the conversation that each pair is from, int64 `[m_i]`, counted from 0 for each
     # user. Such pairs belong together: they are held out together, and a shot is a whole group.
     groups: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    # What is known of a person, by user id: {column: value}, such as {"age": 31}. People of whom
+    # nothing is known are missing.
+    about_users: dict[str, dict[str, Any]] = field(default_factory=dict)
     # JSON values about the embeddings: the model, the data, their `identity`, how they were made.
-    provenance: dict = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
 
     def features(self) -> dict[str, Features]:
         """The four parts by name, in the order of `PARTS`."""

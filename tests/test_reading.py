@@ -432,13 +432,6 @@ def test_odd_values_are_answers_and_no_errors():
     assert set(known_answers(about)) == {f"a: {10**400}", "b: [1, 2]", "c: inf"}
 
 
-def with_known(study, about):
-    """The study with what is known of its people."""
-    study = dataclasses.replace(study)
-    study.about_users = about
-    return study
-
-
 def ages(fit, study, noise):
     """An age for each user, which goes with the weight of column 1."""
     generator = np.random.default_rng(0)
@@ -453,7 +446,9 @@ def ages(fit, study, noise):
 def test_an_answer_that_goes_with_a_weight_is_found_among_seen_and_unseen_users(small):
     study, _ = small
     fit = unrelated_fit(study)
-    reading = read_directions([fit], with_known(study, ages(fit, study, noise=4)), (3, 0))
+    reading = read_directions(
+        [fit], dataclasses.replace(study, about_users=ages(fit, study, noise=4)), (3, 0)
+    )
     known = reading["known"]
     assert known["users"] == 24
     assert known["names"] == ["age", "coin: a"]
@@ -474,7 +469,9 @@ def test_answers_that_have_nothing_to_do_with_the_weights_are_seldom_found(small
             user: {"age": int(generator.integers(18, 80)), "country": generator.choice(["A", "B"])}
             for user in [*study.seen, *study.unseen]
         }
-        part = read_known(unrelated_fit(study, seed=seed), with_known(study, about))
+        part = read_known(
+            unrelated_fit(study, seed=seed), dataclasses.replace(study, about_users=about)
+        )
         found += any(part.found)
     assert found <= 3
 
@@ -483,7 +480,12 @@ def test_a_user_who_is_both_seen_and_unseen_counts_once(small):
     study, fit = small
     study = dataclasses.replace(study, unseen=study.seen)
     about = {user: {"age": 20 + i} for i, user in enumerate(study.seen)}
-    assert read_directions([fit], with_known(study, about), (3, 0))["known"]["users"] == 12
+    assert (
+        read_directions([fit], dataclasses.replace(study, about_users=about), (3, 0))["known"][
+            "users"
+        ]
+        == 12
+    )
 
 
 # ---- No choice is used twice
@@ -752,7 +754,7 @@ def test_few_people_cannot_be_told(small):
     }
     fit = dataclasses.replace(fit, W_unseen=fit.W_unseen[:5], accuracies=accuracies)
     about = {"unseen 0": {"age": 20}, "unseen 1": {"age": 30}, "nobody": {"age": 40}}
-    reading = read_directions([fit], with_known(few, about), (3, 0))
+    reading = read_directions([fit], dataclasses.replace(few, about_users=about), (3, 0))
     assert reading["attributes"] is None and reading["known"] is None
     assert reading["notes"] == [
         "5 unseen users are too few to tell what weights go with: 6 are needed.",
@@ -790,7 +792,7 @@ def test_one_direction_for_everybody_has_nothing_to_compare(fits, study):
 def test_the_table_has_a_row_for_each_person(small):
     study, fit = small
     about = {"seen 1": {"age": 33, "name": "<script>"}, "unseen 2": {"age": None}}
-    table = weights_table([fit], with_known(study, about), (3, 0))
+    table = weights_table([fit], dataclasses.replace(study, about_users=about), (3, 0))
     assert list(table) == [
         *("user", "seen", "weight_0", "weight_1", "weight_2"),
         *("pairs", "test_pairs", "accuracy", "about_age", "about_name"),
