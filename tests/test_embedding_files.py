@@ -2,6 +2,7 @@
 
 import json
 import os
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -82,7 +83,10 @@ def test_a_record_that_is_no_object_ends_in_one_line(tmp_path, record):
 @pytest.mark.parametrize("dtype", ["int64", "bool", "complex64", "uint8"])
 def test_a_head_that_is_no_head_ends_in_one_line(tmp_path, dtype):
     write_record(tmp_path)
-    save_file({"reward_head": HEAD.to(getattr(torch, dtype))}, tmp_path / HEAD_FILE)
+    try:
+        save_file({"reward_head": HEAD.to(getattr(torch, dtype))}, tmp_path / HEAD_FILE)
+    except KeyError:
+        pytest.skip(f"safetensors {version('safetensors')} writes no {dtype}")
     with input_error(HEAD_FILE, "different models"):
         reward_head(tmp_path)
 
