@@ -90,8 +90,8 @@ def fit_new_user(
 
     Bayes' rule with the Bradley-Terry likelihood of the choices, sigmoid(x V w / 100), gives each
     particle of `widened_prior` its posterior probability. The user's weights are the mean of the
-    particles. They may be negative and need not sum to 1. The fewer and the less consistent the
-    choices, the closer they are to the prior's mean, which without choices they are.
+    particles. They may be negative and need not sum to 1. Without choices they are the prior's
+    mean; the fewer and the less consistent the choices, the closer they stay to it.
 
     With K = 1 the one weight says how much the user agrees with the pooled reward; it is negative
     for a user who prefers the opposite.
@@ -151,9 +151,9 @@ def question_values(
     It is the mutual information of the answer and the user: the entropy of the mean answer, minus
     the mean entropy of the answer, H(E[p]) - E[H(p)], with means under the posterior.
 
-    Stop asking when the largest value is small, such as 0.01: it is the most that one more answer
-    can tell. A few questions may be asked at once, those of the largest values: asking five
-    at once is little worse than choosing each by the answers before it.
+    Stop asking when the largest value is small, such as 0.05: no further answer is expected to tell
+    more than that. The questions of the few largest values may be asked at once: on planted users,
+    five at once cost two points of accuracy as the first questions, and half a point as the next.
 
     candidates: pairs of answers, one minus the other in either order, `[n, d]` or Pairs.
     V: `[d, K]`. W: `[N, K]`. posterior: `[N + 600]`, of `fit_new_user` with this W.
@@ -286,7 +286,8 @@ def random_questions(
 def chosen_questions(S: torch.Tensor, prior: Prior, questions: int) -> torch.Tensor:
     """The pair numbers that `question_values` puts first, each after the answers before it.
 
-    S: the scores X V of the user's pairs `[m, K]`. Returns int64 `[min(questions, m)]`.
+    S: the scores X V of the user's pairs `[m, K]`. Returns int64 `[min(questions, m)]`. A few
+    tables `[m, particles]` are held, for one user at a time.
     """
     log_likelihood = log_likelihoods(S, prior)  # (m, particles)
     first_wins = log_likelihood.exp()

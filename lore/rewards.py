@@ -205,12 +205,12 @@ def rewards_of_group(
 
 
 def _mean_reward(by_user: torch.Tensor) -> torch.Tensor:
-    """rule "mean" of `rewards_of_group`: `[users, completions]` -> `[completions]`."""
+    """The scores `[completions]` by "mean", from the rewards `[users, completions]`."""
     return by_user.mean(0)
 
 
 def _borda(by_user: torch.Tensor) -> torch.Tensor:
-    """rule "borda" of `rewards_of_group`: `[users, completions]` -> `[completions]`."""
+    """The scores `[completions]` by "borda", from the rewards `[users, completions]`."""
     first = by_user[:, :, None]  # (users, completions, 1)
     second = by_user[:, None, :]  # (users, 1, completions)
     points = (first > second) + 0.5 * (first == second)
@@ -218,7 +218,7 @@ def _borda(by_user: torch.Tensor) -> torch.Tensor:
 
 
 def _worst_served(by_user: torch.Tensor) -> torch.Tensor:
-    """rule "worst_served" of `rewards_of_group`: `[users, completions]` -> `[completions]`."""
+    """The scores `[completions]` by "worst_served", from the rewards `[users, completions]`."""
     best_of_user = by_user.amax(1, keepdim=True)  # (users, 1)
     return (by_user - best_of_user).amin(0)
 

@@ -232,7 +232,7 @@ def posterior_mean(choices, prior):
 
 
 def accuracies_with_both_priors(people, kind):
-    """After ten random choices each, with the seen users alone as the prior and with all."""
+    """After ten random choices of each user: with the seen users only, and with all particles."""
     W, scores = people
     choices, tests = scores[kind]
     seen_only = [posterior_mean(S[:CHOICES], seen_prior(W)) for S in choices]
@@ -484,8 +484,9 @@ def test_unusable_numbers_of_questions_and_trials_are_one_line(planted, planted_
 # ---- Weights that are no simplex
 
 
-def test_reports_take_signed_weights(basis, tmp_path):
+def test_reports_take_signed_weights(monkeypatch, basis, tmp_path):
     """Of seen and of unseen users, such as those of `fit_new_user`."""
+    monkeypatch.setattr(lore.results, "save_pictures", lambda *_: None)  # these take seconds
     V, W = basis
     study = study_of(10 * V, W, -W, counts=(20, 20, 20))
     (fit,) = trained(study, [K], num_iterations=50)
