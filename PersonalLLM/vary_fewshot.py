@@ -6,8 +6,9 @@ Learns the basis on PersonalLLM's seen users, then fits every unseen user from 5
 drawn again in each trial. Writes vary_fewshot.json, .csv and .tex (means with 95 % intervals over
 users), .png and .pdf to results/ beside itself.
 
-Then asks the unseen users one question at a time, random ones or those that tell the most, with the
-seen users as the prior: vary_questions.json, .csv, .png and .pdf.
+Then asks the unseen users one question at a time, random ones or those that tell the most. The
+prior is the seen users only, or widened to people unlike all of them: vary_questions.json, .csv,
+.png and .pdf.
 """
 
 import sys

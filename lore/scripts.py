@@ -445,7 +445,9 @@ def _ask_questions(folder: Path, fits: list[Fit], study: Study, config: dict[str
         return
     save_question_curves(folder, frame, study, config)
     print(
-        f"\n{UNSEEN_TEST}, mean over seeds {seeds}, by questions asked: random pairs, or those "
-        "that question_values puts first; as released, or with the seen users as the prior "
-        f"(posterior, fit_new_user):\n{question_table(frame)}"
+        f"\n{UNSEEN_TEST}, mean over seeds {seeds}, by questions asked.\n"
+        "Questions are random pairs, or chosen: those that question_values puts first. Weights\n"
+        "are fitted as released, or by Bayes' rule with the seen users only as the prior, or with\n"
+        "the widened prior, which allows for people unlike all of them (fit_new_user).\n"
+        + question_table(frame)
     )

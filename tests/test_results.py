@@ -767,7 +767,7 @@ QUESTIONS = pd.DataFrame(
             "low": mean,
             "high": mean + 0.1,
         }
-        for fit, mean in (("posterior, random", 0.5), ("posterior, chosen", 0.75))
+        for fit, mean in (("widened prior, random", 0.5), ("widened prior, chosen", 0.75))
         for questions in (1, 2)
     ]
 )
@@ -803,7 +803,7 @@ def test_without_question_curves_nothing_is_written(tmp_path, study):
 def test_the_question_table_has_a_row_per_number_of_questions():
     lines = question_table(QUESTIONS).splitlines()
     assert "K = 2, alpha 0.5" in lines[0]
-    assert "posterior, random" in lines[1] and "posterior, chosen" in lines[1]
+    assert "widened prior, random" in lines[1] and "widened prior, chosen" in lines[1]
     last = lines[-1].split()
     assert last[0] == "2"
     assert "0.520 [0.500, 0.600]" in lines[-1] and "0.770 [0.750, 0.850]" in lines[-1]

@@ -398,9 +398,9 @@ def test_few_shot_curves_say_where_users_have_fewer_pairs(monkeypatch, capsys, r
         index="questions", columns="fit", values="mean"
     )
     assert (
-        questions["posterior, chosen"][4] > questions["posterior, random"][8] - 0.02
+        questions["widened prior, chosen"][4] > questions["widened prior, random"][8] - 0.02
     )  # half the questions
-    assert f"{questions['posterior, chosen'][4]:.3f} [" in out
+    assert f"{questions['widened prior, chosen'][4]:.3f} [" in out
 
 
 # ---- Interruptions and full disks
