@@ -26,7 +26,7 @@ import personalllm
 from lore.evidence import hold_out
 from lore.files import CHECKPOINT_FILE, TrainingCheckpoint, check_writable, save_tensors
 from lore.reward_model import load_released_reference
-from lore.scripts import check_training, finish_training, run_script
+from lore.scripts import check_training, finish_training, run_script, sweep_folder
 from personalllm import Population
 from utils import Fit, default_device, run
 
@@ -64,7 +64,7 @@ released_reference = False
 
 def main() -> None:
     args = personalllm.training_parser(__doc__, HERE).parse_args()
-    results = args.dir / "results"
+    results = sweep_folder(args.dir / "results", args.results)
     check_training(K_list, alpha_list, seeds, num_iterations, validation_share)
     study = personalllm.load_embeddings(
         args.dir, MODEL_NAME, population, demo_population, args.data

@@ -27,7 +27,13 @@ import tldr
 from lore.evidence import hold_out
 from lore.files import CHECKPOINT_FILE, TrainingCheckpoint, check_writable
 from lore.reward_model import load_released_reference
-from lore.scripts import check_training, finish_training, run_script, script_parser
+from lore.scripts import (
+    check_training,
+    finish_training,
+    run_script,
+    sweep_folder,
+    training_parser,
+)
 from utils import default_device, run
 
 # ---- Settings
@@ -57,8 +63,8 @@ released_reference = False
 
 
 def main() -> None:
-    args = script_parser(__doc__, HERE).parse_args()
-    results = args.dir / "results"
+    args = training_parser(__doc__, HERE).parse_args()
+    results = sweep_folder(args.dir / "results", args.results)
     check_training(K_list, alpha_list, seeds, num_iterations, validation_share)
 
     study = tldr.load_embeddings(args.dir, MODEL_NAME, train_pairs, unseen_pairs, split_seed)

@@ -27,7 +27,14 @@ from utils import InputError
 HEAD_FILE = "reward_head.safetensors"
 
 # The types of what is read from the head's file, if it is there
-PROVENANCE_TYPES = {"identity": dict, "files": dict, "model": str, "data": str}
+PROVENANCE_TYPES = {
+    "identity": dict,
+    "files": dict,
+    "model": str,
+    "data": str,
+    "data_notes": list,
+    "equal_pairs": dict,
+}
 
 # What trainings leave beside the embeddings: folders, and the files in results/ that have the
 # identity of the embeddings. What was learned from other embeddings goes into a subfolder.
@@ -146,14 +153,19 @@ def set_aside_other_results(folder: str | Path, identity: dict[str, Any]) -> Non
 
 
 def _have_identity(results: Path, identity: dict[str, Any]) -> bool:
-    """Whether the results in a folder say that they are of embeddings with this identity."""
+    """Whether all results in a folder say that they are of embeddings with this identity.
+
+    Those of sweeps with a name are in subfolders.
+    """
+    named = [path for path in results.glob("[!.]*") if not path.name.startswith(EARLIER)]
     recorded = []
-    for name in FILES_WITH_IDENTITY:
-        if (results / name).exists():
-            content = {}
-            with contextlib.suppress(InputError):  # damaged: it does not say of what it is
-                content = load_json(results / name, identity=dict)
-            recorded.append(content.get("identity"))
+    for folder in (results, *named):
+        for name in FILES_WITH_IDENTITY:
+            if (folder / name).exists():
+                content = {}
+                with contextlib.suppress(InputError):  # damaged: it does not say of what it is
+                    content = load_json(folder / name, identity=dict)
+                recorded.append(content.get("identity"))
     return bool(recorded) and all(
         parts and not _different_parts(parts, identity) for parts in recorded
     )
