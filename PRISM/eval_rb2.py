@@ -3,7 +3,8 @@
     python eval_rb2.py                                   the reward model itself
     python eval_rb2.py --rm_head checkpoints/PRISM_V_lore_K_10_alpha_10000.0.pt --mode lmhead
     python eval_rb2.py --rm_head results/K_10.safetensors --user_weights results/K_10.safetensors
-    python eval_rb2.py --rm_head results                 the model that validation chose
+    python eval_rb2.py --rm_head results                 after a sweep: the model that validation
+                                                         chose
     python eval_rb2.py --model MODEL --data DIR          a local copy, test.jsonl or .parquet
     python eval_rb2.py --demo                            a stand-in model, a synthetic benchmark
 
@@ -37,7 +38,6 @@ from lore.files import (
     load_json,
     load_pickle,
     load_tensors,
-    printable,
 )
 from lore.reward_model import check_gpu, load_reward_head, load_reward_model
 from lore.rows import hub_rows, parse_rows, read_rows, split_files
@@ -343,9 +343,7 @@ def find_model(path: Path) -> Path:
     kinds = (".pt", ".npy", ".safetensors")
     models = sorted(model.name for model in folder.glob("[!.]*") if model.suffix in kinds)
     listed = ", ".join(models) or "no models"
-    raise InputError(
-        printable(f"{path}: {problem}; give the file of a model, {folder} has {listed}")
-    )
+    raise InputError(f"{path}: {problem}; give the file of a model, {folder} has {listed}")
 
 
 def read_matrix(path: Path, names: list[str], what: str) -> torch.Tensor:

@@ -27,14 +27,7 @@ from utils import InputError
 HEAD_FILE = "reward_head.safetensors"
 
 # The types of what is read from the head's file, if it is there
-PROVENANCE_TYPES = {
-    "identity": dict,
-    "files": dict,
-    "model": str,
-    "data": str,
-    "data_notes": list,
-    "equal_pairs": dict,
-}
+PROVENANCE_TYPES = {"identity": dict, "files": dict, "model": str, "data": str}
 
 # What trainings leave beside the embeddings: folders, and the files in results/ that have the
 # identity of the embeddings. What was learned from other embeddings goes into a subfolder.

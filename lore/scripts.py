@@ -18,7 +18,7 @@ import torch.distributed as dist
 from lore.embedding import embed_distinct, warn_of_equal_token_ids
 from lore.embedding_files import EARLIER, embeddings_are_finished, new_embeddings
 from lore.evidence import evidence, judge_held_out, tossed_control
-from lore.files import TrainingCheckpoint, check_writable, digest_of, printable
+from lore.files import TrainingCheckpoint, check_writable, digest_of
 from lore.questions import question_curves
 from lore.results import (
     print_results,
@@ -136,7 +136,7 @@ def sweep_folder(folder: Path, name: str | None) -> Path:
         return folder
     if not re.fullmatch(r"[\w-]+", name) or name.startswith(EARLIER):
         raise InputError(
-            f"--results {printable(name)}: give a name of letters, digits, - and _ that does not "
+            f"--results {name}: give a name of letters, digits, - and _ that does not "
             f"begin with {EARLIER}"
         )
     return folder / name
@@ -416,7 +416,7 @@ def finish_training(
 
     if process_rank() == 0:
         findings = evidence(fits, study, control)
-        results = save_results(folder, fits, study, config, seconds, findings, held_out)
+        results = save_results(folder, fits, study, config, seconds, findings, held_out=held_out)
         if save_more is not None:
             save_more(fits)
         print_results(results)

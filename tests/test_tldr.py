@@ -735,7 +735,7 @@ def test_texts_that_are_null_empty_or_equal_are_counted(monkeypatch, capsys, ran
     write_rows(tmp_path / "data" / "train.jsonl", rows[:300])
     write_rows(tmp_path / "data" / "validation.jsonl", rows[300:])
     prepare(monkeypatch, tmp_path / "data", ran.model, tmp_path)
-    train, validation = capsys.readouterr().out.split("validation: ", 1)
+    train, validation = capsys.readouterr().out.split("val: ", 1)
     assert "train: 296 comparisons" in train and "4 rows without" in train
     assert (
         "1 of 296 pairs have two equal texts" in train and "warning" not in train
@@ -757,7 +757,7 @@ def test_workers_that_no_split_shares_are_refused_before_anything_is_embedded(
     monkeypatch.setattr(lore.scripts, "embed_distinct", None)
     data = data_of(tmp_path / "data", rows)
     arguments = ["--data", data, "--model", ran.model, "--dir", tmp_path / "out"]
-    refused(monkeypatch, capsys, script("prepare"), arguments, "validation part: 0")
+    refused(monkeypatch, capsys, script("prepare"), arguments, "val part: 0")
 
 
 @pytest.mark.parametrize(
