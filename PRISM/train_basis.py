@@ -10,7 +10,9 @@ the verdict: is the reward personal, by how much, is any of it an artefact. Writ
 basis and the weights of each rank, checkpoints/PRISM_{V,W}_lore_K_{K}_alpha_{alpha}.pt, and
 results/: report.md, results.json, results.csv, results_long.csv, a safetensors file per rank, two
 pictures (PNG and PDF). With --results NAME these go to results/NAME and checkpoints/NAME, beside
-other sweeps. On the demo's synthetic corpus the ranks, the penalty and the iterations are the demo's.
+other sweeps.
+
+On the demo's synthetic corpus the ranks, the penalty and the iterations are the demo's.
 """
 
 import functools
