@@ -152,13 +152,12 @@ def _have_identity(results: Path, identity: dict[str, Any]) -> bool:
     """
     named = [path for path in results.glob("[!.]*") if not path.name.startswith(EARLIER)]
     recorded = []
-    for folder in (results, *named):
-        for name in FILES_WITH_IDENTITY:
-            if (folder / name).exists():
-                content = {}
-                with contextlib.suppress(InputError):  # damaged: it does not say of what it is
-                    content = load_json(folder / name, identity=dict)
-                recorded.append(content.get("identity"))
+    for path in (folder / name for folder in (results, *named) for name in FILES_WITH_IDENTITY):
+        if path.exists():
+            content = {}
+            with contextlib.suppress(InputError):  # damaged: it does not say of what it is
+                content = load_json(path, identity=dict)
+            recorded.append(content.get("identity"))
     return bool(recorded) and all(
         parts and not _different_parts(parts, identity) for parts in recorded
     )

@@ -36,10 +36,11 @@ def model_name(K: int, alpha: float) -> str:
 def model_in_file_name(K: int, alpha: float) -> str:
     """A model in the name of a file, such as `K_3_alpha_0.001`.
 
-    The alpha is written as Python writes it, but never with an exponent. So 1e4 is 10000.0, as in
-    the names of the released checkpoints.
+    Every alpha has a point and no exponent: 1e-5 is 0.00001, and 1e4 is 10000.0, as in the names of
+    the released checkpoints.
     """
-    return f"K_{K}_alpha_{Decimal(str(alpha)):f}"
+    shortest = Decimal(str(float(alpha)))
+    return f"K_{K}_alpha_{shortest:f}"
 
 
 def model_cells(entry: Entry, chosen: dict[str, Any]) -> dict[str, str]:

@@ -294,7 +294,8 @@ def test_the_reference_is_saved_once_whatever_the_alphas_and_seeds(tmp_path, stu
 @pytest.mark.parametrize(
     "alpha, name",
     [
-        (0, "K_3_alpha_0"),
+        (0, "K_3_alpha_0.0"),
+        (1, "K_3_alpha_1.0"),
         (0.001, "K_3_alpha_0.001"),
         (1e-3, "K_3_alpha_0.001"),
         (0.0010, "K_3_alpha_0.001"),
@@ -302,10 +303,10 @@ def test_the_reference_is_saved_once_whatever_the_alphas_and_seeds(tmp_path, stu
         (2.5e-7, "K_3_alpha_0.00000025"),
         (1e4, "K_3_alpha_10000.0"),
         (1e15, "K_3_alpha_1000000000000000.0"),
-        (10000, "K_3_alpha_10000"),
+        (10000, "K_3_alpha_10000.0"),
     ],
 )
-def test_an_alpha_in_the_name_of_a_file_has_no_exponent_and_gives_the_number_again(alpha, name):
+def test_an_alpha_in_the_name_of_a_file_is_written_in_one_way(alpha, name):
     assert model_in_file_name(3, alpha) == name
     assert float(name.removeprefix("K_3_alpha_")) == alpha
 
@@ -313,7 +314,7 @@ def test_an_alpha_in_the_name_of_a_file_has_no_exponent_and_gives_the_number_aga
 def test_files_of_several_alphas_are_named_by_them(tmp_path, study):
     save_results(tmp_path, swept(study, [2], [0, 1e-5], num_iterations=2), study, {})
     names = {path.name for path in tmp_path.glob("*.safetensors")}
-    assert names == {"K_2_alpha_0.safetensors", "K_2_alpha_0.00001.safetensors"}
+    assert names == {"K_2_alpha_0.0.safetensors", "K_2_alpha_0.00001.safetensors"}
 
 
 def test_a_failure_leaves_the_results_of_before_and_nothing_else(
