@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import personalllm
 from lore.files import FEW_SHOT_CHECKPOINT_FILE, TrainingCheckpoint, check_writable
-from lore.scripts import check_few_shots, finish_few_shots, run_script
+from lore.scripts import check_few_shots, finish_few_shots, run_script, sweep_folder
 from personalllm import Population
 from utils import default_device, run_few_shot_vary_shots
 
@@ -54,7 +54,7 @@ MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"
 
 def main() -> None:
     args = personalllm.training_parser(__doc__, HERE).parse_args()
-    results = args.dir / "results"
+    results = sweep_folder(args.dir / "results", args.results)
     config = dict(
         K_list=K_list,
         alpha_list=alpha_list,

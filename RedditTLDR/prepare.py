@@ -10,14 +10,14 @@
     python prepare.py --data mine.jsonl                your own comparisons, as in demo/own_data/
 
 A row of your own comparisons has `user`, `prompt`, `chosen`, `rejected` (texts or lists of
-messages) and, if you want to decide it, `split` (train, validation). They come from one file, or
-from a folder with a file for each split.
+messages) and, if you want to decide it, `split` (train, test). They come from one file, or from
+a folder with a file for each split.
 
 Writes beside itself tldr_embeddings_train.pkl and tldr_embeddings_val.pkl (worker -> list of
 comparisons with the embeddings of both summaries) and reward_head.safetensors. An interrupted run
 resumes from .embedding_cache/.
-The full data set has 92,858 train and 86,086 validation rows, of which 2,284 (CNN/DM articles) have
-no post and are left out.
+The full data set has 92,858 rows for train and 86,086 for val (the hub's validation split). 2,284
+of the latter are CNN/DM articles without a post, and are left out.
 """
 
 import argparse
@@ -41,12 +41,12 @@ TOKEN_BUDGET = None  # tokens in a batch; None: as the device takes
 SHARD_SIZE = 1024  # summaries per file of the cache, the most that an interruption loses
 
 # Of own data in one file without a split:
-test_share = 0.2  # of the prompts, for validation
+test_share = 0.2  # of the prompts, for the val file
 test_seed = 0  # of the draw of these prompts
 
 
 def read(args: argparse.Namespace) -> tuple[bool, list[tldr.ByWorker], list[str]]:
-    """Whether the data are own data, the comparisons of the train and the validation split, notes.
+    """Whether the data are own data, the comparisons of the train and the val split, notes.
 
     Prints what was read, and the notes: what is odd in it.
     Raises InputError if it could not be trained on.

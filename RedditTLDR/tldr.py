@@ -39,8 +39,9 @@ from utils import InputError, check_number, check_whole, is_finite
 
 DATASET = "openai/summarize_from_feedback"
 SCHEMAS = f"{DATASET}, or {{user, prompt, chosen, rejected}} for data of your own"
-SPLITS = ("train", "validation")
-FILES = ("tldr_embeddings_train.pkl", "tldr_embeddings_val.pkl")  # in the order of SPLITS
+# Our names of the splits, and the hub's. What our reports call validation is part of train.
+HUB_SPLITS = {"train": "train", "val": "validation"}
+FILES = ("tldr_embeddings_train.pkl", "tldr_embeddings_val.pkl")  # in the order of HUB_SPLITS
 SIDES = ("winning", "losing")
 TEXT_FIELDS = ("text", "winning_summary", "losing_summary")  # of a comparison in the files
 LEAVE_OUT = 2  # workers with the fewest pairs, in each file; none of own data
@@ -143,9 +144,11 @@ def read_comparisons(
     Raises InputError that names file, row and field, some of it only when the rows are read.
     """
     if data is None:
-        files = {split: f"comparisons/{split}/*.parquet" for split in SPLITS}
+        files = {name: f"comparisons/{name}/*.parquet" for name in HUB_SPLITS.values()}
         splits = hub_rows(DATASET, Comparison, revision="refs/convert/parquet", data_files=files)
-        return False, {split: _parsed(splits[split], Comparison) for split in SPLITS}
+        return False, {
+            split: _parsed(splits[name], Comparison) for split, name in HUB_SPLITS.items()
+        }
 
     if data.is_file():
         return True, split_own(read_rows(data, OwnComparison), test_share, test_seed)
@@ -153,7 +156,7 @@ def read_comparisons(
     if len(paths) == 1 and schema_of(paths[0]) is OwnComparison:
         return True, split_own(read_rows(paths[0], OwnComparison), test_share, test_seed)
 
-    files_of = split_files(data, train=["train"], validation=["validation", "test"])
+    files_of = split_files(data, train=["train"], val=["validation", "test"])
     schema = schema_of(files_of["train"][0])
     rows_of = {
         split: itertools.chain.from_iterable(read_rows(path, schema) for path in files)
@@ -185,7 +188,7 @@ def split_own(
     """Parse the rows of a single file of own data, and split them.
 
     If the rows have a `split`, it decides. Else a share of the prompts, drawn by `test_seed`, is
-    for validation; all rows of a prompt are on one side.
+    for the test; all rows of a prompt are on one side.
     test_share: from 0.01 to 0.99.
     Raises InputError: some rows have a split and others none; all rows are on one side.
     """
@@ -199,8 +202,7 @@ def split_own(
         for place, comparison in located:
             if comparison.split is None:
                 raise InputError(
-                    f"{place}: no split, and other rows have one; give each row train, validation "
-                    "or test"
+                    f"{place}: no split, and other rows have one; give each row train or test"
                 )
         is_validation = [comparison.split != "train" for comparison in comparisons]
     else:
@@ -212,20 +214,19 @@ def split_own(
             f"{len(comparisons)} rows of {len(set(prompts))} prompts on one side only; training "
             "and test need prompts of their own, give more rows, or a split of both kinds"
         )
-    splits = {"train": [], "validation": []}
+    splits = {"train": [], "val": []}
     for comparison, held_out in zip(comparisons, is_validation):
-        splits["validation" if held_out else "train"].append(comparison)
+        splits["val" if held_out else "train"].append(comparison)
     return splits
 
 
 def _draw_prompts(prompts: list[str], share: float, seed: int) -> set[str]:
-    """A share of the distinct prompts, at least one, drawn for validation; says how many."""
+    """A share of the distinct prompts, at least one, drawn for the test; says how many."""
     distinct = sorted(set(prompts))
     random.Random(seed).shuffle(distinct)
     drawn = distinct[: max(1, round(share * len(distinct)))]
     print(
-        f"one file without a split: {len(drawn):,} of {len(distinct):,} prompts drawn for "
-        "validation"
+        f"one file without a split: {len(drawn):,} of {len(distinct):,} prompts drawn for the test"
     )
     return set(drawn)
 
@@ -401,7 +402,7 @@ def _pickled_tensor(d: int) -> PickledTensor:
 
 
 def read_embeddings(folder: Path | str) -> tuple[ByWorker, ByWorker, dict[int, str]]:
-    """Read both files of `prepare.py` (or of the released script): train, validation, widths.
+    """Read both files of `prepare.py` (or of the released script): train, val, widths.
 
     widths: d -> a place with embeddings of that width.
     Raises InputError that names file and worker: a file is missing or damaged; embeddings are
@@ -508,9 +509,9 @@ def split_workers(
     workers = sorted(kept(train) & kept(validation), key=str)
     if len(workers) < 2:
         raise InputError(
-            f"workers in both the train and the validation part: {len(workers)}, and at least 2 "
-            f"are needed (the {leave_out} smallest of each are left out); give more rows of the "
-            "same people"
+            f"workers in both the train and the val part: {len(workers)}, and at least 2 are "
+            f"needed (the {leave_out} smallest of each are left out); give more rows of the same "
+            "people"
         )
     generator = random.Random(seed)
     generator.shuffle(workers)

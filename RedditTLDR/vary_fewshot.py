@@ -18,7 +18,13 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import tldr
 from lore.files import FEW_SHOT_CHECKPOINT_FILE, TrainingCheckpoint, check_writable
-from lore.scripts import check_few_shots, finish_few_shots, run_script, script_parser
+from lore.scripts import (
+    check_few_shots,
+    finish_few_shots,
+    run_script,
+    sweep_folder,
+    training_parser,
+)
 from utils import default_device, run_few_shot_vary_shots
 
 # ---- Settings
@@ -45,8 +51,8 @@ MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"
 
 
 def main() -> None:
-    args = script_parser(__doc__, HERE).parse_args()
-    results = args.dir / "results"
+    args = training_parser(__doc__, HERE).parse_args()
+    results = sweep_folder(args.dir / "results", args.results)
     config = dict(
         K_list=K_list,
         alpha_list=alpha_list,

@@ -180,6 +180,18 @@ def test_results_of_the_same_embeddings_stay(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_named_sweeps_stay_or_go_as_the_embeddings_that_they_are_of(tmp_path):
+    for number, identity in enumerate((IDENTITY, OTHER)):
+        folder = tmp_path / str(number)
+        named = folder / "results" / "second"
+        named.mkdir(parents=True)
+        (named / "results.json").write_text(json.dumps({"identity": identity}))
+        write_embeddings(folder)
+        assert named.exists() == (identity == IDENTITY)
+        moved = folder / "results" / "earlier-1" / "second" / "results.json"
+        assert moved.exists() == (identity == OTHER)
+
+
 def test_few_shot_curves_of_other_embeddings_do_not_stay_beside_results_of_these(tmp_path):
     write_results(tmp_path, IDENTITY)
     write_results(tmp_path, OTHER, "vary_fewshot.json")
