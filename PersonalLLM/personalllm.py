@@ -229,8 +229,9 @@ def read_embeddings(
 
 def _check_split(path: Path, embeddings: torch.Tensor, scores: torch.Tensor) -> None:
     """Raise InputError unless there are finite scores for finite embeddings."""
-    expected = (len(embeddings) / RESPONSES, RESPONSES, len(SCORERS))
-    if embeddings.ndim != 2 or scores.shape != expected:
+    are_numbers = embeddings.is_floating_point() and scores.is_floating_point()
+    is_table = are_numbers and embeddings.ndim == 2 and embeddings.numel() > 0
+    if not is_table or scores.shape != (len(embeddings) / RESPONSES, RESPONSES, len(SCORERS)):
         raise InputError(
             f"{path}: embeddings of shape {tuple(embeddings.shape)} and scores of shape "
             f"{tuple(scores.shape)}, where each prompt has {RESPONSES} responses with "

@@ -8,7 +8,6 @@ of its files hold the weights. What cannot be used is refused in one line with t
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 from collections import Counter
@@ -19,6 +18,7 @@ from typing import Any
 import safetensors
 import torch
 
+from lore.files import READING_ERRORS, parse_json_object, printable
 from utils import InputError
 
 CONFIG = "config.json"
@@ -64,9 +64,6 @@ OTHER_WEIGHTS = (
 PLAIN_FORMATS = {"F64", "F32", "F16", "BF16"}
 
 LFS_POINTER = b"version https://git-lfs"  # how the file begins that git keeps for a large one
-
-# What reading a damaged safetensors file raises. AttributeError: torch lacks its number format.
-TENSOR_ERRORS = (OSError, ValueError, TypeError, AttributeError, safetensors.SafetensorError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,12 +258,9 @@ def read_json(what: str, path: Path) -> dict[str, Any]:
     reason = damage(path)
     if reason is None:
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(content, dict):
-                return content
-            reason = f"holds a {type(content).__name__}, no JSON object; download or save it again"
-        except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
-            reason = f"is no JSON ({one_line(error)}); download or save it again"
+            return parse_json_object(path.read_text(encoding="utf-8"))
+        except READING_ERRORS as error:
+            reason = f"is no JSON object ({one_line(error)}); download or save it again"
     raise InputError(f"{what}: its {path.name} {reason}")
 
 
@@ -313,13 +307,12 @@ def damage(path: Path) -> str | None:
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an error, or its class if it has none, as one line of bounded length.
+    """The text of an error, or its class if it has none, as one printable line of bounded length.
 
-    Other people's names are in it: what a terminal might obey, such as an escape, is replaced.
+    Other people's names are in it.
     """
     text = " ".join(str(error).split())[:300]
-    printable = "".join(c if c.isprintable() else "?" for c in text)
-    return printable or type(error).__name__
+    return printable(text) or type(error).__name__
 
 
 # ---- Tensors
@@ -340,7 +333,7 @@ def open_safetensors(checkpoint: Checkpoint, file: str) -> safetensors.safe_open
     if reason is None:
         try:
             return safetensors.safe_open(path, "pt")
-        except TENSOR_ERRORS as error:
+        except READING_ERRORS as error:
             reason = f"is no whole safetensors file ({one_line(error)}); download or save it again"
     raise InputError(f"model {checkpoint.name}: its {file!r:.100} {reason}")
 
@@ -414,11 +407,11 @@ def _check_shards_beside_are_equal(what: str, folder: Path) -> None:
     try:
         files = sorted(set(_read_index(what, folder / SHARD_INDEX)["weight_map"].values()))
         shards = _first_numbers(folder, files)
-    except (InputError, *TENSOR_ERRORS):
+    except (InputError, *READING_ERRORS):
         return
     try:
         single = _first_numbers(folder, [SINGLE_FILE])
-    except TENSOR_ERRORS:
+    except READING_ERRORS:
         return  # damaged: who opens it says so
     if single != shards:
         raise InputError(

@@ -113,16 +113,19 @@ def group_equal(
 def dated_template(tokenizer: "PreTrainedTokenizerBase") -> str:
     """The tokenizer's chat template, with TEMPLATE_DATE in place of today's date.
 
-    Raises InputError: several templates, and none is named default.
+    Raises InputError: several templates, and none is named default; one that is no text.
     """
     template = tokenizer.chat_template
     if isinstance(template, dict):
         if "default" not in template:
+            names = ", ".join(map(str, template))
             raise InputError(
-                f"the model has chat templates for {', '.join(template)} and none named default; "
-                "give the one for plain chats that name"
+                f"the model has chat templates for {names} and none named default; give the one "
+                "for plain chats that name"
             )
         template = template["default"]
+    if not isinstance(template, str):
+        raise InputError(f"the model's chat template is {template!r:.60}; write a text there")
 
     def as_text(call: re.Match) -> str:
         date_format = call[2]

@@ -224,7 +224,8 @@ def load_shard_states(path: Path, count: int) -> torch.Tensor | None:
     with contextlib.suppress(InputError):
         tensors, _ = load_tensors(path)
         states = tensors.get("embeddings", torch.zeros(0))
-        if len(states) == count and is_finite(states):
+        is_table = states.ndim == 2 and states.numel() > 0 and states.is_floating_point()
+        if is_table and len(states) == count and is_finite(states):
             return states
     return None
 

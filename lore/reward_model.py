@@ -359,7 +359,9 @@ def model_identity(model_name: str | Path, folder: str | Path | None = None) -> 
     digests_file = Path(folder, "digests.json") if folder else None
     if digests_file:
         with contextlib.suppress(InputError):  # missing or damaged: the files are read again
-            _known_digests.update(load_json(digests_file))
+            for key, digest in load_json(digests_file).items():
+                if isinstance(digest, str):
+                    _known_digests[key] = digest
 
     checkpoint = inspect_checkpoint(model_name)
     weight_files = checkpoint.weight_files

@@ -475,6 +475,16 @@ def warn_of_equal_sides(label: str, equal: int, pairs: int) -> None:
 # ---- Messages
 
 
+def are_messages(value: Any) -> bool:
+    """Whether this is a list of messages, each with a role and a text."""
+    return isinstance(value, list) and all(
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str)
+        for message in value
+    )
+
+
 def as_messages(role: str, content: str | list[dict] | tuple[dict, ...]) -> list[dict]:
     """A text as one message of this role; a list of messages as it is.
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from lore.embedding import embed_distinct, warn_of_equal_token_ids
 from lore.embedding_files import embeddings_are_finished, new_embeddings
 from lore.evidence import evidence, judge_held_out, tossed_control
-from lore.files import TrainingCheckpoint, check_writable, digest_of
+from lore.files import TrainingCheckpoint, check_writable, digest_of, printable
 from lore.questions import question_curves
 from lore.results import (
     print_results,
@@ -82,8 +82,8 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def _end(message: str, status: int = 2) -> NoReturn:
-    """Leave the script with one line on stderr."""
-    print("error:", message, file=sys.stderr)
+    """Leave the script with one line on stderr, of which nothing can be hidden by a name in it."""
+    print("error:", printable(message), file=sys.stderr)
     sys.exit(status)
 
 

@@ -510,7 +510,7 @@ NOT_LOADED = {  # the head can be read, and the whole model cannot be loaded
     ),
     "an architecture with a hostile name": (
         lambda f: change_json(f / "config.json", model_type="\x1b[2Jnobody's"),
-        ["transformers", "?[2Jnobody's"],
+        ["transformers", r"\x1b[2Jnobody's"],
     ),
     "a quantisation of nothing": (
         lambda f: change_json(f / "config.json", quantization_config={}),
@@ -620,7 +620,7 @@ def test_what_transformers_says_is_one_printable_line_without_a_remedy_of_ours_t
         raise ImportError("Install it:\n\n  pip install \x1b[31mquantiser\x1b[0m\n" + "x" * 5000)
 
     monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", fail)
-    with input_error(str(model), "Install it: pip install ?[31mquantiser") as message:
+    with input_error(str(model), r"Install it: pip install \x1b[31mquantiser") as message:
         load_reward_model(model, "cpu")
     assert "network" not in message()
     assert len(message()) < len(str(model)) + 500

@@ -3,6 +3,7 @@
 import csv
 import datetime
 import json
+import sys
 import types
 from decimal import Decimal
 from typing import Literal
@@ -203,7 +204,7 @@ def test_of_the_hubs_rows_only_the_named_columns_are_decoded(monkeypatch):
 
     splits = {"train": FakeDataset([Undecoded(user="a", picture=None)])}
     served = types.SimpleNamespace(load_dataset=lambda name, **options: splits)
-    monkeypatch.setitem(__import__("sys").modules, "datasets", served)
+    monkeypatch.setitem(sys.modules, "datasets", served)
     rows = lore.rows.hub_rows("some/dataset", Row)
     assert list(rows["train"]) == [("some/dataset, train, row 1", {"user": "a"})]
 
@@ -214,7 +215,7 @@ def test_a_row_of_the_hub_that_cannot_be_decoded_is_named(monkeypatch):
         raise OverflowError("date value out of range")
 
     served = types.SimpleNamespace(load_dataset=lambda name, **options: {"train": rows()})
-    monkeypatch.setitem(__import__("sys").modules, "datasets", served)
+    monkeypatch.setitem(sys.modules, "datasets", served)
     found = lore.rows.hub_rows("some/dataset", Row)["train"]
     assert next(found)[1] == {"user": "a"}
     with input_error("some/dataset, train, row 2: cannot be read (date value out of range)"):
