@@ -29,7 +29,7 @@ HEAD_FILE = "reward_head.safetensors"
 # The types of what is read from the head's file, if it is there
 PROVENANCE_TYPES = {
     "identity": dict[str, Any],
-    "files": dict[str, str],
+    "files": dict[str, Any],
     "model": str,
     "data": str,
     "demo": bool,
