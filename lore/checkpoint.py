@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -18,7 +19,7 @@ from typing import Any
 import safetensors
 import torch
 
-from lore.files import READING_ERRORS, parse_json_object, printable
+from lore.files import ARCHIVES, READING_ERRORS, parse_json_object, printable
 from utils import InputError
 
 CONFIG = "config.json"
@@ -60,8 +61,13 @@ OTHER_WEIGHTS = (
     ),
 )
 
-# How safetensors files call the number formats that can be computed with as they are
-PLAIN_FORMATS = {"F64", "F32", "F16", "BF16"}
+# The number formats that can be computed with as they are, by their names in safetensors files
+PLAIN_FORMATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 LFS_POINTER = b"version https://git-lfs"  # how the file begins that git keeps for a large one
 
@@ -372,19 +378,44 @@ def open_tensor(checkpoint: Checkpoint, file: str, name: str) -> Any:
 
 
 def number_formats(checkpoint: Checkpoint) -> dict[str, str]:
-    """The name of each tensor -> its number format, such as "BF16", as the files' headers say.
+    """The name of each tensor -> its number format, such as "BF16" or "int8".
 
-    Empty if the weights are not in safetensors format. Raises InputError: a file is missing or
-    damaged.
+    checkpoint: of `download`. Raises InputError: a safetensors file is missing or damaged; a tensor
+    is in two files, of which transformers would take either.
     """
-    if not checkpoint.is_safetensors:
-        return {}
     formats = {}
     for file in checkpoint.weight_files:
-        opened = open_safetensors(checkpoint, file)
-        for name in opened.keys():
-            formats[name] = opened.get_slice(name).get_dtype()
+        formats_in_file = _formats_in(checkpoint, file)
+        twice = sorted(formats_in_file.keys() & formats.keys())
+        if twice:
+            raise InputError(
+                f"model {checkpoint.name}: {twice[0]!r:.100} is in {file!r:.100} and in another of "
+                "its files; they are of different saves, download or save the checkpoint again"
+            )
+        formats |= formats_in_file
     return formats
+
+
+def _formats_in(checkpoint: Checkpoint, file: str) -> dict[str, str]:
+    """The name of each tensor in one file of weights -> its number format.
+
+    Nothing is said of a .bin file that cannot be loaded, as transformers says why, nor before torch
+    2.6, which might run code from it.
+    """
+    if file.endswith(".safetensors"):
+        opened = open_safetensors(checkpoint, file)
+        return {name: opened.get_slice(name).get_dtype() for name in opened.keys()}
+    if not ARCHIVES:
+        return {}
+    path = checkpoint.folder / file
+    try:
+        # With mmap the numbers stay on the disk. The format without archive does not allow it.
+        tensors = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    except Exception:  # a class for each kind of damage
+        return {}
+    names = {dtype: name for name, dtype in PLAIN_FORMATS.items()}
+    return {name: names.get(dtype, str(dtype)) for name, dtype in dtypes.items()}
 
 
 def layer_of(name: str) -> str:
