@@ -427,7 +427,8 @@ def _read_pickle(path: Path) -> tuple[ByWorker, dict[int, str]]:
             vectors = torch.stack(
                 [comparison["embeddings"][side][0] for comparison in comparisons for side in SIDES]
             )
-            is_usable = vectors.ndim == 2 and is_finite(vectors)
+            is_table = vectors.ndim == 2 and vectors.is_floating_point()
+            is_usable = is_table and is_finite(vectors)
         except (KeyError, IndexError, TypeError, RuntimeError):
             is_usable = False
         if not is_usable:

@@ -93,6 +93,12 @@ def save_shards(folder, tensors, index="model.safetensors.index.json"):
     (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
+def add_to_shard(path, name):
+    """Write a weight of another training into a shard."""
+    tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
+    save_file(tensors | {name: torch.ones(2 * D, D)}, path, {"format": "pt"})
+
+
 def remove_shards(folder):
     for path in folder.glob("*-of-0000*"):
         path.unlink()
@@ -444,6 +450,18 @@ REFUSED = {  # what is done to a whole model, and words of the remedy
         lambda f: change_json(f / "config.json", quantization_config=[4]),
         ["quantization_config"],
     ),
+    "a config that is nested": (
+        write("config.json", f'{{"a": {"[" * 150}{"]" * 150}}}'),
+        ["config.json", "nested", "download"],
+    ),
+    "an index that is a link to nothing": (
+        lambda f: (remove_weights(f), (f / INDEX).symlink_to("nowhere")),
+        [INDEX, "link", "download it again"],
+    ),
+    "an index that is a folder": (
+        lambda f: (remove_weights(f), (f / INDEX).mkdir()),
+        ["no model.safetensors in it"],
+    ),
     "an empty index": (write_index(""), [INDEX, "is empty"]),
     "an index that is a list": (write_index([1]), [INDEX, "list"]),
     "an index that is nested deeply": (write_index(DEEP_JSON), [INDEX, "download"]),
@@ -545,6 +563,17 @@ NOT_LOADED = {  # the head can be read, and the whole model cannot be loaded
             (f / "model-00001-of-00002.safetensors").write_text(LFS_POINTER),
         ),
         ["model-00001-of-00002.safetensors", "`git lfs pull`"],
+    ),
+    "a weight in two shards": (
+        lambda f: (
+            save_shards(f, tensors_of(f)),
+            remove_weights(f),
+            *(
+                add_to_shard(f / f"model-0000{number}-of-00002.safetensors", UP_PROJECTION)
+                for number in (1, 2)
+            ),
+        ),
+        [UP_PROJECTION, "in another of its files", "of different saves"],
     ),
     "an index without metadata": (
         lambda f: (
@@ -704,6 +733,35 @@ def test_weights_in_packed_numbers_that_nobody_unpacks_are_refused(folder, tmp_p
     check_refused(folder, tmp_path, UP_PROJECTION, "names no quantiser", by=["model", "export"])
 
 
+@pytest.mark.parametrize("as_archive", [True, False], ids=["an archive", "without archive"])
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+def test_packed_weights_in_a_bin_file_are_refused(folder, tmp_path, dtype, as_archive):
+    tensors = tensors_of(folder)
+    packed = tensors | {UP_PROJECTION: tensors[UP_PROJECTION].to(dtype)}
+    remove_weights(folder)
+    file = folder / "pytorch_model.bin"
+    torch.save(packed, file, _use_new_zipfile_serialization=as_archive)
+    named = [UP_PROJECTION, str(dtype), "as it was before it was quantised"]
+    if dtype.is_floating_point and not as_archive:  # torch does not load float8 from it
+        named = ["transformers", "cannot load it"]
+    check_refused(folder, tmp_path, *named, by=["model"])
+
+
+def test_a_shard_without_weights_does_no_harm(folder, tokenizer, tmp_path):
+    expected = tensors_of(folder)
+    save_shards(folder, expected)
+    remove_weights(folder)
+    save_file({}, folder / "model-00003-of-00003.safetensors", {"format": "pt"})
+    index = json.loads((folder / INDEX).read_text())
+    change_json(
+        folder / INDEX,
+        weight_map={**index["weight_map"], "left.over": "model-00003-of-00003.safetensors"},
+    )
+    backbone, _ = load_reward_model(folder, "cpu")
+    assert torch.equal(backbone.norm.weight, expected["model.norm.weight"])
+    assert torch.equal(load_reward_head(folder), expected["score.weight"].T)
+
+
 @pytest.mark.parametrize("method", ["fp8", "mxfp4", "nobody's"])
 def test_weights_in_packed_numbers_without_a_scale_are_refused(folder, tmp_path, method):
     tensors = tensors_of(folder)
@@ -855,6 +913,18 @@ def test_an_ordinary_models_identity_is_of_its_config_and_weights(model):
         for name in ("config.json", "model.safetensors")
     }
     assert model_identity(model)["weights"] == lore.reward_model.digest_of(digests)
+
+
+@pytest.mark.parametrize("digest", [5, None, ["a"], {}, True], ids=repr)
+def test_a_kept_digest_that_is_no_text_is_computed_again(model, tmp_path, monkeypatch, digest):
+    monkeypatch.setattr(lore.reward_model, "_known_digests", {})
+    expected = model_identity(model, tmp_path)
+    kept = json.loads((tmp_path / "digests.json").read_text())
+    for content in (dict.fromkeys(kept, digest), [digest]):
+        lore.reward_model._known_digests.clear()
+        (tmp_path / "digests.json").write_text(json.dumps(content))
+        assert model_identity(model, tmp_path) == expected
+        assert json.loads((tmp_path / "digests.json").read_text()) == kept
 
 
 def test_a_missing_shard_leaves_no_identity(folder, tmp_path):

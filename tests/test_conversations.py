@@ -3,12 +3,13 @@
 import pytest
 import tokenizers
 import transformers
+from helpers import input_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers
 
 import lore.conversations
-from lore.conversations import TEXTS_AT_ONCE, group_equal, tokenize_conversations
+from lore.conversations import TEXTS_AT_ONCE, dated_template, group_equal, tokenize_conversations
 
 # ---- Tokenizers and conversations
 
@@ -177,3 +178,14 @@ def test_messages_that_differ_in_the_type_of_a_value_are_not_taken_as_equal():
         for number in group:
             found[number] = ids
     assert found == alone
+
+
+# ---- Templates
+
+
+@pytest.mark.parametrize("template", [5, ["a"], {"default": 5}, {"default": None}, {7: "a"}])
+def test_a_chat_template_that_is_no_text_is_refused(template):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = template
+    with input_error("chat template"):
+        dated_template(tokenizer)

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 import lore.pickles
+import utils
 from lore.embedding_files import HEAD_FILE, embeddings_are_finished, find_reward_head
 from lore.files import load_json, load_pickle, load_tensors, printable, save_json
 from lore.tables import csv_text, latex_text, markdown_text
@@ -297,6 +298,64 @@ def test_parts_of_tensors_come_back_from_a_pickle_of_any_protocol(
         assert found.dtype == expected.dtype
         assert found.shape == expected.shape
         assert torch.equal(found, expected)
+
+
+# ---- The likelihood's derivatives
+
+counts_of_pairs = st.lists(st.integers(1, 9), min_size=1, max_size=6)
+ranks = st.lists(st.integers(1, 5), min_size=1, max_size=4)
+widths = st.integers(1, 40)
+# From pairs without any margin to margins in the thousands, of which the sigmoid is 0 or 1
+magnitudes = st.floats(-2, 3).map(lambda exponent: 10**exponent)
+flags = st.booleans()
+
+
+def derivatives_in_float64(X, w, V, counts, sizes, weight):
+    """Loss of each member, and its derivatives by w and V, by autograd on the formula."""
+    w = w.double().requires_grad_()
+    V = V.double().requires_grad_()
+    losses = []
+    columns = torch.arange(sum(sizes)).split(sizes)
+    for columns_of_member in columns:
+        loss = 0
+        for user, X_i in enumerate(X.double().split(counts)):
+            margins = X_i @ V[columns_of_member].T @ w[user, columns_of_member] / 100
+            loss = loss - weight[user] * torch.nn.functional.logsigmoid(margins).sum()
+        losses.append(loss)
+    grad_w, grad_V = torch.autograd.grad(sum(losses), (w, V))
+    return torch.stack(losses).detach(), grad_w, grad_V
+
+
+@examples(60)
+@given(counts_of_pairs, ranks, widths, magnitudes, magnitudes, flags, flags, flags, st.data())
+def test_both_ways_to_the_derivatives_are_those_of_autograd_on_the_formula(
+    counts, sizes, d, size_of_X, size_of_V, is_mean_of_pairs, need_w, need_V, data
+):
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    X = size_of_X * torch.randn(sum(counts), d, generator=generator)
+    V = size_of_V * torch.randn(sum(sizes), d, generator=generator)
+    total = sum(counts) if is_mean_of_pairs else None
+    likelihood = utils.Likelihood(counts, sizes, "cpu", total)
+    w = likelihood.weights(5 * torch.randn(len(counts), sum(sizes), generator=generator))
+
+    weight = [1 / (total or count) for count in counts]
+    losses, grad_w, grad_V = derivatives_in_float64(X, w, V, counts, sizes, weight)
+
+    # A float32 margin has an error in proportion to the numbers that were added up to it, and the
+    # share 1 - P of a pair has a quarter of this error, and rounding of its own.
+    P = X.abs() @ V.abs().T  # (M, C)
+    error = 2e-6 * (1 + P.max() / 100)
+    weight_of_pair = torch.tensor(weight)[likelihood.user, None]
+    bound_w = torch.stack([part.sum(0) for part in (weight_of_pair * P / 100).split(counts)])
+    bound_V = (weight_of_pair * w[likelihood.user] / 100).T @ X.abs()
+
+    assert ((likelihood.loss(X @ V.T, w) - losses).abs() <= error * (1 + losses)).all()
+    for way in (likelihood.plain, likelihood.kernel):
+        found_w, found_V = way(X, w, V, need_w, need_V)
+        if need_w:
+            assert ((found_w - grad_w).abs() <= error * bound_w).all()
+        if need_V:
+            assert ((found_V - grad_V).abs() <= error * bound_V).all()
 
 
 # ---- JSON of any shape
