@@ -423,6 +423,11 @@ def layer_of(name: str) -> str:
     return re.sub(r"\.weight.*$|\.[^.]*$", "", name)
 
 
+def head_names(names: Iterable[str]) -> list[str]:
+    """Which of these tensors are reward heads: score.weight, also with a prefix such as model."""
+    return [name for name in names if re.search(r"(^|\.)score\.weight$", name)]
+
+
 def hold_adapter(names: Iterable[str]) -> bool:
     """Whether tensors of these names are those of a model that still wraps its adapter."""
     return any(".lora_" in name for name in names)

@@ -17,6 +17,7 @@ from lore.checkpoint import (
     checkpoint_folder,
     download,
     file_per_tensor,
+    head_names,
     inspect_checkpoint,
     one_line,
     open_safetensors,
@@ -293,7 +294,7 @@ def _write_weights(folder: Path, checkpoint: Checkpoint, head: torch.Tensor) -> 
     """
     old_shards = dict(file_per_tensor(checkpoint))  # tensor -> file
     # Exactly one tensor is the head: load_reward_head has checked that.
-    (head_name,) = (name for name in old_shards if name.endswith("score.weight"))
+    (head_name,) = head_names(old_shards)
     old_head_file = old_shards.pop(head_name)
 
     old_files = sorted(set(old_shards.values()))

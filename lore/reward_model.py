@@ -22,6 +22,7 @@ from lore.checkpoint import (
     damage,
     download,
     file_per_tensor,
+    head_names,
     hold_adapter,
     inspect_checkpoint,
     layer_of,
@@ -64,7 +65,7 @@ def load_reward_head(model_name: str | Path) -> torch.Tensor:
 def _read_head(checkpoint: Checkpoint) -> torch.Tensor:
     """The reward head, see `load_reward_head`."""
     files = file_per_tensor(checkpoint)
-    names = [name for name in files if name.endswith("score.weight")]
+    names = head_names(files)
     packed = [name for name in files if re.search(r"(^|\.)score\.(weight.|qweight)", name)]
     if packed and not names:
         raise InputError(

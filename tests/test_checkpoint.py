@@ -698,6 +698,16 @@ def test_a_head_in_another_float_is_read_as_float32(folder, dtype):
     assert torch.equal(load_reward_head(folder), tensors["score.weight"].float().T)
 
 
+def test_a_weight_whose_name_only_ends_alike_is_no_head(model, folder, tmp_path):
+    tensors = tensors_of(folder)
+    save_single(folder, tensors | {"old_score.weight": torch.ones(1, D)})
+    assert torch.equal(load_reward_head(folder), load_reward_head(model))
+    calls(folder, tmp_path)["export"]()
+    head = tensors.pop("score.weight")
+    save_single(folder, tensors | {"old_score.weight": head})
+    check_refused(folder, tmp_path, "exactly one scalar reward head", by=["head", "export"])
+
+
 def test_a_head_that_an_adapter_wraps_is_refused(folder, tmp_path):
     tensors = tensors_of(folder)
     head = tensors.pop("score.weight")

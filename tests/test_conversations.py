@@ -180,7 +180,18 @@ def test_messages_that_differ_in_the_type_of_a_value_are_not_taken_as_equal():
     assert found == alone
 
 
-# ---- Templates
+# ---- Tokenizers and templates that fail
+
+
+@pytest.mark.parametrize("text", ["known unknown", "<s> known", "unknown"])
+def test_what_a_tokenizer_cannot_encode_is_one_line(text):
+    backend = tokenizers.Tokenizer(models.WordLevel({"known": 0}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    assert tokenize_conversations([[{"role": "user", "content": "known"}]], tokenizer) == [[0]]
+    with input_error("tokenizer cannot encode", "UNK"):
+        tokenize_conversations([[{"role": "user", "content": text}]], tokenizer)
 
 
 @pytest.mark.parametrize("template", [5, ["a"], {"default": 5}, {"default": None}, {7: "a"}])
