@@ -29,7 +29,15 @@ from pydantic import BaseModel, Field, StrictStr
 
 import prism
 from lore.embedding import embed_conversations
-from lore.files import atomic_write, check_writable, digest_of, load_json, load_pickle, load_tensors
+from lore.files import (
+    atomic_write,
+    check_writable,
+    digest_of,
+    load_json,
+    load_pickle,
+    load_tensors,
+    printable,
+)
 from lore.reward_model import check_gpu, load_reward_head, load_reward_model
 from lore.rows import hub_rows, parse_rows, read_rows, split_files
 from lore.scripts import CACHE_FOLDER, STANDIN_FOLDER, run_script, script_parser
@@ -465,7 +473,7 @@ def main() -> None:
     print(table.to_string(float_format="{:.4f}".format))
     if args.verbose_failures:
         reward = "column 0" if heads.shape[1] > 1 else "reward head"
-        print(f"rows that {reward} gets wrong: {', '.join(wrong_ids) or 'none'}")
+        print(printable(f"rows that {reward} gets wrong: {', '.join(wrong_ids) or 'none'}"))
     if args.save_csv:
         with atomic_write(args.save_csv) as file:
             file.write(csv_text(table.rename_axis("reward").reset_index()).encode())
