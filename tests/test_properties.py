@@ -11,6 +11,7 @@ import io
 import json
 import math
 import pickle
+import shutil
 import struct
 import warnings
 
@@ -23,8 +24,10 @@ from safetensors.torch import save
 
 import lore.pickles
 import utils
+from lore.checkpoint import inspect_checkpoint
 from lore.embedding_files import HEAD_FILE, embeddings_are_finished, find_reward_head
 from lore.files import load_json, load_pickle, load_tensors, printable, save_json
+from lore.reward_model import load_reward_head
 from lore.tables import csv_text, latex_text, markdown_text
 from utils import InputError
 
@@ -412,6 +415,43 @@ def test_a_record_of_embeddings_of_any_shape_is_a_result_or_one_line(folder, rec
             look(folder)
         except InputError as error:
             assert str(error).isprintable()
+
+
+CHECKPOINT_FILES = ("config.json", "adapter_config.json", "model.safetensors.index.json")
+CHECKPOINT_FIELDS = (
+    "weight_map",
+    "metadata",
+    "quantization_config",
+    "text_config",
+    "transformers_weights",
+    "base_model_name_or_path",
+    "model_type",
+)
+descriptions = (
+    st.dictionaries(st.sampled_from(CHECKPOINT_FIELDS), json_values, max_size=4)
+    | st.dictionaries(st.text(max_size=5), st.text(max_size=5)).map(lambda x: {"weight_map": x})
+    | json_values
+)
+
+
+@examples(200)
+@given(st.sampled_from(CHECKPOINT_FILES), descriptions, st.booleans())
+def test_what_a_checkpoint_says_of_itself_is_a_result_or_one_line(
+    folder, name, description, has_weights
+):
+    checkpoint = folder / "checkpoint"
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    checkpoint.mkdir()
+    (checkpoint / name).write_text(json.dumps(description))
+    if has_weights:
+        (checkpoint / "model.safetensors").write_bytes(save({"score.weight": HEAD.T.contiguous()}))
+    try:
+        found = inspect_checkpoint(checkpoint)
+        assert found.quantiser is None or isinstance(found.quantiser, str)
+        assert torch.equal(load_reward_head(checkpoint), HEAD)
+    except InputError as error:
+        assert str(error).isprintable()
+        assert str(checkpoint) in str(error)
 
 
 # ---- Names of any characters
