@@ -17,7 +17,13 @@ import utils
 from lore.checkpoint import WEIGHTS, inspect_checkpoint
 from lore.export import export_reward_model
 from lore.files import ARCHIVES
-from lore.reward_model import load_reward_head, load_reward_model, load_tokenizer, model_identity
+from lore.reward_model import (
+    load_released_reference,
+    load_reward_head,
+    load_reward_model,
+    load_tokenizer,
+    model_identity,
+)
 from lore.standin import build_standin_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -697,6 +703,35 @@ def test_a_head_in_another_float_is_read_as_float32(folder, dtype):
     tensors["score.weight"] = tensors["score.weight"].to(dtype)
     save_single(folder, tensors)
     assert torch.equal(load_reward_head(folder), tensors["score.weight"].float().T)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (D,), (1, 0), (0, D), (2, D), (1, D, 1)], ids=str)
+def test_a_head_of_another_shape_is_refused(folder, tmp_path, shape):
+    save_single(folder, tensors_of(folder) | {"score.weight": torch.ones(shape)})
+    check_refused(folder, tmp_path, "exactly one scalar reward head", by=["head", "export"])
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [torch.ones(D), torch.tensor(1.0), torch.ones(0, 4), torch.ones(4, 0), torch.ones(2, 2, 2)],
+    ids=lambda weight: str(tuple(weight.shape)),
+)
+def test_a_released_reference_of_another_shape_is_refused(folder, weight):
+    name = "model.layers.0.mlp.down_proj.weight"
+    whole = tensors_of(folder)
+    assert torch.equal(load_released_reference(folder), whole[name][:, :1])
+    save_single(folder, whole | {name: weight})
+    with input_error(str(folder), name, "finite values"):
+        load_released_reference(folder)
+
+
+def test_a_released_reference_that_is_not_finite_is_refused(folder):
+    name = "model.layers.0.mlp.down_proj.weight"
+    whole = tensors_of(folder)
+    whole[name][3, 0] = float("nan")
+    save_single(folder, whole)
+    with input_error(str(folder), name, "finite values"):
+        load_released_reference(folder)
 
 
 def test_a_weight_whose_name_only_ends_alike_is_no_head(model, folder, tmp_path):
