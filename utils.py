@@ -342,7 +342,8 @@ def check_matrix(
             f"{what}: {type(X).__name__} where a matrix of numbers should be; give a float32 tensor"
         )
     if not isinstance(X, Pairs):
-        X = table = table.float()
+        table = table.float()
+        X = table
     fits = len(X.shape) == 2 and 0 not in X.shape
     if not fits or rows not in (None, X.shape[0]) or columns not in (None, X.shape[1]):
         raise InputError(

@@ -82,7 +82,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def _end(message: str, status: int = 2) -> NoReturn:
-    """Leave the script with one line on stderr, of which nothing can be hidden by a name in it."""
+    """Leave the script with one line on stderr, in which no name can hide anything."""
     print("error:", printable(message), file=sys.stderr)
     sys.exit(status)
 
