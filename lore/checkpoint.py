@@ -378,7 +378,7 @@ def open_tensor(checkpoint: Checkpoint, file: str, name: str) -> Any:
 
 
 def number_formats(checkpoint: Checkpoint) -> dict[str, str]:
-    """The name of each tensor -> its number format, such as "BF16" or "int8".
+    """The name of each tensor -> its number format, such as "BF16" or "torch.int8".
 
     checkpoint: of `download`. Raises InputError: a safetensors file is missing or damaged; a tensor
     is in two files, of which transformers would take either.
