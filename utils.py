@@ -342,7 +342,8 @@ def check_matrix(
             f"{what}: {type(X).__name__} where a matrix of numbers should be; give a float32 tensor"
         )
     if not isinstance(X, Pairs):
-        X = table.float()
+        table = table.float()
+        X = table
     fits = len(X.shape) == 2 and 0 not in X.shape
     if not fits or rows not in (None, X.shape[0]) or columns not in (None, X.shape[1]):
         raise InputError(
@@ -355,11 +356,13 @@ def check_matrix(
 
 
 def _as_tensor(values: Any) -> torch.Tensor | None:
-    """A tensor of the values, without a gradient; None if they are no numbers."""
+    """A dense tensor of the values, without a gradient; None if they are no numbers."""
     try:
-        return torch.as_tensor(values).detach()
+        tensor = torch.as_tensor(values).detach()
     except (TypeError, ValueError, RuntimeError):
         return None
+    is_dense = tensor.layout == torch.strided and not tensor.is_meta
+    return tensor if is_dense else None
 
 
 def check_features(
@@ -1982,11 +1985,18 @@ def turn_pairs(row: dict) -> torch.Tensor:
 
     row: one of our files, with `chosen_conv_embedding` `[d]` and `rejected_conv_embedding`
     `[rejected, d]` (`[d]` in released files) in its `extra_info`.
+    Raises InputError: the embeddings differ in width.
     """
     info = row["extra_info"]
     chosen = torch.as_tensor(info["chosen_conv_embedding"]).float().reshape(1, -1)
     rejected = torch.as_tensor(info["rejected_conv_embedding"]).float()
-    return chosen - rejected.reshape(-1, chosen.shape[1])
+    d = chosen.shape[1]
+    if rejected.shape[-1:] != (d,):
+        raise InputError(
+            f"a turn whose chosen embedding has {d} numbers, and whose rejected ones have the "
+            f"shape {tuple(rejected.shape)}; make both with one model"
+        )
+    return chosen - rejected.reshape(-1, d)
 
 
 def group_by_dialog(embeddings: Any) -> dict[str, dict[str, list[dict]]]:

@@ -38,11 +38,13 @@ from lore.files import (
     load_json,
     load_pickle,
     load_tensors,
+    printable,
 )
 from lore.reward_model import check_gpu, load_reward_head, load_reward_model
 from lore.rows import hub_rows, parse_rows, read_rows, split_files
 from lore.scripts import CACHE_FOLDER, STANDIN_FOLDER, run_script, script_parser
 from lore.standin import build_standin_model
+from lore.tables import csv_text
 from utils import InputError, check_device, check_matrix, check_number, check_whole
 
 # ---- Settings
@@ -139,7 +141,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 def is_demo(folder: Path) -> bool:
     """Whether prepare.py --demo wrote the split in this folder."""
     split_file = folder / prism.SPLIT_FOLDER / "split.json"
-    return split_file.exists() and load_json(split_file, "demo")["demo"]
+    return split_file.exists() and load_json(split_file, "demo", **prism.SPLIT_TYPES)["demo"]
 
 
 def demo_model(folder: Path) -> Path:
@@ -180,13 +182,13 @@ def read_benchmark(
     or says that the split is unknown or no row is left.
     """
     if data is None:
-        splits = hub_rows(DATASET)
+        splits = hub_rows(DATASET, BenchmarkRow)
         if split not in splits:
             raise InputError(f"--split {split}: {DATASET} has {', '.join(splits)}")
         raw_rows = splits[split]
     else:
         paths = split_files(data, **{split: [split]})[split]
-        raw_rows = (row for path in paths for row in read_rows(path))
+        raw_rows = (row for path in paths for row in read_rows(path, BenchmarkRow))
 
     rows = [row for _, row in parse_rows(raw_rows, BenchmarkRow, DATASET)]
     if subset is not None:
@@ -380,7 +382,7 @@ def _read_content(path: Path) -> Any:
         return load_pickle(path)
     try:
         return torch.from_numpy(np.load(path, allow_pickle=False))
-    except (ValueError, OSError, TypeError, EOFError) as error:
+    except Exception as error:  # numpy has a class for each kind of damage
         raise InputError(
             f"{path}: no array of numbers ({error}); save it with numpy.save"
         ) from None
@@ -426,17 +428,20 @@ def read_user_weights(path: Path, model_name: str, K: int) -> torch.Tensor:
 
 def read_provenance(path: Path) -> dict[str, Any] | None:
     """What a safetensors file says of itself; None for other files, which say nothing."""
-    return load_tensors(path)[1] if path.suffix == ".safetensors" else None
+    if path.suffix != ".safetensors":
+        return None
+    return load_tensors(path, identity=dict[str, Any] | None)[1]
 
 
 def check_same_model(path: Path, model_name: str) -> None:
     """Raise InputError if the file says that it was learnt with another model's embeddings."""
-    provenance = read_provenance(path)
-    identity = provenance.get("identity") if provenance else None
-    if identity and identity["reward_head"] != digest_of(load_reward_head(model_name).tolist()):
+    provenance = read_provenance(path) or {}
+    identity = provenance.get("identity") or {}
+    digest = identity.get("reward_head")
+    if digest is not None and digest != digest_of(load_reward_head(model_name).tolist()):
         raise InputError(
-            f"{path}: learnt from embeddings of {identity['model']}, whose reward head is not that "
-            f"of {model_name}; give --model the one it was learnt from"
+            f"{path}: learnt from embeddings of {identity.get('model')}, whose reward head is not "
+            f"that of {model_name}; give --model the one it was learnt from"
         )
 
 
@@ -507,10 +512,10 @@ def main() -> None:
     print(table.to_string(float_format="{:.4f}".format))
     if args.verbose_failures:
         reward = "column 0" if heads.shape[1] > 1 else "reward head"
-        print(f"rows that {reward} gets wrong: {', '.join(wrong_ids) or 'none'}")
+        print(printable(f"rows that {reward} gets wrong: {', '.join(wrong_ids) or 'none'}"))
     if args.save_csv:
         with atomic_write(args.save_csv) as file:
-            table.to_csv(file, index_label="reward")
+            file.write(csv_text(table.rename_axis("reward").reset_index()).encode())
 
 
 if __name__ == "__main__":

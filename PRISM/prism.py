@@ -15,9 +15,17 @@ from pydantic import BaseModel, Field, StrictStr
 
 from lore.data_notes import Judged
 from lore.embedding_files import find_reward_head
-from lore.files import atomic_write, digest_of, load_json, load_pickle, replace_files_in, save_json
+from lore.files import (
+    atomic_write,
+    digest_of,
+    explain_damage,
+    load_json,
+    load_pickle,
+    replace_files_in,
+    save_json,
+)
 from lore.normal_forms import Id, prompt_key
-from lore.rows import parse_rows, read_rows, split_files
+from lore.rows import are_messages, parse_rows, read_rows, split_files
 from lore.study import PARTS, Study
 from utils import InputError, create_dataset_prism, group_by_dialog, is_finite, turn_pairs
 
@@ -36,6 +44,8 @@ INFO_KEYS = (
     "chosen_utterance",
     "rejected_utterance",
 )
+# What split.json has that the scripts read
+SPLIT_TYPES = {"rows": str, "model": str, "demo": bool, "data": str, "data_notes": list[str]}
 # Counts of the full data set, as independent reruns of the release report them.
 EXPECTED_COUNTS = {
     "seen users": 1030,
@@ -308,12 +318,14 @@ def load_split(folder: Path) -> tuple[dict[str, list[Row]], dict[str, Any]]:
 
     Raises InputError: files missing or damaged, or not of one run.
     """
-    content = load_json(folder / "split.json", "rows", "model", "demo", "data")
-    rows = {
-        part: [_in_written_order(row) for _, row in read_rows(folder / f"{part}.parquet")]
-        for part in ("train", "test")
-    }
-    if digest_of(rows) != content["rows"]:
+    content = load_json(folder / "split.json", "rows", "model", "demo", "data", **SPLIT_TYPES)
+    with explain_damage(folder, "train.parquet and test.parquet of prepare.py"):
+        rows = {
+            part: [_in_written_order(row) for _, row in read_rows(folder / f"{part}.parquet")]
+            for part in ("train", "test")
+        }
+        digest = digest_of(rows)
+    if digest != content["rows"]:
         raise InputError(
             f"{folder}: train.parquet, test.parquet and split.json are of different runs; "
             "run prepare.py --overwrite"
@@ -497,19 +509,11 @@ def _holds_texts(row: Row) -> bool:
     info = row["extra_info"]
     chosen = info.get("chosen_utterance")
     rejected = info.get("rejected_utterance")
-    if not _are_messages(row.get("prompt")):
+    if not are_messages(row.get("prompt")):
         return False
     if not isinstance(chosen, str) or not isinstance(rejected, list):
         return False
     return len(rejected) == len(turn_pairs(row)) and all(isinstance(t, str) for t in rejected)
-
-
-def _are_messages(prompt: Any) -> bool:
-    """Whether this is a list of messages, each with a role and a text."""
-    return isinstance(prompt, list) and all(
-        isinstance(message, dict) and {str} == {type(message.get(key)) for key in MESSAGE_KEYS}
-        for message in prompt
-    )
 
 
 class PairSource(NamedTuple):

@@ -12,6 +12,7 @@ import torch
 from pydantic import AllowInfNan, Field, StrictStr, create_model
 
 import lore.scripts
+from lore.checkpoint import PLAIN_FORMATS
 from lore.embedding_files import find_reward_head
 from lore.files import load_tensors
 from lore.rows import LocatedRow, hub_rows, parse_rows, read_rows, split_files
@@ -229,12 +230,13 @@ def read_embeddings(
 
 def _check_split(path: Path, embeddings: torch.Tensor, scores: torch.Tensor) -> None:
     """Raise InputError unless there are finite scores for finite embeddings."""
-    expected = (len(embeddings) / RESPONSES, RESPONSES, len(SCORERS))
-    if embeddings.ndim != 2 or scores.shape != expected:
+    are_numbers = {embeddings.dtype, scores.dtype} <= set(PLAIN_FORMATS.values())
+    is_table = are_numbers and embeddings.ndim == 2 and embeddings.numel() > 0
+    if not is_table or scores.shape != (len(embeddings) / RESPONSES, RESPONSES, len(SCORERS)):
         raise InputError(
-            f"{path}: embeddings of shape {tuple(embeddings.shape)} and scores of shape "
-            f"{tuple(scores.shape)}, where each prompt has {RESPONSES} responses with "
-            f"{len(SCORERS)} scores each; run prepare.py --overwrite"
+            f"{path}: embeddings of shape {tuple(embeddings.shape)} in {embeddings.dtype} and "
+            f"scores of shape {tuple(scores.shape)} in {scores.dtype}, where each prompt has "
+            f"{RESPONSES} responses with {len(SCORERS)} scores each; run prepare.py --overwrite"
         )
     if not is_finite(embeddings) or not is_finite(scores):
         raise InputError(f"{path}: NaN or infinite values; run prepare.py --overwrite")

@@ -26,6 +26,7 @@ from lore.normal_forms import (
 )
 from lore.rows import (
     LocatedRow,
+    are_messages,
     as_messages,
     column_names,
     data_files,
@@ -427,7 +428,8 @@ def _read_pickle(path: Path) -> tuple[ByWorker, dict[int, str]]:
             vectors = torch.stack(
                 [comparison["embeddings"][side][0] for comparison in comparisons for side in SIDES]
             )
-            is_usable = vectors.ndim == 2 and is_finite(vectors)
+            is_table = vectors.ndim == 2 and vectors.is_floating_point()
+            is_usable = is_table and is_finite(vectors)
         except (KeyError, IndexError, TypeError, RuntimeError):
             is_usable = False
         if not is_usable:
@@ -468,7 +470,7 @@ def load_embeddings(
     title = provenance.pop("title")
     leave_out = LEAVE_OUT
     if provenance.get("own"):
-        title = provenance["data"]
+        title = provenance.get("data", title)
         leave_out = 0
 
     seen, unseen, drawn = draw_comparisons(
@@ -565,10 +567,11 @@ def features_of(users: list[list[dict]]) -> Features:
 def _have_texts(drawn: dict[str, list[list[dict]]]) -> bool:
     """Whether all comparisons hold their texts; embeddings of other people may come without."""
     return all(
-        set(TEXT_FIELDS) <= comparison.keys()
+        isinstance(comparison.get(field), str) or are_messages(comparison.get(field))
         for users in drawn.values()
         for user in users
         for comparison in user
+        for field in TEXT_FIELDS
     )
 
 

@@ -8,6 +8,7 @@ rows and with shared prefixes, and the fastest batching is taken that gives the 
 
 import contextlib
 import dataclasses
+import typing
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -242,7 +243,7 @@ def choose_batching(model: "PreTrainedModel", sequences: list[bytes]) -> Batchin
 def _load_trial(path: Path) -> BatchingTrial | None:
     """The trial in a file, None if there is none or it is damaged."""
     with contextlib.suppress(InputError, TypeError):  # TypeError: not the fields of a trial
-        trial = BatchingTrial(**load_json(path))
+        trial = BatchingTrial(**load_json(path, **typing.get_type_hints(BatchingTrial)))
         if trial.batching in BATCHINGS:
             return trial
     return None

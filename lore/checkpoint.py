@@ -8,9 +8,9 @@ of its files hold the weights. What cannot be used is refused in one line with t
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -19,6 +19,7 @@ from typing import Any
 import safetensors
 import torch
 
+from lore.files import ARCHIVES, READING_ERRORS, parse_json_object, printable
 from utils import InputError
 
 CONFIG = "config.json"
@@ -60,13 +61,15 @@ OTHER_WEIGHTS = (
     ),
 )
 
-# How safetensors files call the number formats that can be computed with as they are
-PLAIN_FORMATS = {"F64", "F32", "F16", "BF16"}
+# The number formats that can be computed with as they are, by their names in safetensors files
+PLAIN_FORMATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 LFS_POINTER = b"version https://git-lfs"  # how the file begins that git keeps for a large one
-
-# What reading a damaged safetensors file raises. AttributeError: torch lacks its number format.
-TENSOR_ERRORS = (OSError, ValueError, TypeError, AttributeError, safetensors.SafetensorError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,12 +264,9 @@ def read_json(what: str, path: Path) -> dict[str, Any]:
     reason = damage(path)
     if reason is None:
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(content, dict):
-                return content
-            reason = f"holds a {type(content).__name__}, no JSON object; download or save it again"
-        except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
-            reason = f"is no JSON ({one_line(error)}); download or save it again"
+            return parse_json_object(path.read_text(encoding="utf-8"))
+        except READING_ERRORS as error:
+            reason = f"is no JSON object ({one_line(error)}); download or save it again"
     raise InputError(f"{what}: its {path.name} {reason}")
 
 
@@ -313,13 +313,12 @@ def damage(path: Path) -> str | None:
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an error, or its class if it has none, as one line of bounded length.
+    """The text of an error, or its class if it has none, as one printable line of bounded length.
 
-    Other people's names are in it: what a terminal might obey, such as an escape, is replaced.
+    Other people's names are in it.
     """
     text = " ".join(str(error).split())[:300]
-    printable = "".join(c if c.isprintable() else "?" for c in text)
-    return printable or type(error).__name__
+    return printable(text) or type(error).__name__
 
 
 # ---- Tensors
@@ -340,7 +339,7 @@ def open_safetensors(checkpoint: Checkpoint, file: str) -> safetensors.safe_open
     if reason is None:
         try:
             return safetensors.safe_open(path, "pt")
-        except TENSOR_ERRORS as error:
+        except READING_ERRORS as error:
             reason = f"is no whole safetensors file ({one_line(error)}); download or save it again"
     raise InputError(f"model {checkpoint.name}: its {file!r:.100} {reason}")
 
@@ -379,24 +378,54 @@ def open_tensor(checkpoint: Checkpoint, file: str, name: str) -> Any:
 
 
 def number_formats(checkpoint: Checkpoint) -> dict[str, str]:
-    """The name of each tensor -> its number format, such as "BF16", as the files' headers say.
+    """The name of each tensor -> its number format, such as "BF16" or "torch.int8".
 
-    Empty if the weights are not in safetensors format. Raises InputError: a file is missing or
-    damaged.
+    checkpoint: of `download`. Raises InputError: a safetensors file is missing or damaged; a tensor
+    is in two files, of which transformers would take either.
     """
-    if not checkpoint.is_safetensors:
-        return {}
     formats = {}
     for file in checkpoint.weight_files:
-        opened = open_safetensors(checkpoint, file)
-        for name in opened.keys():
-            formats[name] = opened.get_slice(name).get_dtype()
+        formats_in_file = _formats_in(checkpoint, file)
+        twice = sorted(formats_in_file.keys() & formats.keys())
+        if twice:
+            raise InputError(
+                f"model {checkpoint.name}: {twice[0]!r:.100} is in {file!r:.100} and in another of "
+                "its files; they are of different saves, download or save the checkpoint again"
+            )
+        formats |= formats_in_file
     return formats
+
+
+def _formats_in(checkpoint: Checkpoint, file: str) -> dict[str, str]:
+    """The name of each tensor in one file of weights -> its number format.
+
+    Nothing is said of a .bin file that cannot be loaded, as transformers says why, nor before torch
+    2.6, which might run code from it.
+    """
+    if file.endswith(".safetensors"):
+        opened = open_safetensors(checkpoint, file)
+        return {name: opened.get_slice(name).get_dtype() for name in opened.keys()}
+    if not ARCHIVES:
+        return {}
+    path = checkpoint.folder / file
+    try:
+        # With mmap the numbers stay on the disk. The format without archive does not allow it.
+        tensors = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    except Exception:  # a class for each kind of damage
+        return {}
+    names = {dtype: name for name, dtype in PLAIN_FORMATS.items()}
+    return {name: names.get(dtype, str(dtype)) for name, dtype in dtypes.items()}
 
 
 def layer_of(name: str) -> str:
     """The layer of a tensor: a.b of a.b.weight, a.b.weight.absmax, a.b.weight_scale and a.b.SCB."""
     return re.sub(r"\.weight.*$|\.[^.]*$", "", name)
+
+
+def head_names(names: Iterable[str]) -> list[str]:
+    """Which of these tensors are reward heads: score.weight, also with a prefix such as model."""
+    return [name for name in names if re.search(r"(^|\.)score\.weight$", name)]
 
 
 def hold_adapter(names: Iterable[str]) -> bool:
@@ -414,11 +443,11 @@ def _check_shards_beside_are_equal(what: str, folder: Path) -> None:
     try:
         files = sorted(set(_read_index(what, folder / SHARD_INDEX)["weight_map"].values()))
         shards = _first_numbers(folder, files)
-    except (InputError, *TENSOR_ERRORS):
+    except (InputError, *READING_ERRORS):
         return
     try:
         single = _first_numbers(folder, [SINGLE_FILE])
-    except TENSOR_ERRORS:
+    except READING_ERRORS:
         return  # damaged: who opens it says so
     if single != shards:
         raise InputError(

@@ -8,6 +8,7 @@ big-endian. Bytes take little memory, and equal sequences meet as keys of a dict
 format also sort as lists of the ids do, so sequences that begin alike are neighbours once sorted.
 """
 
+import contextlib
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -113,16 +114,19 @@ def group_equal(
 def dated_template(tokenizer: "PreTrainedTokenizerBase") -> str:
     """The tokenizer's chat template, with TEMPLATE_DATE in place of today's date.
 
-    Raises InputError: several templates, and none is named default.
+    Raises InputError: several templates, and none is named default; one that is no text.
     """
     template = tokenizer.chat_template
     if isinstance(template, dict):
         if "default" not in template:
+            names = ", ".join(map(str, template))
             raise InputError(
-                f"the model has chat templates for {', '.join(template)} and none named default; "
-                "give the one for plain chats that name"
+                f"the model has chat templates for {names} and none named default; give the one "
+                "for plain chats that name"
             )
         template = template["default"]
+    if not isinstance(template, str):
+        raise InputError(f"the model's chat template is {template!r:.60}; write a text there")
 
     def as_text(call: re.Match) -> str:
         date_format = call[2]
@@ -238,25 +242,41 @@ class PieceEncoder:
         return [b"".join(self.sequence_of[piece] for piece in pieces) for pieces in texts_in_pieces]
 
 
+@contextlib.contextmanager
+def _explain_tokenizer() -> Iterator[None]:
+    """While active, an error of the tokenizer becomes an InputError."""
+    try:
+        yield
+    except Exception as error:  # as the template it is the checkpoint's: it may raise anything
+        raise InputError(
+            f"the model's tokenizer cannot encode a text ({type(error).__name__}: {error}); give "
+            "the one that the model was trained with"
+        ) from None
+
+
 def tokenize_to_bytes(
     conversations: list[Conversation], tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterator[bytes]:
     """Chat-format and tokenize conversations, one sequence each.
 
-    Raises InputError: the template cannot format a conversation; no template is named default.
+    Raises InputError: the template cannot format a conversation, or the tokenizer encode it; no
+    template is named default.
     """
     template = dated_template(tokenizer)
     piece_encoder = PieceEncoder(tokenizer)
-    by_pieces = piece_encoder.is_exact()
+    with _explain_tokenizer():
+        by_pieces = piece_encoder.is_exact()
     for start in range(0, len(conversations), TEXTS_AT_ONCE):
         texts = [
             format_conversation(conversation, tokenizer, template)
             for conversation in conversations[start : start + TEXTS_AT_ONCE]
         ]
-        if by_pieces:
-            yield from piece_encoder.encode(texts)
-        else:
-            yield from encode_whole(texts, tokenizer)
+        with _explain_tokenizer():
+            if by_pieces:
+                sequences = piece_encoder.encode(texts)
+            else:
+                sequences = encode_whole(texts, tokenizer)
+        yield from sequences
 
 
 def tokenize_conversations(

@@ -28,6 +28,7 @@ import torch.distributed as dist
 
 from lore.batching import Shard, last_states
 from lore.batching_trial import known_batching
+from lore.checkpoint import PLAIN_FORMATS
 from lore.conversations import (
     TEMPLATE_DATE,
     Conversation,
@@ -224,7 +225,9 @@ def load_shard_states(path: Path, count: int) -> torch.Tensor | None:
     with contextlib.suppress(InputError):
         tensors, _ = load_tensors(path)
         states = tensors.get("embeddings", torch.zeros(0))
-        if len(states) == count and is_finite(states):
+        are_numbers = states.dtype in PLAIN_FORMATS.values()
+        is_table = are_numbers and states.ndim == 2 and states.numel() > 0
+        if is_table and len(states) == count and is_finite(states):
             return states
     return None
 

@@ -27,7 +27,16 @@ from utils import InputError
 HEAD_FILE = "reward_head.safetensors"
 
 # The types of what is read from the head's file, if it is there
-PROVENANCE_TYPES = {"identity": dict, "files": dict, "model": str, "data": str}
+PROVENANCE_TYPES = {
+    "identity": dict[str, Any],
+    "files": dict[str, Any],
+    "model": str,
+    "data": str,
+    "demo": bool,
+    "own": bool,
+    "data_notes": list[str],
+    "equal_pairs": dict[str, dict[str, int]],
+}
 
 # What trainings leave beside the embeddings: folders, and the files in results/ that have the
 # identity of the embeddings. What was learned from other embeddings goes into a subfolder.

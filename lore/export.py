@@ -17,6 +17,7 @@ from lore.checkpoint import (
     checkpoint_folder,
     download,
     file_per_tensor,
+    head_names,
     inspect_checkpoint,
     one_line,
     open_safetensors,
@@ -30,8 +31,9 @@ from lore.files import (
     save_json,
     save_text,
 )
+from lore.intervals import INTERVAL
 from lore.reward_model import load_reward_head, load_reward_model
-from lore.tables import format_cell
+from lore.tables import format_cell, markdown_text
 from utils import UNSEEN_TEST, InputError, check_matrix
 
 if TYPE_CHECKING:
@@ -292,7 +294,7 @@ def _write_weights(folder: Path, checkpoint: Checkpoint, head: torch.Tensor) -> 
     """
     old_shards = dict(file_per_tensor(checkpoint))  # tensor -> file
     # Exactly one tensor is the head: load_reward_head has checked that.
-    (head_name,) = (name for name in old_shards if name.endswith("score.weight"))
+    (head_name,) = head_names(old_shards)
     old_head_file = old_shards.pop(head_name)
 
     old_files = sorted(set(old_shards.values()))
@@ -349,20 +351,25 @@ def _model_card(
     rank = run_info.get("K", columns)
     alpha = run_info.get("alpha")
     facts = {
-        "reward model": Path(model_name).name if os.path.isdir(model_name) else model_name,
+        "reward model": Path(model_name).name if os.path.isdir(model_name) else str(model_name),
         "data": (run_info.get("config") or {}).get("data"),
         "rank": rank,
         "alpha": alpha,
         "seed": run_info.get("seed"),
     }
     try:
+        lines = [
+            f"- {name}: {markdown_text(format_cell(fact))}"
+            for name, fact in facts.items()
+            if fact is not None
+        ]
         for entry in run_info.get("evidence", ()):
             if entry["K"] == rank and entry["alpha"] == alpha:
-                facts[f"accuracy, {UNSEEN_TEST}"] = entry["accuracy"][UNSEEN_TEST]
-        verdict = str(run_info["verdict"]["text"]) if "verdict" in run_info else None
-        lines = [
-            f"- {name}: {format_cell(fact)}" for name, fact in facts.items() if fact is not None
-        ]
+                accuracy = INTERVAL.format(**entry["accuracy"][UNSEEN_TEST])
+                lines.append(f"- accuracy, {UNSEEN_TEST}: {accuracy}")
+        verdict = []
+        if "verdict" in run_info:
+            verdict = str(run_info["verdict"]["text"]).splitlines()
     except (LookupError, TypeError, ValueError) as error:
         raise InputError(
             f"about: its evidence or verdict is not that of results.json ({one_line(error)}); give "
@@ -377,8 +384,9 @@ def _model_card(
         CARD_EXAMPLE,
         "\n".join(lines),
     ]
-    if verdict is not None:
-        paragraphs += ["The whole run's verdict:", verdict]
+    if verdict:
+        paragraphs.append("The whole run's verdict:")
+        paragraphs.append("\n".join(map(markdown_text, verdict)))
     return "\n\n".join(paragraphs) + "\n"
 
 

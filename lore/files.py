@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import pydantic
 import safetensors.torch
 import torch
 
@@ -129,11 +130,13 @@ def escape(character: str) -> str:
 
 
 # What reading a damaged file raises. RecursionError: JSON that is nested too deeply.
+# AttributeError: a number format of safetensors that this torch lacks.
 READING_ERRORS = (
     OSError,
     ValueError,
     TypeError,
     KeyError,
+    AttributeError,
     RecursionError,
     safetensors.SafetensorError,
 )
@@ -191,35 +194,34 @@ def save_json(path: Path | str, content: dict[str, Any]) -> None:
 # deep. What is nested about 1000 deep can be read, but not be written again into our results.
 MOST_JSON_DEPTH = 100
 
-Type = type | tuple[type, ...]  # as `isinstance` takes it
+Type = Any  # an annotation, such as `str | None` or `dict[str, list[int]]`
 
 
 def load_json(path: Path | str, *keys: str, **types: Type) -> dict[str, Any]:
     """Read a JSON object that has at least these keys.
 
-    types: key -> the type of its value, if it has one, such as `files=dict`.
+    types: key -> the type of its value, if it has one, such as `files=dict[str, str]`.
     Raises InputError: the file is missing, damaged or no JSON object, is nested more than
     MOST_JSON_DEPTH deep, or lacks one of `keys`; a value is of another type.
     """
     with explain_damage(path, "JSON object"):
-        content = _parse_json_object(Path(path).read_text(encoding="utf-8"), types)
+        content = parse_json_object(Path(path).read_text(encoding="utf-8"), **types)
         for key in keys:
             if key not in content:
                 raise ValueError(f"it has no {key!r}")
         return content
 
 
-def _parse_json_object(text: str, types: dict[str, Type]) -> dict[str, Any]:
+def parse_json_object(text: str, **types: Type) -> dict[str, Any]:
     """The JSON object in a text; types: see `load_json`.
 
-    Raises ValueError, TypeError or RecursionError: no JSON object, or not of these types.
+    All JSON that says something about a file, a model or a run is read by this function.
+    Raises ValueError, TypeError or RecursionError: no JSON object, nested more than MOST_JSON_DEPTH
+    deep, or not of these types.
     """
     content = json.loads(text)
     if not isinstance(content, dict):
         raise TypeError(f"it holds a {type(content).__name__}")
-    for key, expected in types.items():
-        if key in content and not isinstance(content[key], expected):
-            raise TypeError(f"its {key!r} is a {type(content[key]).__name__}")
 
     containers = [content]  # those of one depth
     for _ in range(MOST_JSON_DEPTH):
@@ -230,7 +232,23 @@ def _parse_json_object(text: str, types: dict[str, Type]) -> dict[str, Any]:
         containers = inner
     if containers:
         raise ValueError(f"it is nested more than {MOST_JSON_DEPTH} deep")
+
+    _check_types(content, types)
     return content
+
+
+def _check_types(content: dict[str, Any], types: dict[str, Type]) -> None:
+    """Raise TypeError if a value is not of its type; types: see `load_json`."""
+    for key, expected in types.items():
+        if key not in content:
+            continue
+        try:
+            pydantic.TypeAdapter(expected).validate_python(content[key], strict=True)
+        except pydantic.ValidationError as error:
+            problem = error.errors()[0]
+            place = ".".join(map(str, (key, *problem["loc"])))
+            kind = type(problem["input"]).__name__
+            raise TypeError(f"its {place!r:.100} is a {kind}") from None
 
 
 def digest_of(content: Any) -> str:
@@ -266,7 +284,7 @@ def load_tensors(path: Path | str, **types: Type) -> tuple[dict[str, torch.Tenso
     """
     with explain_damage(path, "safetensors file"), safetensors.safe_open(path, "pt") as file:
         entries = file.metadata() or {}
-        metadata = _parse_json_object(entries.get(METADATA_ENTRY, "{}"), types)
+        metadata = parse_json_object(entries.get(METADATA_ENTRY, "{}"), **types)
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         return tensors, metadata
 

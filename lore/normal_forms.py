@@ -7,6 +7,7 @@ import unicodedata
 from decimal import Decimal
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import pydantic
 
 from lore.rows import as_messages
@@ -14,7 +15,6 @@ from lore.rows import as_messages
 # Whole numbers that a float has printed: "3.0", and "1e+16", which has lost digits.
 PRINTED_FLOAT = re.compile(r"(-?(?:0|[1-9]\d*))\.0+", re.ASCII)
 PRINTED_EXPONENT = re.compile(r"-?\d(\.\d+)?[eE]\+\d+", re.ASCII)
-FIRST_INEXACT = 2**53  # from here on, different whole numbers are one float
 
 # Characters that no reader sees: soft hyphen, zero-width space, marks of direction, word joiner,
 # byte order mark. Joiners are not among them: they change what is seen.
@@ -35,28 +35,35 @@ def canonical_id(value: Any) -> Any:
 
     Ids that are equal to a reader are equal: see `as_read`. What is no id (true, 1.5, a list) is
     given back as it is, for a schema to refuse.
+    A column of floats of 32 bits tells whole numbers apart up to 2^24 only. `lore.rows.read_rows`
+    says of which floats a parquet file is; of a text such as "16777216.0" nothing tells.
     Raises ValueError: a whole number that went through a float and may have lost digits.
     """
     if isinstance(value, str):
         text = as_read(value)
         printed = PRINTED_FLOAT.fullmatch(text)
         if printed:
-            return _exact(int(printed[1]))
+            return _exact(int(printed[1]), float)
         if PRINTED_EXPONENT.fullmatch(text):
-            return _exact(FIRST_INEXACT)
+            return _exact(first_inexact(float), float)
         return text
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return str(int(value))
     if isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value():
         return str(int(value))
-    if isinstance(value, float) and value.is_integer():
-        return _exact(int(value))
+    if isinstance(value, float | np.floating) and value.is_integer():
+        return _exact(int(value), type(value))
     return value
 
 
-def _exact(number: int) -> str:
+def first_inexact(float_type: type[float] | type[np.floating]) -> int:
+    """From here on, different whole numbers are one float of this type: 2^53 of 64 bits."""
+    return 2 ** (np.finfo(float_type).nmant + 1)
+
+
+def _exact(number: int, float_type: type[float] | type[np.floating]) -> str:
     """The digits of a whole number that was a float. Raises ValueError if some may be wrong."""
-    if abs(number) >= FIRST_INEXACT:
+    if abs(number) >= first_inexact(float_type):
         raise ValueError(
             "an id that went through a float, which cannot tell such large numbers apart; write "
             "ids as text or as whole numbers"

@@ -22,6 +22,7 @@ from lore.checkpoint import (
     damage,
     download,
     file_per_tensor,
+    head_names,
     hold_adapter,
     inspect_checkpoint,
     layer_of,
@@ -35,7 +36,7 @@ from utils import InputError, check_device, default_device, process_rank
 if TYPE_CHECKING:  # transformers takes seconds to import, and many runs need no model
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DOWN_PROJECTION = re.compile(r".*layers\.(\d+)\.mlp\.down_proj\.weight$")
+DOWN_PROJECTION = re.compile(r".*layers\.(\d{1,9})\.mlp\.down_proj\.weight$")
 
 # The files that a tokenizer's identity depends on
 TOKENIZER_FILE = re.compile(r"token|template|vocab|merges|spiece|\.jinja$")
@@ -64,7 +65,7 @@ def load_reward_head(model_name: str | Path) -> torch.Tensor:
 def _read_head(checkpoint: Checkpoint) -> torch.Tensor:
     """The reward head, see `load_reward_head`."""
     files = file_per_tensor(checkpoint)
-    names = [name for name in files if name.endswith("score.weight")]
+    names = head_names(files)
     packed = [name for name in files if re.search(r"(^|\.)score\.(weight.|qweight)", name)]
     if packed and not names:
         raise InputError(
@@ -73,7 +74,7 @@ def _read_head(checkpoint: Checkpoint) -> torch.Tensor:
         )
     stored = [open_tensor(checkpoint, files[name], name) for name in names]  # (labels, d) each
     shapes = [tuple(head.get_shape()) for head in stored]
-    if len(shapes) == 1 and len(shapes[0]) == 2 and shapes[0][0] == 1:
+    if len(shapes) == 1 and len(shapes[0]) == 2 and shapes[0][0] == 1 and shapes[0][1] > 0:
         head = stored[0][:].float()  # (1, d)
         if head.isfinite().all():
             return head.T.contiguous()  # (d, 1)
@@ -90,7 +91,7 @@ def load_released_reference(model_name: str | Path) -> torch.Tensor:
     """What the released scripts used as the reward head, for comparisons with them.
 
     It is the first column of the last layer's MLP down-projection, float32 `[d, 1]`.
-    Raises InputError: unknown model, no safetensors files, no such layer.
+    Raises InputError: unknown model, no safetensors files, no such layer, no finite matrix there.
     """
     checkpoint = inspect_checkpoint(model_name)
     files = file_per_tensor(checkpoint)
@@ -106,7 +107,15 @@ def load_released_reference(model_name: str | Path) -> torch.Tensor:
         )
     name = name_by_layer[max(name_by_layer)]
     weight = open_tensor(checkpoint, files[name], name)  # (d, width of the MLP)
-    return weight[:, :1].float().contiguous()  # (d, 1)
+    shape = weight.get_shape()
+    if len(shape) == 2 and 0 not in shape:
+        column = weight[:, :1].float().contiguous()  # (d, 1)
+        if column.isfinite().all():
+            return column
+    raise InputError(
+        f"model {model_name}: its {name!r:.100} has the shape {shape}, and should be a matrix of "
+        "finite values; download or save the checkpoint again"
+    )
 
 
 # ---- Tokenizer and backbone
@@ -359,7 +368,9 @@ def model_identity(model_name: str | Path, folder: str | Path | None = None) -> 
     digests_file = Path(folder, "digests.json") if folder else None
     if digests_file:
         with contextlib.suppress(InputError):  # missing or damaged: the files are read again
-            _known_digests.update(load_json(digests_file))
+            for key, digest in load_json(digests_file).items():
+                if isinstance(digest, str):
+                    _known_digests[key] = digest
 
     checkpoint = inspect_checkpoint(model_name)
     weight_files = checkpoint.weight_files

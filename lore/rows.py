@@ -374,12 +374,26 @@ def _narrowed(kind: Any, fields: Columns) -> Any:
 
 
 def _python_rows(batch: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a batch of pyarrow as Python has them."""
+    """The rows of a batch of pyarrow as Python has them.
+
+    A float of less than 64 bits is numpy's, so that it tells how exact an id in it can be.
+    """
+    import pyarrow
+
     try:
         rows = batch.to_pylist()
     except Exception:  # such as a date that Python has not: one by one, to tell which row has it
         rows = (batch.slice(i, 1).to_pylist()[0] for i in range(len(batch)))
-    yield from rows
+    short_floats = {
+        field.name: field.type.to_pandas_dtype()
+        for field in batch.schema
+        if field.type in (pyarrow.float16(), pyarrow.float32())
+    }
+    for row in rows:
+        for name, float_type in short_floats.items():
+            if row[name] is not None:
+                row[name] = float_type(row[name])
+        yield row
 
 
 def parse_rows(
@@ -473,6 +487,16 @@ def warn_of_equal_sides(label: str, equal: int, pairs: int) -> None:
 
 
 # ---- Messages
+
+
+def are_messages(value: Any) -> bool:
+    """Whether this is a list of messages, each with a role and a text."""
+    return isinstance(value, list) and all(
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str)
+        for message in value
+    )
 
 
 def as_messages(role: str, content: str | list[dict] | tuple[dict, ...]) -> list[dict]:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from lore.embedding import embed_distinct, warn_of_equal_token_ids
 from lore.embedding_files import EARLIER, embeddings_are_finished, new_embeddings
 from lore.evidence import evidence, judge_held_out, tossed_control
-from lore.files import TrainingCheckpoint, check_writable, digest_of
+from lore.files import TrainingCheckpoint, check_writable, digest_of, printable
 from lore.questions import question_curves
 from lore.results import (
     print_results,
@@ -84,8 +84,8 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def _end(message: str, status: int = 2) -> NoReturn:
-    """Leave the script with one line on stderr."""
-    print("error:", message, file=sys.stderr)
+    """Leave the script with one line on stderr, in which no name can hide anything."""
+    print("error:", printable(message), file=sys.stderr)
     sys.exit(status)
 
 

@@ -16,7 +16,14 @@ import lore.reward_model
 import utils
 from lore.checkpoint import WEIGHTS, inspect_checkpoint
 from lore.export import export_reward_model
-from lore.reward_model import load_reward_head, load_reward_model, load_tokenizer, model_identity
+from lore.files import ARCHIVES
+from lore.reward_model import (
+    load_released_reference,
+    load_reward_head,
+    load_reward_model,
+    load_tokenizer,
+    model_identity,
+)
 from lore.standin import build_standin_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,6 +98,12 @@ def save_shards(folder, tensors, index="model.safetensors.index.json"):
             save_file(shard, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
     (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def add_to_shard(path, name):
+    """Write a weight of another training into a shard."""
+    tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
+    save_file(tensors | {name: torch.ones(2 * D, D)}, path, {"format": "pt"})
 
 
 def remove_shards(folder):
@@ -444,6 +457,18 @@ REFUSED = {  # what is done to a whole model, and words of the remedy
         lambda f: change_json(f / "config.json", quantization_config=[4]),
         ["quantization_config"],
     ),
+    "a config that is nested": (
+        write("config.json", f'{{"a": {"[" * 150}{"]" * 150}}}'),
+        ["config.json", "nested", "download"],
+    ),
+    "an index that is a link to nothing": (
+        lambda f: (remove_weights(f), (f / INDEX).symlink_to("nowhere")),
+        [INDEX, "link", "download it again"],
+    ),
+    "an index that is a folder": (
+        lambda f: (remove_weights(f), (f / INDEX).mkdir()),
+        ["no model.safetensors in it"],
+    ),
     "an empty index": (write_index(""), [INDEX, "is empty"]),
     "an index that is a list": (write_index([1]), [INDEX, "list"]),
     "an index that is nested deeply": (write_index(DEEP_JSON), [INDEX, "download"]),
@@ -510,7 +535,7 @@ NOT_LOADED = {  # the head can be read, and the whole model cannot be loaded
     ),
     "an architecture with a hostile name": (
         lambda f: change_json(f / "config.json", model_type="\x1b[2Jnobody's"),
-        ["transformers", "?[2Jnobody's"],
+        ["transformers", r"\x1b[2Jnobody's"],
     ),
     "a quantisation of nothing": (
         lambda f: change_json(f / "config.json", quantization_config={}),
@@ -545,6 +570,17 @@ NOT_LOADED = {  # the head can be read, and the whole model cannot be loaded
             (f / "model-00001-of-00002.safetensors").write_text(LFS_POINTER),
         ),
         ["model-00001-of-00002.safetensors", "`git lfs pull`"],
+    ),
+    "a weight in two shards": (
+        lambda f: (
+            save_shards(f, tensors_of(f)),
+            remove_weights(f),
+            *(
+                add_to_shard(f / f"model-0000{number}-of-00002.safetensors", UP_PROJECTION)
+                for number in (1, 2)
+            ),
+        ),
+        [UP_PROJECTION, "in another of its files", "of different saves"],
     ),
     "an index without metadata": (
         lambda f: (
@@ -620,7 +656,7 @@ def test_what_transformers_says_is_one_printable_line_without_a_remedy_of_ours_t
         raise ImportError("Install it:\n\n  pip install \x1b[31mquantiser\x1b[0m\n" + "x" * 5000)
 
     monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", fail)
-    with input_error(str(model), "Install it: pip install ?[31mquantiser") as message:
+    with input_error(str(model), r"Install it: pip install \x1b[31mquantiser") as message:
         load_reward_model(model, "cpu")
     assert "network" not in message()
     assert len(message()) < len(str(model)) + 500
@@ -669,6 +705,45 @@ def test_a_head_in_another_float_is_read_as_float32(folder, dtype):
     assert torch.equal(load_reward_head(folder), tensors["score.weight"].float().T)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (D,), (1, 0), (0, D), (2, D), (1, D, 1)], ids=str)
+def test_a_head_of_another_shape_is_refused(folder, tmp_path, shape):
+    save_single(folder, tensors_of(folder) | {"score.weight": torch.ones(shape)})
+    check_refused(folder, tmp_path, "exactly one scalar reward head", by=["head", "export"])
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [torch.ones(D), torch.tensor(1.0), torch.ones(0, 4), torch.ones(4, 0), torch.ones(2, 2, 2)],
+    ids=lambda weight: str(tuple(weight.shape)),
+)
+def test_a_released_reference_of_another_shape_is_refused(folder, weight):
+    name = "model.layers.0.mlp.down_proj.weight"
+    whole = tensors_of(folder)
+    assert torch.equal(load_released_reference(folder), whole[name][:, :1])
+    save_single(folder, whole | {name: weight})
+    with input_error(str(folder), name, "finite values"):
+        load_released_reference(folder)
+
+
+def test_a_released_reference_that_is_not_finite_is_refused(folder):
+    name = "model.layers.0.mlp.down_proj.weight"
+    whole = tensors_of(folder)
+    whole[name][3, 0] = float("nan")
+    save_single(folder, whole)
+    with input_error(str(folder), name, "finite values"):
+        load_released_reference(folder)
+
+
+def test_a_weight_whose_name_only_ends_alike_is_no_head(model, folder, tmp_path):
+    tensors = tensors_of(folder)
+    save_single(folder, tensors | {"old_score.weight": torch.ones(1, D)})
+    assert torch.equal(load_reward_head(folder), load_reward_head(model))
+    calls(folder, tmp_path)["export"]()
+    head = tensors.pop("score.weight")
+    save_single(folder, tensors | {"old_score.weight": head})
+    check_refused(folder, tmp_path, "exactly one scalar reward head", by=["head", "export"])
+
+
 def test_a_head_that_an_adapter_wraps_is_refused(folder, tmp_path):
     tensors = tensors_of(folder)
     head = tensors.pop("score.weight")
@@ -702,6 +777,36 @@ def test_weights_in_packed_numbers_that_nobody_unpacks_are_refused(folder, tmp_p
     tensors[UP_PROJECTION] = (20 * tensors[UP_PROJECTION]).to(dtype)
     save_single(folder, tensors)
     check_refused(folder, tmp_path, UP_PROJECTION, "names no quantiser", by=["model", "export"])
+
+
+@pytest.mark.skipif(not ARCHIVES, reason="this torch's archives are not read")
+@pytest.mark.parametrize("as_archive", [True, False], ids=["an archive", "without archive"])
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+def test_packed_weights_in_a_bin_file_are_refused(folder, tmp_path, dtype, as_archive):
+    tensors = tensors_of(folder)
+    packed = tensors | {UP_PROJECTION: tensors[UP_PROJECTION].to(dtype)}
+    remove_weights(folder)
+    file = folder / "pytorch_model.bin"
+    torch.save(packed, file, _use_new_zipfile_serialization=as_archive)
+    named = [UP_PROJECTION, str(dtype), "as it was before it was quantised"]
+    if dtype.is_floating_point and not as_archive:  # torch does not load float8 from it
+        named = ["transformers", "cannot load it"]
+    check_refused(folder, tmp_path, *named, by=["model"])
+
+
+def test_a_shard_without_weights_does_no_harm(folder, tokenizer, tmp_path):
+    expected = tensors_of(folder)
+    save_shards(folder, expected)
+    remove_weights(folder)
+    save_file({}, folder / "model-00003-of-00003.safetensors", {"format": "pt"})
+    index = json.loads((folder / INDEX).read_text())
+    change_json(
+        folder / INDEX,
+        weight_map={**index["weight_map"], "left.over": "model-00003-of-00003.safetensors"},
+    )
+    backbone, _ = load_reward_model(folder, "cpu")
+    assert torch.equal(backbone.norm.weight, expected["model.norm.weight"])
+    assert torch.equal(load_reward_head(folder), expected["score.weight"].T)
 
 
 @pytest.mark.parametrize("method", ["fp8", "mxfp4", "nobody's"])
@@ -855,6 +960,18 @@ def test_an_ordinary_models_identity_is_of_its_config_and_weights(model):
         for name in ("config.json", "model.safetensors")
     }
     assert model_identity(model)["weights"] == lore.reward_model.digest_of(digests)
+
+
+@pytest.mark.parametrize("digest", [5, None, ["a"], {}, True], ids=repr)
+def test_a_kept_digest_that_is_no_text_is_computed_again(model, tmp_path, monkeypatch, digest):
+    monkeypatch.setattr(lore.reward_model, "_known_digests", {})
+    expected = model_identity(model, tmp_path)
+    kept = json.loads((tmp_path / "digests.json").read_text())
+    for content in (dict.fromkeys(kept, digest), [digest]):
+        lore.reward_model._known_digests.clear()
+        (tmp_path / "digests.json").write_text(json.dumps(content))
+        assert model_identity(model, tmp_path) == expected
+        assert json.loads((tmp_path / "digests.json").read_text()) == kept
 
 
 def test_a_missing_shard_leaves_no_identity(folder, tmp_path):

@@ -3,12 +3,13 @@
 import pytest
 import tokenizers
 import transformers
+from helpers import input_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers
 
 import lore.conversations
-from lore.conversations import TEXTS_AT_ONCE, group_equal, tokenize_conversations
+from lore.conversations import TEXTS_AT_ONCE, dated_template, group_equal, tokenize_conversations
 
 # ---- Tokenizers and conversations
 
@@ -177,3 +178,25 @@ def test_messages_that_differ_in_the_type_of_a_value_are_not_taken_as_equal():
         for number in group:
             found[number] = ids
     assert found == alone
+
+
+# ---- Tokenizers and templates that fail
+
+
+@pytest.mark.parametrize("text", ["known unknown", "<s> known", "unknown"])
+def test_what_a_tokenizer_cannot_encode_is_one_line(text):
+    backend = tokenizers.Tokenizer(models.WordLevel({"known": 0}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    assert tokenize_conversations([[{"role": "user", "content": "known"}]], tokenizer) == [[0]]
+    with input_error("tokenizer cannot encode", "UNK"):
+        tokenize_conversations([[{"role": "user", "content": text}]], tokenizer)
+
+
+@pytest.mark.parametrize("template", [5, ["a"], {"default": 5}, {"default": None}, {7: "a"}])
+def test_a_chat_template_that_is_no_text_is_refused(template):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = template
+    with input_error("chat template"):
+        dated_template(tokenizer)

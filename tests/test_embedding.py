@@ -825,8 +825,16 @@ def test_damaged_shard_is_made_again(reward_model, tmp_path):
 
 @pytest.mark.parametrize(
     "spoilt",
-    [{"embeddings": torch.full((99, 64), math.nan)}, {"states": torch.ones(99, 64)}],
-    ids=["NaN", "other tensors"],
+    [
+        {"embeddings": torch.full((99, 64), math.nan)},
+        {"states": torch.ones(99, 64)},
+        {"embeddings": torch.ones(99)},
+        {"embeddings": torch.ones(99, 0)},
+        {"embeddings": torch.ones(99, 64, dtype=torch.int64)},
+        {"embeddings": torch.ones(99, 64, dtype=torch.complex64)},
+        {"embeddings": torch.ones(99, 64).to(torch.float8_e4m3fn)},
+    ],
+    ids=["NaN", "other tensors", "a vector", "no width", "int64", "complex", "float8"],
 )
 def test_shard_without_usable_embeddings_is_made_again(reward_model, tmp_path, spoilt):
     conversations = ragged_conversations(4)
@@ -1195,7 +1203,21 @@ def test_a_trial_is_made_once_a_cache_and_again_for_longer_texts(
     assert len(trials) == 2
 
 
-@pytest.mark.parametrize("content", ["", '{"batching": "shared"}', '{"batching', "other"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        '{"batching": "shared"}',
+        '{"batching',
+        "other",
+        '{"batching": "shared", "shortest": 1, "longest": "99"}',
+        '{"batching": "shared", "shortest": null, "longest": 99}',
+        '{"batching": ["shared"], "shortest": 1, "longest": 99}',
+        '{"batching": "shared", "shortest": 1, "longest": 99, "score_difference": "0"}',
+        '["batching", "shortest", "longest"]',
+        "[" * 100_000,
+    ],
+)
 def test_a_damaged_file_of_the_trial_is_made_again(reward_model, tmp_path, content):
     model, _ = reward_model
     conversations = ragged_conversations(3)

@@ -111,6 +111,34 @@ def test_held_out_prompts_are_held_out_with_all_their_pairs():
     assert all(torch.equal(a, b) for a, b in zip(again.train, kept.train))
 
 
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        [(0,), (0,), (0, 1), (2,), (3,)],  # of several lengths
+        [(0, 1), (0, 1), (1, 0), (2, 2), (3, 3)],  # each number is in several
+        [("user", "a"), ("user", "a"), ("user", "b"), ("user", "c"), ("user", "d")],
+        [(("user", "a"),), (("user", "a"),), (("user", "a"), ("user", "b")), (), ((),)],
+        [1, 1.0, "1", None, (1,)],
+    ],
+    ids=repr,
+)
+def test_prompts_may_be_tuples(prompts):
+    """They are held out as the same prompts are that are told apart by texts."""
+    number_of = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    texts = [f"prompt {number_of[prompt]}" for prompt in prompts]
+    found = small_study([5] * 20, prompts={"train": [prompts] * 20})
+    expected = small_study([5] * 20, prompts={"train": [texts] * 20})
+    kept, held_out = hold_out(found, 0.5)
+    kept_of_texts, _ = hold_out(expected, 0.5)
+    rows = held_rows(found, kept)
+    assert all(map(torch.equal, rows, held_rows(expected, kept_of_texts)))
+    assert all(held[0] == held[1] for held in rows)
+    for user, held in enumerate(rows):
+        stay = (~held).nonzero().flatten().tolist()
+        assert kept.prompts["train"][user] == [prompts[pair] for pair in stay]
+        assert torch.equal(held_out[user], found.train[user][held])
+
+
 def test_conversations_are_held_out_whole_whatever_their_prompts():
     groups = torch.tensor([0, 0, 1, 1, 1, 2])
     study = small_study(

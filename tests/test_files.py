@@ -727,6 +727,19 @@ def test_json_with_a_value_of_another_type_is_refused(tmp_path):
         lore.files.load_json(path, "files", files=dict)
     with input_error(str(path), "'data'", "NoneType"):
         lore.files.load_json(path, data=str)
+    assert lore.files.load_json(path, data=str | None)["data"] is None
+
+
+def test_json_with_a_part_of_another_type_is_refused_and_named(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"files": {"a": "1", "b": 2}, "notes": ["x", []], "demo": 1, "K": true}')
+    with input_error(str(path), "'files.b' is a int"):
+        lore.files.load_json(path, files=dict[str, str])
+    with input_error(str(path), "'notes.1' is a list"):
+        lore.files.load_json(path, notes=list[str])
+    for key, kind in (("demo", bool), ("K", int)):  # 1 and true are not one
+        with input_error(str(path), repr(key)):
+            lore.files.load_json(path, **{key: kind})
 
 
 @pytest.mark.parametrize("text", ["[1]", "3", '"about"', "null", "[" * 100_000, "{", ""])

@@ -331,6 +331,9 @@ def test_pairs_take_row_numbers_of_any_whole_kind(table):
         [[1, 1, 1]] * 2,
         torch.ones(2, 3).bfloat16(),
         torch.ones(2, 3, requires_grad=True),
+        torch.ones(2, 3).to(torch.float8_e4m3fn),
+        np.ones((2, 3), np.uint16),
+        torch.ones(2, 3, dtype=torch.int32),
     ],
 )
 def test_a_matrix_of_numbers_of_any_kind_becomes_float32(X):
@@ -360,6 +363,8 @@ def test_a_matrix_of_numbers_of_any_kind_becomes_float32(X):
         (Pairs(torch.ones(2, 3), [], []), "(0, 3)"),
         (np.array([[1.0, None, 2.0]] * 2), "numbers"),
         (np.full((2, 3), 1e300), "infinite"),
+        (torch.ones(2, 3).to_sparse(), "matrix of numbers"),
+        (torch.ones(2, 3, device="meta"), "matrix of numbers"),
     ],
 )
 def test_what_is_no_finite_matrix_is_refused_by_name(X, named):

@@ -31,7 +31,7 @@ from demos import (
     without_forward,
     write_rows,
 )
-from helpers import ROOT, call, load_script, refused, sign_again
+from helpers import ROOT, call, input_error, load_script, refused, sign_again
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -196,6 +196,31 @@ def test_a_study_knows_the_numbers_of_the_training_prompts_and_no_texts(ran):
     assert study.seen == ran.results["users"] and study.unseen == ran.results["unseen_users"]
     assert study.title == ran.results["config"]["data"] and study.groups == {}
     assert study.provenance["demo"] and "title" not in study.provenance
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"embeddings": torch.ones(16, 4, dtype=torch.int64)},
+        {"embeddings": torch.ones(16, 4, dtype=torch.complex64)},
+        {"embeddings": torch.ones(16, 4).to(torch.float8_e4m3fn)},
+        {"embeddings": torch.tensor(1.0)},
+        {"embeddings": torch.ones(16)},
+        {"embeddings": torch.ones(16, 0)},
+        {"embeddings": torch.ones(0, 4), "scores": torch.ones(0, 8, 10)},
+        {"scores": torch.ones(2, 8, 10, dtype=torch.bool)},
+        {"scores": torch.ones(2, 8, 10).to(torch.float8_e4m3fn)},
+        {"scores": torch.tensor(1.0)},
+    ],
+)
+def test_what_is_no_table_of_numbers_is_refused(tmp_path, changes):
+    tensors = {"embeddings": torch.ones(16, 4), "scores": torch.ones(2, 8, 10)}
+    for name in personalllm.FILES:
+        save_file(tensors, tmp_path / name)
+    personalllm.read_embeddings(tmp_path)
+    save_file(tensors | changes, tmp_path / "test.safetensors")
+    with input_error("test.safetensors", "--overwrite"):
+        personalllm.read_embeddings(tmp_path)
 
 
 # ---- The demo and its files

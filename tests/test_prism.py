@@ -1,6 +1,7 @@
 """PRISM as a user runs it: the released split, honest pairs, RewardBench 2, and every slip."""
 
 import csv
+import datetime
 import functools
 import gzip
 import hashlib
@@ -710,7 +711,12 @@ def test_parquet_files_of_different_runs_are_named(monkeypatch, capsys, ran, emb
     refused(monkeypatch, capsys, module, options, folder, "different runs")
     (folder / "test.parquet").write_bytes(b"<html>")
     refused(monkeypatch, capsys, module, options, "test.parquet")
-    for content in ((folder / "split.json").read_text()[:100], "[]", '{"rows": 1}'):
+    whole = (folder / "split.json").read_text()
+    others = [
+        json.dumps(json.loads(whole) | changes)
+        for changes in ({"rows": ["a"]}, {"model": 5}, {"demo": "no"}, {"data_notes": [1]})
+    ]
+    for content in (whole[:100], "[]", '{"rows": 1}', *others):
         (folder / "split.json").write_text(content)
         refused(monkeypatch, capsys, module, options, folder / "split.json")
     shutil.rmtree(folder)
@@ -961,6 +967,11 @@ def without_rejected_vectors(rows: Rows) -> None:
     del rows[4]["extra_info"]["rejected_conv_embedding"]
 
 
+def with_wide_rejected_vectors(rows: Rows) -> None:
+    """Two of the chosen one's width could be read out of each."""
+    rows[4]["extra_info"]["rejected_conv_embedding"] = torch.zeros(1, 128)
+
+
 def with_no_rejected_vector(rows: Rows) -> None:
     rows[4]["extra_info"]["rejected_conv_embedding"] = torch.zeros(0, 64)
 
@@ -990,6 +1001,7 @@ def with_another_user(rows: Rows) -> None:
         (with_a_nan, "row 4"),
         (without_rejected_vectors, "row 4"),
         (with_no_rejected_vector, "row 4"),
+        (with_wide_rejected_vectors, "row 4"),
         (narrow, "d = 32"),
         (with_a_narrow_row, "row 4"),
         (lambda rows: rows.clear(), "list of rows"),
@@ -1320,6 +1332,39 @@ def test_subset_limit_top_k_and_failures(table, rewardbench, capsys):
     assert table("--rm_head", folder / "basis.pt", "--top_k", 1) == best
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompt": None},
+        {"prompt": "Why?"},
+        {"prompt": [1]},
+        {"extra_info": None},
+        {"extra_info": ["a"]},
+        {"extra_info": {"user_id": datetime.date(2024, 1, 1)}},
+        {"extra_info": {"user_id": b"a"}},
+        {"prompt": ...},  # the column is missing
+    ],
+    ids=repr,
+)
+def test_a_split_with_rows_of_another_shape_is_refused(embeddings, changes):
+    folder = embeddings / "data" / "prism"
+    row = {"prompt": [{"role": "user", "content": "Why?"}], "extra_info": {"user_id": "a"}}
+    row = {name: value for name, value in (row | changes).items() if value is not ...}
+    pd.DataFrame([row]).to_parquet(folder / "train.parquet")
+    with input_error(str(folder)):
+        prism.load_split(folder)
+
+
+def test_whether_a_split_is_the_demos_is_yes_or_no(embeddings):
+    module = script("eval_rb2")
+    path = embeddings / "data" / "prism" / "split.json"
+    assert module.is_demo(embeddings)
+    for demo in ("no", 0, None, []):
+        path.write_text(json.dumps({"demo": demo}))
+        with input_error(str(path), "'demo'"):
+            module.is_demo(embeddings)
+
+
 @pytest.fixture
 def demo_eval(monkeypatch, ran, tmp_path):
     """eval_rb2.py as it lies in the demo's copy of the tree, and what it is run with."""
@@ -1475,6 +1520,88 @@ def test_unusable_heads_and_options_are_one_line(
     options += ["--save_csv", tmp_path / "t.csv"]
     refused(monkeypatch, capsys, script("eval_rb2"), [*options, *arguments], *named)
     assert content_of(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"identity": ["a"]},
+        {"identity": "a"},
+        {"identity": {"reward_head": 5}},
+        {"identity": {"reward_head": ["a"], "model": {}}},
+        ["identity"],
+    ],
+    ids=repr,
+)
+def test_a_basis_with_a_record_of_another_shape_is_refused(record, ran, tmp_path):
+    path = tmp_path / "basis.safetensors"
+    save_file({"V": torch.ones(64, 2)}, path, {"about": json.dumps(record)})
+    with input_error(str(path)):
+        script("eval_rb2").check_same_model(path, str(ran.model))
+
+
+@pytest.mark.parametrize("record", [{}, {"identity": None}, {"identity": {"model": "a"}}], ids=repr)
+def test_a_basis_that_does_not_say_of_which_model_it_is_is_taken(record, ran, tmp_path):
+    path = tmp_path / "basis.safetensors"
+    save_file({"V": torch.ones(64, 2)}, path, {"about": json.dumps(record)})
+    script("eval_rb2").check_same_model(path, str(ran.model))
+
+
+def npy(header: str) -> bytes:
+    """A file of numpy with a header of its own making, and no numbers."""
+    encoded = header.encode()
+    return b"\x93NUMPY\1\0" + len(encoded).to_bytes(2, "little") + encoded
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"PK\3\4 no archive",
+        npy(""),
+        npy("-" * 9000 + "1"),
+        npy("{'descr': " + "[" * 150 + "]" * 150 + ", 'fortran_order': False, 'shape': (1,)}"),
+        npy("{'descr': '<f4', 'fortran_order': False, 'shape': (10**12, 1000)}"),
+        npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 1000)}"),
+    ],
+    ids=["empty", "archive", "no header", "minuses", "nested", "a formula", "huge"],
+)
+def test_a_head_in_a_damaged_file_of_numpy_is_refused(tmp_path, content):
+    path = tmp_path / "head.npy"
+    path.write_bytes(content)
+    with input_error(str(path), "no array of numbers"):
+        script("eval_rb2").read_matrix(path, ["V"], "head")
+
+
+def test_of_the_benchmark_only_the_needed_columns_are_read(rewardbench, tmp_path, monkeypatch):
+    """A date that Python has not, in a column that nobody needs."""
+    module = script("eval_rb2")
+    table = pa.Table.from_pylist(rewardbench[1])
+    late = pa.array([2**60] * len(table), pa.timestamp("us"))
+    table = table.append_column("judged", late)
+    pq.write_table(table, tmp_path / "test.parquet")
+    expected = [module.BenchmarkRow(**row) for row in rewardbench[1]]
+    assert module.read_benchmark(tmp_path, "test", None, None) == expected
+
+    asked = []
+
+    def served(dataset, schema=None, **options):
+        asked.append(schema)
+        return {"test": [("row", row) for row in rewardbench[1]]}
+
+    monkeypatch.setattr(module, "hub_rows", served)
+    assert module.read_benchmark(None, "test", None, None) == expected
+    assert asked == [module.BenchmarkRow]
+
+
+def test_a_table_of_scores_has_names_as_plain_text(monkeypatch, ran, rewardbench, tmp_path):
+    """A name that a spreadsheet would take for a formula."""
+    module = script("eval_rb2")
+    scores = pd.DataFrame({"Math": [0.5]}, index=["=1+1"])
+    monkeypatch.setattr(module, "table_of_rewards", lambda *arguments: (scores, []))
+    options = ["--data", ran.data, "--model", ran.model, "--dir", rewardbench[0] / "cache"]
+    call(monkeypatch, module, *options, "--limit", 2, "--save_csv", tmp_path / "t.csv")
+    assert (tmp_path / "t.csv").read_text() == "reward,Math\n'=1+1,0.5\n"
 
 
 @pytest.mark.parametrize(

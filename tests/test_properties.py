@@ -11,6 +11,7 @@ import io
 import json
 import math
 import pickle
+import shutil
 import struct
 import warnings
 
@@ -22,8 +23,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 import lore.pickles
+import utils
+from lore.checkpoint import inspect_checkpoint
 from lore.embedding_files import HEAD_FILE, embeddings_are_finished, find_reward_head
 from lore.files import load_json, load_pickle, load_tensors, printable, save_json
+from lore.reward_model import load_reward_head
 from lore.tables import csv_text, latex_text, markdown_text
 from utils import InputError
 
@@ -299,6 +303,64 @@ def test_parts_of_tensors_come_back_from_a_pickle_of_any_protocol(
         assert torch.equal(found, expected)
 
 
+# ---- The likelihood's derivatives
+
+counts_of_pairs = st.lists(st.integers(1, 9), min_size=1, max_size=6)
+ranks = st.lists(st.integers(1, 5), min_size=1, max_size=4)
+widths = st.integers(1, 40)
+# From pairs without any margin to margins in the thousands, of which the sigmoid is 0 or 1
+magnitudes = st.floats(-2, 3).map(lambda exponent: 10**exponent)
+flags = st.booleans()
+
+
+def derivatives_in_float64(X, w, V, counts, sizes, weight):
+    """Loss of each member, and its derivatives by w and V, by autograd on the formula."""
+    w = w.double().requires_grad_()
+    V = V.double().requires_grad_()
+    losses = []
+    columns = torch.arange(sum(sizes)).split(sizes)
+    for columns_of_member in columns:
+        loss = 0
+        for user, X_i in enumerate(X.double().split(counts)):
+            margins = X_i @ V[columns_of_member].T @ w[user, columns_of_member] / 100
+            loss = loss - weight[user] * torch.nn.functional.logsigmoid(margins).sum()
+        losses.append(loss)
+    grad_w, grad_V = torch.autograd.grad(sum(losses), (w, V))
+    return torch.stack(losses).detach(), grad_w, grad_V
+
+
+@examples(60)
+@given(counts_of_pairs, ranks, widths, magnitudes, magnitudes, flags, flags, flags, st.data())
+def test_both_ways_to_the_derivatives_are_those_of_autograd_on_the_formula(
+    counts, sizes, d, size_of_X, size_of_V, is_mean_of_pairs, need_w, need_V, data
+):
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    X = size_of_X * torch.randn(sum(counts), d, generator=generator)
+    V = size_of_V * torch.randn(sum(sizes), d, generator=generator)
+    total = sum(counts) if is_mean_of_pairs else None
+    likelihood = utils.Likelihood(counts, sizes, "cpu", total)
+    w = likelihood.weights(5 * torch.randn(len(counts), sum(sizes), generator=generator))
+
+    weight = [1 / (total or count) for count in counts]
+    losses, grad_w, grad_V = derivatives_in_float64(X, w, V, counts, sizes, weight)
+
+    # A float32 margin has an error in proportion to the numbers that were added up to it, and the
+    # share 1 - P of a pair has a quarter of this error, and rounding of its own.
+    P = X.abs() @ V.abs().T  # (M, C)
+    error = 2e-6 * (1 + P.max() / 100)
+    weight_of_pair = torch.tensor(weight)[likelihood.user, None]
+    bound_w = torch.stack([part.sum(0) for part in (weight_of_pair * P / 100).split(counts)])
+    bound_V = (weight_of_pair * w[likelihood.user] / 100).T @ X.abs()
+
+    assert ((likelihood.loss(X @ V.T, w) - losses).abs() <= error * (1 + losses)).all()
+    for way in (likelihood.plain, likelihood.kernel):
+        found_w, found_V = way(X, w, V, need_w, need_V)
+        if need_w:
+            assert ((found_w - grad_w).abs() <= error * bound_w).all()
+        if need_V:
+            assert ((found_V - grad_V).abs() <= error * bound_V).all()
+
+
 # ---- JSON of any shape
 
 json_values = st.recursive(
@@ -353,6 +415,43 @@ def test_a_record_of_embeddings_of_any_shape_is_a_result_or_one_line(folder, rec
             look(folder)
         except InputError as error:
             assert str(error).isprintable()
+
+
+CHECKPOINT_FILES = ("config.json", "adapter_config.json", "model.safetensors.index.json")
+CHECKPOINT_FIELDS = (
+    "weight_map",
+    "metadata",
+    "quantization_config",
+    "text_config",
+    "transformers_weights",
+    "base_model_name_or_path",
+    "model_type",
+)
+descriptions = (
+    st.dictionaries(st.sampled_from(CHECKPOINT_FIELDS), json_values, max_size=4)
+    | st.dictionaries(st.text(max_size=5), st.text(max_size=5)).map(lambda x: {"weight_map": x})
+    | json_values
+)
+
+
+@examples(200)
+@given(st.sampled_from(CHECKPOINT_FILES), descriptions, st.booleans())
+def test_what_a_checkpoint_says_of_itself_is_a_result_or_one_line(
+    folder, name, description, has_weights
+):
+    checkpoint = folder / "checkpoint"
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    checkpoint.mkdir()
+    (checkpoint / name).write_text(json.dumps(description))
+    if has_weights:
+        (checkpoint / "model.safetensors").write_bytes(save({"score.weight": HEAD.T.contiguous()}))
+    try:
+        found = inspect_checkpoint(checkpoint)
+        assert found.quantiser is None or isinstance(found.quantiser, str)
+        assert torch.equal(load_reward_head(checkpoint), HEAD)
+    except InputError as error:
+        assert str(error).isprintable()
+        assert str(checkpoint) in str(error)
 
 
 # ---- Names of any characters

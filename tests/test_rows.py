@@ -3,6 +3,7 @@
 import csv
 import datetime
 import json
+import sys
 import types
 from decimal import Decimal
 from typing import Literal
@@ -203,7 +204,7 @@ def test_of_the_hubs_rows_only_the_named_columns_are_decoded(monkeypatch):
 
     splits = {"train": FakeDataset([Undecoded(user="a", picture=None)])}
     served = types.SimpleNamespace(load_dataset=lambda name, **options: splits)
-    monkeypatch.setitem(__import__("sys").modules, "datasets", served)
+    monkeypatch.setitem(sys.modules, "datasets", served)
     rows = lore.rows.hub_rows("some/dataset", Row)
     assert list(rows["train"]) == [("some/dataset, train, row 1", {"user": "a"})]
 
@@ -214,7 +215,7 @@ def test_a_row_of_the_hub_that_cannot_be_decoded_is_named(monkeypatch):
         raise OverflowError("date value out of range")
 
     served = types.SimpleNamespace(load_dataset=lambda name, **options: {"train": rows()})
-    monkeypatch.setitem(__import__("sys").modules, "datasets", served)
+    monkeypatch.setitem(sys.modules, "datasets", served)
     found = lore.rows.hub_rows("some/dataset", Row)["train"]
     assert next(found)[1] == {"user": "a"}
     with input_error("some/dataset, train, row 2: cannot be read (date value out of range)"):
@@ -467,6 +468,37 @@ def test_ids_that_differ_stay_different():
 def test_an_id_that_a_float_may_have_made_of_another_is_refused(value):
     with pytest.raises(pydantic.ValidationError, match="went through a float"):
         Row(user=value)
+
+
+@pytest.mark.parametrize("bits, first_inexact", [(16, 2**11), (32, 2**24), (64, 2**53)])
+def test_a_column_of_floats_has_ids_as_far_as_its_numbers_are_exact(tmp_path, bits, first_inexact):
+    float_type = np.dtype(f"float{bits}").type
+    path = tmp_path / "a.parquet"
+    exact = [0, 7, 7, first_inexact - 1, -(first_inexact - 1)]
+    pq.write_table(pa.table({"user": pa.array(list(map(float_type, exact)))}), path)
+    assert users_in(path) == [str(number) for number in exact]
+    for number in (first_inexact, -first_inexact, 2 * first_inexact):
+        pq.write_table(pa.table({"user": pa.array([float_type(7), float_type(number)])}), path)
+        with input_error("a.parquet, row 2: user", "went through a float"):
+            users_in(path)
+
+
+def test_short_floats_are_numbers_where_no_ids_are_needed(tmp_path):
+    class Scored(pydantic.BaseModel):
+        score: float
+        count: int
+        share: float | None
+
+    values = [1.5, 2.0**30, -3e38]
+    table = {"score": values, "count": [1.0, 2.0, 2.0**25], "share": [None, 0.5, 1.0]}
+    columns = {name: pa.array(column, pa.float32()) for name, column in table.items()}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    rows = lore.rows.read_rows(tmp_path / "a.parquet", Scored)
+    parsed = [row for _, row in lore.rows.parse_rows(rows, Scored, "scores")]
+    assert [row.score for row in parsed] == [float(np.float32(value)) for value in values]
+    assert [row.count for row in parsed] == [1, 2, 2**25]
+    assert [row.share for row in parsed] == [None, 0.5, 1.0]
+    assert all(type(row.score) is float for row in parsed)
 
 
 @pytest.mark.parametrize(

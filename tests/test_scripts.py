@@ -19,6 +19,16 @@ ENDINGS = {
         "error: K_list: 1.5 is no rank; give whole numbers\n",
         2,
     ),
+    "a hostile name": (
+        "raise utils.InputError('a\\x1b[2K\\x1b[1A\\u202egnp.json: damaged; write it again')",
+        "error: a\\x1b[2K\\x1b[1A\\u202egnp.json: damaged; write it again\n",
+        2,
+    ),
+    "a folder with a hostile name": (
+        "open(sys.argv[1] + '\\x1b[2K/results', 'w')",
+        "file.bin\\x1b[2K/results: No such file or directory; free or choose another place\n",
+        2,
+    ),
     "an interruption": (
         "raise KeyboardInterrupt",
         "error: interrupted: finished files and embeddings are kept, run the same command again to "

@@ -923,6 +923,24 @@ def test_a_study_of_files_without_texts_says_that_they_are_not_known(embeddings)
 
 
 @pytest.mark.parametrize(
+    "text", [None, 5, b"text", [1], [{"content": "a"}], [{"role": "user", "content": 1}], {}]
+)
+def test_texts_of_another_type_are_not_known(embeddings, text):
+    for name in (TRAIN, VALIDATION):
+        spoil(embeddings, lambda content: a_comparison(content).update(text=text), name)
+    study = tldr.load_embeddings(embeddings, None, 150, 50)
+    assert study.prompts == study.texts == {}
+
+
+def test_own_data_without_a_name_have_the_data_sets(embeddings):
+    head = embeddings / lore.embedding_files.HEAD_FILE
+    tensors, record = lore.files.load_tensors(head)
+    del record["data"]
+    lore.files.save_tensors(head, tensors, **record | {"own": True})
+    assert tldr.load_embeddings(embeddings, None, 150, 50).title == "Reddit TL;DR"
+
+
+@pytest.mark.parametrize(
     "change, named",
     [
         (lambda content: a_pair(content)["losing"][0].fill_(float("nan")), "NaN"),
@@ -930,6 +948,13 @@ def test_a_study_of_files_without_texts_says_that_they_are_not_known(embeddings)
         (lambda content: a_pair(content).clear(), "without embeddings"),
         (lambda content: next(reversed(content.values())).clear(), "worker"),
         (lambda content: a_pair(content).update(losing=[torch.zeros(32)]), "unequally long"),
+        (
+            lambda content: [
+                pair["embeddings"].update({side: [torch.ones(64).long()] for side in tldr.SIDES})
+                for pair in next(reversed(content.values()))
+            ],
+            "without embeddings",
+        ),
         (lambda content: content.clear(), "not a dict of workers"),
         (halve, "d = 32"),
         (

@@ -29,6 +29,7 @@ from lore.export import export_reward_model
 from lore.files import digest_of, load_tensors, save_tensors
 from lore.reward_model import load_reward_head, load_reward_model, load_tokenizer
 from lore.rewards import best_of_n, personal_reward, rewards_of_group
+from lore.tables import markdown_text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 D, K = 64, 3
@@ -265,6 +266,39 @@ def test_the_card_names_data_rank_seed_and_evidence(single, basis, tmp_path):
     ):
         assert text in card
     assert "0.710" not in card  # the evidence of another alpha
+
+
+def test_names_are_plain_text_in_the_card(single, basis, tmp_path):
+    V, _ = basis
+    name = "<img src=x>|a*b_c`\n# d"
+    model = shutil.copytree(single, tmp_path / "m_*1*")
+    run_info = {"config": {"data": name}, "seed": ["<b>"], "verdict": {"text": "Yes.\n<script>"}}
+    export_reward_model(tmp_path / "export", model, V, about=run_info)
+    card = (tmp_path / "export" / "README.md").read_text()
+    for text in (name, "m_*1*"):
+        assert markdown_text(text) in card
+    assert "<" not in card
+    assert "\n# d" not in card
+
+
+@pytest.mark.parametrize(
+    "evidence",
+    [
+        5,
+        ["a"],
+        [{"K": K}],
+        [{"K": K, "alpha": 0, "accuracy": None}],
+        [{"K": K, "alpha": 0, "accuracy": {utils.UNSEEN_TEST: "<b>"}}],
+        [{"K": K, "alpha": 0, "accuracy": {utils.UNSEEN_TEST: {"mean": "<b>", "low": 0}}}],
+    ],
+    ids=repr,
+)
+def test_evidence_of_another_shape_is_refused(single, basis, tmp_path, evidence):
+    V, _ = basis
+    with input_error("about", "results.json"):
+        about = {"K": K, "alpha": 0, "evidence": evidence}
+        export_reward_model(tmp_path / "export", single, V, about=about)
+    assert not (tmp_path / "export").exists()
 
 
 def test_a_tokenizer_without_a_spare_token_is_refused_with_the_reason(single, basis, tmp_path):
