@@ -294,6 +294,7 @@ def test_closing_table_and_results_name_what_was_set_and_every_user(ran):
         "seen users": N,
         "unseen users": N_UNSEEN,
         **pairs,
+        "validation pairs": 0,
         "pairs with equal sides": 0,
         "d": D,
     }
