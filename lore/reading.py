@@ -28,6 +28,7 @@ import torch
 from scipy.special import stdtrit
 
 from lore.evidence import kept_fit
+from lore.files import printable
 from lore.leaks import identities
 from lore.study import Study
 from lore.verdict import FEWEST_USERS
@@ -742,6 +743,25 @@ def read_directions(fits: list[Fit], study: Study, model: tuple[int, float]) -> 
         "known": known.table,
         "columns": columns,
     }
+
+
+def read_named_model(fits: list[Fit], study: Study, findings: Entry) -> Entry | None:
+    """`read_directions` of the model that the verdict names; None if that fails, which is printed.
+
+    fits: of a sweep. findings: what `lore.evidence.evidence` returned for them.
+    A sweep may have taken days, so it must not be lost to an error here.
+    """
+    verdict = findings["verdict"]
+    model = verdict["K"], verdict["alpha"]
+    compared = [fit for fit in fits if fit.K > 1]  # of these the test pairs have picked the model
+    if findings["chosen"]["by"] == "validation" or verdict["K"] < 2:
+        compared = fits_per_model(fits)[model]
+    try:
+        return read_directions(compared, study, model)
+    except Exception as error:  # whatever numpy, pandas or a text raises
+        reason = printable(f"{type(error).__name__}: {error}")
+        print(f"note: the directions could not be read ({reason})")
+        return None
 
 
 def column_text(column: Entry, users: int, is_told: bool) -> str:

@@ -116,11 +116,15 @@ KEPT = Column("kept", "Whether the basis of this seed is the one to use.")
 LOSS = Column("training loss", "The loss at the end of the training, without the penalty.")
 
 
-def report(results: Results) -> str:
-    """The text of report.md, in Markdown; results: what results.json holds."""
+def report(results: Results, directions: str) -> str:
+    """The text of report.md, in Markdown.
+
+    results: what results.json holds. directions: of `lore.report_directions.directions_section`.
+    """
     sections = paragraphs(
         verdict_section(results),
         reading_section(results),
+        directions,
         accuracy_section(results),
         controls_section(results),
         basis_section(results),

@@ -12,14 +12,19 @@ import torch
 
 from lore.evidence import kept_fit
 from lore.files import replace_files_in, save_json, save_tensors, save_text
+from lore.html_report import report_html
 from lore.intervals import interval
 from lore.pictures import (
     draw_accuracy_by_rank,
     draw_personal_part,
+    draw_reading,
     save_pictures,
     small_multiples,
 )
+from lore.reading import weights_table
 from lore.report import rank_remarks, report
+from lore.report_directions import PICTURE as DIRECTIONS
+from lore.report_directions import directions_section
 from lore.study import PARTS, Study
 from lore.tables import (
     REFERENCE,
@@ -100,15 +105,20 @@ def save_results(
     config: dict[str, Any],
     seconds: float,
     evidence: dict[str, Any],
+    reading: dict[str, Any] | None = None,
 ) -> Results:
     """Write results.json, results.csv, report.md, a safetensors file of each fit, and the pictures.
 
+    Also reading.json, weights.csv (a row for each person, with the weights in the model that the
+    verdict names) and report.html.
+
     They replace the files of an earlier sweep together, or, if one cannot be written, not at all.
-    Only then the pictures are drawn, so that no result is lost to them.
+    Only then the pictures are drawn, so that no result is lost to them, and put into report.html.
 
     folder: where to write. fits: of all ranks, alphas and seeds. config: the settings that a reader
     set, JSON values. seconds: how long training and evaluation took. evidence: what
-    `lore.evidence.evidence` returned for these fits.
+    `lore.evidence.evidence` returned for these fits. reading: what `read_named_model` returned for
+    them.
     Returns what results.json holds. Raises OSError that names the file: disk full, read-only.
     """
     provenance = run_info(study, config)
@@ -122,14 +132,25 @@ def save_results(
     drawings = {"accuracy_by_rank": lambda: draw_accuracy_by_rank(results)}
     if any(entry["personal_part"] for entry in results["evidence"]):
         drawings["personal_part"] = lambda: draw_personal_part(results)
-    earlier = ["K_*.safetensors", "accuracy_by_rank.*", "personal_part.*"]
+    if reading and reading["attributes"]:
+        drawings[DIRECTIONS] = lambda: draw_reading(results, reading)
+    earlier = [
+        *("K_*.safetensors", "accuracy_by_rank.*", "personal_part.*"),
+        *("reading.json", f"{DIRECTIONS}.*", "report.html"),
+    ]
+    text = report(results, directions_section(results, reading))
+    people = weights_table(fits, study, (results["verdict"]["K"], results["verdict"]["alpha"]))
     with replace_files_in(folder, earlier) as new:
         for fit, description in zip(fits, results["fits"]):
             save_basis(new / description["file"], fit, provenance)
         save_json(new / "results.json", results)
-        save_text(new / "report.md", report(results))
+        if reading:
+            save_json(new / "reading.json", reading)
+        save_text(new / "report.md", text)
+        save_text(new / "weights.csv", csv_text(people))
         save_text(new / "results.csv", csv_text(pd.json_normalize(shown_rows(results))))
     save_pictures(folder, drawings)
+    save_text(folder / "report.html", report_html(text, results, folder))
     return results
 
 

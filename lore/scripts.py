@@ -18,6 +18,7 @@ from lore.embedding_files import embeddings_are_finished, new_embeddings
 from lore.evidence import evidence, judge_held_out, tossed_control
 from lore.files import TrainingCheckpoint, check_writable, digest_of
 from lore.questions import question_curves
+from lore.reading import read_named_model
 from lore.results import (
     print_results,
     question_table,
@@ -374,14 +375,15 @@ def finish_training(
 
     if process_rank() == 0:
         findings = evidence(fits, study, control)
-        results = save_results(folder, fits, study, config, seconds, findings)
+        reading = read_named_model(fits, study, findings)
+        results = save_results(folder, fits, study, config, seconds, findings, reading)
         if save_more is not None:
             save_more(fits)
         print_results(results)
         checkpoint.clear()
         control_checkpoint.clear()
     print(
-        f"\n{seconds:.1f} s; read {folder / 'report.md'}; pictures and each rank's basis are "
+        f"\n{seconds:.1f} s; read {folder / 'report.html'} or report.md; pictures and each rank's basis are "
         f"beside it{closing}"
     )
 
