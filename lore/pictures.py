@@ -329,15 +329,17 @@ def draw_reading(results: Results, reading: Entry) -> "Figure":
 
     The colour and the number in a field are the correlation. Fields with p < FOUND have a frame
     and a bold number. A negative one has its sign and hatching, so the picture is also legible in
-    grey.
+    grey. Attributes in which users do not differ at all are left out.
 
     results: what results.json holds. reading: of `lore.reading.read_directions`, with attributes.
     """
     matplotlib = import_matplotlib()
-    names = reading["attributes"]["names"]
     shown = columns_to_draw(reading)
-    correlation = np.array(reading["attributes"]["correlation"])[shown].T  # (attributes, columns)
-    is_found = np.array(reading["attributes"]["p"])[shown].T < FOUND
+    correlation = np.array(reading["attributes"]["correlation"]).T  # (attributes, columns)
+    varies = correlation.any(1)  # users do not differ in the other attributes at all
+    names = [name for name, v in zip(reading["attributes"]["names"], varies) if v]
+    correlation = correlation[varies][:, shown]
+    is_found = np.array(reading["attributes"]["p"]).T[varies][:, shown] < FOUND
     limit = max(FULL_COLOR, float(np.abs(correlation).max()))
     with matplotlib.rc_context(STYLE | {"axes.grid": False, "hatch.linewidth": 0.5}):
         size = (0.62 * len(shown) + 3.0, 0.26 * len(names) + 1.5)  # inches
@@ -391,10 +393,10 @@ def draw_field(
     corner = (place[0] - 0.5, place[1] - 0.5)
     is_dark = abs(value) > 0.6 * limit
     if round(value, 2) < 0:
-        color = (1, 1, 1, 0.5) if is_dark else (0, 0, 0, 0.25)
+        color = (1, 1, 1, 0.4) if is_dark else (0, 0, 0, 0.2)
         axes.add_patch(
             matplotlib.patches.Rectangle(
-                corner, 1, 1, fill=False, hatch="////", edgecolor=color, linewidth=0
+                corner, 1, 1, fill=False, hatch="//", edgecolor=color, linewidth=0
             )
         )
     if found:
@@ -405,7 +407,7 @@ def draw_field(
         )
     axes.text(
         *place,
-        f"{value:+.2f}".replace("0.", "."),
+        f"{value:+.2f}".replace("0.", ".").replace("-", "−"),
         ha="center",
         va="center",
         fontsize=7,

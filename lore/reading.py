@@ -551,7 +551,7 @@ def attributes_found(
     An entry has `attribute`, `correlation` and `p` of the first of the group; `with`, a list of
     {attribute, correlation} of the rest; `share_of_its_users` and `share_of_others`, of the pairs
     that differ in the attribute the share in which the text with more is chosen, means over these
-    users, None if there are none; `text`, a phrase.
+    users, None if there are none; `phrase`, such as "longer texts"; `text`, all of it in words.
     """
     shares = choices.shares()
     steady = standardised(choices.steady_shares())
@@ -572,6 +572,7 @@ def attributes_found(
                 ],
                 "share_of_its_users": known_mean(shares[its_users, first]),
                 "share_of_others": known_mean(shares[~its_users, first]),
+                "phrase": names[0],
                 "text": f"{text}, correlation {correlation[first]:+.2f}, p {p[first]:.2g}",
             }
         )

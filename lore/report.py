@@ -179,7 +179,7 @@ def accuracy_section(results: Results) -> str:
         "## Accuracy",
         explain(settings),
         markdown_table([model_cells(entry) | entry["accuracy"] for entry in entries]),
-        "![Accuracy by rank](accuracy_by_rank.png)",
+        f"![Accuracy by rank. {on_unseen_prompts(entries)}.](accuracy_by_rank.png)",
     )
 
 
@@ -193,8 +193,23 @@ def controls_section(results: Results) -> str:
         markdown_table([model_cells(entry) | control_cells(entry) for entry in trained]),
     )
     if any(entry["personal_part"] for entry in trained):
-        section = paragraphs(section, "![Personal part by rank](personal_part.png)")
+        parts = [entry for entry in trained if entry["personal_part"]]
+        means = ", ".join(
+            f"{model_name(entry['K'], entry['alpha'])} {entry['personal_part']['mean']:+.3f}"
+            for entry in parts
+        )
+        picture = f"![Personal part by rank, own minus mean weights. {means}.](personal_part.png)"
+        section = paragraphs(section, picture)
     return section
+
+
+def on_unseen_prompts(entries: list[Entry]) -> str:
+    """The accuracies of the setting that counts, for those who do not see the picture."""
+    means = ", ".join(
+        f"{model_name(entry['K'], entry['alpha'])} {entry['accuracy'][UNSEEN_TEST]['mean']:.3f}"
+        for entry in entries
+    )
+    return f"{UNSEEN_TEST}: {means}"
 
 
 def control_cells(entry: Entry) -> dict[str, Any]:

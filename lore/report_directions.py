@@ -1,6 +1,8 @@
 """The section of report.md on what the directions mean."""
 
-from lore.report import bullets, paragraphs
+from typing import Any
+
+from lore.report import bullets, markdown_table, paragraphs
 from lore.tables import Entry, Results, markdown_text, model_name
 
 SHOWN_COLUMNS = 6  # examples are shown of so many columns, those that most users weigh most
@@ -19,31 +21,53 @@ def directions_section(results: Results, reading: Entry | None) -> str:
         return paragraphs(heading, "The directions could not be read, because of an error.")
     if not reading["columns"]:
         return paragraphs(heading, *reading["notes"])
-    parts = [heading]
-    if results["verdict"]["personal"] != "yes":
-        parts.append(
-            f"**The verdict is “{results['verdict']['personal']}”: the directions describe nothing "
-            "that is known to be personal.**"
-        )
-    parts += [
+    return paragraphs(
+        heading,
+        *first_line(results["verdict"]["personal"], reading),
         subject(reading),
+        *reading["notes"],
         *attributes_part(reading),
         *known_part(reading),
-        bullets(*(people_point(column, reading) for column in reading["columns"])),
+        "Who weigh each column most, and how well it is found again in other seeds:",
+        markdown_table([people_row(column) for column in reading["columns"]]),
         *examples_part(reading),
+    )
+
+
+def first_line(personal: str, reading: Entry) -> list[str]:
+    """What the people differ in, in a line; under another verdict than "yes" that nothing is known.
+
+    Empty if it cannot be told.
+    """
+    if personal != "yes":
+        return [
+            f"**The verdict is “{personal}”: the directions describe nothing that is known to be "
+            "personal.**"
+        ]
+    tastes = [
+        f"{entry['phrase']} (column {column['column']})"
+        for column in reading["columns"]
+        for entry in column["attributes"]
     ]
-    return paragraphs(*parts)
+    if reading["attributes"] is None:
+        return []
+    if not tastes:
+        return [
+            f"**The rewards are personal, but {reading['users']} unseen users do not tell in which "
+            "attribute of texts they differ.**"
+        ]
+    return [f"**What people differ in, as far as it was found: {', '.join(tastes)}.**"]
 
 
 def subject(reading: Entry) -> str:
     """Which model is read, and how."""
     name = model_name(reading["K"], reading["alpha"])
     return (
-        f"This is about {name}, seed {reading['seed']}, the model that the verdict names, and its "
-        f"{len(reading['columns'])} directions, the columns of its basis. A user has a weight for "
-        "each. If users who weigh a column more also choose, for example, longer texts in their "
-        "test pairs, the column goes with longer texts. More is in `reading.json`, and everybody's "
-        "weights are in `weights.csv`."
+        f"This is about the model that the verdict names, {name}, seed {reading['seed']}. Its "
+        f"basis has {len(reading['columns'])} columns, which are the directions, and each user has "
+        "a weight for each of them. If users who weigh a column more also choose, for example, the "
+        "longer text more often, the column goes with longer texts. More is in `reading.json`; "
+        "`weights.csv` has the weights of every user."
     )
 
 
@@ -51,24 +75,29 @@ def subject(reading: Entry) -> str:
 
 
 def attributes_part(reading: Entry) -> list[str]:
-    """What is found of the texts, or why nothing is; and the picture."""
-    parts = [*reading["notes"]]
-    if reading["attributes"] is None:
-        return parts
+    """What is found of the texts, and the picture; empty if nothing could be told."""
+    table = reading["attributes"]
+    if table is None:
+        return []
     found = [
         f"**Column {column['column']}** goes with {entry['text']}{shares_in_words(entry)}."
         for column in reading["columns"]
         for entry in column["attributes"]
     ]
     if found:
-        parts += [
-            "These are the attributes of texts that the users' weights go with. A p holds for all "
-            "columns and attributes together. Of attributes in brackets these users cannot tell "
-            "which one it is.",
+        parts = [
+            "The weights of the unseen users go with these attributes of the texts that they "
+            "choose. A p holds for all columns and attributes together. These users cannot tell "
+            "the attributes in brackets from the one before them.",
             bullets(*found),
         ]
     else:
-        parts.append("The users' weights go with none of the attributes of texts.")
+        parts = ["The weights of the unseen users go with none of the attributes of texts."]
+    alike = [
+        name for name, values in zip(table["names"], zip(*table["correlation"])) if not any(values)
+    ]
+    if alike:
+        parts.append(f"The users do not differ at all in these attributes: {', '.join(alike)}.")
     return [*parts, f"![{picture_in_words(reading)}]({PICTURE}.png)"]
 
 
@@ -78,8 +107,8 @@ def shares_in_words(entry: Entry) -> str:
     if own is None or others is None:
         return ""
     return (
-        f": those who weigh it most choose the text with more in {own:.0%} of their pairs, all "
-        f"others in {others:.0%}"
+        f"; those who weigh it most choose the text with more of it in {100 * own:.0f} % of their "
+        f"pairs, the others in {100 * others:.0f} %"
     )
 
 
@@ -91,66 +120,71 @@ def picture_in_words(reading: Entry) -> str:
         for entry in column["attributes"]
     ]
     return (
-        f"Correlation of the weights of {len(reading['columns'])} columns with "
-        f"{len(reading['attributes']['names'])} attributes of the chosen texts. "
-        f"Told from chance: {', '.join(found) or 'none'}."
+        f"Correlations of the weights of {len(reading['columns'])} columns with the attributes of "
+        f"the chosen texts. Told from chance: {', '.join(found) or 'none'}."
     )
 
 
 def known_part(reading: Entry) -> list[str]:
     """What is known of the people and goes with their weights; empty if nothing is known."""
-    if reading["known"] is None:
+    table = reading["known"]
+    if table is None:
         return []
     found = [
         f"**Column {column['column']}** goes with {markdown_text(entry['text'])}."
         for column in reading["columns"]
         for entry in column["known"]
     ]
-    about = (
-        f"What is known of {reading['known']['users']} people was compared with their weights, "
-        f"{len(reading['known']['names'])} answers in all."
+    compared = (
+        f"The weights of {table['users']} people were also compared with {len(table['names'])} "
+        "answers that are known of them."
     )
     if not found:
-        return [f"{about} The weights go with none of them."]
-    return [f"{about} A p holds for all columns and answers together.", bullets(*found)]
+        return [f"{compared} They go with none of these."]
+    return [f"{compared} A p holds for all columns and answers together.", bullets(*found)]
 
 
 # ---- People
 
 
-def people_point(column: Entry, reading: Entry) -> str:
-    """Who weigh a column most, and whether other seeds find it again."""
+def people_row(column: Entry) -> dict[str, Any]:
+    """Who weigh a column most, and how similar the most similar column of each other seed is."""
     most = column["weigh_most"]
-    text = (
-        f"**Column {column['column']}** is weighed most by {most['unseen']} of {reading['users']} "
-        f"unseen users{accuracy_in_words(most['unseen_accuracy'])} and by {most['seen']} seen "
-        f"users{accuracy_in_words(most['seen_accuracy'])}."
-    )
-    if column["found_again"]:
-        correlations = ", ".join(f"{again['correlation']:.2f}" for again in column["found_again"])
-        text += f" Correlation with the most similar column of each other seed: {correlations}."
-    return text
+    phrases = [entry["phrase"] for entry in column["attributes"]]
+    correlations = [f"{again['correlation']:.2f}" for again in column["found_again"]]
+    return {
+        "column": column["column"],
+        "goes with": phrases or None,
+        "unseen users": most["unseen"],
+        "accuracy of the unseen": accuracy_cell(most["unseen_accuracy"]),
+        "seen users": most["seen"],
+        "accuracy of the seen": accuracy_cell(most["seen_accuracy"]),
+        "correlation with its likeness in other seeds": correlations or None,
+    }
 
 
-def accuracy_in_words(accuracy: float | None) -> str:
-    return "" if accuracy is None else f" (accuracy {accuracy:.3f})"
+def accuracy_cell(accuracy: float | None) -> str | None:
+    return None if accuracy is None else f"{accuracy:.3f}"
 
 
 # ---- Examples
 
 
 def examples_part(reading: Entry) -> list[str]:
-    """Pairs of the columns that most users weigh most; empty without texts."""
-    with_examples = [column for column in reading["columns"] if column["examples"]]
-    if not with_examples:
-        return []
-    with_examples.sort(key=lambda column: -column["weigh_most"]["unseen"])
-    shown = sorted(with_examples[:SHOWN_COLUMNS], key=lambda column: column["column"])
-    parts = [
-        "On the following test pairs a column contradicts everybody's mean reward most. Long texts "
-        "are shortened."
+    """Pairs of the columns that most unseen users weigh most; empty without texts."""
+    columns = [
+        column
+        for column in reading["columns"]
+        if column["examples"] and column["weigh_most"]["unseen"] > 0
     ]
-    for column in shown:
+    if not columns:
+        return []
+    columns.sort(key=lambda column: -column["weigh_most"]["unseen"])
+    parts = [
+        "The examples are test pairs on which a column contradicts everybody's mean reward most, "
+        "of the columns that some unseen users weigh most. Long texts are shortened."
+    ]
+    for column in sorted(columns[:SHOWN_COLUMNS], key=lambda column: column["column"]):
         parts.append(f"### Examples of column {column['column']}")
         parts.append(bullets(*map(example_point, column["examples"][:SHOWN_EXAMPLES])))
     return parts
@@ -158,13 +192,12 @@ def examples_part(reading: Entry) -> list[str]:
 
 def example_point(example: Entry) -> str:
     """A pair as a point of a list, with a point below it for each of its texts."""
-    user = markdown_text(example["user"])
-    choice = "the first" if example["user_agrees"] else "the second"
     prompt = example["prompt"]
+    choice = "the first" if example["user_agrees"] else "the second"
     lines = [
-        "Without a prompt" if prompt is None else f"*{markdown_text(prompt)}*",
-        f"  - **prefers** {markdown_text(example['preferred'])}",
+        "To a prompt" if prompt is None else f"*{markdown_text(prompt)}*",
+        f"  - **The column prefers** {markdown_text(example['preferred'])}",
         f"  - **to** {markdown_text(example['other'])}",
-        f"  - chosen by user {user}: {choice}",
+        f"  - User {markdown_text(example['user'])} chose {choice}.",
     ]
     return "\n".join(lines)

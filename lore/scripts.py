@@ -306,7 +306,8 @@ def embed_files(
             file.write(new_folder / file.name, table, rows_of_file)
     for file, path in zip(files, paths):
         megabytes = path.stat().st_size / 1e6
-        print(f"{file.name}: {file.contents}, d = {len(head)}, {megabytes:,.1f} MB")
+        width = f", d = {len(head)}" if file.conversations else ""
+        print(f"{file.name}: {file.contents}{width}, {megabytes:,.1f} MB")
     print("next: python train_basis.py")
 
 
@@ -383,8 +384,8 @@ def finish_training(
         checkpoint.clear()
         control_checkpoint.clear()
     print(
-        f"\n{seconds:.1f} s; read {folder / 'report.html'} or report.md; pictures and each rank's basis are "
-        f"beside it{closing}"
+        f"\n{seconds:.1f} s; read {folder / 'report.html'} or report.md; pictures and each rank's "
+        f"basis are beside it{closing}"
     )
 
 
