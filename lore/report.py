@@ -116,10 +116,11 @@ KEPT = Column("kept", "Whether the basis of this seed is the one to use.")
 LOSS = Column("training loss", "The loss at the end of the training, without the penalty.")
 
 
-def report(results: Results, directions: str) -> str:
+def report(results: Results, directions: str = "") -> str:
     """The text of report.md, in Markdown.
 
-    results: what results.json holds. directions: of `lore.report_directions.directions_section`.
+    results: what results.json holds. directions: of `lore.report_directions.directions_section`;
+    empty: the report has no such section.
     """
     sections = paragraphs(
         verdict_section(results),
@@ -319,8 +320,8 @@ def bullets(*points: str) -> str:
 
 
 def paragraphs(*texts: str) -> str:
-    """The texts with an empty line between them."""
-    return "\n\n".join(texts)
+    """The texts with an empty line between them; empty texts are left out."""
+    return "\n\n".join(text for text in texts if text)
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:

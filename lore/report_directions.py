@@ -18,7 +18,7 @@ def directions_section(results: Results, reading: Entry | None) -> str:
     """
     heading = "## What the directions mean"
     if reading is None:
-        return paragraphs(heading, "The directions could not be read, because of an error.")
+        return paragraphs(heading, "The directions were not read.")
     if not reading["columns"]:
         return paragraphs(heading, *reading["notes"])
     return paragraphs(

@@ -228,6 +228,8 @@ def test_files_of_an_earlier_sweep_go_and_others_and_the_state_of_the_training_s
         "results.json",
         "results.csv",
         "report.md",
+        "report.html",
+        "weights.csv",
         "accuracy_by_rank.png",
         "accuracy_by_rank.pdf",
         "personal_part.png",
@@ -297,7 +299,7 @@ def test_results_are_whole_before_a_picture_is_drawn_and_have_no_picture_of_befo
     with pytest.raises(OSError) as error:
         save_results(tmp_path, swept(study, [2], num_iterations=1), study, {}, 2.0)
     assert "accuracy_by_rank" in error.value.filename
-    names = {"results.json", "results.csv", "report.md", "K_2.safetensors"}
+    names = {"results.json", "results.csv", "weights.csv", "report.md", "K_2.safetensors"}
     assert set(os.listdir(tmp_path)) == names
     assert strict_json(tmp_path / "results.json")["seconds"] == 2.0
 
@@ -314,7 +316,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_result(tmp_path, study, fits, m
         assert r"cannot\x1b[2K draw" in line
         assert str(tmp_path) in line
         assert not list(tmp_path.glob(f"{name}.p*"))
-    kinds = {"json", "csv", "md", "tex", "safetensors"}
+    kinds = {"json", "csv", "md", "html", "tex", "safetensors"}
     assert {path.suffix[1:] for path in tmp_path.iterdir()} == kinds
 
 

@@ -1013,6 +1013,8 @@ def test_ranks_and_seeds_may_be_ranges_and_arrays_and_files_of_an_earlier_sweep_
         "results.json",
         "results.csv",
         "report.md",
+        "report.html",
+        "weights.csv",
         "accuracy_by_rank.png",
         "accuracy_by_rank.pdf",
         "vary_fewshot.json",
