@@ -342,17 +342,18 @@ def draw_reading(results: Results, reading: Entry) -> "Figure":
     is_found = np.array(reading["attributes"]["p"]).T[varies][:, shown] < FOUND
     limit = max(FULL_COLOR, float(np.abs(correlation).max()))
     with matplotlib.rc_context(STYLE | {"axes.grid": False, "hatch.linewidth": 0.5}):
-        size = (0.62 * len(shown) + 3.0, 0.26 * len(names) + 1.5)  # inches
+        size = (0.72 * len(shown) + 3.0, 0.26 * len(names) + 1.5)  # inches
         figure = matplotlib.figure.Figure(size, layout="constrained")
         figure.suptitle(describe_reading(results, reading, len(shown)), fontsize=9)
         axes = figure.subplots()
         fields = axes.imshow(correlation, "PuOr", aspect="auto", vmin=-limit, vmax=limit)
         axes.set_yticks(range(len(names)), names)
         axes.set_xticks(range(len(shown)), [column_label(reading["columns"][k]) for k in shown])
-        axes.tick_params(length=0)
+        axes.tick_params(length=0, labelsize=8)
         axes.spines[:].set_visible(False)
         for (j, k), value in np.ndenumerate(correlation):
-            draw_field(matplotlib, axes, (k, j), value, limit, is_found[j, k])
+            color = fields.cmap(fields.norm(value))
+            draw_field(matplotlib, axes, (k, j), value, color, is_found[j, k])
         figure.colorbar(fields, ax=axes, label="correlation", shrink=0.7)
         escape_missing_glyphs(matplotlib, figure)
     return figure
@@ -387,16 +388,22 @@ def describe_reading(results: Results, reading: Entry, shown: int) -> str:
 
 
 def draw_field(
-    matplotlib: Any, axes: "Axes", place: tuple[int, int], value: float, limit: float, found: bool
+    matplotlib: Any,
+    axes: "Axes",
+    place: tuple[int, int],
+    value: float,
+    color: tuple[float, ...],
+    found: bool,
 ) -> None:
     """Write a correlation into its field, hatch the field below 0, and frame it if it was found."""
     corner = (place[0] - 0.5, place[1] - 0.5)
-    is_dark = abs(value) > 0.6 * limit
+    red, green, blue, _ = color
+    is_dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.5  # as bright as they are seen
     if round(value, 2) < 0:
-        color = (1, 1, 1, 0.4) if is_dark else (0, 0, 0, 0.2)
+        hatching = (1, 1, 1, 0.4) if is_dark else (0, 0, 0, 0.2)
         axes.add_patch(
             matplotlib.patches.Rectangle(
-                corner, 1, 1, fill=False, hatch="//", edgecolor=color, linewidth=0
+                corner, 1, 1, fill=False, hatch="//", edgecolor=hatching, linewidth=0
             )
         )
     if found:
