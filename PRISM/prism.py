@@ -64,7 +64,7 @@ class Answers(BaseModel):
     """What a row of survey.jsonl tells of the person, as far as it is there."""
 
     user_id: Id
-    age: Any = None  # as this and the next, one of some answers
+    age: Any = None  # as of those below, one of the survey's answers, a text
     gender: Any = None
     education: Any = None
     employment_status: Any = None
@@ -72,16 +72,16 @@ class Answers(BaseModel):
     english_proficiency: Any = None
     lm_familiarity: Any = None
     lm_frequency_use: Any = None
-    religion: Any = None  # an object, of which SURVEY_DETAILS are taken
+    religion: Any = None  # this and the next are objects, see SURVEY_DETAILS
     ethnicity: Any = None
     location: Any = None
     stated_prefs: Any = None  # an object: how much each quality matters, from 0 to 100
 
 
-SURVEY_DETAILS = {
-    "religion": "simplified",
-    "ethnicity": "simplified",
-    "location": "reside_country",
+SURVEY_DETAILS = {  # what is taken of an object: its column, and the name in it
+    "religion": ("religion", "simplified"),
+    "ethnicity": ("ethnicity", "simplified"),
+    "country": ("location", "reside_country"),
 }
 
 
@@ -177,16 +177,16 @@ def read_survey(folder: Path | None) -> dict[str, dict[str, Any]]:
 
 def answers_of(row: Answers) -> dict[str, Any]:
     """The answers of one person; what was not answered is missing."""
-    answers = row.model_dump(exclude={"user_id", "stated_prefs"})
-    for name, detail in SURVEY_DETAILS.items():
-        answers[name] = _entries(answers[name]).get(detail)
+    answers = row.model_dump(exclude={"user_id"})
+    for name, (column, detail) in SURVEY_DETAILS.items():
+        answers[name] = _entries(getattr(row, column)).get(detail)
     for quality, points in _entries(row.stated_prefs).items():
         if is_number(points):  # beside the points there is a text of one's own
             answers[f"stated preference for {quality}"] = points
     return {
         name: answer
         for name, answer in answers.items()
-        if not is_missing(answer) and isinstance(answer, str | int | float)
+        if isinstance(answer, str | int | float) and not is_missing(answer)
     }
 
 

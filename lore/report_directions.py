@@ -44,19 +44,24 @@ def first_line(personal: str, reading: Entry) -> list[str]:
             f"**The verdict is “{personal}”: the directions describe nothing that is known to be "
             "personal.**"
         ]
-    tastes = [
-        f"{entry['phrase']} (column {column['column']})"
-        for column in reading["columns"]
-        for entry in column["attributes"]
-    ]
     if reading["attributes"] is None:
         return []
+    tastes = [
+        f"{', '.join(phrases_of(column))} (column {column['column']})"
+        for column in reading["columns"]
+        if column["attributes"]
+    ]
     if not tastes:
         return [
             f"**The rewards are personal, but {reading['users']} unseen users do not tell in which "
             "attribute of texts they differ.**"
         ]
-    return [f"**What people differ in, as far as it was found: {', '.join(tastes)}.**"]
+    return [f"**What people differ in, as far as it was found: {'; '.join(tastes)}.**"]
+
+
+def phrases_of(column: Entry) -> list[str]:
+    """What a column goes with, such as "longer texts"."""
+    return [entry["phrase"] for entry in column["attributes"]]
 
 
 def subject(reading: Entry) -> str:
@@ -150,16 +155,15 @@ def known_part(reading: Entry) -> list[str]:
 def people_row(column: Entry) -> dict[str, Any]:
     """Who weigh a column most, and how similar the most similar column of each other seed is."""
     most = column["weigh_most"]
-    phrases = [entry["phrase"] for entry in column["attributes"]]
     correlations = [f"{again['correlation']:.2f}" for again in column["found_again"]]
     return {
         "column": column["column"],
-        "goes with": phrases or None,
+        "goes with": phrases_of(column) or None,
         "unseen users": most["unseen"],
         "accuracy of the unseen": accuracy_cell(most["unseen_accuracy"]),
         "seen users": most["seen"],
         "accuracy of the seen": accuracy_cell(most["seen_accuracy"]),
-        "correlation with its likeness in other seeds": correlations or None,
+        "correlation with the nearest column of other seeds": correlations or None,
     }
 
 

@@ -458,7 +458,7 @@ def test_what_the_survey_tells_of_the_users_of_the_split_reaches_the_study(ran):
             "age": row["age"],
             "gender": row["gender"],
             "lm_familiarity": row["lm_familiarity"],
-            "location": row["location"]["reside_country"],
+            "country": row["location"]["reside_country"],
         }
     known = json.loads((ran.folder / "results" / "reading.json").read_text())["known"]
     assert known["users"] == len(study.about_users)
@@ -483,7 +483,7 @@ def test_answers_of_the_published_survey(monkeypatch, tmp_path, corpus):
         "age": "25-34 years old",
         "religion": "No",
         "ethnicity": "White",
-        "location": "Canada",
+        "country": "Canada",
         "stated preference for values": 61.5,
         "stated preference for safety": 0,
     }

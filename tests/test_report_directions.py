@@ -201,7 +201,7 @@ def section(reading, personal="yes"):
 def test_the_first_line_says_what_people_differ_in():
     first, second = section(reading_of(*TASTES)).split("\n\n")[1:3]
     assert first == (
-        "**What people differ in, as far as it was found: longer texts (column 0), fewer questions "
+        "**What people differ in, as far as it was found: longer texts (column 0); fewer questions "
         "(column 1).**"
     )
     assert "K = 3, alpha 0.5, seed 2" in second
