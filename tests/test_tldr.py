@@ -1014,6 +1014,7 @@ def test_ranks_and_seeds_may_be_ranges_and_arrays_and_files_of_an_earlier_sweep_
         "results.csv",
         "report.md",
         "report.html",
+        "reading.json",
         "weights.csv",
         "accuracy_by_rank.png",
         "accuracy_by_rank.pdf",
