@@ -216,7 +216,7 @@ class ScoredEmbeddings:
 
     embeddings: torch.Tensor  # (8 * prompts, d)
     scores: torch.Tensor  # float32 (prompts, 8, 10)
-    texts: Prompts | None = None  # None: not known
+    texts: Prompts | None = None  # None: not known, as of embeddings of older versions
 
 
 def load_embeddings(

@@ -1,8 +1,8 @@
 """report.html: report.md as one page with its pictures inside, which can be sent as it is.
 
-The page asks for nothing on the network and runs no script. The texts of the data are escaped
-twice, by whom they concern: `lore.tables.markdown_text` makes them plain text in Markdown, and
-markdown-it makes any HTML in that plain text on the page.
+The page asks for nothing on the network and runs no script. A text of the data is escaped twice:
+`lore.tables.markdown_text` makes it plain text in Markdown, and markdown-it and Jinja make plain
+text plain in HTML.
 """
 
 import base64
@@ -68,7 +68,7 @@ def split_tokens(tokens: list[Token]) -> tuple[str, list[Token], list[Token]]:
     """The title as a text, what is between it and the first section, and the sections."""
     starts = [i for i, token in enumerate(tokens) if token.tag == "h2" and token.nesting == 1]
     first = starts[0] if starts else len(tokens)
-    opening, title, closing = tokens[:3]  # of the heading
+    _, title, _ = tokens[:3]  # the heading's opening, its text and its closing
     return inline_text(title), tokens[3:first], tokens[first:]
 
 
