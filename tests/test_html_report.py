@@ -95,7 +95,7 @@ def folder(tmp_path_factory):
     findings = evidence(fits, study)
     reading = read_named_model(fits, study, findings)
     path = tmp_path_factory.mktemp("results")
-    save_results(path, fits, study, {}, 1.0, findings, reading)
+    save_results(path, fits, study, {}, 1.0, findings, reading=reading)
     return path
 
 

@@ -79,7 +79,7 @@ def test_a_sweep_without_user_weights_has_nothing_to_compare(study, tmp_path):
     fits = swept(study, [0, 1], num_iterations=2)
     found = evidence(fits, study)
     reading = read_named_model(fits, study, found)
-    save_results(tmp_path, fits, study, {}, 1.0, found, reading)
+    save_results(tmp_path, fits, study, {}, 1.0, found, reading=reading)
     report = (tmp_path / "report.md").read_text()
     assert "one direction for everybody, so there is nothing to compare" in report
     assert "directions.png" not in report
@@ -88,7 +88,9 @@ def test_a_sweep_without_user_weights_has_nothing_to_compare(study, tmp_path):
 def test_an_error_of_the_reading_costs_no_result(
     fits, study, findings, tmp_path, monkeypatch, capsys
 ):
-    save_results(tmp_path, fits, study, {}, 1.0, findings, read_named_model(fits, study, findings))
+    save_results(
+        tmp_path, fits, study, {}, 1.0, findings, reading=read_named_model(fits, study, findings)
+    )
     assert (tmp_path / "reading.json").exists() and (tmp_path / "directions.png").exists()
 
     def fails(*_):
@@ -98,7 +100,7 @@ def test_an_error_of_the_reading_costs_no_result(
     capsys.readouterr()
     reading = read_named_model(fits, study, findings)
     assert r"could not be read (ValueError: cannot\x1b[2K read)" in capsys.readouterr().out
-    save_results(tmp_path, fits, study, {}, 2.0, findings, reading)
+    save_results(tmp_path, fits, study, {}, 2.0, findings, reading=reading)
     assert json.loads((tmp_path / "results.json").read_text())["seconds"] == 2
     assert "The directions were not read." in (tmp_path / "report.md").read_text()
     assert not (tmp_path / "reading.json").exists() and not list(tmp_path.glob("directions.*"))
@@ -113,7 +115,7 @@ def test_the_files_hold_the_reading_and_everybodys_weights(fits, study, findings
         study, seen=["=1+1", *study.seen[1:]], about_users={"=1+1": {"age": 33}}
     )
     reading = read_named_model(fits, study, findings)
-    save_results(tmp_path, fits, study, {}, 1.0, findings, reading)
+    save_results(tmp_path, fits, study, {}, 1.0, findings, reading=reading)
     assert json.loads((tmp_path / "reading.json").read_text()) == reading
     model = findings["verdict"]["K"], 0
     expected = weights_table(fits, study, model)
@@ -357,7 +359,7 @@ def test_the_labels_of_many_attributes_and_columns_do_not_overlap():
 def test_the_picture_of_the_made_data_names_data_model_and_users(fits, study, findings, tmp_path):
     reading = read_named_model(fits, study, findings)
     torch.manual_seed(0)
-    results = save_results(tmp_path, fits, study, {}, 1.0, findings, reading)
+    results = save_results(tmp_path, fits, study, {}, 1.0, findings, reading=reading)
     title = draw_reading(results, reading).get_suptitle()
     for words in ("made: 10 seen, 10 unseen users", f"K = {reading['K']}, alpha 0", "p < 0.05"):
         assert words in title
