@@ -419,7 +419,9 @@ def finish_training(
     if process_rank() == 0:
         findings = evidence(fits, study, control)
         reading = read_named_model(fits, study, findings)
-        results = save_results(folder, fits, study, config, seconds, findings, held_out, reading=reading)
+        results = save_results(
+            folder, fits, study, config, seconds, findings, held_out, reading=reading
+        )
         if save_more is not None:
             save_more(fits)
         print_results(results)
