@@ -4,7 +4,8 @@
     python prepare.py --demo        the synthetic corpus in demo/, and a tiny stand-in model
     python prepare.py --data DIR    survey.jsonl and conversations.jsonl from a folder
 
-Writes to data/prism/ beside itself: train.parquet, test.parquet, split.json.
+Writes to data/prism/ beside itself: train.parquet, test.parquet, split.json and about_users.json,
+the answers of the survey.
 Next: python generate-prism-embeddings.py
 The full data set must come to 1,030 seen users and, of seen and unseen users together, 12,999
 train turns, 19,638 train pairs and 19,727 test pairs.
@@ -136,9 +137,12 @@ def main() -> None:
         "split_seed": split_seed,
         "data_notes": notes,
     }
-    prism.save_split(folder, rows, split, provenance)
+    prism.save_split(folder, rows, split, prism.read_survey(args.data), provenance)
     command = next_command("generate-prism-embeddings.py", args.dir)
-    print(f"train.parquet, test.parquet and split.json are in {folder}; next: {command}")
+    print(
+        f"train.parquet, test.parquet, split.json and about_users.json are in {folder}; "
+        f"next: {command}"
+    )
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from lore.files import (
     save_json,
 )
 from lore.normal_forms import Id, prompt_key
+from lore.reading import is_missing, is_number
 from lore.rows import are_messages, parse_rows, read_rows, split_files
 from lore.study import PARTS, Study
 from utils import InputError, create_dataset_prism, group_by_dialog, is_finite, turn_pairs
@@ -33,6 +34,7 @@ DATASET = "HannahRoseKirk/prism-alignment"
 FILES = ("train_embeddings.pkl", "test_embeddings.pkl")
 SPLIT_FOLDER = Path("data") / "prism"  # prepare.py writes there, and the released scripts do too
 PAIR_FORMAT = "one embedding per rejected response"
+ABOUT_FILE = "about_users.json"  # in SPLIT_FOLDER: the survey's answers
 MESSAGE_KEYS = ("role", "content")
 INFO_KEYS = (
     "split",
@@ -66,6 +68,31 @@ class User(BaseModel):
 
     user_id: Id
     num_completed_conversations: int
+
+
+class Answers(BaseModel):
+    """What a row of survey.jsonl tells of the person, as far as it is there."""
+
+    user_id: Id
+    age: Any = None  # as of those below, one of the survey's answers, a text
+    gender: Any = None
+    education: Any = None
+    employment_status: Any = None
+    marital_status: Any = None
+    english_proficiency: Any = None
+    lm_familiarity: Any = None
+    lm_frequency_use: Any = None
+    religion: Any = None  # this and the next are objects, see SURVEY_DETAILS
+    ethnicity: Any = None
+    location: Any = None
+    stated_prefs: Any = None  # an object: how much each quality matters, from 0 to 100
+
+
+SURVEY_DETAILS = {  # what is taken of an object: its column, and the name in it
+    "religion": ("religion", "simplified"),
+    "ethnicity": ("ethnicity", "simplified"),
+    "country": ("location", "reside_country"),
+}
 
 
 class Message(BaseModel):
@@ -147,6 +174,35 @@ def read_conversations(
         if conversation.user_id in conversations_per_user:
             conversations_per_user[conversation.user_id].append(conversation)
     return conversations_per_user
+
+
+def read_survey(folder: Path | None) -> dict[str, dict[str, Any]]:
+    """What each user told in the survey: user id -> {column: answer}, a text or a number.
+
+    folder: as of `read_conversations`. Raises InputError that names file, row and field.
+    """
+    rows = read_rows(source_file(folder, "survey"), Answers)
+    return {row.user_id: answers_of(row) for _, row in parse_rows(rows, Answers, DATASET)}
+
+
+def answers_of(row: Answers) -> dict[str, Any]:
+    """The answers of one person; what was not answered is missing."""
+    answers = row.model_dump(exclude={"user_id"})
+    for name, (column, detail) in SURVEY_DETAILS.items():
+        answers[name] = _entries(getattr(row, column)).get(detail)
+    for quality, points in _entries(row.stated_prefs).items():
+        if is_number(points):  # beside the points there is a text of one's own
+            answers[f"stated preference for {quality}"] = points
+    return {
+        name: answer
+        for name, answer in answers.items()
+        if isinstance(answer, str | int | float) and not is_missing(answer)
+    }
+
+
+def _entries(answer: Any) -> dict[str, Any]:
+    """The entries of an answer that is an object; none of any other."""
+    return answer if isinstance(answer, dict) else {}
 
 
 # ---- Turns
@@ -297,13 +353,19 @@ def judged_of(rows: list[Row]) -> list[Judged]:
 
 
 def save_split(
-    folder: Path, rows: dict[str, list[Row]], split: dict[str, UserSplit], provenance: dict
+    folder: Path,
+    rows: dict[str, list[Row]],
+    split: dict[str, UserSplit],
+    about_users: dict[str, dict[str, Any]],
+    provenance: dict,
 ) -> None:
-    """Write train.parquet, test.parquet and split.json, all or none.
+    """Write train.parquet, test.parquet, split.json and about_users.json, all or none.
 
-    split.json holds `provenance` (JSON values), each user's conversations and the rows' digest.
+    split.json holds `provenance` (JSON values), each user's conversations and the rows' digest;
+    about_users.json what is known of the users in the split.
     """
     users = {user: asdict(user_split) for user, user_split in split.items()}
+    about = {user: about_users[user] for user in users if user in about_users}
     with replace_files_in(folder) as new_folder:
         for part in rows:
             with atomic_write(new_folder / f"{part}.parquet") as file:
@@ -311,6 +373,7 @@ def save_split(
         save_json(
             new_folder / "split.json", {**provenance, "users": users, "rows": digest_of(rows)}
         )
+        save_json(new_folder / ABOUT_FILE, {"users": about})
 
 
 def load_split(folder: Path) -> tuple[dict[str, list[Row]], dict[str, Any]]:
@@ -331,6 +394,20 @@ def load_split(folder: Path) -> tuple[dict[str, list[Row]], dict[str, Any]]:
             "run prepare.py --overwrite"
         )
     return rows, content
+
+
+def load_about_users(folder: Path) -> dict[str, dict[str, Any]]:
+    """What is known of the users, as `save_split` wrote it; empty if there is no such file.
+
+    Raises InputError: the file is damaged.
+    """
+    path = folder / ABOUT_FILE
+    if not path.exists():
+        return {}
+    users = load_json(path, "users", users=dict)["users"]
+    if not all(isinstance(answers, dict) for answers in users.values()):
+        raise InputError(f"{path}: not answers by user; run prepare.py again")
+    return users
 
 
 def _in_written_order(row: Row) -> Row:
@@ -363,6 +440,7 @@ def load_embeddings(folder: Path | str, model_name: str) -> Study:
     Users of the `Study` are in the order of their ids, a user's pairs in that of the conversations'
     ids. `groups` numbers the conversation of each training pair. `prompts` and `texts` are there if
     all rows hold texts and none is in the released format, whose rejected side is malformed.
+    `about_users` has the answers of the survey, if prepare.py has kept them in data/prism/.
     Raises InputError that names file and row: files missing or damaged; embeddings missing, not
     finite, of different widths, or of other rows than those in data/prism/.
     """
@@ -420,6 +498,7 @@ def load_embeddings(folder: Path | str, model_name: str) -> Study:
         prompts=prompts,
         texts=texts,
         groups=groups,
+        about_users=load_about_users(folder / SPLIT_FOLDER),
         provenance=provenance,
     )
 

@@ -8,7 +8,7 @@ It reads embeddings of the released script, too, also in data/prism/, where that
 Prints the accuracies of each rank K (0: the reference model), then a table with 95 % intervals and
 the verdict: is the reward personal, by how much, is any of it an artefact. Writes beside itself the
 basis and the weights of each rank, checkpoints/PRISM_{V,W}_lore_K_{K}_alpha_{alpha}.pt, and
-results/: report.md, results.json, results.csv, results_long.csv, a safetensors file per rank, two
+results/: report.html, results.json, results.csv, results_long.csv, a safetensors file per rank,
 pictures (PNG and PDF). With --results NAME these go to results/NAME and checkpoints/NAME, beside
 other sweeps.
 

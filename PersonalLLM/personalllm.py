@@ -5,16 +5,18 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from pydantic import AllowInfNan, Field, StrictStr, create_model
 
 import lore.scripts
 from lore.checkpoint import PLAIN_FORMATS
 from lore.embedding_files import find_reward_head
-from lore.files import load_tensors
+from lore.files import atomic_write, load_tensors
+from lore.normal_forms import prompt_key
 from lore.rows import LocatedRow, hub_rows, parse_rows, read_rows, split_files
 from lore.study import Study
 from utils import (
@@ -31,6 +33,7 @@ from utils import (
 DATASET = "namkoong-lab/PersonalLLM"
 SPLITS = ("train", "test")
 FILES = ("train.safetensors", "test.safetensors")  # in the order of SPLITS
+TEXTS_FILE = "texts.parquet"  # a row per prompt of both splits
 FULL = {"train": 9402, "test": 1000}  # prompts of the full data set
 RESPONSES = 8  # to each prompt
 SCORERS = (  # reward models that have scored each response
@@ -60,12 +63,25 @@ Row = create_model(
 )
 
 
+TextRow = create_model(
+    "TextRow",
+    split=(Literal[SPLITS], ...),
+    **dict.fromkeys(TEXT_COLUMNS, (StrictStr, ...)),
+)
+
+
 @dataclass
-class ScoredPrompts:
-    """The prompts of a split, their responses, and the scores of these."""
+class Prompts:
+    """The prompts of a split, and their responses."""
 
     prompts: list[str]  # n
     responses: list[list[str]]  # n lists of eight
+
+
+@dataclass
+class ScoredPrompts(Prompts):
+    """The prompts of a split, their responses, and the scores of these."""
+
     scores: torch.Tensor  # float32 (n, 8, 10), scorers in the order of SCORERS
 
 
@@ -102,6 +118,34 @@ def conversations_of(split: ScoredPrompts) -> list[list[dict]]:
         for prompt, responses in zip(split.prompts, split.responses)
         for response in responses
     ]
+
+
+# ---- The texts, beside the embeddings
+
+
+def save_texts(path: Path, splits: dict[str, ScoredPrompts]) -> None:
+    """Write the prompts and responses of both splits."""
+    rows = [
+        [name, prompt, *responses]
+        for name, split in splits.items()
+        for prompt, responses in zip(split.prompts, split.responses)
+    ]
+    with atomic_write(path) as file:
+        pd.DataFrame(rows, columns=["split", *TEXT_COLUMNS]).to_parquet(file)
+
+
+def read_texts(path: Path) -> dict[str, Prompts]:
+    """What `save_texts` wrote; empty if there is no such file, as beside older embeddings.
+
+    Raises InputError that names file and row, if it is damaged.
+    """
+    if not path.exists():
+        return {}
+    splits = {split: Prompts([], []) for split in SPLITS}
+    for _, row in parse_rows(read_rows(path, TextRow), TextRow, "prepare.py"):
+        splits[row.split].prompts.append(row.prompt)
+        splits[row.split].responses.append([getattr(row, name) for name in RESPONSE_COLUMNS])
+    return splits
 
 
 # ---- Settings
@@ -157,8 +201,8 @@ def training_parser(description: str, folder: Path | str) -> argparse.ArgumentPa
 class SimulatedStudy(Study):
     """A study of simulated users, and what they were simulated from.
 
-    The files hold no texts: `texts` is empty, and `prompts` has the numbers of the training pairs'
-    prompts only, by which some can be held out.
+    If the texts are not known, `texts` is empty, and `prompts` has the numbers of the training
+    pairs' prompts only, by which some can be held out.
     """
 
     population: Population
@@ -173,6 +217,7 @@ class ScoredEmbeddings:
 
     embeddings: torch.Tensor  # (8 * prompts, d)
     scores: torch.Tensor  # float32 (prompts, 8, 10)
+    texts: Prompts | None = None  # None: not known, as of embeddings of older versions
 
 
 def load_embeddings(
@@ -195,7 +240,10 @@ def load_embeddings(
     if demo_population is not None:
         demo_population.check()
     splits, widths = read_embeddings(folder, data)
-    head, provenance = find_reward_head(folder, model_name, "PersonalLLM", widths, FILES)
+    files = [*FILES]
+    if (Path(folder) / TEXTS_FILE).exists():
+        files.append(TEXTS_FILE)
+    head, provenance = find_reward_head(folder, model_name, "PersonalLLM", widths, files)
     title = provenance.pop("title")
     if provenance.get("demo") and demo_population is not None:
         population = demo_population
@@ -205,12 +253,13 @@ def load_embeddings(
 def read_embeddings(
     folder: Path | str, data: Path | None = None
 ) -> tuple[dict[str, ScoredEmbeddings], dict[int, Path]]:
-    """Read the files of both splits: split -> embeddings and scores; and widths.
+    """Read the files of both splits: split -> embeddings, scores and texts; and widths.
 
     data: of `load_embeddings`. widths: d -> a file with embeddings of that width.
     Raises InputError: a file is missing or damaged, has not eight rows for each prompt, or numbers
     that are not finite.
     """
+    all_texts = read_texts(Path(folder) / TEXTS_FILE)
     splits, widths = {}, {}
     rows_of = None  # of the data set, read if scores are missing
     for split, name in zip(SPLITS, FILES):
@@ -218,12 +267,19 @@ def read_embeddings(
         tensors, _ = load_tensors(path)
         embeddings = tensors.get("embeddings", torch.zeros(0))
         scores = tensors.get("scores")
+        texts = all_texts.get(split)
         if scores is None:
             if rows_of is None:
                 rows_of = read_prompts(data)
-            scores = parse(rows_of[split]).scores
+            texts = parse(rows_of[split])
+            scores = texts.scores
         _check_split(path, embeddings, scores)
-        splits[split] = ScoredEmbeddings(embeddings, scores.float())
+        if texts is not None and len(texts.prompts) != len(scores):
+            raise InputError(
+                f"{path}: {len(scores)} prompts, where {TEXTS_FILE} beside it has "
+                f"{len(texts.prompts)}; run prepare.py --overwrite"
+            )
+        splits[split] = ScoredEmbeddings(embeddings, scores.float(), texts)
         widths.setdefault(embeddings.shape[1], path)
     return splits, widths
 
@@ -264,6 +320,7 @@ def simulate_study(
     of_seen, of_unseen, of_tests = population.fractions
     generator = np.random.default_rng([seed, 2])
     features, dropped = {}, 0
+    prompts, texts = {}, {}
     for part, split, users, fraction in (
         ("train", "train", mixtures, of_seen),
         ("test", "test", mixtures, of_tests),
@@ -272,19 +329,46 @@ def simulate_study(
     ):
         features[part], tied = simulate_pairs(splits[split], users, fraction, generator, part)
         dropped += tied
+        known = splits[split].texts
+        if known is not None:
+            prompts[part] = prompts_of_pairs(features[part], known.prompts)
+            texts[part] = texts_of_pairs(features[part], list(itertools.chain(*known.responses)))
+    if "train" not in prompts:
+        prompts["train"] = [(pairs.chosen // RESPONSES).tolist() for pairs in features["train"]]
     return SimulatedStudy(
         title=title,
         seen=[f"seen_{i}" for i in range(population.N)],
         unseen=[f"unseen_{i}" for i in range(population.N_unseen)],
         **features,
         reward_head=reward_head,
-        prompts={"train": [(pairs.chosen // RESPONSES).tolist() for pairs in features["train"]]},
+        prompts=prompts,
+        texts=texts,
         provenance=provenance,
         population=population,
         mixtures=mixtures,
         mixtures_unseen=mixtures_unseen,
         pairs_dropped=dropped,
     )
+
+
+def prompts_of_pairs(users: list[Pairs], prompts: list[str]) -> list[list[str]]:
+    """The `prompt_key` of each pair of each user; prompts: those of the split."""
+    keys = [prompt_key(prompt) for prompt in prompts]
+    return [[keys[i] for i in (pairs.chosen // RESPONSES).tolist()] for pairs in users]
+
+
+def texts_of_pairs(users: list[Pairs], responses: list[str]) -> list[list[tuple[str, str]]]:
+    """The chosen and the rejected response of each pair of each user.
+
+    responses: those of the split, as the rows of its embeddings. Users share the tuples of equal
+    pairs: there may be a million pairs, but each prompt has 56 at most.
+    """
+    count = len(responses)
+    numbers = [(pairs.chosen * count + pairs.rejected).numpy() for pairs in users]
+    distinct, places = np.unique(np.concatenate(numbers), return_inverse=True)
+    texts = [(responses[number // count], responses[number % count]) for number in distinct]
+    ends = np.cumsum([len(pairs) for pairs in users])
+    return [[texts[i] for i in rows.tolist()] for rows in np.split(places, ends[:-1])]
 
 
 def simulate_pairs(

@@ -9,8 +9,8 @@
                                                        another reward model
 
 Writes beside itself train.safetensors and test.safetensors (`embeddings`, `[8 * prompts, d]`, and
-`scores`, `[prompts, 8, 10]`) and reward_head.safetensors. An interrupted run resumes from
-.embedding_cache/.
+`scores`, `[prompts, 8, 10]`), texts.parquet (prompts and responses) and reward_head.safetensors.
+An interrupted run resumes from .embedding_cache/.
 The full data set has 9,402 train and 1,000 test prompts: 75,216 and 8,000 embeddings.
 """
 
@@ -105,11 +105,24 @@ def file_of(name: str, split: personalllm.ScoredPrompts) -> EmbeddingFile:
     return EmbeddingFile(name, f"{len(conversations):,} embeddings", conversations, write, pairs)
 
 
+def file_of_texts(splits: dict[str, personalllm.ScoredPrompts]) -> EmbeddingFile:
+    """The file of the texts, which has no embeddings, but is written together with these."""
+
+    def write(path: Path, table: torch.Tensor, rows: torch.Tensor) -> None:
+        personalllm.save_texts(path, splits)
+
+    prompts = sum(len(split.prompts) for split in splits.values())
+    return EmbeddingFile(
+        personalllm.TEXTS_FILE, f"{prompts:,} prompts and their responses", [], write
+    )
+
+
 def main() -> None:
     args = prepare_arguments(__doc__, HERE, MODEL_NAME)
     splits_by_name, notes = read(args)
     splits = list(splits_by_name.values())
     files = [file_of(name, split) for name, split in zip(personalllm.FILES, splits)]
+    files.append(file_of_texts(splits_by_name))
     responses = sum(len(file.conversations) for file in files)
     contents = [[split.prompts, split.responses, split.scores.tolist()] for split in splits]
     embed_files(

@@ -25,8 +25,10 @@ A module imports only utils.py and modules above it in this list.
     reading           what each direction prefers, and who weighs it
     tables            results as tables of text
     report            report.md
+    report_directions what the directions mean, a section of report.md
     pictures          accuracy by rank, personal part, and other curves
     questions         new users: their weights from a few choices, and what to ask them next
+    html_report       report.html: report.md as one page, its pictures inside
     results           the files in results/
     export            a checkpoint with a user's reward, for servers and trainers
     rewards           a user's reward as a function, for trainers; what a group chooses

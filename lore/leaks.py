@@ -6,6 +6,7 @@ The parts of this module, in their order:
     Leaks       the shares of test pairs that repeat a training pair by prompt, answers or features
 """
 
+import functools
 import hashlib
 import itertools
 import unicodedata
@@ -19,6 +20,7 @@ from torch.nn.functional import normalize
 from lore.study import Features, Study
 from utils import SEEN_TEST, UNSEEN_TEST, Pairs, _one_torch_thread, pair_scores
 
+MOST_KNOWN_PAIRS = 2**17  # whose keys by their texts are kept
 HASHED_ROWS = 1024  # of a table's pairs are made at once, to be hashed
 
 NEARLY_EQUAL = 0.99  # pairs whose features have a larger |cosine| repeat each other
@@ -65,14 +67,22 @@ def ordered_answers(texts: tuple[str, str]) -> tuple[str, str]:
 
 def identity_of_texts(texts: list[tuple[str, str]]) -> Identity:
     """The identity of one user's pairs by their texts: chosen, rejected."""
-    keys = []
-    turned = []
-    for pair in texts:
-        first, second = ordered_answers(pair)
-        # The length is there because ("ab", "c") and ("a", "bc") are not equal.
-        keys.append(key_of(f"{len(first)} {first}{second}".encode(errors="surrogatepass")))
-        turned.append(plain_text(pair[0]) != first)
+    known = [identity_of_answers(pair) for pair in texts]
+    keys = [key for key, _ in known]
+    turned = [is_turned for _, is_turned in known]
     return Identity(np.array(keys, np.uint64), np.array(turned, bool))
+
+
+@functools.lru_cache(MOST_KNOWN_PAIRS)
+def identity_of_answers(texts: tuple[str, str]) -> tuple[int, bool]:
+    """The key of a pair by its texts, and whether it is turned.
+
+    Kept, because hundreds of users may compare the same answers.
+    """
+    first, second = ordered_answers(texts)
+    # The length is there because ("ab", "c") and ("a", "bc") are not equal.
+    key = key_of(f"{len(first)} {first}{second}".encode(errors="surrogatepass"))
+    return key, plain_text(texts[0]) != first
 
 
 def key_of(content: bytes) -> int:
@@ -195,7 +205,7 @@ def share_by_answers(study: Study, train: str, test: str) -> float | None:
     if train not in study.texts or test not in study.texts:
         return None
     answers = {
-        part: [[ordered_answers(pair) for pair in user_texts] for user_texts in study.texts[part]]
+        part: [identity_of_texts(user_texts).keys.tolist() for user_texts in study.texts[part]]
         for part in (train, test)
     }
     return float(are_known(answers[train], answers[test]).mean())

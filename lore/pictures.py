@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from lore.files import atomic_write, escape, printable, replace_files_in
-from lore.tables import REFERENCE, Entry, Results, shown_rows
+from lore.reading import FOUND
+from lore.tables import REFERENCE, Entry, Results, model_name, shown_rows
 from utils import SETTINGS, UNSEEN_TEST
 
 if TYPE_CHECKING:  # matplotlib takes a second to load, and only a picture needs it
@@ -105,6 +106,7 @@ def import_matplotlib() -> Any:
     os.environ.pop("MPLBACKEND", None)
     import matplotlib.figure
     import matplotlib.font_manager
+    import matplotlib.patches
     import matplotlib.text
 
     return matplotlib
@@ -140,13 +142,20 @@ def available_fonts(matplotlib: Any) -> list[Any]:
 
 
 def describe_study(results: Results, band: str) -> str:
-    """The title of every picture: the data, how many users and seeds, what the bands are."""
-    counts = results["counts"]
+    """The title of pictures with curves: the data, how many users and seeds, what the bands are."""
     seeds = len(results["seeds"])
     return (
-        f"{printable(results['config']['data'])}: {counts['seen users']} seen, "
-        f"{counts['unseen users']} unseen users, {seeds} {'seed' if seeds == 1 else 'seeds'}\n"
+        f"{describe_users(results)}, {seeds} {'seed' if seeds == 1 else 'seeds'}\n"
         f"band or bar: {band} over users"
+    )
+
+
+def describe_users(results: Results) -> str:
+    """The first words of every title: the data, and how many users."""
+    counts = results["counts"]
+    return (
+        f"{printable(results['config']['data'])}: {counts['seen users']} seen, "
+        f"{counts['unseen users']} unseen users"
     )
 
 
@@ -309,6 +318,114 @@ def draw_personal_part(results: Results) -> "Figure":
                 }
             )
     return small_multiples(results, points, RANK, note=f"; {UNSEEN_TEST}")
+
+
+# ---- What the directions mean
+
+SHOWN_DIRECTIONS = 12  # the columns that most users weigh most; more would not be legible
+FULL_COLOR = 0.5  # a correlation that has the darkest colour, if none is larger
+
+
+def draw_reading(results: Results, reading: Entry) -> "Figure":
+    """The correlations of columns and attributes: a row for each attribute, a column for each.
+
+    The colour and the number in a field are the correlation. Fields with p < FOUND have a frame
+    and a bold number. A negative one has its sign and hatching, so the picture is also legible in
+    grey. Attributes in which users do not differ at all are left out.
+
+    results: what results.json holds. reading: of `lore.reading.read_directions`, with attributes.
+    """
+    matplotlib = import_matplotlib()
+    shown = columns_to_draw(reading)
+    correlation = np.array(reading["attributes"]["correlation"]).T  # (attributes, columns)
+    varies = correlation.any(1)  # users do not differ in the other attributes at all
+    names = [name for name, v in zip(reading["attributes"]["names"], varies) if v]
+    correlation = correlation[varies][:, shown]
+    is_found = np.array(reading["attributes"]["p"]).T[varies][:, shown] < FOUND
+    limit = max(FULL_COLOR, float(np.abs(correlation).max()))
+    with matplotlib.rc_context(STYLE | {"axes.grid": False, "hatch.linewidth": 0.5}):
+        size = (0.72 * len(shown) + 3.0, 0.26 * len(names) + 1.5)  # inches
+        figure = matplotlib.figure.Figure(size, layout="constrained")
+        figure.suptitle(describe_reading(results, reading, len(shown)), fontsize=9)
+        axes = figure.subplots()
+        fields = axes.imshow(correlation, "PuOr", aspect="auto", vmin=-limit, vmax=limit)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_xticks(range(len(shown)), [column_label(reading["columns"][k]) for k in shown])
+        axes.tick_params(length=0, labelsize=8)
+        axes.spines[:].set_visible(False)
+        for (j, k), value in np.ndenumerate(correlation):
+            color = fields.cmap(fields.norm(value))
+            draw_field(matplotlib, axes, (k, j), value, color, is_found[j, k])
+        figure.colorbar(fields, ax=axes, label="correlation", shrink=0.7)
+        escape_missing_glyphs(matplotlib, figure)
+    return figure
+
+
+def columns_to_draw(reading: Entry) -> list[int]:
+    """The numbers of SHOWN_DIRECTIONS columns that most unseen users weigh most, ascending."""
+    by_users = sorted(
+        range(len(reading["columns"])),
+        key=lambda k: -reading["columns"][k]["weigh_most"]["unseen"],
+    )
+    return sorted(by_users[:SHOWN_DIRECTIONS])
+
+
+def column_label(column: Entry) -> str:
+    """The number of a column, and how many users weigh it most."""
+    users = column["weigh_most"]["unseen"]
+    return f"column {column['column']}\n{users} {'user' if users == 1 else 'users'}"
+
+
+def describe_reading(results: Results, reading: Entry, shown: int) -> str:
+    """The title: the data, the model, what a field and its frame mean."""
+    columns = len(reading["columns"])
+    model = model_name(reading["K"], reading["alpha"])
+    if shown < columns:
+        model += f", {shown} of {columns} columns"
+    return (
+        f"{describe_users(results)}; {model}\n"
+        "how a column's weight goes with choosing more of an attribute\n"
+        f"framed: p < {FOUND:g} for all fields together; hatched: below 0"
+    )
+
+
+def draw_field(
+    matplotlib: Any,
+    axes: "Axes",
+    place: tuple[int, int],
+    value: float,
+    color: tuple[float, ...],
+    found: bool,
+) -> None:
+    """Write a correlation into its field, hatch the field below 0, and frame it if it was found."""
+    corner = (place[0] - 0.5, place[1] - 0.5)
+    red, green, blue, _ = color
+    is_dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.5  # as bright as they are seen
+    if round(value, 2) < 0:
+        hatching = (1, 1, 1, 0.4) if is_dark else (0, 0, 0, 0.2)
+        axes.add_patch(
+            matplotlib.patches.Rectangle(
+                corner, 1, 1, fill=False, hatch="//", edgecolor=hatching, linewidth=0
+            )
+        )
+    if found:
+        axes.add_patch(
+            matplotlib.patches.Rectangle(
+                corner, 1, 1, fill=False, edgecolor="black", linewidth=1.8, zorder=3, clip_on=False
+            )
+        )
+    axes.text(
+        *place,
+        f"{value:+.2f}".replace("0.", ".").replace("-", "−"),
+        ha="center",
+        va="center",
+        fontsize=7,
+        color="white" if is_dark else "black",
+        fontweight="bold" if found else "normal",
+    )
+
+
+# ---- Files
 
 
 def save_pictures(folder: Path, drawings: dict[str, Callable[[], "Figure"]]) -> None:

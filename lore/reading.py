@@ -28,6 +28,7 @@ import torch
 from scipy.special import stdtrit
 
 from lore.evidence import kept_fit
+from lore.files import printable
 from lore.leaks import identities
 from lore.study import Study
 from lore.verdict import FEWEST_USERS
@@ -550,7 +551,7 @@ def attributes_found(
     An entry has `attribute`, `correlation` and `p` of the first of the group; `with`, a list of
     {attribute, correlation} of the rest; `share_of_its_users` and `share_of_others`, of the pairs
     that differ in the attribute the share in which the text with more is chosen, means over these
-    users, None if there are none; `text`, a phrase.
+    users, None if there are none; `phrase`, such as "longer texts"; `text`, all of it in words.
     """
     shares = choices.shares()
     steady = standardised(choices.steady_shares())
@@ -571,6 +572,7 @@ def attributes_found(
                 ],
                 "share_of_its_users": known_mean(shares[its_users, first]),
                 "share_of_others": known_mean(shares[~its_users, first]),
+                "phrase": names[0],
                 "text": f"{text}, correlation {correlation[first]:+.2f}, p {p[first]:.2g}",
             }
         )
@@ -742,6 +744,25 @@ def read_directions(fits: list[Fit], study: Study, model: tuple[int, float]) -> 
         "known": known.table,
         "columns": columns,
     }
+
+
+def read_named_model(fits: list[Fit], study: Study, findings: Entry) -> Entry | None:
+    """`read_directions` of the model that the verdict names; None if that fails, which is printed.
+
+    fits: of a sweep. findings: what `lore.evidence.evidence` returned for them.
+    A sweep may have taken days, so it must not be lost to an error here.
+    """
+    verdict = findings["verdict"]
+    model = verdict["K"], verdict["alpha"]
+    compared = [fit for fit in fits if fit.K > 1]  # of these the test pairs have picked the model
+    if findings["chosen"]["by"] == "validation" or verdict["K"] < 2:
+        compared = fits_per_model(fits)[model]
+    try:
+        return read_directions(compared, study, model)
+    except Exception as error:  # whatever numpy, pandas or a text raises
+        reason = printable(f"{type(error).__name__}: {error}")
+        print(f"note: the directions could not be read ({reason})")
+        return None
 
 
 def column_text(column: Entry, users: int, is_told: bool) -> str:

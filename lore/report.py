@@ -119,12 +119,17 @@ FILE = Column("file", "The basis and the weights of this seed.")
 LOSS = Column("training loss", "The loss at the end of the training, without the penalty.")
 
 
-def report(results: Results) -> str:
-    """The text of report.md, in Markdown; results: what results.json holds."""
+def report(results: Results, directions: str = "") -> str:
+    """The text of report.md, in Markdown.
+
+    results: what results.json holds. directions: of `lore.report_directions.directions_section`;
+    empty: the report has no such section.
+    """
     sections = [
         verdict_section(results),
         reading_section(results),
         data_section(results),
+        directions,
         accuracy_section(results),
         controls_section(results),
         basis_section(results),
@@ -217,7 +222,7 @@ def accuracy_section(results: Results) -> str:
         markdown_table(
             [model_cells(entry, results["chosen"]) | entry["accuracy"] for entry in entries]
         ),
-        "![Accuracy by rank](accuracy_by_rank.png)",
+        f"![Accuracy by rank. {on_unseen_prompts(entries)}.](accuracy_by_rank.png)",
     )
 
 
@@ -233,8 +238,23 @@ def controls_section(results: Results) -> str:
         ),
     )
     if any(entry["personal_part"] for entry in trained):
-        section = paragraphs(section, "![Personal part by rank](personal_part.png)")
+        parts = [entry for entry in trained if entry["personal_part"]]
+        means = ", ".join(
+            f"{model_name(entry['K'], entry['alpha'])} {entry['personal_part']['mean']:+.3f}"
+            for entry in parts
+        )
+        picture = f"![Personal part by rank, own minus mean weights. {means}.](personal_part.png)"
+        section = paragraphs(section, picture)
     return section
+
+
+def on_unseen_prompts(entries: list[Entry]) -> str:
+    """The accuracies of the setting that counts, for those who do not see the picture."""
+    means = ", ".join(
+        f"{model_name(entry['K'], entry['alpha'])} {entry['accuracy'][UNSEEN_TEST]['mean']:.3f}"
+        for entry in entries
+    )
+    return f"{UNSEEN_TEST}: {means}"
 
 
 def control_cells(entry: Entry) -> dict[str, Any]:
@@ -346,8 +366,8 @@ def bullets(*points: str) -> str:
 
 
 def paragraphs(*texts: str) -> str:
-    """The texts with an empty line between them."""
-    return "\n\n".join(texts)
+    """The texts with an empty line between them; empty texts are left out."""
+    return "\n\n".join(text for text in texts if text)
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:

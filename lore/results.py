@@ -11,14 +11,19 @@ import pandas as pd
 
 from lore.evidence import VALIDATION, kept_fit
 from lore.files import replace_files_in, save_json, save_tensors, save_text
+from lore.html_report import report_html
 from lore.intervals import interval
 from lore.pictures import (
     draw_accuracy_by_rank,
     draw_personal_part,
+    draw_reading,
     save_pictures,
     small_multiples,
 )
+from lore.reading import weights_table
 from lore.report import choice_in_words, rank_remarks, report
+from lore.report_directions import PICTURE as DIRECTIONS
+from lore.report_directions import directions_section
 from lore.study import PARTS, Features, Study
 from lore.tables import (
     CHOSEN_MARK,
@@ -95,17 +100,21 @@ def save_results(
     seconds: float,
     evidence: dict[str, Any],
     held_out: Features | None = None,
+    reading: dict[str, Any] | None = None,
 ) -> Results:
     """Write the tables, report.md, a safetensors file of each fit, and the pictures.
 
-    The tables are results.json, results.csv and results_long.csv. All files replace those of an
-    earlier sweep together, or, if one cannot be written, not at all. Only then the pictures are
-    drawn, so that no result is lost to them.
+    The tables are results.json, results.csv, results_long.csv, reading.json (what the directions
+    mean) and weights.csv (a row for each person, with the weights in the model that the verdict
+    names). All files replace those of an earlier sweep together, or, if one cannot be written, not
+    at all. Only then the pictures are drawn, so that no result is lost to them, and put into
+    report.html.
 
     folder: where to write. fits: of all ranks, alphas and seeds. config: the settings that a reader
     set, JSON values. seconds: how long training and evaluation took. evidence: what
     `lore.evidence.evidence` returned for these fits. held_out: the pairs of `study.train` that were
-    held out of the training, one entry per seen user; None: none.
+    held out of the training, one entry per seen user; None: none. reading: what
+    `lore.reading.read_named_model` returned for these fits.
     Returns what results.json holds. Raises OSError that names the file: disk full, read-only.
     """
     provenance = run_info(study, config)
@@ -127,15 +136,26 @@ def save_results(
     drawings = {"accuracy_by_rank": lambda: draw_accuracy_by_rank(results)}
     if any(entry["personal_part"] for entry in results["evidence"]):
         drawings["personal_part"] = lambda: draw_personal_part(results)
-    earlier = ["K_*.safetensors", "accuracy_by_rank.*", "personal_part.*"]
+    if reading and reading["attributes"]:
+        drawings[DIRECTIONS] = lambda: draw_reading(results, reading)
+    earlier = [
+        *("K_*.safetensors", "accuracy_by_rank.*", "personal_part.*"),
+        *("reading.json", f"{DIRECTIONS}.*", "report.html"),
+    ]
+    text = report(results, directions_section(results, reading))
+    people = weights_table(fits, study, (results["verdict"]["K"], results["verdict"]["alpha"]))
     with replace_files_in(folder, earlier) as new:
         for name, fit in fit_in_file.items():
             save_basis(new / name, fit, provenance)
         save_json(new / "results.json", results)
-        save_text(new / "report.md", report(results))
+        if reading:
+            save_json(new / "reading.json", reading)
+        save_text(new / "report.md", text)
+        save_text(new / "weights.csv", csv_text(people))
         save_text(new / "results.csv", csv_text(pd.json_normalize(shown_rows(results))))
         save_text(new / "results_long.csv", csv_text(long_table(fits, study, held_out)))
     save_pictures(folder, drawings)
+    save_text(folder / "report.html", report_html(text, results, folder))
     return results
 
 

@@ -20,6 +20,7 @@ from lore.embedding_files import EARLIER, embeddings_are_finished, new_embedding
 from lore.evidence import evidence, judge_held_out, tossed_control
 from lore.files import TrainingCheckpoint, check_writable, digest_of, printable
 from lore.questions import question_curves
+from lore.reading import read_named_model
 from lore.results import (
     print_results,
     question_table,
@@ -347,7 +348,8 @@ def embed_files(
             file.write(new_folder / file.name, table, rows_of_file)
     for file, path in zip(files, paths):
         megabytes = path.stat().st_size / 1e6
-        print(f"{file.name}: {file.contents}, d = {len(head)}, {megabytes:,.1f} MB")
+        width = f", d = {len(head)}" if file.conversations else ""
+        print(f"{file.name}: {file.contents}{width}, {megabytes:,.1f} MB")
     print(f"next: {next_command('train_basis.py', folder)}")
 
 
@@ -416,15 +418,18 @@ def finish_training(
 
     if process_rank() == 0:
         findings = evidence(fits, study, control)
-        results = save_results(folder, fits, study, config, seconds, findings, held_out=held_out)
+        reading = read_named_model(fits, study, findings)
+        results = save_results(
+            folder, fits, study, config, seconds, findings, held_out, reading=reading
+        )
         if save_more is not None:
             save_more(fits)
         print_results(results)
         checkpoint.clear()
         control_checkpoint.clear()
     print(
-        f"\n{seconds:.1f} s; read {folder / 'report.md'}; pictures and each rank's basis are "
-        f"beside it{closing}"
+        f"\n{seconds:.1f} s; read {folder / 'report.html'} or report.md; pictures and each rank's "
+        f"basis are beside it{closing}"
     )
 
 

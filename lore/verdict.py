@@ -6,6 +6,7 @@ only if it is true.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -89,11 +90,11 @@ class Judgement:
 
 def write_verdict(
     models: list[ModelEvidence], chosen: ModelEvidence | None, test: UnseenTest
-) -> dict[str, str]:
-    """The verdict of results.json: `{personal: "yes" | "no" | "undecided", text}`.
+) -> dict[str, Any]:
+    """The verdict of results.json: `{personal: "yes" | "no" | "undecided", text, K, alpha}`.
 
     chosen: the model that held-out pairs have chosen; None: the verdict is about all models with
-    user weights at once. The text has a sentence per line.
+    user weights at once. The text has a sentence per line; it names the model K, alpha.
     """
     judgement = judge(models, chosen, test)
     if judgement.personal == "no" and test.has_many_equal_pairs:
@@ -108,7 +109,13 @@ def write_verdict(
         sentence_on_next_step(models, chosen, judgement, test),
     ]
     text = "\n".join(sentence for sentence in sentences if sentence)
-    return {"personal": judgement.personal, "text": text}
+    named = judgement.model.entry
+    return {
+        "personal": judgement.personal,
+        "text": text,
+        "K": named["K"],
+        "alpha": named["alpha"],
+    }
 
 
 # ---- The answer

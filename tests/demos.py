@@ -213,7 +213,9 @@ class Demo:
 
     @property
     def files(self) -> tuple[str, ...]:
-        return (*EMBEDDINGS[self.folder.name], lore.embedding_files.HEAD_FILE)
+        """The files of embeddings, and what else lies beside them and belongs to them."""
+        beside = [lore.embedding_files.HEAD_FILE, "texts.parquet"]
+        return (*EMBEDDINGS[self.folder.name], *(f for f in beside if (self.folder / f).exists()))
 
     def copy_to(self, folder: Path) -> Path:
         """Copy the embeddings and the head (and PRISM's split) to a folder, to be damaged there."""

@@ -174,7 +174,7 @@ def sign_again(folder: Path) -> None:
 
 def copy_of_tree(target: Path, root: Path = ROOT) -> Path:
     """Copy the product's code and the demos' data to `target`, and nothing that lies beside it."""
-    for path in product_files(root):
+    for path in [*product_files(root), *(root / "lore").glob("*.jinja")]:
         copy = target / path.relative_to(root)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)

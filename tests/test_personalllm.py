@@ -41,9 +41,13 @@ import lore.reward_model
 import lore.scripts
 import personalllm
 import utils
+from lore.reading import excerpt, one_line, prompt_text
+from lore.study import PARTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SCRIPTS = ROOT / "PersonalLLM"
+TEXTS = personalllm.TEXTS_FILE
+QUICK = dict(K_list=[0, 2], seeds=[0], num_iterations=5, controls=False)
 FILES = EMBEDDINGS["PersonalLLM"]
 D, TRAIN, TEST = 64, 240, 60  # width of the stand-in model, prompts of the demo
 N, N_UNSEEN = 60, 30  # users of the demo
@@ -188,11 +192,66 @@ def test_published_size_gives_47_and_9_pairs_a_user():
     assert study.pairs_dropped == 0
 
 
-def test_a_study_knows_the_numbers_of_the_training_prompts_and_no_texts(ran):
+def demo_study(folder):
     module = script("train_basis")
-    study = personalllm.load_embeddings(ran.folder, None, module.population, module.demo_population)
-    assert study.population == module.demo_population and study.texts == {}
+    return personalllm.load_embeddings(folder, None, module.population, module.demo_population)
+
+
+def test_a_study_knows_the_texts_that_its_pairs_were_embedded_from(ran):
+    study = demo_study(ran.folder)
+    for part, split in zip(PARTS, ("train", "test", "train", "test")):
+        rows = rows_of(ran, split)
+        responses = [row[f"response_{j}"] for row in rows for j in range(1, 9)]
+        for X, prompts, texts in zip(
+            study.features()[part], study.prompts[part], study.texts[part], strict=True
+        ):
+            assert texts == [
+                (responses[c], responses[r])
+                for c, r in zip(X.chosen.tolist(), X.rejected.tolist(), strict=True)
+            ]
+            asked = [rows[c // 8]["prompt"] for c in X.chosen.tolist()]
+            assert [prompt_text(prompt) for prompt in prompts] == [
+                excerpt(one_line(prompt)) for prompt in asked
+            ]
+
+
+def test_users_share_the_texts_of_equal_pairs(ran):
+    study = demo_study(ran.folder)
+    texts = [pair for user in study.texts["test_unseen"] for pair in user]
+    assert len({id(pair) for pair in texts}) == len(set(texts)) < len(texts) / 2
+
+
+def test_embeddings_without_texts_load_and_the_report_says_that_there_are_none(
+    monkeypatch, embeddings
+):
+    (embeddings / TEXTS).unlink(missing_ok=True)
+    study = demo_study(embeddings)
+    assert study.texts == {}
     assert study.prompts == {"train": [(X.chosen // 8).tolist() for X in study.train]}
+    call(monkeypatch, quick(monkeypatch, script("train_basis"), **QUICK), "--dir", embeddings)
+    report = (embeddings / "results" / "report.md").read_text()
+    assert "The texts are not known, so there are no attributes and no examples." in report
+    assert not (embeddings / "results" / "directions.png").exists()
+
+
+def test_texts_of_another_run_are_named(monkeypatch, capsys, embeddings, trainer):
+    arguments = ["--dir", embeddings]
+    for prompts, named in (
+        ({"train": TRAIN, "test": TEST}, [embeddings / TEXTS, "another run"]),
+        ({"train": 1, "test": TEST}, [f"{TRAIN} prompts", TEXTS, "has 1;"]),
+    ):
+        others = {
+            split: personalllm.Prompts(["p"] * count, [["r"] * 8] * count)
+            for split, count in prompts.items()
+        }
+        personalllm.save_texts(embeddings / TEXTS, others)
+        refused(monkeypatch, capsys, trainer, arguments, *named)
+
+
+def test_a_study_has_the_population_of_the_demo_and_names_it(ran):
+    module = script("train_basis")
+    study = demo_study(ran.folder)
+    assert study.population == module.demo_population
     assert study.seen == ran.results["users"] and study.unseen == ran.results["unseen_users"]
     assert study.title == ran.results["config"]["data"] and study.groups == {}
     assert study.provenance["demo"] and "title" not in study.provenance

@@ -109,7 +109,7 @@ def test_demo_says_that_it_is_synthetic_and_rises_to_the_planted_rank(ran):
 
 
 def test_demo_writes_what_its_scripts_say(ran):
-    split_files = {"train.parquet", "test.parquet", "split.json"}
+    split_files = {"train.parquet", "test.parquet", "split.json", "about_users.json"}
     assert set(content_of(ran.folder / "data" / "prism")) == split_files
     fits = ran.results["fits"]
     assert [fit["K"] for fit in fits] == script("train_basis").demo_K_list
@@ -447,6 +447,59 @@ def test_what_is_odd_is_kept_with_the_split_and_with_the_embeddings(monkeypatch,
     options = ["--model", ran.model, "--dir", embeddings, "--overwrite"]
     call(monkeypatch, script(GENERATE), *options)
     assert prism.load_embeddings(embeddings, None).provenance["data_notes"] == ["something odd"]
+
+
+def test_what_the_survey_tells_of_the_users_of_the_split_reaches_the_study(ran):
+    study = prism.load_embeddings(ran.folder, None)
+    rows = {row["user_id"]: row for row in rows_in(ran.data / "survey.jsonl.gz")}
+    assert set(study.about_users) == {*study.seen, *study.unseen}
+    for user, about in study.about_users.items():
+        row = rows[user]
+        assert about == {
+            "age": row["age"],
+            "gender": row["gender"],
+            "lm_familiarity": row["lm_familiarity"],
+            "country": row["location"]["reside_country"],
+        }
+    known = json.loads((ran.folder / "results" / "reading.json").read_text())["known"]
+    assert known["users"] == len(study.about_users)
+    assert "age: 18-24 years old" in known["names"] or "age: 25-34 years old" in known["names"]
+
+
+def test_answers_of_the_published_survey(monkeypatch, tmp_path, corpus):
+    """Its objects are taken apart; what is missing, null or no answer of a list is left out."""
+    corpus[0][8] |= {
+        "age": "25-34 years old",
+        "education": None,
+        "religion": {"self_described": "none", "categorised": "Non-religious", "simplified": "No"},
+        "ethnicity": {"self_described": "white", "simplified": "White"},
+        "location": {"birth_country": "Chile", "reside_country": "Canada"},
+        "stated_prefs": {"values": 61.5, "safety": 0, "other_text": "wit", "other": None},
+        "self_description": "I am ..",
+    }
+    corpus[0][7] |= {"age": ["odd"], "religion": "odd", "stated_prefs": [1], "gender": float("nan")}
+    prepare(monkeypatch, tmp_path, corpus)
+    about = prism.load_about_users(tmp_path / "out" / "data" / "prism")
+    assert about["user8"] == {
+        "age": "25-34 years old",
+        "religion": "No",
+        "ethnicity": "White",
+        "country": "Canada",
+        "stated preference for values": 61.5,
+        "stated preference for safety": 0,
+    }
+    assert about["user7"] == {}
+    assert "user0" not in about  # has no conversation
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"users": []}', '{"users": {"a": 3}}'])
+def test_damaged_answers_are_named_and_missing_ones_are_not_known(embeddings, content):
+    path = embeddings / "data" / "prism" / "about_users.json"
+    path.unlink()
+    assert prism.load_embeddings(embeddings, None).about_users == {}
+    path.write_text(content)
+    with input_error(str(path)):
+        prism.load_embeddings(embeddings, None)
 
 
 def test_full_data_that_differs_from_the_published_counts_is_warned_about(

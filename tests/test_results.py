@@ -230,6 +230,8 @@ def test_files_of_an_earlier_sweep_go_and_others_and_the_state_of_the_training_s
         "results.csv",
         "results_long.csv",
         "report.md",
+        "report.html",
+        "weights.csv",
         "accuracy_by_rank.png",
         "accuracy_by_rank.pdf",
         "personal_part.png",
@@ -351,6 +353,7 @@ def test_results_are_whole_before_a_picture_is_drawn_and_have_no_picture_of_befo
         "results.json",
         "results.csv",
         "results_long.csv",
+        "weights.csv",
         "report.md",
         "K_2.safetensors",
     }
@@ -369,7 +372,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_result(tmp_path, study, fits, m
         assert r"cannot\x1b[2K draw" in line
         assert str(tmp_path) in line
         assert not list(tmp_path.glob(f"{name}.p*"))
-    kinds = {"json", "csv", "md", "tex", "safetensors"}
+    kinds = {"json", "csv", "md", "html", "tex", "safetensors"}
     assert {path.suffix[1:] for path in tmp_path.iterdir()} == kinds
 
 
