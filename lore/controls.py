@@ -22,9 +22,9 @@ from utils import (
     TEMPERATURE,
     Fit,
     Pairs,
-    _one_torch_thread,
     accuracies_per_user,
     accuracies_under_each,
+    one_torch_thread,
     pair_scores,
     sweep,
 )
@@ -203,7 +203,7 @@ MOST_STEPS = 20  # then the direction of the weakest strength is right to about 
 USERS_AT_ONCE = 32  # whose models are judged by one product
 
 
-@_one_torch_thread()  # the products are small, and its threads would wait for one another
+@one_torch_thread()  # the products are small, and its threads would wait for one another
 def model_per_user_accuracies(study: Study, pooled: torch.Tensor) -> np.ndarray:
     """The accuracy of a model of each unseen user's own few shots: float64 `[N_unseen]`.
 

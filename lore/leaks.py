@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import normalize
 
 from lore.study import Features, Study
-from utils import SEEN_TEST, UNSEEN_TEST, Pairs, _one_torch_thread, pair_scores
+from utils import SEEN_TEST, UNSEEN_TEST, Pairs, one_torch_thread, pair_scores
 
 HASHED_ROWS = 1024  # of a table's pairs are made at once, to be hashed
 
@@ -209,7 +209,7 @@ def are_known(
     return np.array([value in known for value in itertools.chain.from_iterable(tested)], bool)
 
 
-@_one_torch_thread()  # the products are small, and its threads would wait for one another
+@one_torch_thread()  # the products are small, and its threads would wait for one another
 def repeats_by_features(train: Features, test: Features) -> list[torch.Tensor]:
     """Which test pairs have nearly the features of a train pair of the same user, bool `[m_i]`.
 
