@@ -280,7 +280,9 @@ class Pairs:
 
     def dense(self) -> torch.Tensor:
         """The float32 matrix `[m, d]` itself."""
-        return self.embeddings[self.chosen].float() - self.embeddings[self.rejected].float()
+        X = self.embeddings[self.chosen].float()
+        X -= self.embeddings[self.rejected]
+        return X
 
 
 def _are_rows(rows: torch.Tensor, count: int) -> bool:
@@ -332,8 +334,12 @@ def _table_scores(
     """`score_batches` of Pairs of one table."""
     table = users[0].embeddings
     rows = named_rows(users)
-    slices = slices_of_rows(table, rows)
-    row_scores = torch.cat([part.to(V.device, torch.float32) @ V for part in slices])
+    # Allocated before the slices: small results between these would fragment the memory.
+    row_scores = torch.empty(len(rows), V.shape[1], device=V.device)
+    first = 0
+    for part in slices_of_rows(table, rows):
+        row_scores[first : first + len(part)] = part.to(V.device, torch.float32) @ V
+        first += len(part)
     place = torch.empty(len(table), dtype=torch.int64)  # of a row of the table among those named
     place[rows] = torch.arange(len(rows))
     for batch in _user_batches(users, columns):
@@ -1313,10 +1319,25 @@ def train_bases(
 
 def _stack(features: Features, device: torch.device) -> torch.Tensor:
     """The pairs of all users, `[M, d]`, without a second copy of them on the way."""
-    X = torch.empty(sum(map(len, features)), features[0].shape[1], device=device)
-    for rows, X_i in zip(X.split([len(X_i) for X_i in features]), features):
-        rows.copy_(X_i.dense() if isinstance(X_i, Pairs) else X_i)
+    d = features[0].shape[1]
+    X = torch.empty(sum(map(len, features)), d, device=device)
+    first = 0
+    for number, users in itertools.groupby(features, table_number):
+        if number is not None:
+            users = _joined(users, 4 * d)  # `dense` makes about four matrices
+        for X_i in users:
+            rows = X[first : first + len(X_i)]
+            rows.copy_(X_i.dense() if isinstance(X_i, Pairs) else X_i)
+            first += len(rows)
     return X
+
+
+def _joined(users: Iterable[Pairs], columns: int) -> Iterator[Pairs]:
+    """The Pairs of many users as fewer and longer ones: torch takes longer for many small ones."""
+    for batch in _user_batches(users, columns):
+        chosen = torch.cat([X.chosen for X in batch])
+        rejected = torch.cat([X.rejected for X in batch])
+        yield Pairs(batch[0].embeddings, chosen, rejected)
 
 
 def _penalty(
