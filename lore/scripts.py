@@ -371,9 +371,9 @@ def finish_training(
             threshold=config.get("threshold", 0.0),
         )
     seconds = time.perf_counter() - started
+    findings = evidence(fits, study, control)
 
     if process_rank() == 0:
-        findings = evidence(fits, study, control)
         results = save_results(folder, fits, study, config, seconds, findings)
         if save_more is not None:
             save_more(fits)
