@@ -362,9 +362,16 @@ def named_rows(users: list[Pairs]) -> torch.Tensor:
 
 
 def slices_of_rows(table: torch.Tensor, rows: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Some rows of a table, few at a time, so that no copy of the table is made."""
-    for part in rows.split(max(1, BATCH_NUMBERS // table.shape[1])):
-        yield table[part]
+    """Some rows of a table, few at a time, so that no copy of the table is made.
+
+    rows: int64, ascending, each once.
+    """
+    step = max(1, BATCH_NUMBERS // table.shape[1])
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        first, last = int(part[0]), int(part[-1])
+        is_run = last - first + 1 == len(part)
+        yield table[first : last + 1] if is_run else table[part]
 
 
 def _user_batches(
