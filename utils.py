@@ -502,6 +502,22 @@ def check_features(
     return features
 
 
+def check_own_features(features: Any, what: str, users: int | None, d: int | None) -> Features:
+    """`check_features`, for which each process of torchrun reads the numbers of its own users.
+
+    All processes must call this, and all raise the InputError that one of them finds.
+    """
+    error = None
+    try:
+        features = check_features(features, what, users, d, own_users())
+    except InputError as found:
+        error = str(found)
+    for message in from_each_process(error):
+        if message is not None:
+            raise InputError(message)
+    return features
+
+
 def check_head(V: Any, what: str, d: int | None = None) -> torch.Tensor:
     """A reward head as float32 `[d, 1]`. Raises InputError: no vector, not finite, all zero."""
     is_array = isinstance(V, (torch.Tensor, np.ndarray))
@@ -610,12 +626,11 @@ class LoRe(nn.Module):
         """
         if isinstance(X, bool):
             return super().train(X)
-        on_engine = type(self).forward in (LoRe.forward, LoRe_regularized.forward)
-        looked_at = own_users() if on_engine else slice(None)
-        X = check_features(X, "features", self.num_classes, self.num_features, looked_at)
-        if on_engine:
+        if type(self).forward in (LoRe.forward, LoRe_regularized.forward):
+            X = check_own_features(X, "features", self.num_classes, self.num_features)
             self._train_on_engine(X)
         else:
+            X = check_features(X, "features", self.num_classes, self.num_features)
             X = [X_i if isinstance(X_i, Pairs) else X_i.to(self.V.device) for X_i in X]
             self._train_by_autograd(X)
         return prune(self.W.detach().softmax(1), self.V.detach().clone(), self.threshold)
@@ -875,7 +890,10 @@ class Member:
 
 
 class Checkpoint(Protocol):
-    """Where a training leaves its state and finds it again, as `lore.files.TrainingCheckpoint`."""
+    """Where a training leaves its state and finds it again, as `lore.files.TrainingCheckpoint`.
+
+    Under torchrun the first process loads and saves the state of all of them.
+    """
 
     def load(self, identity: str) -> dict | None: ...
     def save(self, identity: str, state: dict) -> None: ...
@@ -1331,7 +1349,7 @@ def _stack(features: Features, device: torch.device) -> torch.Tensor:
     first = 0
     for number, users in itertools.groupby(features, table_number):
         if number is not None:
-            users = _joined(users, 4 * d)  # `dense` makes about four matrices
+            users = _joined(users, 4 * d)  # a quarter of a batch, as `dense` makes copies
         for X_i in users:
             rows = X[first : first + len(X_i)]
             rows.copy_(X_i.dense() if isinstance(X_i, Pairs) else X_i)
@@ -1587,8 +1605,7 @@ def sweep_members(
 def _check_users(named: dict[str, tuple[Any, Any]], d: int) -> list[Features]:
     """Each of {argument name: (features, number of users)} checked, in their order."""
     return [
-        check_features(features, name, users, d, own_users())
-        for name, (features, users) in named.items()
+        check_own_features(features, name, users, d) for name, (features, users) in named.items()
     ]
 
 

@@ -91,7 +91,19 @@ def find(table: torch.Tensor, folder: Path) -> dict[str, Any]:
         "rows of curves": [row[utils.UNSEEN_TEST].tolist() for row in curves.rows],
         "evidence": evidence(fits, study, tossed),
         "resumed": killed_and_resumed(study, folder / "state.pt"),
+        "error": error_of_a_damaged_user(table),
     }
+
+
+def error_of_a_damaged_user(table: torch.Tensor) -> str:
+    """What `run` says if a pair of the second seen user, whom the second process has, is NaN."""
+    damaged = table.clone()
+    damaged[rows_per_user()["train"][1].start] = torch.nan
+    try:
+        utils.run([1], [0], HEAD, *arguments_of(study_of(damaged)))
+    except utils.InputError as error:
+        return str(error)
+    return "none"
 
 
 def plain(fit: utils.Fit) -> dict[str, Any]:

@@ -104,6 +104,11 @@ def test_the_verdict_is_that_of_one_process(
         assert of_process["evidence"]["chosen"] == alone["evidence"]["chosen"]
 
 
+def test_all_processes_name_the_damaged_user_of_one(found: list[dict[str, Any]]) -> None:
+    for of_process in found:
+        assert of_process["error"].startswith("train_features, user 1: NaN")
+
+
 def test_a_killed_training_of_two_processes_goes_on_and_ends_the_same(
     found: list[dict[str, Any]],
 ) -> None:
