@@ -19,7 +19,7 @@ Bradley-Terry model for everybody, and from K = 2 on it is LoRe.
 
 In this file, from top to bottom:
 
-    1. Errors, settings, processes    InputError, check_whole, process_count
+    1. Errors, settings, processes    InputError, check_whole, process_count, shared_out
     2. Preference pairs               Pairs, check_features
     3. The models                     LoRe, LoRe_regularized, PersonalizeBatch: forward is the loss
     4. The engine                     Likelihood and its kernel, train_bases, fit_weights
@@ -40,7 +40,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple, Protocol
 
@@ -168,6 +168,43 @@ def process_count() -> int:
     return count
 
 
+def own_users() -> slice:
+    """The users whose pairs this process holds under torchrun: every P-th of P processes."""
+    return slice(process_rank(), None, process_count())
+
+
+def from_each_process(value: Any) -> list:
+    """What each process has for `value`, in the order of processes. All of them must call this."""
+    if process_count() == 1:
+        return [value]
+    values = [None] * process_count()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def shared_out(compute: Callable[..., np.ndarray | list], *users: Any) -> np.ndarray | list:
+    """compute(*users); under torchrun each process computes it for its own users alone.
+
+    users: lists, tensors or ranges with an entry per user, all equally long and not empty.
+    compute: is given those of some users, and returns an array or a list with an entry per user.
+    All processes must call this, and all return the whole.
+    """
+    if process_count() == 1:
+        return compute(*users)
+    N = len(users[0])
+    own = None
+    if process_rank() < N:
+        own = compute(*[values[own_users()] for values in users])
+    parts = from_each_process(own)
+    if isinstance(parts[0], np.ndarray):
+        whole = np.empty((N, *parts[0].shape[1:]), parts[0].dtype)
+    else:
+        whole = [None] * N
+    for rank, part in enumerate(parts[:N]):  # further processes have no user
+        whole[rank :: len(parts)] = part
+    return whole
+
+
 def default_device() -> torch.device:
     """This process's GPU, or the CPU if there is none. InputError: more processes than GPUs."""
     if torch.cuda.is_available():
@@ -243,7 +280,9 @@ class Pairs:
 
     def dense(self) -> torch.Tensor:
         """The float32 matrix `[m, d]` itself."""
-        return self.embeddings[self.chosen].float() - self.embeddings[self.rejected].float()
+        X = self.embeddings[self.chosen].float()
+        X -= self.embeddings[self.rejected]
+        return X
 
 
 def _are_rows(rows: torch.Tensor, count: int) -> bool:
@@ -266,45 +305,96 @@ def score_batches(
     """X_i V of many users at once: yields (S `[rows, C]`, how many rows each of the users has).
 
     One product over many users replaces a small one per user: for these, torch's threads take
-    longer to start than to multiply. The rows of a table that users share are multiplied once.
+    longer to start than to multiply. The rows of a table that users share are multiplied once, and
+    rows that nobody names are not read.
 
     features: `[m_i, d]` or Pairs, one per user. V: `[d, C]`.
     columns: how many numbers the caller makes of a row of S, if that is more than C.
     """
-    table = None
-    table_scores = torch.empty(0)
-    for batch in _user_batches(features, max(columns, V.shape[1])):
-        counts = torch.tensor([len(X) for X in batch], device=V.device)
-        if isinstance(batch[0], Pairs):
-            if batch[0].embeddings is not table:
-                table = batch[0].embeddings
-                slices = table.split(8192)  # so that no float32 copy of the table is made
-                table_scores = torch.cat([part.to(V.device, torch.float32) @ V for part in slices])
-            chosen = torch.cat([X.chosen for X in batch]).to(V.device)
-            rejected = torch.cat([X.rejected for X in batch]).to(V.device)
-            yield table_scores[chosen] - table_scores[rejected], counts
+    columns = max(columns, V.shape[1])
+    for number, users in itertools.groupby(features, table_number):
+        if number is None:
+            yield from _matrix_scores(users, V, columns)
         else:
-            X = batch[0] if len(batch) == 1 else torch.cat(batch)
-            yield X.to(V.device) @ V, counts
+            yield from _table_scores(list(users), V, columns)
 
 
-def _user_batches(features: Iterable[torch.Tensor | Pairs], columns: int) -> Iterator[Features]:
-    """Consecutive users that fit into one product: dense ones, or Pairs of the same table."""
-    batch: Features = []
+def _matrix_scores(
+    users: Iterable[torch.Tensor], V: torch.Tensor, columns: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """`score_batches` of matrices."""
+    for batch in _user_batches(users, max(columns, len(V))):
+        X = batch[0] if len(batch) == 1 else torch.cat(batch)
+        yield X.to(V.device) @ V, _counts(batch, V.device)
+
+
+def _table_scores(
+    users: list[Pairs], V: torch.Tensor, columns: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """`score_batches` of Pairs of one table."""
+    table = users[0].embeddings
+    rows = named_rows(users)
+    # Allocated before the slices: small results between these would fragment the memory.
+    row_scores = torch.empty(len(rows), V.shape[1], device=V.device)
+    first = 0
+    for part in slices_of_rows(table, rows):
+        row_scores[first : first + len(part)] = part.to(V.device, torch.float32) @ V
+        first += len(part)
+    place = torch.empty(len(table), dtype=torch.int64)  # of a row of the table among those named
+    place[rows] = torch.arange(len(rows))
+    for batch in _user_batches(users, columns):
+        chosen = place[torch.cat([X.chosen for X in batch]).cpu()].to(V.device)
+        rejected = place[torch.cat([X.rejected for X in batch]).cpu()].to(V.device)
+        yield row_scores[chosen] - row_scores[rejected], _counts(batch, V.device)
+
+
+def table_number(X: torch.Tensor | Pairs) -> int | None:
+    """A number that is equal for Pairs of the same table; None for a matrix."""
+    return id(X.embeddings) if isinstance(X, Pairs) else None
+
+
+def named_rows(users: list[Pairs]) -> torch.Tensor:
+    """The rows of their table that these users' pairs name: int64, ascending, each once."""
+    named = torch.zeros(len(users[0].embeddings), dtype=torch.bool)
+    named[torch.cat([X.chosen for X in users]).cpu()] = True
+    named[torch.cat([X.rejected for X in users]).cpu()] = True
+    return named.nonzero()[:, 0]
+
+
+def slices_of_rows(table: torch.Tensor, rows: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Some rows of a table, few at a time, so that no copy of the table is made.
+
+    rows: int64, ascending, each once.
+    """
+    step = max(1, BATCH_NUMBERS // table.shape[1])
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        first, last = int(part[0]), int(part[-1])
+        is_run = last - first + 1 == len(part)
+        yield table[first : last + 1] if is_run else table[part]
+
+
+def _user_batches(
+    users: Iterable[torch.Tensor | Pairs], columns: int
+) -> Iterator[list[torch.Tensor | Pairs]]:
+    """Consecutive users whose pairs times `columns` are at most BATCH_NUMBERS, or one user."""
+    batch: list[torch.Tensor | Pairs] = []
     numbers = 0
-    for X in features:
-        table = X.embeddings if isinstance(X, Pairs) else None
-        size = len(X) * (columns if table is not None else max(columns, X.shape[1]))
-        if batch:
-            table_before = batch[0].embeddings if isinstance(batch[0], Pairs) else None
-            if table is not table_before or numbers + size > BATCH_NUMBERS:
-                yield batch
-                batch = []
-                numbers = 0
+    for X in users:
+        size = len(X) * columns
+        if batch and numbers + size > BATCH_NUMBERS:
+            yield batch
+            batch = []
+            numbers = 0
         batch.append(X)
         numbers += size
     if batch:
         yield batch
+
+
+def _counts(users: list[torch.Tensor | Pairs], device: torch.device) -> torch.Tensor:
+    """How many pairs each user has."""
+    return torch.tensor([len(X) for X in users], device=device)
 
 
 def pair_scores(
@@ -320,19 +410,36 @@ def is_finite(table: torch.Tensor) -> bool:
     return all(abs(float(end)) <= torch.finfo(torch.float32).max for end in table.aminmax())
 
 
+def are_finite(features: Iterable[torch.Tensor | Pairs]) -> bool:
+    """`is_finite` of all users' pairs. Of a table the rows that they name are read, each once."""
+    for number, users in itertools.groupby(features, table_number):
+        if number is None:
+            matrices = users
+        else:
+            pairs = list(users)
+            matrices = slices_of_rows(pairs[0].embeddings, named_rows(pairs))
+        if not all(map(is_finite, matrices)):
+            return False
+    return True
+
+
 def check_matrix(
-    X: Any,
-    what: str,
-    rows: int | None = None,
-    columns: int | None = None,
-    known_finite: torch.Tensor | None = None,
+    X: Any, what: str, rows: int | None = None, columns: int | None = None
 ) -> torch.Tensor | Pairs:
     """X as a finite float32 tensor `[rows, columns]`, or as the Pairs that it is.
 
     X: a tensor, an array, nested lists of numbers, or Pairs. rows, columns: None for any number.
-    known_finite: a table that was looked through already (users often share one).
     Raises InputError that begins with `what`: no numbers, another shape, NaN or infinite values.
     """
+    X = _as_matrix(X, what, rows, columns)
+    _check_finite([X], what)
+    return X
+
+
+def _as_matrix(
+    X: Any, what: str, rows: int | None = None, columns: int | None = None
+) -> torch.Tensor | Pairs:
+    """`check_matrix`, but for NaN and infinite values: the numbers are not looked at."""
     if isinstance(X, Pairs):
         table = X.embeddings
     else:
@@ -350,9 +457,13 @@ def check_matrix(
             f"{what}: shape {tuple(X.shape)} where [{rows or 'rows >= 1'}, {columns or 'd'}] "
             "should be; give one of that shape, of the same model and users, none without pairs"
         )
-    if table is not known_finite and not is_finite(table):
-        raise InputError(f"{what}: NaN or infinite values; leave them out, or make them again")
     return X
+
+
+def _check_finite(features: list[torch.Tensor | Pairs], what: str) -> None:
+    """Raise InputError that begins with `what` if a number is NaN or infinite."""
+    if not are_finite(features):
+        raise InputError(f"{what}: NaN or infinite values; leave them out, or make them again")
 
 
 def _as_tensor(values: Any) -> torch.Tensor | None:
@@ -366,11 +477,16 @@ def _as_tensor(values: Any) -> torch.Tensor | None:
 
 
 def check_features(
-    features: Any, what: str, users: int | None = None, d: int | None = None
+    features: Any,
+    what: str,
+    users: int | None = None,
+    d: int | None = None,
+    looked_at: slice = slice(None),
 ) -> Features:
     """The features as a list with one finite float32 `[m_i, d]` tensor, or Pairs, per user.
 
     features: an iterable of tensors, arrays or Pairs. users, d: None for any number.
+    looked_at: the users whose numbers are read, to see that they are finite.
     Raises InputError that names the user: no users, or not `users` of them; a user without pairs;
     another width than `d`, or than the first user's; NaN or infinite values.
     """
@@ -380,11 +496,28 @@ def check_features(
             f"{what}: {len(features)} users where {users or 'at least 1'} should be; "
             "give one tensor per user"
         )
-    table_before = None
     for i, X in enumerate(features):
-        features[i] = check_matrix(X, f"{what}, user {i}", None, d, table_before)
-        table_before = getattr(features[i], "embeddings", None)
+        features[i] = _as_matrix(X, f"{what}, user {i}", None, d)
         d = features[i].shape[1]
+    if not are_finite(features[looked_at]):
+        for i in range(len(features))[looked_at]:
+            _check_finite([features[i]], f"{what}, user {i}")
+    return features
+
+
+def check_own_features(features: Any, what: str, users: int | None, d: int | None) -> Features:
+    """`check_features`, for which each process of torchrun reads the numbers of its own users.
+
+    All processes must call this, and all raise the InputError that one of them finds.
+    """
+    error = None
+    try:
+        features = check_features(features, what, users, d, own_users())
+    except InputError as found:
+        error = str(found)
+    for message in from_each_process(error):
+        if message is not None:
+            raise InputError(message)
     return features
 
 
@@ -496,10 +629,11 @@ class LoRe(nn.Module):
         """
         if isinstance(X, bool):
             return super().train(X)
-        X = check_features(X, "features", self.num_classes, self.num_features)
         if type(self).forward in (LoRe.forward, LoRe_regularized.forward):
+            X = check_own_features(X, "features", self.num_classes, self.num_features)
             self._train_on_engine(X)
         else:
+            X = check_features(X, "features", self.num_classes, self.num_features)
             X = [X_i if isinstance(X_i, Pairs) else X_i.to(self.V.device) for X_i in X]
             self._train_by_autograd(X)
         return prune(self.W.detach().softmax(1), self.V.detach().clone(), self.threshold)
@@ -759,7 +893,10 @@ class Member:
 
 
 class Checkpoint(Protocol):
-    """Where a training leaves its state and finds it again, as `lore.files.TrainingCheckpoint`."""
+    """Where a training leaves its state and finds it again, as `lore.files.TrainingCheckpoint`.
+
+    Under torchrun the first process loads and saves the state of all of them.
+    """
 
     def load(self, identity: str) -> dict | None: ...
     def save(self, identity: str, state: dict) -> None: ...
@@ -789,7 +926,7 @@ class Likelihood:
     ) -> None:
         self.counts = torch.tensor(counts, device=device)
         self.sizes = list(sizes)
-        self.threads = torch.get_num_threads()  # before `_one_torch_thread` limits them
+        self.threads = torch.get_num_threads()  # before `one_torch_thread` limits them
         users = torch.arange(len(counts), device=device)
         self.user = users.repeat_interleave(self.counts)  # (M,) of each pair
         pairs = self.counts if total is None else torch.full_like(self.counts, total)
@@ -802,13 +939,14 @@ class Likelihood:
         """The user weights, softmax over each member's logits. W: `[N, C]` -> `[N, C]`."""
         return torch.cat([logits.softmax(1) for logits in W.split(self.sizes, 1)], 1)
 
-    def margins(self, P: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        """m = x V w_i / 100 of each pair under each member: `[M, G]`."""
-        return (P * w[self.user]) @ self.columns_of_member / TEMPERATURE
+    def margins(self, P: torch.Tensor, w: torch.Tensor, pairs: slice = slice(None)) -> torch.Tensor:
+        """m = x V w_i / 100 of each pair under each member: `[M, G]`. P: of these pairs alone."""
+        return (P * w[self.user[pairs]]) @ self.columns_of_member / TEMPERATURE
 
-    def loss(self, P: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        """The negative log-likelihood under each member: `[G]`."""
-        return -(self.weight[self.user, None] * F.logsigmoid(self.margins(P, w))).sum(0)
+    def loss(self, P: torch.Tensor, w: torch.Tensor, pairs: slice = slice(None)) -> torch.Tensor:
+        """The negative log-likelihood under each member: `[G]`. P: of these pairs alone."""
+        log_likelihoods = F.logsigmoid(self.margins(P, w, pairs))
+        return -(self.weight[self.user[pairs], None] * log_likelihoods).sum(0)
 
     def residuals(self, P: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         """The derivative of the loss with respect to x V w_i of each pair, `[M, C]`.
@@ -985,7 +1123,7 @@ def _gradients(X, start, weight, w, V, first, size, grad_w, grad_V, need_w, need
 
 
 @contextlib.contextmanager
-def _one_torch_thread() -> Iterator[None]:
+def one_torch_thread() -> Iterator[None]:
     """Limit torch to one thread: its idle threads spin on the cores that the kernel needs, and
     small products are faster without them."""
     threads = torch.get_num_threads()
@@ -1001,7 +1139,7 @@ Gradients = Callable[
 ]  # (w, need_w, need_V) -> the derivatives with respect to w and V
 
 
-@_one_torch_thread()
+@one_torch_thread()
 def _descend(
     likelihood: Likelihood,
     W: torch.Tensor,
@@ -1043,16 +1181,46 @@ def _descend(
             V.grad = grad_V
             adams[1].step()
         is_last = t + 1 == num_iterations
-        if checkpoint and (is_last or time.monotonic() - saved > CHECKPOINT_SECONDS):
-            state = {
-                "iterations": t + 1,
-                "variables": variables,
-                "adams": [adam.state_dict() for adam in adams],
-            }
-            checkpoint.save(identity, state)
+        if checkpoint and (is_last or _is_time(saved + CHECKPOINT_SECONDS)):
+            _save_state(checkpoint, identity, t + 1, variables, adams)
             saved = time.monotonic()
         bar.update()
     bar.close()
+
+
+def _is_time(moment: float) -> bool:
+    """Whether time.monotonic() has come to a moment, by the clock of the first process."""
+    has_come = torch.tensor(time.monotonic() > moment)
+    if process_count() > 1:
+        dist.broadcast(has_come, 0)
+    return bool(has_come)
+
+
+def _save_state(
+    checkpoint: Checkpoint,
+    identity: str,
+    iterations: int,
+    variables: list[torch.Tensor],
+    adams: list[optim.Adam],
+) -> None:
+    """Save the state of a training: the first process does it, for all of them."""
+    own = {
+        "variables": [variable.cpu() for variable in variables],
+        "adams": [_state_on_cpu(adam) for adam in adams],
+    }
+    states = [own]
+    if process_count() > 1:
+        states = [None] * process_count() if process_rank() == 0 else None
+        dist.gather_object(own, states)
+    if process_rank() == 0:
+        checkpoint.save(identity, {"iterations": iterations, "processes": states})
+
+
+def _state_on_cpu(adam: optim.Adam) -> dict:
+    """The state of an Adam that has made a step on its only variable."""
+    state = adam.state_dict()
+    moments = {name: tensor.cpu() for name, tensor in state["state"][0].items()}
+    return {**state, "state": {0: moments}}
 
 
 def _resume(
@@ -1062,7 +1230,17 @@ def _resume(
     adams: list[optim.Adam],
 ) -> int:
     """Take over the state of an interrupted training -> how many iterations it had done."""
-    state = checkpoint.load(identity) if checkpoint else None
+    if checkpoint is None:
+        return 0
+    states = [None] * process_count()
+    if process_rank() == 0:
+        saved = checkpoint.load(identity)
+        if saved is not None:
+            states = [{**state, "iterations": saved["iterations"]} for state in saved["processes"]]
+    own = states[:1]
+    if process_count() > 1:
+        dist.scatter_object_list(own, states if process_rank() == 0 else None)
+    (state,) = own
     if state is None:
         return 0
     for variable, adam, saved_variable, saved_adam in zip(
@@ -1102,13 +1280,13 @@ def train_bases(
     starts: the logits `[N, K]` and basis `[K, d]` that each member starts from; None draws them.
     checkpoint: where the state is kept; the caller clears it.
 
-    Under torchrun each process holds a part of the users; all return the whole, and no state is
-    kept. Raises InputError: fewer users than processes, a training that diverges.
+    Under torchrun each process holds a part of the users; all return the whole.
+    Raises InputError: fewer users than processes, a training that diverges.
     """
     N = len(features)
     d = features[0].shape[1]
     ranks = process_count()
-    mine = slice(process_rank(), None, ranks)  # every ranks-th user
+    mine = own_users()
     if N < ranks:
         raise InputError(f"{N} users for {ranks} processes; start at most one process per user")
     check_anchor(V_sft, max(member.alpha for member in members))
@@ -1130,8 +1308,6 @@ def train_bases(
     on_kernel = device.type == "cpu" and X.numel() >= KERNEL_NUMBERS
     derivatives = likelihood.kernel if on_kernel else likelihood.plain
     identity = ""
-    if ranks > 1:
-        checkpoint = None
     if checkpoint:
         settings = (members, num_iterations, learning_rate, regularized, V_sft)
         identity = _training_identity(features, X, settings)
@@ -1154,7 +1330,10 @@ def train_bases(
             "the training has diverged, its basis is not finite; give a smaller alpha, or smaller "
             "pairs"
         )
-    loss = likelihood.loss(X @ V.T, likelihood.weights(W))  # (G,)
+    w = likelihood.weights(W)
+    step = max(1, BATCH_NUMBERS // d)  # pairs at a time, as P of all of them would be large
+    slices = [slice(first, first + step) for first in range(0, len(X), step)]
+    loss = sum(likelihood.loss(X[pairs] @ V.T, w, pairs) for pairs in slices)  # (G,)
     logits = torch.zeros(N, sum(sizes), device=device)
     logits[mine] = W
     if ranks > 1:
@@ -1168,10 +1347,25 @@ def train_bases(
 
 def _stack(features: Features, device: torch.device) -> torch.Tensor:
     """The pairs of all users, `[M, d]`, without a second copy of them on the way."""
-    X = torch.empty(sum(map(len, features)), features[0].shape[1], device=device)
-    for rows, X_i in zip(X.split([len(X_i) for X_i in features]), features):
-        rows.copy_(X_i.dense() if isinstance(X_i, Pairs) else X_i)
+    d = features[0].shape[1]
+    X = torch.empty(sum(map(len, features)), d, device=device)
+    first = 0
+    for number, users in itertools.groupby(features, table_number):
+        if number is not None:
+            users = _joined(users, 4 * d)  # a quarter of a batch, as `dense` makes copies
+        for X_i in users:
+            rows = X[first : first + len(X_i)]
+            rows.copy_(X_i.dense() if isinstance(X_i, Pairs) else X_i)
+            first += len(rows)
     return X
+
+
+def _joined(users: Iterable[Pairs], columns: int) -> Iterator[Pairs]:
+    """The Pairs of many users as fewer and longer ones: torch takes longer for many small ones."""
+    for batch in _user_batches(users, columns):
+        chosen = torch.cat([X.chosen for X in batch])
+        rejected = torch.cat([X.rejected for X in batch])
+        yield Pairs(batch[0].embeddings, chosen, rejected)
 
 
 def _penalty(
@@ -1200,12 +1394,16 @@ def _penalty(
 
 
 def _training_identity(features: Features, X: torch.Tensor, settings: tuple) -> str:
-    """A digest of everything that a training depends on: a state goes on in no other training."""
+    """A digest of everything that a training depends on: a state goes on in no other training.
+
+    X: the pairs of this process's users. The digest is the same in all processes.
+    """
     *others, V_sft = settings
     head = None if V_sft is None else V_sft.tolist()
     counts = [len(X_i) for X_i in features]
-    text = repr((torch.__version__, str(X.device), counts, *others, head))
-    return hashlib.sha256(text.encode()).hexdigest() + _digest(X)
+    digests = from_each_process(_digest(X))
+    text = repr((torch.__version__, str(X.device.type), counts, *others, head, digests))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _digest(X: torch.Tensor) -> str:
@@ -1219,7 +1417,7 @@ def fit_logits(
     sizes: list[int],
     num_iterations: int,
     learning_rate: float,
-    starts: list[torch.Tensor] | None = None,
+    starts: Sequence[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
     """Few-shot fit of users over several frozen bases, side by side -> logits `[N, K]` of each.
 
@@ -1302,7 +1500,7 @@ def share_right(margins: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 def accuracies_per_user(
     features: Iterable[torch.Tensor | Pairs],
     bases: list[torch.Tensor],
-    weights: list[torch.Tensor],
+    weights: Sequence[torch.Tensor],
 ) -> np.ndarray:
     """The accuracy of each of N users under each of G models: float64 `[G, N]`.
 
@@ -1319,6 +1517,17 @@ def accuracies_per_user(
         shares.append(share_right(margins, counts))  # (users, G)
         first += len(counts)
     return torch.cat(shares).T.cpu().numpy()
+
+
+def shared_accuracies(
+    features: Features, bases: list[torch.Tensor], weights: list[torch.Tensor]
+) -> np.ndarray:
+    """`accuracies_per_user`, for which each process of torchrun judges its own users."""
+
+    def judge(own_features: Features, *own_weights: torch.Tensor) -> np.ndarray:
+        return accuracies_per_user(own_features, bases, own_weights).T  # (users, G)
+
+    return shared_out(judge, features, *weights).T
 
 
 @torch.no_grad()
@@ -1398,7 +1607,9 @@ def sweep_members(
 
 def _check_users(named: dict[str, tuple[Any, Any]], d: int) -> list[Features]:
     """Each of {argument name: (features, number of users)} checked, in their order."""
-    return [check_features(features, name, users, d) for name, (features, users) in named.items()]
+    return [
+        check_own_features(features, name, users, d) for name, (features, users) in named.items()
+    ]
 
 
 def sweep(
@@ -1427,6 +1638,10 @@ def sweep(
     by side, or None for torch's own generator. regularized: `LoRe_regularized` in place of `LoRe`.
     threshold: columns whose largest weight among the seen users is below it are left out.
     checkpoint: where the state of the training is kept; the caller clears it.
+
+    Under torchrun each process reads and computes only the pairs of its own users, every P-th of
+    each list; all return the whole. So a table may be larger than what a process can hold, if it
+    is mapped from a file.
 
     Returns a Fit for each alpha, rank and seed. Raises InputError for arguments without a meaning.
     """
@@ -1464,7 +1679,7 @@ def sweep(
     _fit_unseen(fits, train_unseen, few_shot_rate)
     for setting, part in zip(SETTINGS, features):
         weights = [fit.W_unseen if setting in UNSEEN_SETTINGS else fit.W for fit in fits]
-        accuracies = accuracies_per_user(part, [fit.V for fit in fits], weights)
+        accuracies = shared_accuracies(part, [fit.V for fit in fits], weights)
         for fit, accuracies_of_fit in zip(fits, accuracies):
             fit.accuracies[setting] = accuracies_of_fit
     return fits
@@ -1508,14 +1723,20 @@ def _fit_unseen(fits: list[Fit], train_unseen: Features, learning_rate: float) -
     personal = [fit for fit in fits if fit.V.shape[1] > 1]
     if not personal:
         return
-    weights = fit_weights(
-        list(pair_scores(train_unseen, torch.cat([fit.V for fit in personal], 1))),
-        [Member(fit.K, fit.alpha, fit.seed) for fit in personal],
-        [fit.V.shape[1] for fit in personal],
-        FEW_SHOT_ITERATIONS,
-        learning_rate,
-    )
-    for fit, w in zip(personal, weights):
+    V = torch.cat([fit.V for fit in personal], 1)  # (d, C)
+    sizes = [fit.V.shape[1] for fit in personal]
+    members = [Member(K, fit.alpha, fit.seed) for K, fit in zip(sizes, personal)]
+    starts = [member.few_shot_start(len(train_unseen)) for member in members]
+
+    def fit_users(features: Features, *starts: torch.Tensor) -> np.ndarray:
+        scores = list(pair_scores(features, V))
+        weights = fit_weights(
+            scores, members, sizes, FEW_SHOT_ITERATIONS, learning_rate, starts=starts
+        )
+        return torch.cat(weights, 1).cpu().numpy()  # (users, C)
+
+    weights = torch.from_numpy(shared_out(fit_users, train_unseen, *starts)).to(V.device)
+    for fit, w in zip(personal, weights.split(sizes, 1)):
         fit.W_unseen = w
 
 
@@ -1701,24 +1922,47 @@ def run_few_shot_vary_shots(
     curves.rows = []
     for member, fit in zip(members, fits):
         print("K :", member.K)
-        S_train = list(pair_scores(train_unseen, fit.V))
-        S_test = list(pair_scores(test_unseen, fit.V))
-        for shots in num_shots:
+        accuracies = accuracies_by_shots(
+            member, fit.V, train_unseen, test_unseen, num_shots, trials, groups
+        )  # (N_unseen, shots, settings, trials)
+        for shots, of_shots in zip(num_shots, accuracies.swapaxes(0, 1)):
             print("Shots :", shots)
-            accuracies = few_shot_trials(member, S_train, S_test, shots, trials, groups)
             row = {"K": member.K, "alpha": member.alpha, "shots": shots}
-            for i, (setting, of_trials) in enumerate(zip(UNSEEN_SETTINGS, accuracies)):
+            for i, setting in enumerate(UNSEEN_SETTINGS):
                 print(setting)
-                means = of_trials.mean(1)  # (trials,)
+                means = of_shots[:, i].mean(0)  # (trials,)
                 print_accuracy(means)
                 curves[2 * i].append(float(np.mean(means)))
                 curves[2 * i + 1].append(float(np.std(means)))
-                row[setting] = of_trials.mean(0)
+                row[setting] = of_shots[:, i].mean(1)
             curves.rows.append(row)
     return curves
 
 
-@torch.no_grad()
+def accuracies_by_shots(
+    member: Member,
+    V: torch.Tensor,
+    train_unseen: Features,
+    test_unseen: Features,
+    num_shots: Iterable[int],
+    trials: int,
+    groups: list[torch.Tensor] | None,
+) -> np.ndarray:
+    """Fit every unseen user from each number of shots, which each trial draws again.
+
+    Returns the accuracies on the drawn and on the test pairs, float64
+    `[N_unseen, shots, 2, trials]`. Under torchrun each process fits and judges its own users.
+    """
+    draws = [draw_shots(member, train_unseen, shots, trials, groups) for shots in num_shots]
+
+    def judge(train: Features, test: Features, *draws: list[Draw]) -> np.ndarray:
+        S_train = list(pair_scores(train, V))
+        S_test = list(pair_scores(test, V))
+        return np.stack([judge_shots(member, S_train, S_test, drawn) for drawn in draws], 1)
+
+    return shared_out(judge, train_unseen, test_unseen, *draws)
+
+
 def few_shot_trials(
     member: Member,
     S_train: list[torch.Tensor],
@@ -1733,26 +1977,74 @@ def few_shot_trials(
     there are weights to fit, its generator draws. Returns the accuracies on the drawn and on the
     test pairs, two float64 arrays `[trials, users]`.
     """
-    users = len(S_test)
+    drawn = draw_shots(member, S_train, shots, trials, groups)
+    accuracies = judge_shots(member, S_train, S_test, drawn)
+    train, test = accuracies.transpose(1, 2, 0)
+    return train, test
+
+
+class Draw(NamedTuple):
+    """What is drawn for one user of a few-shot fit, for each of several trials."""
+
+    rows: tuple[torch.Tensor, ...]  # the user's pairs to fit from, int64, one vector per trial
+    start: torch.Tensor  # (trials, K), the logits to start from
+
+
+def draw_shots(
+    member: Member,
+    pairs: Features,
+    shots: int,
+    trials: int,
+    groups: list[torch.Tensor] | None = None,
+) -> list[Draw]:
+    """Draw `shots` of each user's pairs in each trial. pairs: only their numbers matter."""
     generator = member.generator(SHOTS + shots)
-    drawn = []
-    for _ in range(trials):
-        drawn += sample_shots(S_train, shots, generator, groups)
-    device = drawn[0].device
-    w = torch.ones(len(drawn), 1, device=device)  # (trials * users, K)
+    rows = [torch.arange(len(X)) for X in pairs]
+    rows_of_trials = [sample_shots(rows, shots, generator, groups) for _ in range(trials)]
+    starts = torch.zeros(trials * len(rows), 1)
     if member.K > 1:
-        (w,) = fit_weights(drawn, [member], [member.K], FEW_SHOT_ITERATIONS, FEW_SHOT_LEARNING_RATE)
+        starts = member.few_shot_start(trials * len(rows))
+    starts = starts.reshape(trials, len(rows), -1).swapaxes(0, 1)  # (users, trials, K)
+    return [Draw(*of_user) for of_user in zip(zip(*rows_of_trials), starts)]
+
+
+@torch.no_grad()
+def judge_shots(
+    member: Member,
+    S_train: list[torch.Tensor],
+    S_test: list[torch.Tensor],
+    drawn: list[Draw],
+) -> np.ndarray:
+    """Fit users from their drawn pairs -> float64 `[users, 2, trials]`.
+
+    These are the accuracies on the drawn pairs, then on the test pairs. Other arguments: as of
+    `few_shot_trials`.
+    """
+    trials = len(drawn[0].rows)
+    S_drawn = [S[rows] for S, draw in zip(S_train, drawn) for rows in draw.rows]
+    device = S_drawn[0].device
+    w = torch.ones(len(S_drawn), 1, device=device)  # (users * trials, K)
+    if member.K > 1:
+        starts = torch.cat([draw.start for draw in drawn])
+        (w,) = fit_weights(
+            S_drawn,
+            [member],
+            [member.K],
+            FEW_SHOT_ITERATIONS,
+            FEW_SHOT_LEARNING_RATE,
+            starts=[starts],
+        )
 
     def share(scores: torch.Tensor, counts: torch.Tensor, w: torch.Tensor) -> np.ndarray:
         margins = (scores * w.repeat_interleave(counts, 0)).sum(1, keepdim=True)
         return share_right(margins, counts)[:, 0].cpu().numpy()
 
-    counts = torch.tensor([len(S) for S in drawn], device=device)
-    train = share(torch.cat(drawn), counts, w).reshape(trials, users)
+    train = share(torch.cat(S_drawn), _counts(S_drawn, device), w).reshape(-1, trials)
     S_all = torch.cat(S_test)
-    counts = torch.tensor([len(S) for S in S_test], device=device)
-    test = np.stack([share(S_all, counts, w_trial) for w_trial in w.split(users)])
-    return train, test
+    counts = _counts(S_test, device)
+    w_of_trials = w.reshape(-1, trials, w.shape[1]).unbind(1)
+    test = np.stack([share(S_all, counts, w_trial) for w_trial in w_of_trials], 1)
+    return np.stack([train, test], 1)
 
 
 # ---------------------------------------------------------------------------------------------

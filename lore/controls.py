@@ -1,6 +1,7 @@
 """What models score that cannot know anybody's tastes, or know one person only.
 
-All are judged on the unseen users' unseen prompts. The parts of this module, in their order:
+All are judged on the unseen users' unseen prompts. Under torchrun each process judges its own
+users, so all processes must call these functions. The parts of this module, in their order:
 
     Exchanged weights   the same basis under everybody's mean weights and under other users'
     Tossed choices      a model of choices that mean nothing
@@ -10,6 +11,7 @@ All are judged on the unseen users' unseen prompts. The parts of this module, in
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,10 +24,11 @@ from utils import (
     TEMPERATURE,
     Fit,
     Pairs,
-    _one_torch_thread,
     accuracies_per_user,
     accuracies_under_each,
+    one_torch_thread,
     pair_scores,
+    shared_out,
     sweep,
 )
 
@@ -53,17 +56,20 @@ def exchanged_accuracies(features: Features, fits: list[Fit]) -> ExchangedWeight
     means over them.
     """
     N = len(features)
-    accuracies = np.zeros((N, N + 1))
-    for fit in fits:
-        mean_weights = fit.W_unseen.mean(0, keepdim=True)  # (1, K)
-        candidates = torch.cat([fit.W_unseen, mean_weights])  # (N + 1, K)
-        accuracies += accuracies_under_each(features, fit.V, candidates)
-    accuracies /= len(fits)
-    own = accuracies.diagonal()
-    others = None
-    if N > 1:
-        others = (accuracies[:, :N].sum(1) - own) / (N - 1)
-    return ExchangedWeights(own, accuracies[:, N], others)
+
+    def judge(features: Features, users: range) -> np.ndarray:
+        accuracies = np.zeros((len(users), N + 1))
+        for fit in fits:
+            mean_weights = fit.W_unseen.mean(0, keepdim=True)  # (1, K)
+            candidates = torch.cat([fit.W_unseen, mean_weights])  # (N + 1, K)
+            accuracies += accuracies_under_each(features, fit.V, candidates)
+        accuracies /= len(fits)
+        own = accuracies[np.arange(len(users)), users]
+        return np.stack([own, accuracies[:, N], accuracies[:, :N].sum(1)], 1)  # (users, 3)
+
+    own, mean, sum_over_users = shared_out(judge, features, range(N)).T
+    others = (sum_over_users - own) / (N - 1) if N > 1 else None
+    return ExchangedWeights(own, mean, others)
 
 
 # ---- Tossed choices
@@ -113,7 +119,7 @@ def tossed_control(
     K = max(K_list)
     if K <= 1:
         return None
-    pairs = identities(study, ("train", "train_unseen", "test_unseen"))
+    pairs = identities(study, ("train", "train_unseen", "test_unseen"), share_out=True)
     train = list(toss(study.train, pairs["train"]))
     train_unseen = list(toss(study.train_unseen, pairs["train_unseen"]))
     # The test pairs are many, so they are tossed and judged one user at a time, further down.
@@ -135,9 +141,12 @@ def tossed_control(
         regularized=regularized,
         threshold=threshold,
     )
-    test_unseen = toss(study.test_unseen, pairs["test_unseen"])
-    accuracies = accuracies_per_user(test_unseen, [fit.V], [fit.W_unseen])  # (1, N_unseen)
-    return TossedControl(fit.K, fit.alpha, accuracies[0], tossed_deviation(pairs["test_unseen"]))
+
+    def judge(features: Features, pairs: list[Identity], w: torch.Tensor) -> np.ndarray:
+        return accuracies_per_user(toss(features, pairs), [fit.V], [w])[0]
+
+    accuracies = shared_out(judge, study.test_unseen, pairs["test_unseen"], fit.W_unseen)
+    return TossedControl(fit.K, fit.alpha, accuracies, tossed_deviation(pairs["test_unseen"]))
 
 
 def toss(features: Features, pairs: Iterable[Identity]) -> Iterator[torch.Tensor | Pairs]:
@@ -186,11 +195,15 @@ def longer_answer_accuracies(study: Study) -> np.ndarray | None:
     """
     if "test_unseen" not in study.texts:
         return None
-    accuracies = []
-    for texts in study.texts["test_unseen"]:
-        signs = [np.sign(len(chosen) - len(rejected)) for chosen, rejected in texts]
-        accuracies.append((1 + np.mean(signs)) / 2)
-    return np.array(accuracies)
+
+    def judge(users: list[list[tuple[str, str]]]) -> np.ndarray:
+        accuracies = []
+        for texts in users:
+            signs = [np.sign(len(chosen) - len(rejected)) for chosen, rejected in texts]
+            accuracies.append((1 + np.mean(signs)) / 2)
+        return np.array(accuracies)
+
+    return shared_out(judge, study.texts["test_unseen"])
 
 
 # ---- A model per user
@@ -203,7 +216,7 @@ MOST_STEPS = 20  # then the direction of the weakest strength is right to about 
 USERS_AT_ONCE = 32  # whose models are judged by one product
 
 
-@_one_torch_thread()  # the products are small, and its threads would wait for one another
+@one_torch_thread()  # the products are small, and its threads would wait for one another
 def model_per_user_accuracies(study: Study, pooled: torch.Tensor) -> np.ndarray:
     """The accuracy of a model of each unseen user's own few shots: float64 `[N_unseen]`.
 
@@ -215,22 +228,28 @@ def model_per_user_accuracies(study: Study, pooled: torch.Tensor) -> np.ndarray:
     """
     length = root_mean_square_length(study.train)
     judges = slice(0, MOST_JUDGES)
-    of_strengths = own_model_accuracies(
-        study.train[judges], study.test[judges], pooled, length, STRENGTHS
+    judge = partial(own_model_accuracies, pooled=pooled, length=length)
+    of_strengths = shared_out(
+        partial(judge, strengths=STRENGTHS), study.train[judges], study.test[judges]
     ).mean(0)  # (strengths,)
     # Rounded, equal means tie in whatever order they were added up. Of equals the last, strongest.
     strength = max(zip(of_strengths.round(9), STRENGTHS))[1]
-    accuracies = own_model_accuracies(
-        study.train_unseen, study.test_unseen, pooled, length, [strength]
+    accuracies = shared_out(
+        partial(judge, strengths=[strength]), study.train_unseen, study.test_unseen
     )
     return accuracies[:, 0]
 
 
 def root_mean_square_length(features: Features) -> float:
     """The root of the mean squared length of all pairs of some users; 1 if all have length 0."""
-    squares = torch.cat([dense(X).square().sum(1) for X in features[:MOST_JUDGES]])
+    squares = torch.cat(shared_out(squared_lengths, features[:MOST_JUDGES]))
     length = float(squares.double().mean().sqrt())
     return length if length > 0 else 1.0
+
+
+def squared_lengths(features: Features) -> list[torch.Tensor]:
+    """The squared lengths of each user's first MOST_PAIRS pairs, `[m_i]`."""
+    return [dense(X).square().sum(1) for X in features]
 
 
 def dense(X: torch.Tensor | Pairs) -> torch.Tensor:

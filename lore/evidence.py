@@ -33,10 +33,10 @@ from utils import (
     UNSEEN_TEST,
     Fit,
     InputError,
-    accuracies_per_user,
     accuracy_per_user,
     check_number,
     fits_per_model,
+    shared_accuracies,
 )
 
 VALIDATION = "Validation"  # the setting of held-out training pairs, beside those of SETTINGS
@@ -123,7 +123,7 @@ def judge_held_out(fits: list[Fit], held_out: Features | None) -> list[Fit]:
     """
     if held_out is None:
         return fits
-    accuracies = accuracies_per_user(held_out, [fit.V for fit in fits], [fit.W for fit in fits])
+    accuracies = shared_accuracies(held_out, [fit.V for fit in fits], [fit.W for fit in fits])
     return [
         dataclasses.replace(fit, accuracies={**fit.accuracies, VALIDATION: held_out_accuracies})
         for fit, held_out_accuracies in zip(fits, accuracies)
@@ -222,7 +222,7 @@ def evidence(fits: list[Fit], study: Study, tossed: TossedControl | None = None)
     fits: of all ranks, alphas and seeds. If they have accuracies under VALIDATION, these choose
     the model that the verdict is about. tossed: of `tossed_control`, None if it was not trained.
     Returns `{evidence, chosen, leaks, verdict}` of results.json, plain JSON values; None is what
-    is not known.
+    is not known. Every process of torchrun must call this: each judges its own users.
     """
     fits_by_model = fits_per_model(fits)
     shared_controls = {

@@ -18,7 +18,17 @@ import torch
 from torch.nn.functional import normalize
 
 from lore.study import Features, Study
-from utils import SEEN_TEST, UNSEEN_TEST, Pairs, _one_torch_thread, pair_scores
+from utils import (
+    SEEN_TEST,
+    UNSEEN_TEST,
+    Pairs,
+    from_each_process,
+    one_torch_thread,
+    pair_scores,
+    process_rank,
+    shared_out,
+    table_number,
+)
 
 MOST_KNOWN_PAIRS = 2**17  # whose keys by their texts are kept
 HASHED_ROWS = 1024  # of a table's pairs are made at once, to be hashed
@@ -41,17 +51,23 @@ class Identity:
         return Identity(self.keys[rows], self.turned[rows])
 
 
-def identities(study: Study, parts: tuple[str, ...]) -> dict[str, list[Identity]]:
+def identities(
+    study: Study, parts: tuple[str, ...], share_out: bool = False
+) -> dict[str, list[Identity]]:
     """The identity of all pairs in some parts of a study: {part: one Identity per user}.
 
     Pairs are equal if their two answers are. If the study knows the texts of all these parts, the
     texts are compared, and the prompts may differ; else the features, which must be equal in
     every bit, but for their sign.
+    share_out: each process of torchrun takes its own users, so all of them must call this.
     """
     if all(part in study.texts for part in parts):
-        return {part: [identity_of_texts(texts) for texts in study.texts[part]] for part in parts}
-    features = study.features()
-    return {part: list(identities_of_features(features[part])) for part in parts}
+        users_of_part, identify = study.texts, identities_of_texts
+    else:
+        users_of_part, identify = study.features(), identities_of_features
+    if share_out:
+        return {part: shared_out(identify, users_of_part[part]) for part in parts}
+    return {part: identify(users_of_part[part]) for part in parts}
 
 
 def plain_text(text: str) -> str:
@@ -63,6 +79,11 @@ def ordered_answers(texts: tuple[str, str]) -> tuple[str, str]:
     """The two answers of a pair in alphabetical order, equal for a pair that is turned round."""
     first, second = sorted(map(plain_text, texts))
     return first, second
+
+
+def identities_of_texts(users: list[list[tuple[str, str]]]) -> list[Identity]:
+    """The identity of the pairs of each user, by their texts."""
+    return [identity_of_texts(texts) for texts in users]
 
 
 def identity_of_texts(texts: list[tuple[str, str]]) -> Identity:
@@ -90,27 +111,24 @@ def key_of(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def identities_of_features(features: Features) -> Iterator[Identity]:
-    """The identity of the pairs of each user in turn, by their features up to sign.
+def identities_of_features(features: Features) -> list[Identity]:
+    """The identity of the pairs of each user, by their features up to sign.
 
     The pairs of users who share a table are hashed together, each distinct one once: thousands of
     users may compare the same answers.
     """
+    identities = []
     for table, users_of_table in itertools.groupby(features, table_number):
         if table is None:
-            yield from map(identity_of_rows, users_of_table)
+            identities += map(identity_of_rows, users_of_table)
             continue
         users = list(users_of_table)
         identity = identity_of_table_pairs(users)
         first = 0
         for X in users:
-            yield identity[first : first + len(X)]
+            identities.append(identity[first : first + len(X)])
             first += len(X)
-
-
-def table_number(X: torch.Tensor | Pairs) -> int | None:
-    """A number that is equal for pairs of the same table; None for a matrix."""
-    return id(X.embeddings) if isinstance(X, Pairs) else None
+    return identities
 
 
 def identity_of_table_pairs(users: list[Pairs]) -> Identity:
@@ -163,22 +181,29 @@ def leaks_of(study: Study) -> dict[str, Shares]:
       negative, see `repeats_by_features`.
 
     None is a share that is not known, because the study does not know prompts, groups or texts.
+    Every process of torchrun must call this. Each takes its own users' features, and the first one
+    all texts, as a text is looked up among those of all users.
     """
     # All users at once, as seen and unseen ones often share their tables.
-    repeats = repeats_by_features(study.train + study.train_unseen, study.test + study.test_unseen)
+    repeats = shared_out(
+        repeats_by_features, study.train + study.train_unseen, study.test + study.test_unseen
+    )
     by_features = {
         SEEN_TEST: repeats[: len(study.test)],
         UNSEEN_TEST: repeats[len(study.test) :],
     }
     parts = {SEEN_TEST: ("train", "test"), UNSEEN_TEST: ("train_unseen", "test_unseen")}
-    return {
-        setting: {
-            "by_prompt": share_by_prompt(study, train, test),
-            "by_answers": share_by_answers(study, train, test),
-            "by_features": torch.cat(by_features[setting]).double().mean().item(),
+    leaks = None
+    if process_rank() == 0:
+        leaks = {
+            setting: {
+                "by_prompt": share_by_prompt(study, train, test),
+                "by_answers": share_by_answers(study, train, test),
+                "by_features": torch.cat(by_features[setting]).double().mean().item(),
+            }
+            for setting, (train, test) in parts.items()
         }
-        for setting, (train, test) in parts.items()
-    }
+    return from_each_process(leaks)[0]
 
 
 def share_by_prompt(study: Study, train: str, test: str) -> float | None:
@@ -219,7 +244,7 @@ def are_known(
     return np.array([value in known for value in itertools.chain.from_iterable(tested)], bool)
 
 
-@_one_torch_thread()  # the products are small, and its threads would wait for one another
+@one_torch_thread()  # the products are small, and its threads would wait for one another
 def repeats_by_features(train: Features, test: Features) -> list[torch.Tensor]:
     """Which test pairs have nearly the features of a train pair of the same user, bool `[m_i]`.
 

@@ -415,9 +415,9 @@ def finish_training(
             threshold=config.get("threshold", 0.0),
         )
     seconds = time.perf_counter() - started
+    findings = evidence(fits, study, control)
 
     if process_rank() == 0:
-        findings = evidence(fits, study, control)
         reading = read_named_model(fits, study, findings)
         results = save_results(
             folder, fits, study, config, seconds, findings, held_out, reading=reading
