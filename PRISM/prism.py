@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, StrictStr
 from lore.data_notes import Judged
 from lore.embedding_files import find_reward_head
 from lore.files import atomic_write, digest_of, load_json, load_pickle, replace_files_in, save_json
-from lore.normal_forms import Id, prompt_key
+from lore.normal_forms import Id, answer_digest, prompt_key
 from lore.rows import parse_rows, read_rows, split_files
 from lore.study import PARTS, Study
 from utils import InputError, create_dataset_prism, group_by_dialog, is_finite, turn_pairs
@@ -390,10 +390,17 @@ def load_embeddings(folder: Path | str, model_name: str) -> Study:
         pairs[part] = [_user_pairs(conversations) for conversations in users[part].values()]
     prompts = {}
     texts = {}
+    earlier_answers = {}
     if texts_are_known:
         for part in PARTS:
             prompts[part] = [[pair.prompt for pair in user_pairs] for user_pairs in pairs[part]]
             texts[part] = [[pair.texts for pair in user_pairs] for user_pairs in pairs[part]]
+            earlier_answers[part] = [
+                [pair.earlier_answers for pair in user] for user in pairs[part]
+            ]
+    conversations = {
+        part: [[pair.dialog for pair in user] for user in pairs[part]] for part in PARTS
+    }
     groups = {}
     for part in ("train", "train_unseen"):
         numbers = [[pair.conversation for pair in user_pairs] for user_pairs in pairs[part]]
@@ -408,6 +415,8 @@ def load_embeddings(folder: Path | str, model_name: str) -> Study:
         prompts=prompts,
         texts=texts,
         groups=groups,
+        conversations=conversations,
+        earlier_answers=earlier_answers,
         provenance=provenance,
     )
 
@@ -523,6 +532,20 @@ class PairSource(NamedTuple):
     def prompt(self) -> str:
         """One text for the messages of the prompt, equal for prompts that are equal to a reader."""
         return prompt_key(self.row["prompt"])
+
+    @property
+    def dialog(self) -> str:
+        """The id of the conversation."""
+        return self.row["extra_info"]["dialog_id"]
+
+    @property
+    def earlier_answers(self) -> tuple[int, ...]:
+        """The digests of the responses in the prompt."""
+        return tuple(
+            answer_digest(message["content"])
+            for message in self.row["prompt"]
+            if message["role"] == "assistant"
+        )
 
     @property
     def texts(self) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from utils import SEEN_TEST, UNSEEN_TEST, Pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-UNKNOWN = {"by_prompt": None, "by_answers": None}
+UNKNOWN = {"by_prompt": None, "by_answers": None, "by_answer_in_prompt": None}
 
 
 def leaks_by(kind, study):
@@ -155,8 +155,8 @@ def test_prompts_of_prism_leak_by_their_text_in_whatever_conversation(tmp_path):
     train = [row("a", True, "train", "1", "Hello"), row("b", False, "train", "2", "Why?")]
     test = [
         row("a", True, "test", "3", "Hello"),
-        row("a", True, "test", "1", "Why?"),
-        row("b", False, "test", "2", "How?"),
+        row("a", True, "test", "4", "Why?"),
+        row("b", False, "test", "5", "How?"),
     ]
     for name, rows in zip(prism.FILES, (train, test)):
         lore.files.save_torch(tmp_path / name, rows)
