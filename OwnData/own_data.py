@@ -12,6 +12,7 @@ of this module, in their order:
 """
 
 import difflib
+import functools
 import hashlib
 import itertools
 import json
@@ -369,6 +370,7 @@ def read_comparisons(
         located = parse_rows(itertools.islice(rows, limit), source.kind, source.kind.dataset)
         for place, row in located:
             reading.rows += 1
+            users = set()
             for part in row.comparisons():
                 if isinstance(part, LeftOut):
                     reading.left_out[part.reason] += 1
@@ -380,7 +382,9 @@ def read_comparisons(
                 if part.split is None:
                     without_split = without_split or place
                 reading.comparisons.append(part)
-                note_user(reading.about_users, part.user, row, about_users or [])
+                users.add(part.user)
+            if len(users) == 1:  # else its columns are about nobody in particular
+                note_user(reading.about_users, users.pop(), row, tuple(about_users or ()))
 
     if without_split and any(comparison.split for comparison in reading.comparisons):
         raise InputError(
@@ -408,7 +412,7 @@ def open_source(data: Path, about_users: list[str], hub_split: str) -> Source:
     first = next(iter(files_of.values()))[0]
     names = column_names(first)
     kind = next(kind for kind in KINDS if kind.telltale <= names)
-    about = [name for name in names if is_about_user(name, kind, about_users)]
+    about = [name for name in names if is_about_user(name, kind, tuple(about_users))]
     notes = check_own_columns(names - set(about), first) if kind is OwnRow and names else []
     read_columns = with_columns(kind, about)
     rows = {
@@ -449,14 +453,15 @@ def check_own_columns(names: set[str], path: Path) -> list[str]:
     return [f"columns that are not read: {unread}"] if unread else []
 
 
-def is_about_user(column: str, kind: type[Row], patterns: list[str]) -> bool:
+@functools.cache  # as it is asked for each row
+def is_about_user(column: str, kind: type[Row], patterns: tuple[str, ...]) -> bool:
     """Whether a column says who the user is: a pattern fits, and no field of the row names it."""
     is_field = column in columns_of(kind)
     return not is_field and any(fnmatch(column, pattern) for pattern in patterns)
 
 
 def note_user(
-    about_users: dict[str, dict[str, Any]], user: str, row: Row, patterns: list[str]
+    about_users: dict[str, dict[str, Any]], user: str, row: Row, patterns: tuple[str, ...]
 ) -> None:
     """Add to `about_users` what a row says of its user; what was said first stays."""
     for column, value in (row.model_extra or {}).items():
