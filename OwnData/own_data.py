@@ -138,14 +138,14 @@ class LeftOut(NamedTuple):
 class Row(BaseModel):
     """A row of own data or of a public data set.
 
-    A kind of row is told by its columns: the first of KINDS whose `telltale` columns are all there.
-    What a row says of its user, such as an age, is among the columns that no field names.
+    A kind of row is told by its columns, see `kind_of`. What a row says of its user, such as an
+    age, is in columns that no field names.
     """
 
     model_config = ConfigDict(extra="allow")
 
     dataset: ClassVar[str]  # what has this schema, for errors
-    telltale: ClassVar[set[str]] = set()
+    telltale: ClassVar[set[str]] = set()  # columns that a row of this kind has
     full_size: ClassVar[int | None] = None  # rows of a full copy, as its own page says
     all_users_are_seen: ClassVar[bool] = False
 
@@ -315,7 +315,7 @@ class MultiPrefRow(Row):
             yield Comparison(annotation.evaluator, self.text, *answers)
 
 
-KINDS = (CommunityAlignmentRow, MultiPrefRow, PersonalRewardBenchRow, OwnRow)
+KINDS = (CommunityAlignmentRow, MultiPrefRow, OwnRow)
 PUBLIC = {  # data sets of the hub that prepare.py takes by name
     "facebook/community-alignment-dataset": CommunityAlignmentRow,
     "allenai/multipref": MultiPrefRow,
@@ -411,7 +411,7 @@ def open_source(data: Path, about_users: list[str], hub_split: str) -> Source:
     files_of = {None: [data]} if data.is_file() else files_of_splits(data, **SPLIT_WORDS)
     first = next(iter(files_of.values()))[0]
     names = column_names(first)
-    kind = next(kind for kind in KINDS if kind.telltale <= names)
+    kind = kind_of(data, names)
     about = [name for name in names if is_about_user(name, kind, tuple(about_users))]
     notes = check_own_columns(names - set(about), first) if kind is OwnRow and names else []
     read_columns = with_columns(kind, about)
@@ -420,6 +420,15 @@ def open_source(data: Path, about_users: list[str], hub_split: str) -> Source:
         for split, files in files_of.items()
     }
     return Source(kind, rows, notes)
+
+
+def kind_of(data: Path, columns: set[str]) -> type[Row]:
+    """The kind of rows that files with these columns have.
+
+    PersonalRewardBench has the columns of own data, so a copy is known by the name of its folder.
+    """
+    named = [kind for name, kind in PUBLIC.items() if Path(name).name == data.name]
+    return next(kind for kind in (*named, *KINDS) if kind.telltale <= columns)
 
 
 def with_columns(kind: type[Row], columns: list[str]) -> type[Row]:
@@ -832,9 +841,9 @@ def load_embeddings(
     for name, value in (("train_pairs", train_pairs), ("unseen_pairs", unseen_pairs)):
         if value is not None:
             check_whole(name, value, 1)
-    # Its digests vouch for the other files, so these need not be looked through.
-    if not (folder / HEAD_FILE).exists():
-        raise InputError(f"{folder / HEAD_FILE}: no such file; run prepare.py first")
+    for name in (HEAD_FILE, *FILES):  # the digests in the first vouch for what is in the others
+        if not (folder / name).exists():
+            raise InputError(f"{folder / name}: no such file; run prepare.py first")
     table = load_table(folder)
     width = {table.shape[1]: folder / EMBEDDINGS_FILE}
     head, provenance = find_reward_head(folder, "", "own data", width, FILES)

@@ -79,7 +79,7 @@ def test_groups_are_what_ids_and_openings_link_directly_or_through_others(seed):
     for _ in range(40):
         opening = f"question {rng.randrange(30)}" + rng.choice(["", "\n", " "])
         prompt = rng.choice([opening, messages(opening), messages(opening, "So.", "And then?")])
-        conversation = rng.choice([None, *(f"c{n}" for n in range(25))])
+        conversation = rng.choice([None, *(f"c{n}" for n in range(60))])
         comparisons.append(Comparison("ada", prompt, "Yes.", "No.", conversation))
     groups = own_data.group_numbers(comparisons)
     expected = groups_by_spreading(comparisons)
@@ -201,7 +201,7 @@ def test_a_study_shares_one_table_that_is_not_copied(ran):
     user = study.seen[0]
     own = pairs[(pairs.user == user) & (pairs.split == "train")]
     table = own_data.load_table(ran.folder).float()
-    expected = table[own.chosen.to_numpy()] - table[own.rejected.to_numpy()]
+    expected = table[own.chosen.tolist()] - table[own.rejected.tolist()]
     assert torch.equal(study.train[0].dense(), expected)
     assert study.texts["train"][0] == list(zip(own.chosen_text, own.rejected_text))
     assert set(study.about_users) == set(pairs.user)

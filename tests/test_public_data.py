@@ -120,7 +120,7 @@ def test_a_conversation_without_an_annotator_is_named(tmp_path):
         read(tmp_path / "a.parquet", rows)
 
 
-def community_rows(conversations=6):
+def community_rows(conversations=9):
     """Of eight annotators, with answers of random words."""
     rng = random.Random(0)
     rows = []
@@ -232,7 +232,7 @@ def test_every_user_of_personal_reward_bench_is_seen_and_its_splits_stay(
     monkeypatch, capsys, model, tmp_path, source
 ):
     splits = {split: bench_rows(split, 9) for split in ("train", "val", "test")}
-    data = tmp_path / "data"
+    data = tmp_path / "prism_personalized_0125"
     if source == "hub":
         serve_hub(monkeypatch, **splits)
         data = BENCH
