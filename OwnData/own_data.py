@@ -12,6 +12,7 @@ of this module, in their order:
 """
 
 import difflib
+import errno
 import functools
 import hashlib
 import itertools
@@ -28,6 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pydantic
+import safetensors.torch
 import torch
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, StrictStr
 from scipy.sparse import coo_array
@@ -36,7 +38,7 @@ from typing_extensions import TypedDict  # pydantic asks for this one before Pyt
 
 from lore.data_notes import Judged
 from lore.embedding_files import HEAD_FILE, find_reward_head
-from lore.files import atomic_write, explain_damage, load_tensors, save_tensors
+from lore.files import atomic_write, explain_damage, load_tensors
 from lore.normal_forms import (
     Asked,
     Id,
@@ -701,8 +703,15 @@ USERS_SCHEMA = pa.schema({"user": pa.string(), "about": pa.string()})  # about: 
 
 
 def save_table(path: Path, table: torch.Tensor) -> None:
-    """Write the embeddings of all distinct conversations, bfloat16 `[n, d]`."""
-    save_tensors(path, {"embeddings": table})
+    """Write the embeddings of all distinct conversations, bfloat16 `[n, d]`.
+
+    The file is written from the table itself: a copy of it in memory may be too much.
+    """
+    try:
+        safetensors.torch.save_file({"embeddings": table}, path)
+    except safetensors.SafetensorError as error:  # such as a full disk
+        raise OSError(errno.EIO, str(error), str(path)) from None
+    path.chmod(0o644)  # as other files have it; the library lets only its owner read it
 
 
 def save_pairs(
@@ -732,7 +741,7 @@ def save_pairs(
                 "chosen_text": [as_text(comparison.chosen) for comparison in comparisons[part]],
                 "rejected_text": [as_text(comparison.rejected) for comparison in comparisons[part]],
             }
-            out.write_table(pa.table(columns, PAIRS_SCHEMA))
+            out.write_table(pa.table(columns, schema=PAIRS_SCHEMA))
 
 
 def as_text(answer: Turns) -> str:
@@ -743,7 +752,7 @@ def as_text(answer: Turns) -> str:
 def save_users(path: Path, about_users: dict[str, dict[str, Any]]) -> None:
     """Write what is known of people, a row for each."""
     about = [json.dumps(known) for known in about_users.values()]
-    table = pa.table({"user": list(about_users), "about": about}, USERS_SCHEMA)
+    table = pa.table({"user": list(about_users), "about": about}, schema=USERS_SCHEMA)
     with atomic_write(path) as file:
         pq.write_table(table, file)
 

@@ -2,9 +2,9 @@
 
     python vary_fewshot.py                             reads what prepare.py wrote
 
-Learns the basis on the seen users, then fits every unseen user from 5, 10, .. 50
-pairs, drawn again in each trial. Writes vary_fewshot.json, .csv and .tex (means with 95 % intervals
-over users), .png and .pdf to results/ beside itself.
+Learns the basis on the seen users, then fits every unseen user from 5, 10, .. 50 pairs, drawn again
+in each trial. Writes vary_fewshot.json, .csv and .tex (means with 95 % intervals over users), .png
+and .pdf to results/ beside itself.
 
 Then asks the unseen users one question at a time, random ones or those that tell the most, with
 the seen users as the prior: vary_questions.json, .csv, .png and .pdf.

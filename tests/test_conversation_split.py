@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -196,6 +197,9 @@ def test_a_study_shares_one_table_that_is_not_copied(ran):
     study = own_data.load_embeddings(ran.folder, unseen_pairs=5)
     tables = {X.embeddings.data_ptr() for part in study.features().values() for X in part}
     assert len(tables) == 1
+    maps = Path("/proc/self/maps")  # which only Linux has
+    if maps.exists():
+        assert str(ran.folder / own_data.EMBEDDINGS_FILE) in maps.read_text()
     assert all(len(X) <= 5 for X in study.train_unseen)
     pairs = pd.read_parquet(ran.folder / own_data.PAIRS_FILE)
     user = study.seen[0]
