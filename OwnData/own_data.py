@@ -40,6 +40,7 @@ from lore.data_notes import Judged
 from lore.embedding_files import HEAD_FILE, find_reward_head
 from lore.files import atomic_write, explain_damage, load_tensors
 from lore.normal_forms import (
+    FEWEST_WORDS_REPEATED,
     Asked,
     Id,
     Turns,
@@ -371,20 +372,13 @@ def read_comparisons(
     for split, rows in source.rows.items():
         located = parse_rows(itertools.islice(rows, limit), source.kind, source.kind.dataset)
         for place, row in located:
+            comparisons, left_out = comparisons_in(row, split, languages)
             reading.rows += 1
-            users = set()
-            for part in row.comparisons():
-                if isinstance(part, LeftOut):
-                    reading.left_out[part.reason] += 1
-                    continue
-                if languages is not None and part.language not in languages:
-                    reading.left_out[OTHER_LANGUAGE] += 1
-                    continue
-                part = part._replace(split=split or part.split)
-                if part.split is None:
-                    without_split = without_split or place
-                reading.comparisons.append(part)
-                users.add(part.user)
+            reading.comparisons += comparisons
+            reading.left_out.update(left_out)
+            if comparisons and comparisons[0].split is None:
+                without_split = without_split or place
+            users = {comparison.user for comparison in comparisons}
             if len(users) == 1:  # else its columns are about nobody in particular
                 note_user(reading.about_users, users.pop(), row, tuple(about_users or ()))
 
@@ -397,6 +391,25 @@ def read_comparisons(
     if not reading.comparisons:
         raise InputError(f"{data}: no comparison in {reading.rows:,} rows ({counted(reading)})")
     return reading
+
+
+def comparisons_in(
+    row: Row, split: str | None, languages: list[str] | None
+) -> tuple[list[Comparison], Counter[str]]:
+    """The comparisons of a row in these languages, and how many of its parts are left out, and why.
+
+    split: that of the file, which goes before the row's own; None: the file has none.
+    """
+    comparisons = []
+    left_out: Counter[str] = Counter()
+    for part in row.comparisons():
+        if isinstance(part, LeftOut):
+            left_out[part.reason] += 1
+        elif languages is not None and part.language not in languages:
+            left_out[OTHER_LANGUAGE] += 1
+        else:
+            comparisons.append(part._replace(split=split or part.split))
+    return comparisons, left_out
 
 
 def open_source(data: Path, about_users: list[str], hub_split: str) -> Source:
@@ -528,8 +541,9 @@ def group_numbers(comparisons: list[Comparison]) -> np.ndarray:
     """
     texts = [opening_of(comparison.prompt) for comparison in comparisons]
     read = {text: as_read(text) for text in set(texts)}
-    opening_number = {text: n for n, text in enumerate(sorted(set(read.values())))}
-    openings = np.array([opening_number[read[text]] for text in texts])
+    beginning = shortest_beginnings(set(read.values()))
+    opening_number = {text: n for n, text in enumerate(sorted(set(beginning.values())))}
+    openings = np.array([opening_number[beginning[read[text]]] for text in texts])
 
     ids = {c.conversation for c in comparisons if c.conversation is not None}
     id_number = {name: len(opening_number) + n for n, name in enumerate(sorted(ids))}
@@ -550,6 +564,23 @@ def opening_of(prompt: Turns) -> str:
     messages = as_messages("user", prompt)
     users = (message["content"] for message in messages if message["role"] == "user")
     return next(users, messages[0]["content"])
+
+
+def shortest_beginnings(texts: set[str]) -> dict[str, str]:
+    """For each text the shortest one of them that it begins with, which may be itself.
+
+    So the turns of a conversation meet, too, if each prompt holds the turns before it as one plain
+    text. Beginnings of fewer than FEWEST_WORDS_REPEATED words do not count.
+    texts: as `as_read` gives them, with one space between two words.
+    """
+    beginnings = {}
+    beginning = None
+    for text in sorted(texts):  # what begins with a text comes right behind it
+        if beginning is None or not text.startswith(beginning + " "):
+            long_enough = len(text.split()) >= FEWEST_WORDS_REPEATED
+            beginning = text if long_enough else None
+        beginnings[text] = beginning or text
+    return beginnings
 
 
 def split_comparisons(

@@ -96,6 +96,21 @@ def test_a_system_message_is_no_opening():
     assert len(set(own_data.group_numbers(comparisons))) == 2
 
 
+def test_turns_that_prompts_hold_as_plain_text_are_of_one_group():
+    first = "Human: Where do we eat?\n\nAssistant:"
+    prompts = [
+        first,
+        f"{first} At the pier.\n\nHuman: And then?\n\nAssistant:",
+        f"{first} At home.\n\nHuman: Why?\n\nAssistant:",
+        "Human: Where do we eat?\n\nAssistants: ",
+        "Hi you",
+        "Hi you there, where do we eat?",
+    ]
+    groups = own_data.group_numbers([Comparison("a", text, "Yes.", "No.") for text in prompts])
+    assert groups[0] == groups[1] == groups[2]
+    assert len(set(groups)) == 4
+
+
 def test_the_order_of_the_rows_does_not_change_the_split():
     comparisons = [Comparison("ada", f"question {n}?", "Yes.", "No.") for n in range(50)]
     in_test = []
