@@ -859,6 +859,12 @@ def load_users(folder: Path) -> dict[str, dict[str, Any]]:
 # ---- The study
 
 
+EVERYBODY_IS_SEEN = (
+    "every user is seen: the columns of unseen users show the same people, fitted once more with "
+    "the basis frozen"
+)
+
+
 def load_embeddings(
     folder: Path | str,
     seen_share: float | None = None,
@@ -895,6 +901,8 @@ def load_embeddings(
     generator = random.Random(split_seed)
     seen, unseen = split_users(pairs.user.values, seen_share, generator)
     rows = rows_of_parts(pairs, seen, unseen, train_pairs, unseen_pairs, generator)
+    if seen == unseen:
+        provenance["data_notes"] = [*provenance["data_notes"], EVERYBODY_IS_SEEN]
     prompts = describe_prompts(pairs.prompt)
     return Study(
         title=provenance["data"],
@@ -930,10 +938,7 @@ def load_embeddings(
 def users_in_words(study: Study) -> str:
     """How many seen and unseen users there are."""
     if study.seen == study.unseen:
-        return (
-            f"{len(study.seen)} users, who are all seen: the columns of unseen users show the same "
-            "people, fitted once more with the basis frozen"
-        )
+        return f"{len(study.seen)} users ({EVERYBODY_IS_SEEN})"
     return f"{len(study.seen)} seen and {len(study.unseen)} unseen users"
 
 

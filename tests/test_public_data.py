@@ -247,6 +247,7 @@ def test_every_user_of_personal_reward_bench_is_seen_and_its_splits_stay(
 
     study = own_data.load_embeddings(tmp_path)
     assert study.seen == study.unseen
+    assert study.provenance["data_notes"][-1].startswith("every user is seen")
     assert sorted(study.seen) == ["user0", "user1", "user2"]
     assert [len(X) for X in study.test_unseen] == [6] * 3
     halved = own_data.load_embeddings(tmp_path, seen_share=0.5)
@@ -255,6 +256,6 @@ def test_every_user_of_personal_reward_bench_is_seen_and_its_splits_stay(
     capsys.readouterr()
     train = quick(monkeypatch, script("train_basis"), K_list=[0, 2], num_iterations=5, seeds=[0])
     call(monkeypatch, train, "--dir", tmp_path)
-    assert "3 users, who are all seen" in capsys.readouterr().out
+    assert "3 users (every user is seen: " in capsys.readouterr().out
     results = results_in(tmp_path)
     assert results["users"] == results["unseen_users"]
