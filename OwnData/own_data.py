@@ -389,7 +389,10 @@ def read_comparisons(
         )
     keep_usable(reading)
     if not reading.comparisons:
-        raise InputError(f"{data}: no comparison in {reading.rows:,} rows ({counted(reading)})")
+        raise InputError(
+            f"{data}: no comparison in {reading.rows:,} rows ({counted(reading)}); give rows with "
+            "a prompt and two answers, in one of the languages"
+        )
     return reading
 
 

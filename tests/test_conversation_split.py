@@ -18,6 +18,7 @@ from demos import (
     quick,
     results_in,
     start,
+    two_processes,
     without_forward,
     write_rows,
 )
@@ -356,6 +357,24 @@ def test_fewer_shots_than_the_demo_has_give_curves(ran, tmp_path):
     curves = lore.files.load_json(folder / "results" / "vary_fewshot.json")
     assert curves["config"]["seen_share"] is None
     assert (folder / "results" / "vary_fewshot.png").exists()
+
+
+def test_two_processes_write_the_files_of_one_and_find_the_same(ran, tmp_path):
+    arguments = ["--data", ran.data, "--model", ran.model, "--dir", tmp_path]
+    first, second = two_processes(ran.folder, "prepare", *arguments)
+    assert "distinct conversations to embed" in first
+    assert second == ""
+    for name in own_data.FILES:
+        assert (tmp_path / name).read_bytes() == (ran.folder / name).read_bytes()
+    short = dict(K_list=[0, 2], seeds=[0], num_iterations=30, controls=False)
+    two_processes(ran.folder, "train_basis", "--dir", tmp_path, **short)
+    alone = ran.copy_to(tmp_path / "alone")
+    printed(start(ran.folder, "train_basis", "--dir", alone, **short))
+    shared, single = results_in(tmp_path), results_in(alone)
+    assert shared["users"] == single["users"]
+    for fit, other in zip(shared["fits"], single["fits"], strict=True):
+        if other["K"]:  # the reference is not trained
+            assert fit["training_loss"] == pytest.approx(other["training_loss"], rel=1e-5)
 
 
 def test_messages_in_three_turns_and_two_languages_go_to_a_report(monkeypatch, model, tmp_path):
