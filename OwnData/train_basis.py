@@ -7,7 +7,8 @@
 Prints the accuracies of each rank K (0: the reference model, 1: one Bradley-Terry model for all,
 2 and up: LoRe), then a table with 95 % intervals and the verdict: is the reward personal, by how
 much, is any of it an artefact. Writes results/ beside itself: report.md, results.json, results.csv,
-K_<rank>.safetensors, two pictures (PNG and PDF).
+results_long.csv, K_<rank>.safetensors, two pictures (PNG and PDF). With --results NAME it writes to
+results/NAME, beside other sweeps.
 """
 
 import sys
@@ -19,7 +20,13 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import own_data
 from lore.evidence import hold_out
 from lore.files import CHECKPOINT_FILE, TrainingCheckpoint, check_writable
-from lore.scripts import check_training, finish_training, run_script, script_parser
+from lore.scripts import (
+    check_training,
+    finish_training,
+    run_script,
+    sweep_folder,
+    training_parser,
+)
 from utils import default_device, run
 
 # ---- Settings
@@ -46,8 +53,8 @@ unseen_pairs = 50  # at most, per unseen user: the few shots
 
 
 def main() -> None:
-    args = script_parser(__doc__, HERE).parse_args()
-    results = args.dir / "results"
+    args = training_parser(__doc__, HERE).parse_args()
+    results = sweep_folder(args.dir / "results", args.results)
     check_training(K_list, alpha_list, seeds, num_iterations, validation_share)
 
     study = own_data.load_embeddings(args.dir, seen_share, split_seed, train_pairs, unseen_pairs)

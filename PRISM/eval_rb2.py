@@ -3,6 +3,8 @@
     python eval_rb2.py                                   the reward model itself
     python eval_rb2.py --rm_head checkpoints/PRISM_V_lore_K_10_alpha_10000.0.pt --mode lmhead
     python eval_rb2.py --rm_head results/K_10.safetensors --user_weights results/K_10.safetensors
+    python eval_rb2.py --rm_head results                 after a sweep: the model that validation
+                                                         chose
     python eval_rb2.py --model MODEL --data DIR          a local copy, test.jsonl or .parquet
     python eval_rb2.py --demo                            a stand-in model, a synthetic benchmark
 
@@ -29,7 +31,14 @@ from pydantic import BaseModel, Field, StrictStr
 
 import prism
 from lore.embedding import embed_conversations
-from lore.files import atomic_write, check_writable, digest_of, load_json, load_pickle, load_tensors
+from lore.files import (
+    atomic_write,
+    check_writable,
+    digest_of,
+    load_json,
+    load_pickle,
+    load_tensors,
+)
 from lore.reward_model import check_gpu, load_reward_head, load_reward_model
 from lore.rows import hub_rows, parse_rows, read_rows, split_files
 from lore.scripts import CACHE_FOLDER, STANDIN_FOLDER, run_script, script_parser
@@ -62,10 +71,21 @@ def read_arguments() -> argparse.Namespace:
         default="auto",
         help="seqclf: the checkpoint's score head; lmhead: --rm_head; auto: --rm_head if given",
     )
-    add("--rm_head", type=Path, metavar="FILE", help="head or basis: .pt, .npy or .safetensors")
+    add(
+        "--rm_head",
+        type=Path,
+        metavar="FILE",
+        help="head or basis: .pt, .npy or .safetensors; of a folder of results the model that "
+        "validation chose",
+    )
     add("--head_bias", type=float, default=0.0, help="added to every score")
     add("--head_key", help="the tensor's name in a file of several (default: V or reward_head)")
-    add("--user_weights", type=Path, metavar="FILE", help="weights [users, K] over the columns")
+    add(
+        "--user_weights",
+        type=Path,
+        metavar="FILE",
+        help="weights [users, K] over the columns; or a folder, as of --rm_head",
+    )
     add("--split", default="test")
     add("--subset", metavar="NAME", help=f"one of {', '.join(SUBSETS)}")
     add("--limit", type=int, metavar="N", help="only the first N rows")
@@ -81,6 +101,10 @@ def read_arguments() -> argparse.Namespace:
     add("--verbose_failures", action="store_true", help="list the rows that column 0 gets wrong")
     args = parser.parse_args()
     check_arguments(args)
+    for name in ("rm_head", "user_weights"):
+        path = getattr(args, name)
+        if path is not None:
+            setattr(args, name, find_model(path))
     return args
 
 
@@ -298,15 +322,37 @@ def table_of_rewards(
 # ---- Heads and user weights
 
 
+def find_model(path: Path) -> Path:
+    """The file at `path`, or, if that is a folder of results, that of the model chosen there.
+
+    Raises InputError that lists the models beside it: no such file, or a folder in which validation
+    chose none.
+    """
+    if path.is_file():
+        return path
+    folder = path.parent
+    problem = "no such file"
+    if path.is_dir():
+        folder = path
+        problem = "a folder in which validation chose no model"
+        results = path / "results.json"
+        if results.exists():
+            chosen = load_json(results, chosen=dict).get("chosen", {}).get("file")
+            if chosen is not None:
+                return path / chosen
+    kinds = (".pt", ".npy", ".safetensors")
+    models = sorted(model.name for model in folder.glob("[!.]*") if model.suffix in kinds)
+    listed = ", ".join(models) or "no models"
+    raise InputError(f"{path}: {problem}; give the file of a model, {folder} has {listed}")
+
+
 def read_matrix(path: Path, names: list[str], what: str) -> torch.Tensor:
     """Read a matrix from a .pt, .npy or .safetensors file: float32, of two dimensions.
 
     names: of a file of several tensors take the first of these that it holds. what: "head" or
     "user weights", for messages. A vector becomes a matrix of one column.
-    Raises InputError: no such file, none of the names in it, not a finite matrix of numbers.
+    Raises InputError: none of the names in it, not a finite matrix of numbers.
     """
-    if not path.exists():
-        raise InputError(f"{path}: no such file; give the {what}")
     content = _read_content(path)
     if isinstance(content, dict):
         held_names = [name for name in names if name in content]

@@ -19,7 +19,7 @@ import prism
 from lore.data_notes import notes_on_comparisons, print_notes
 from lore.files import digest_of, load_json
 from lore.rows import warn_of_equal_sides
-from lore.scripts import prepare_arguments, run_script
+from lore.scripts import next_command, prepare_arguments, run_script
 from utils import InputError, check_number, check_whole
 
 # ---- Settings
@@ -137,10 +137,8 @@ def main() -> None:
         "data_notes": notes,
     }
     prism.save_split(folder, rows, split, provenance)
-    print(
-        f"train.parquet, test.parquet and split.json are in {folder}; "
-        "next: python generate-prism-embeddings.py"
-    )
+    command = next_command("generate-prism-embeddings.py", args.dir)
+    print(f"train.parquet, test.parquet and split.json are in {folder}; next: {command}")
 
 
 if __name__ == "__main__":

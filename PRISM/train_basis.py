@@ -8,8 +8,11 @@ It reads embeddings of the released script, too, also in data/prism/, where that
 Prints the accuracies of each rank K (0: the reference model), then a table with 95 % intervals and
 the verdict: is the reward personal, by how much, is any of it an artefact. Writes beside itself the
 basis and the weights of each rank, checkpoints/PRISM_{V,W}_lore_K_{K}_alpha_{alpha}.pt, and
-results/: report.md, results.json, results.csv, a safetensors file per rank, two pictures (PNG and
-PDF). On the demo's synthetic corpus the ranks, the penalty and the iterations are the demo's.
+results/: report.md, results.json, results.csv, results_long.csv, a safetensors file per rank, two
+pictures (PNG and PDF). With --results NAME these go to results/NAME and checkpoints/NAME, beside
+other sweeps.
+
+On the demo's synthetic corpus the ranks, the penalty and the iterations are the demo's.
 """
 
 import functools
@@ -30,7 +33,14 @@ from lore.files import (
     save_torch,
 )
 from lore.reward_model import load_released_reference
-from lore.scripts import check_training, finish_training, run_script, script_parser
+from lore.scripts import (
+    check_training,
+    finish_training,
+    run_script,
+    sweep_folder,
+    training_parser,
+)
+from lore.tables import model_in_file_name
 from utils import Fit, default_device, fits_per_model, run_regularized
 
 # ---- Settings
@@ -94,19 +104,24 @@ def print_columns(fits: list[Fit]) -> None:
 
 
 def save_checkpoints(folder: Path, fits: list[Fit]) -> None:
-    """Write V and W of each model's kept seed under the released names, and remove older ones."""
+    """Write V and W of each model's kept seed under the released names, and remove older ones.
+
+    The reference does not depend on alpha, so it is there with the first alpha only.
+    """
     with replace_files_in(folder, ["PRISM_[VW]_lore_K_*.pt"]) as new_folder:
-        for model_fits in fits_per_model(fits).values():
+        for (K, alpha), model_fits in fits_per_model(fits).items():
+            if K == 0 and alpha != fits[0].alpha:
+                continue
             fit = kept_fit(model_fits)
-            model = f"lore_K_{fit.K}_alpha_{fit.alpha}"
-            save_torch(new_folder / f"PRISM_V_{model}.pt", fit.V.cpu().clone())
-            save_torch(new_folder / f"PRISM_W_{model}.pt", fit.W.cpu().clone())
+            model = model_in_file_name(K, alpha)
+            save_torch(new_folder / f"PRISM_V_lore_{model}.pt", fit.V.cpu().clone())
+            save_torch(new_folder / f"PRISM_W_lore_{model}.pt", fit.W.cpu().clone())
 
 
 def main() -> None:
-    args = script_parser(__doc__, HERE).parse_args()
-    results = args.dir / "results"
-    checkpoints = args.dir / "checkpoints"
+    args = training_parser(__doc__, HERE).parse_args()
+    results = sweep_folder(args.dir / "results", args.results)
+    checkpoints = sweep_folder(args.dir / "checkpoints", args.results)
     configs = {is_demo: settings(is_demo) for is_demo in (True, False)}
 
     study = prism.load_embeddings(args.dir, MODEL_NAME)

@@ -6,8 +6,9 @@ Learns the basis on the seen users, then fits every unseen user from the pairs o
 user's conversations, drawn again in each trial. Writes vary_fewshot.json, .csv and .tex (means with
 95 % intervals over users), .png and .pdf to results/ beside itself.
 
-Then asks the unseen users one question (a pair) at a time, random ones or those that tell the most,
-with the seen users as the prior: vary_questions.json, .csv, .png and .pdf.
+Then asks the unseen users one question (a pair) at a time, random ones or those that tell the most.
+The prior is the seen users only, or widened to people unlike all of them: vary_questions.json,
+.csv, .png and .pdf.
 """
 
 import sys
@@ -17,7 +18,13 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import prism
 from lore.files import FEW_SHOT_CHECKPOINT_FILE, TrainingCheckpoint, check_writable
-from lore.scripts import check_few_shots, finish_few_shots, run_script, script_parser
+from lore.scripts import (
+    check_few_shots,
+    finish_few_shots,
+    run_script,
+    sweep_folder,
+    training_parser,
+)
 from utils import default_device, run_few_shot_vary_shots
 
 # ---- Settings
@@ -40,8 +47,8 @@ MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"
 
 
 def main() -> None:
-    args = script_parser(__doc__, HERE).parse_args()
-    results = args.dir / "results"
+    args = training_parser(__doc__, HERE).parse_args()
+    results = sweep_folder(args.dir / "results", args.results)
     config = dict(
         K_list=K_list,
         alpha_list=alpha_list,

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from pydantic import AllowInfNan, Field, StrictStr, create_model
 
+import lore.scripts
 from lore.embedding_files import find_reward_head
 from lore.files import load_tensors
 from lore.rows import LocatedRow, hub_rows, parse_rows, read_rows, split_files
-from lore.scripts import script_parser
 from lore.study import Study
 from utils import (
     InputError,
@@ -137,8 +137,8 @@ class Population:
 
 
 def training_parser(description: str, folder: Path | str) -> argparse.ArgumentParser:
-    """The command line of the scripts that train: `--dir`, and `--data` for `load_embeddings`."""
-    parser = script_parser(description, folder)
+    """The command line of the scripts that train, with `--data` for `load_embeddings`."""
+    parser = lore.scripts.training_parser(description, folder)
     parser.add_argument(
         "--data",
         type=Path,

@@ -11,7 +11,8 @@ pairs fit in a laptop.
 Prints the accuracies of each rank K (0: the reference model, 1: one Bradley-Terry model for all,
 2 and up: LoRe), then a table with 95 % intervals and the verdict: is the reward personal, by how
 much, is any of it an artefact. Writes results/ beside itself: report.md, results.json, results.csv,
-K_<rank>.safetensors, two pictures (PNG and PDF), and population.safetensors, the users' mixtures.
+results_long.csv, K_<rank>.safetensors, two pictures (PNG and PDF), and population.safetensors, the
+users' mixtures. With --results NAME it writes to results/NAME, beside other sweeps.
 On the demo's synthetic corpus the population is the demo's.
 """
 
@@ -26,7 +27,7 @@ import personalllm
 from lore.evidence import hold_out
 from lore.files import CHECKPOINT_FILE, TrainingCheckpoint, check_writable, save_tensors
 from lore.reward_model import load_released_reference
-from lore.scripts import check_training, finish_training, run_script
+from lore.scripts import check_training, finish_training, run_script, sweep_folder
 from personalllm import Population
 from utils import Fit, default_device, run
 
@@ -64,7 +65,7 @@ released_reference = False
 
 def main() -> None:
     args = personalllm.training_parser(__doc__, HERE).parse_args()
-    results = args.dir / "results"
+    results = sweep_folder(args.dir / "results", args.results)
     check_training(K_list, alpha_list, seeds, num_iterations, validation_share)
     study = personalllm.load_embeddings(
         args.dir, MODEL_NAME, population, demo_population, args.data

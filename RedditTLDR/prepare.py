@@ -13,8 +13,8 @@ Comparisons of your own are prepared in OwnData/.
 Writes beside itself tldr_embeddings_train.pkl and tldr_embeddings_val.pkl (worker -> list of
 comparisons with the embeddings of both summaries) and reward_head.safetensors. An interrupted run
 resumes from .embedding_cache/.
-The full data set has 92,858 train and 86,086 validation rows, of which 2,284 (CNN/DM articles) have
-no post and are left out.
+The full data set has 92,858 rows for train and 86,086 for val (the hub's validation split). 2,284
+of the latter are CNN/DM articles without a post, and are left out.
 """
 
 import argparse
@@ -39,7 +39,7 @@ SHARD_SIZE = 1024  # summaries per file of the cache, the most that an interrupt
 
 
 def read(args: argparse.Namespace) -> tuple[list[tldr.ByWorker], list[str]]:
-    """The comparisons of the train and the validation split, and notes.
+    """The comparisons of the train and the val split, and notes.
 
     Prints what was read, and the notes: what is odd in it.
     Raises InputError if it could not be trained on.

@@ -36,8 +36,9 @@ from lore.study import Features, Study
 from utils import InputError, check_whole, is_finite
 
 DATASET = "openai/summarize_from_feedback"
-SPLITS = ("train", "validation")
-FILES = ("tldr_embeddings_train.pkl", "tldr_embeddings_val.pkl")  # in the order of SPLITS
+# Our names of the splits, and the hub's. What our reports call validation is part of train.
+HUB_SPLITS = {"train": "train", "val": "validation"}
+FILES = ("tldr_embeddings_train.pkl", "tldr_embeddings_val.pkl")  # in the order of HUB_SPLITS
 SIDES = ("winning", "losing")
 TEXT_FIELDS = ("text", "winning_summary", "losing_summary")  # of a comparison in the files
 LEAVE_OUT = 2  # workers with the fewest pairs, in each file
@@ -93,16 +94,16 @@ def read_comparisons(data: Path | None) -> dict[str, Iterator[Comparison]]:
     It also names file, row and field of a row that is wrong, when that row is read.
     """
     if data is None:
-        files = {split: f"comparisons/{split}/*.parquet" for split in SPLITS}
+        files = {name: f"comparisons/{name}/*.parquet" for name in HUB_SPLITS.values()}
         splits = hub_rows(DATASET, Comparison, revision="refs/convert/parquet", data_files=files)
-        return {split: _parsed(splits[split]) for split in SPLITS}
+        return {split: _parsed(splits[name]) for split, name in HUB_SPLITS.items()}
 
     if is_own_data(data):
         raise InputError(
             f"{data}: comparisons of your own have a script of their own; run "
             f"python OwnData/prepare.py --data {data}"
         )
-    files_of = split_files(data, train=["train"], validation=["validation", "test"])
+    files_of = split_files(data, train=["train"], val=["validation", "test"])
     return {
         split: _parsed(itertools.chain.from_iterable(read_rows(path, Comparison) for path in files))
         for split, files in files_of.items()
@@ -273,7 +274,7 @@ def _pickled_tensor(d: int) -> PickledTensor:
 
 
 def read_embeddings(folder: Path | str) -> tuple[ByWorker, ByWorker, dict[int, str]]:
-    """Read both files of `prepare.py` (or of the released script): train, validation, widths.
+    """Read both files of `prepare.py` (or of the released script): train, val, widths.
 
     widths: d -> a place with embeddings of that width.
     Raises InputError that names file and worker: a file is missing or damaged; embeddings are
@@ -380,9 +381,9 @@ def split_workers(
     workers = sorted(kept(train) & kept(validation), key=str)
     if len(workers) < 2:
         raise InputError(
-            f"workers in both the train and the validation part: {len(workers)}, and at least 2 "
-            f"are needed (the {LEAVE_OUT} smallest of each are left out); give more rows of the "
-            "same people"
+            f"workers in both the train and the val part: {len(workers)}, and at least 2 are "
+            f"needed (the {LEAVE_OUT} smallest of each are left out); give more rows of the same "
+            "people"
         )
     generator = random.Random(seed)
     generator.shuffle(workers)

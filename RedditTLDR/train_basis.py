@@ -7,7 +7,8 @@
 Prints the accuracies of each rank K (0: the reference model, 1: one Bradley-Terry model for all,
 2 and up: LoRe), then a table with 95 % intervals and the verdict: is the reward personal, by how
 much, is any of it an artefact. Writes results/ beside itself: report.md, results.json, results.csv,
-K_<rank>.safetensors, two pictures (PNG and PDF).
+results_long.csv, K_<rank>.safetensors, two pictures (PNG and PDF). With --results NAME it writes to
+results/NAME, beside other sweeps.
 
 A rank's file can be exported as a checkpoint for servers and trainers, with the reward of one user
 or, without w, with all of V:
@@ -27,7 +28,13 @@ import tldr
 from lore.evidence import hold_out
 from lore.files import CHECKPOINT_FILE, TrainingCheckpoint, check_writable
 from lore.reward_model import load_released_reference
-from lore.scripts import check_training, finish_training, run_script, script_parser
+from lore.scripts import (
+    check_training,
+    finish_training,
+    run_script,
+    sweep_folder,
+    training_parser,
+)
 from utils import default_device, run
 
 # ---- Settings
@@ -57,8 +64,8 @@ released_reference = False
 
 
 def main() -> None:
-    args = script_parser(__doc__, HERE).parse_args()
-    results = args.dir / "results"
+    args = training_parser(__doc__, HERE).parse_args()
+    results = sweep_folder(args.dir / "results", args.results)
     check_training(K_list, alpha_list, seeds, num_iterations, validation_share)
 
     study = tldr.load_embeddings(args.dir, MODEL_NAME, train_pairs, unseen_pairs, split_seed)

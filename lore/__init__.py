@@ -29,7 +29,7 @@ A module imports only utils.py and modules above it in this list.
     questions         new users: their weights from a few choices, and what to ask them next
     results           the files in results/
     export            a checkpoint with a user's reward, for servers and trainers
-    rewards           a user's reward as a function, for trainers
+    rewards           a user's reward as a function, for trainers; what a group chooses
     standin           the demo's reward model
     scripts           the command line and the main steps of the data sets' scripts
 """

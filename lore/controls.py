@@ -227,9 +227,10 @@ def model_per_user_accuracies(study: Study, pooled: torch.Tensor) -> np.ndarray:
 
 
 def root_mean_square_length(features: Features) -> float:
-    """The root of the mean squared length of all pairs of some users."""
+    """The root of the mean squared length of all pairs of some users; 1 if all have length 0."""
     squares = torch.cat([dense(X).square().sum(1) for X in features[:MOST_JUDGES]])
-    return float(squares.double().mean().sqrt())
+    length = float(squares.double().mean().sqrt())
+    return length if length > 0 else 1.0
 
 
 def dense(X: torch.Tensor | Pairs) -> torch.Tensor:

@@ -146,13 +146,17 @@ def set_aside_other_results(folder: str | Path, identity: dict[str, Any]) -> Non
 
 
 def _have_identity(results: Path, identity: dict[str, Any]) -> bool:
-    """Whether the results in a folder say that they are of embeddings with this identity."""
+    """Whether all results in a folder say that they are of embeddings with this identity.
+
+    Those of sweeps with a name are in subfolders.
+    """
+    named = [path for path in results.glob("[!.]*") if not path.name.startswith(EARLIER)]
     recorded = []
-    for name in FILES_WITH_IDENTITY:
-        if (results / name).exists():
+    for path in (folder / name for folder in (results, *named) for name in FILES_WITH_IDENTITY):
+        if path.exists():
             content = {}
             with contextlib.suppress(InputError):  # damaged: it does not say of what it is
-                content = load_json(results / name, identity=dict)
+                content = load_json(path, identity=dict)
             recorded.append(content.get("identity"))
     return bool(recorded) and all(
         parts and not _different_parts(parts, identity) for parts in recorded

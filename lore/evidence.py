@@ -153,8 +153,9 @@ def describe_basis(fits: list[Fit], reward_head: torch.Tensor) -> dict:
 
     Returns, of the kept seed: `columns`; `effective_rank`, the exponential of the entropy of the
     squared singular values of V diag(mean w); `largest_cosine_between_columns` (None for a single
-    column) and `largest_cosine_to_head`, absolute; `mean_weight_entropy` over the seen users.
-    Entropies are in nats. And `angles_between_seeds`, see there.
+    column) and `largest_cosine_to_head`, absolute; `mean_weight_entropy` over the seen users, of
+    the shares that a user's absolute weights have. Entropies are in nats. And
+    `angles_between_seeds`, see there.
     """
     from scipy.stats import entropy  # here: scipy.stats takes a second to import
 
@@ -173,7 +174,7 @@ def describe_basis(fits: list[Fit], reward_head: torch.Tensor) -> dict:
             float(between_columns.max()) if between_columns.size else None
         ),
         "largest_cosine_to_head": float(to_head.max()),
-        "mean_weight_entropy": float(entropy(w, axis=1).mean()),
+        "mean_weight_entropy": float(entropy(np.abs(w), axis=1).mean()),
         "angles_between_seeds": angles_between_seeds(fits),
     }
 
@@ -239,6 +240,7 @@ def evidence(fits: list[Fit], study: Study, tossed: TossedControl | None = None)
         pairs=study.pair_count("test_unseen"),
         leaks=leaks[UNSEEN_TEST],
         tossed=tossed.interval if tossed else None,
+        equal_pairs=study.equal_pair_count("test_unseen"),
     )
     return {
         "evidence": [model.entry for model in models],

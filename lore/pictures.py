@@ -292,10 +292,12 @@ def draw_personal_part(results: Results) -> "Figure":
             ("accuracy", "own weights", entry["accuracy"][UNSEEN_TEST]),
             ("accuracy", "everybody's mean weights", entry["controls"]["mean_weights"]),
             ("accuracy", "other users' weights", entry["controls"]["other_users"]),
+            ("accuracy", "a model per user", entry["controls"]["model_per_user"]),
+            ("accuracy", "worst tenth, own weights", entry["worst_served"]),
             (PERSONAL_PART, "own weights", entry["personal_part"]),
         ]
         for row, line, interval in curves:
-            if interval is None:  # there is only one unseen user, so nobody else's weights
+            if interval is None:  # one unseen user has no others; without K = 1 no model per user
                 continue
             points.append(
                 {

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from lore.evidence import VALIDATION
 from lore.tables import (
+    CHOSEN_MARK,
     Entry,
     Results,
     markdown_text,
@@ -29,7 +30,8 @@ SETTING_MEANINGS = {
     SEEN_TEST: "Seen users, on other pairs.",
     FEW_SHOT_TRAIN: "Unseen users, on the pairs that their weights are fitted to.",
     UNSEEN_TEST: "Unseen users, on other pairs. This is the setting that counts.",
-    VALIDATION: "Seen users, on pairs that were held out of the training.",
+    VALIDATION: "Seen users, on those of their training pairs that were held out of the training, "
+    "to choose K and alpha by.",
 }
 
 # The columns of the other tables, by their keys in results.json.
@@ -118,20 +120,22 @@ BASIS = {
 }
 SEED = Column("seed", "The seed of the training.")
 KEPT = Column("kept", "Whether the basis of this seed is the one to use.")
+FILE = Column("file", "The basis and the weights of this seed.")
 LOSS = Column("training loss", "The loss at the end of the training, without the penalty.")
 
 
 def report(results: Results) -> str:
     """The text of report.md, in Markdown; results: what results.json holds."""
-    sections = paragraphs(
+    sections = [
         verdict_section(results),
         reading_section(results),
+        data_section(results),
         accuracy_section(results),
         controls_section(results),
         basis_section(results),
         leaks_section(results),
-    )
-    return sections + "\n"
+    ]
+    return paragraphs(*sections) + "\n"
 
 
 def verdict_section(results: Results) -> str:
@@ -146,19 +150,25 @@ def reading_section(results: Results) -> str:
     counts = results["counts"]
     chosen = results["chosen"]
     if chosen["by"] == "none":
-        subject = "all ranks from K = 2 on at once, because none was chosen by held-out pairs"
+        subject = f"all ranks from K = 2 on at once ({choice_in_words(results)})"
+        marks = []
     else:
-        name = model_name(chosen["K"], chosen["alpha"])
-        subject = f"the model that was chosen by held-out pairs ({name})"
+        subject = f"one model ({choice_in_words(results)}); its basis is in `{chosen['file']}`"
+        marks = [f"`{CHOSEN_MARK.strip()}` marks the model that was chosen by validation."]
+    validation = ""
+    if counts["validation pairs"] > 0:
+        validation = f", and {counts['validation pairs']:,} others of theirs were held out"
+    learned = counts["train pairs"] - counts["validation pairs"]
     return paragraphs(
         "## What the verdict rests on",
-        f"The verdict is about {subject}. The basis was learned from {counts['train pairs']:,} "
-        f"pairs of {counts['seen users']} seen users. The weights of {counts['unseen users']} "
+        f"The verdict is about {subject}. The basis was learned from {learned:,} pairs of "
+        f"{counts['seen users']} seen users{validation}. The weights of {counts['unseen users']} "
         f"unseen users were fitted to {counts['train unseen pairs']:,} of their pairs, and tested "
         f"on {counts['test unseen pairs']:,} other pairs of theirs. Of all pairs "
         f"{counts['pairs with equal sides']:,} have two equal sides. No reward can tell these "
         "apart, so they count as predicted wrong.",
         bullets(
+            *marks,
             "**K** is the rank. `ref` (K = 0) is the reference, the pretrained reward head. K = 1 "
             "is one direction for everybody. From K = 2 on there is a basis of K directions, and "
             "each user has weights over them.",
@@ -172,6 +182,36 @@ def reading_section(results: Results) -> str:
     )
 
 
+def choice_in_words(results: Results) -> str:
+    """Which model validation chose, and its accuracy there; or that it chose none, and why."""
+    chosen = results["chosen"]
+    if chosen["by"] == "none":
+        return "none chosen by validation, as validation_share is 0"
+    model = (chosen["K"], chosen["alpha"])
+    accuracy = {(entry["K"], entry["alpha"]): entry["accuracy"] for entry in results["evidence"]}
+    share = accuracy[model][VALIDATION]["mean"]
+    return f"chosen by validation: {model_name(*model)}, {share:.3f}"
+
+
+def data_section(results: Results) -> str:
+    """What is odd in the data."""
+    notes = results["data_notes"]
+    equal_pairs = results["equal_pairs"] or {}
+    points = [markdown_text(note) for note in notes or []]
+    for file, counts in equal_pairs.items():
+        points.append(
+            f"{markdown_text(file)}: {counts['equal']:,} of {counts['pairs']:,} pairs have two "
+            "sides of equal token ids"
+        )
+    if points:
+        content = bullets(*points)
+    elif notes is None:
+        content = "Not known: these embeddings were made without notes on their data."
+    else:
+        content = "Nothing odd was found when the data were read."
+    return paragraphs("## What is odd in the data", content)
+
+
 def accuracy_section(results: Results) -> str:
     """The accuracy of every model in every setting."""
     entries = shown_rows(results)
@@ -179,7 +219,9 @@ def accuracy_section(results: Results) -> str:
     return paragraphs(
         "## Accuracy",
         explain(settings),
-        markdown_table([model_cells(entry) | entry["accuracy"] for entry in entries]),
+        markdown_table(
+            [model_cells(entry, results["chosen"]) | entry["accuracy"] for entry in entries]
+        ),
         "![Accuracy by rank](accuracy_by_rank.png)",
     )
 
@@ -191,7 +233,9 @@ def controls_section(results: Results) -> str:
         f"## Controls, on {UNSEEN_TEST}",
         "Controls are accuracies that can be reached without knowing what the user likes.",
         explain([*CONTROLS.values(), *WORST.values(), *DIFFERENCES.values()]),
-        markdown_table([model_cells(entry) | control_cells(entry) for entry in trained]),
+        markdown_table(
+            [model_cells(entry, results["chosen"]) | control_cells(entry) for entry in trained]
+        ),
     )
     if any(entry["personal_part"] for entry in trained):
         section = paragraphs(section, "![Personal part by rank](personal_part.png)")
@@ -214,21 +258,23 @@ def control_cells(entry: Entry) -> dict[str, Any]:
 
 def basis_section(results: Results) -> str:
     """What the kept basis of every model looks like, and what its seeds reached."""
-    if results["chosen"]["by"] == "none":
+    chosen = results["chosen"]
+    if chosen["by"] == "none":
         kept = "the lowest training loss"
     else:
-        kept = "the best accuracy on held-out pairs"
+        kept = "the best accuracy in validation"
     bases = [
-        model_cells(entry) | with_headings(BASIS, entry["basis"])
+        model_cells(entry, chosen) | with_headings(BASIS, entry["basis"])
         for entry in trained_models(results["evidence"])
     ]
     seeds = [
-        model_cells(fit)
+        model_cells(fit, chosen)
         | {
             SEED.heading: fit["seed"],
             KEPT.heading: fit["kept"],
             LOSS.heading: fit["training_loss"],
             UNSEEN_TEST: fit["mean_accuracy"][UNSEEN_TEST],
+            FILE.heading: f"`{fit['file']}`",
         }
         for fit in trained_models(results["fits"])
     ]
@@ -239,7 +285,7 @@ def basis_section(results: Results) -> str:
         explain(list(BASIS.values())),
         markdown_table(bases),
         "The second table lists all seeds.",
-        explain([SEED, KEPT, LOSS]),
+        explain([SEED, KEPT, LOSS, FILE]),
         markdown_table(seeds),
     )
 

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
 
-from lore.evidence import kept_fit
+from lore.evidence import VALIDATION, kept_fit
 from lore.files import replace_files_in, save_json, save_tensors, save_text
 from lore.intervals import interval
 from lore.pictures import (
@@ -19,20 +18,30 @@ from lore.pictures import (
     save_pictures,
     small_multiples,
 )
-from lore.report import rank_remarks, report
-from lore.study import PARTS, Study
+from lore.report import choice_in_words, rank_remarks, report
+from lore.study import PARTS, Features, Study
 from lore.tables import (
+    CHOSEN_MARK,
     REFERENCE,
     Results,
     csv_text,
     format_cell,
     latex_text,
     model_cells,
+    model_in_file_name,
     model_name,
     shown_rows,
     text_table,
 )
-from utils import UNSEEN_SETTINGS, UNSEEN_TEST, Curves, Fit, fits_per_model, pair_scores
+from utils import (
+    SETTINGS,
+    TRAIN,
+    UNSEEN_SETTINGS,
+    UNSEEN_TEST,
+    Curves,
+    Fit,
+    fits_per_model,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,24 +79,9 @@ def count_study(study: Study) -> dict[str, int]:
     counts = {"seen users": len(study.seen), "unseen users": len(study.unseen)}
     for part in PARTS:
         counts[f"{part.replace('_', ' ')} pairs"] = study.pair_count(part)
-    counts["pairs with equal sides"] = count_equal_sides(study)
+    counts["pairs with equal sides"] = sum(map(study.equal_pair_count, PARTS))
     counts["d"] = study.train[0].shape[1]
     return counts
-
-
-def count_equal_sides(study: Study) -> int:
-    """How many pairs have the same embedding on both sides.
-
-    These are the pairs that score 0 under a random direction. Comparing the sides themselves would
-    need all pairs of a table in memory.
-    """
-    d = study.train[0].shape[1]
-    direction = torch.randn(d, 1, generator=torch.Generator().manual_seed(0))
-    equal = 0
-    for features in study.features().values():
-        for scores in pair_scores(features, direction):
-            equal += int((scores == 0).sum())
-    return equal
 
 
 # ---- A sweep
@@ -100,35 +94,47 @@ def save_results(
     config: dict[str, Any],
     seconds: float,
     evidence: dict[str, Any],
+    held_out: Features | None = None,
 ) -> Results:
-    """Write results.json, results.csv, report.md, a safetensors file of each fit, and the pictures.
+    """Write the tables, report.md, a safetensors file of each fit, and the pictures.
 
-    They replace the files of an earlier sweep together, or, if one cannot be written, not at all.
-    Only then the pictures are drawn, so that no result is lost to them.
+    The tables are results.json, results.csv and results_long.csv. All files replace those of an
+    earlier sweep together, or, if one cannot be written, not at all. Only then the pictures are
+    drawn, so that no result is lost to them.
 
     folder: where to write. fits: of all ranks, alphas and seeds. config: the settings that a reader
     set, JSON values. seconds: how long training and evaluation took. evidence: what
-    `lore.evidence.evidence` returned for these fits.
+    `lore.evidence.evidence` returned for these fits. held_out: the pairs of `study.train` that were
+    held out of the training, one entry per seen user; None: none.
     Returns what results.json holds. Raises OSError that names the file: disk full, read-only.
     """
     provenance = run_info(study, config)
+    validation_pairs = sum(map(len, held_out or []))
+    descriptions = describe_fits(fits, study)
     results = {
         **provenance,
+        "counts": {**provenance["counts"], "validation pairs": validation_pairs},
+        "data_notes": study.provenance.get("data_notes"),
+        "equal_pairs": study.provenance.get("equal_pairs"),
         "seeds": sorted({fit.seed for fit in fits}),
         "seconds": seconds,
-        "fits": describe_fits(fits, study),
-        **evidence,
+        "fits": descriptions,
+        **with_files(evidence, descriptions),
     }
+    fit_in_file: dict[str, Fit] = {}
+    for fit, description in zip(fits, descriptions):
+        fit_in_file.setdefault(description["file"], fit)
     drawings = {"accuracy_by_rank": lambda: draw_accuracy_by_rank(results)}
     if any(entry["personal_part"] for entry in results["evidence"]):
         drawings["personal_part"] = lambda: draw_personal_part(results)
     earlier = ["K_*.safetensors", "accuracy_by_rank.*", "personal_part.*"]
     with replace_files_in(folder, earlier) as new:
-        for fit, description in zip(fits, results["fits"]):
-            save_basis(new / description["file"], fit, provenance)
+        for name, fit in fit_in_file.items():
+            save_basis(new / name, fit, provenance)
         save_json(new / "results.json", results)
         save_text(new / "report.md", report(results))
         save_text(new / "results.csv", csv_text(pd.json_normalize(shown_rows(results))))
+        save_text(new / "results_long.csv", csv_text(long_table(fits, study, held_out)))
     save_pictures(folder, drawings)
     return results
 
@@ -165,10 +171,11 @@ def basis_file(fit: Fit, kept: bool, several_alphas: bool) -> str:
     """The name of a fit's file, such as `K_3.safetensors`.
 
     It has the alpha if the sweep has several, and the seed if another seed of the model is kept.
+    The reference has one file, as it depends on neither.
     """
-    name = f"K_{fit.K}"
-    if several_alphas:
-        name += f"_alpha_{fit.alpha}"
+    if fit.K == 0:
+        return "K_0.safetensors"
+    name = model_in_file_name(fit.K, fit.alpha) if several_alphas else f"K_{fit.K}"
     if not kept:
         name += f"_seed_{fit.seed}"
     return name + ".safetensors"
@@ -177,6 +184,57 @@ def basis_file(fit: Fit, kept: bool, several_alphas: bool) -> str:
 def users_of(setting: str, study: Study) -> list[str]:
     """The ids of the users whose accuracies a setting has."""
     return study.unseen if setting in UNSEEN_SETTINGS else study.seen
+
+
+def with_files(evidence: dict[str, Any], descriptions: list[dict[str, Any]]) -> dict[str, Any]:
+    """The evidence in which each model has its `file`: that of the kept seed.
+
+    evidence: of `lore.evidence.evidence`. descriptions: of `describe_fits`.
+    """
+    file_of_model = {(fit["K"], fit["alpha"]): fit["file"] for fit in descriptions if fit["kept"]}
+    entries = [
+        {**entry, "file": file_of_model[entry["K"], entry["alpha"]]}
+        for entry in evidence["evidence"]
+    ]
+    chosen = evidence["chosen"]
+    file_of_chosen = file_of_model.get((chosen["K"], chosen["alpha"]))  # None if none was chosen
+    return {**evidence, "evidence": entries, "chosen": {**chosen, "file": file_of_chosen}}
+
+
+def long_table(fits: list[Fit], study: Study, held_out: Features | None) -> pd.DataFrame:
+    """A row for each K, alpha, seed, user and setting, with the user's pairs and accuracy.
+
+    held_out: see `save_results`.
+    """
+    pairs = pairs_per_user(study, held_out)
+    tables = []
+    for fit in fits:
+        for setting, accuracies in fit.accuracies.items():
+            columns = {
+                "K": fit.K,
+                "alpha": fit.alpha,
+                "seed": fit.seed,
+                "user": users_of(setting, study),
+                "setting": setting,
+                "pairs": pairs[setting],
+                "accuracy": accuracies,
+            }
+            tables.append(pd.DataFrame(columns))
+    table = pd.concat(tables, ignore_index=True)
+    # As categories each distinct text is made safe for spreadsheets once, and not in each row.
+    return table.astype({"user": "category", "setting": "category"})
+
+
+def pairs_per_user(study: Study, held_out: Features | None) -> dict[str, list[int]]:
+    """How many pairs each user has in each setting; held_out: see `save_results`."""
+    pairs = {
+        setting: [len(X) for X in features]
+        for setting, features in zip(SETTINGS, study.features().values())
+    }
+    if held_out is not None:
+        pairs[VALIDATION] = [len(X) for X in held_out]
+        pairs[TRAIN] = [len(X) - len(held) for X, held in zip(study.train, held_out)]
+    return pairs
 
 
 def save_basis(path: Path, fit: Fit, provenance: dict[str, Any]) -> None:
@@ -193,11 +251,15 @@ def save_basis(path: Path, fit: Fit, provenance: dict[str, Any]) -> None:
 
 
 def print_results(results: Results) -> None:
-    """Print how a sweep ends: the accuracies with their intervals, the verdict, odd ranks."""
-    rows = [model_cells(entry) | entry["accuracy"] for entry in shown_rows(results)]
+    """Print how a sweep ends: the accuracies, which model was chosen, the verdict, odd ranks."""
+    chosen = results["chosen"]
+    rows = [model_cells(entry, chosen) | entry["accuracy"] for entry in shown_rows(results)]
+    choice = choice_in_words(results)
+    if chosen["file"] is not None:
+        choice = f"{CHOSEN_MARK.strip()} {choice}; its basis is in {chosen['file']}"
     remarks = rank_remarks([entry["K"] for entry in results["evidence"]], results["counts"])
     closing = "\n".join([results["verdict"]["text"], *remarks])
-    print(f"\n{text_table(rows).to_string(index=False)}\n\n{closing}")
+    print(f"\n{text_table(rows).to_string(index=False)}\n\n{choice}\n\n{closing}")
 
 
 # ---- The number of shots

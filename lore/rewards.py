@@ -1,4 +1,4 @@
-"""Rewards of users, for trainers and for choosing the best of several answers."""
+"""Rewards of users, for trainers and for choosing among answers, for one user or for several."""
 
 from __future__ import annotations
 
@@ -150,15 +150,89 @@ def best_of_n(
 ) -> tuple[list[float], list[int]]:
     """Score the completions of one prompt for one user.
 
-    reward: of `personal_reward`. Returns (the scores, the completions' numbers, best first).
+    reward: of `personal_reward`. Returns (the scores, the completions' numbers, best first); equal
+    scores are in the order of the completions.
     Raises InputError: completions that are one text, and what `reward` raises.
     """
-    if isinstance(completions, str):
-        raise InputError(
-            f"completions = {completions!r:.60}: one text; give a list of the texts to choose from"
-        )
-    completions = list(completions)
+    completions = _listed(completions, "completions", "the texts to choose from")
     count = len(completions)
     scores = reward([prompt] * count, completions, user=[user] * count)
-    order = sorted(range(count), key=lambda i: scores[i], reverse=True)
-    return scores, order
+    return scores, _best_first(scores)
+
+
+def rewards_of_group(
+    rewards: Reward,
+    completions: list[Text],
+    prompt: Text,
+    users: list[Hashable],
+    rule: str,
+) -> tuple[list[float], list[int]]:
+    """Score the completions of one prompt for several users together, by a rule of voting.
+
+    rewards: of `personal_reward`. users: each has one vote; who is named twice has two.
+    rule: what the score of a completion is.
+    - "mean": the mean of the users' rewards.
+    - "borda": how many of the other completions it beats, as a mean over users; a tie counts half.
+    - "worst_served": a user loses what the completion's reward is below that of the user's own
+      favourite; the score is minus the largest loss of any user, so the best has the smallest.
+
+    Differences of rewards are comparable between people: in the Bradley-Terry model, 100 means odds
+    of e to 1 for everybody. Rewards themselves are not, as adding a constant to all rewards of one
+    user changes no choice. So "worst_served" takes differences; and in the mean, such a constant
+    changes all scores alike, and not their order. Both give more say to a user whose differences
+    are large, because the choices were clear, or are many (those of a new user begin small, see
+    `fit_new_user`). With "borda" all users have the same say.
+
+    Returns as `best_of_n`: (the scores, the completions' numbers, best first).
+    Raises InputError: another rule; no user; completions or users that are one text; and what
+    `rewards` raises, such as a user without weights.
+    """
+    if rule not in VOTING_RULES:
+        raise InputError(f"rule = {rule!r:.60}; give one of {', '.join(VOTING_RULES)}")
+    completions = _listed(completions, "completions", "the texts to choose from")
+    users = _listed(users, "users", "the ids of those who vote")
+    if not users:
+        raise InputError("users: none; give the ids of those who vote")
+    count = len(completions)
+    all_rewards = rewards(
+        [prompt] * (len(users) * count),
+        completions * len(users),
+        user=[user for user in users for _ in range(count)],
+    )
+    by_user = torch.tensor(all_rewards, dtype=torch.float64).reshape(len(users), count)
+    scores = VOTING_RULES[rule](by_user).tolist()
+    return scores, _best_first(scores)
+
+
+def _mean_reward(by_user: torch.Tensor) -> torch.Tensor:
+    """The scores `[completions]` by "mean", from the rewards `[users, completions]`."""
+    return by_user.mean(0)
+
+
+def _borda(by_user: torch.Tensor) -> torch.Tensor:
+    """The scores `[completions]` by "borda", from the rewards `[users, completions]`."""
+    first = by_user[:, :, None]  # (users, completions, 1)
+    second = by_user[:, None, :]  # (users, 1, completions)
+    points = (first > second) + 0.5 * (first == second)
+    return points.sum(2).mean(0) - 0.5  # without the tie with itself
+
+
+def _worst_served(by_user: torch.Tensor) -> torch.Tensor:
+    """The scores `[completions]` by "worst_served", from the rewards `[users, completions]`."""
+    best_of_user = by_user.amax(1, keepdim=True)  # (users, 1)
+    return (by_user - best_of_user).amin(0)
+
+
+VOTING_RULES = {"mean": _mean_reward, "borda": _borda, "worst_served": _worst_served}
+
+
+def _listed(values: Sequence[Any], name: str, content: str) -> list[Any]:
+    """The values as a list. Raises InputError: one text, whose letters would be taken for them."""
+    if isinstance(values, str):
+        raise InputError(f"{name} = {values!r:.60}: one text; give a list of {content}")
+    return list(values)
+
+
+def _best_first(scores: list[float]) -> list[int]:
+    """The numbers of the completions in the order of their scores; equal ones keep theirs."""
+    return sorted(range(len(scores)), key=lambda i: scores[i], reverse=True)

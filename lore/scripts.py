@@ -3,6 +3,8 @@
 import argparse
 import json
 import os
+import re
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from lore.embedding import embed_distinct, warn_of_equal_token_ids
-from lore.embedding_files import embeddings_are_finished, new_embeddings
+from lore.embedding_files import EARLIER, embeddings_are_finished, new_embeddings
 from lore.evidence import evidence, judge_held_out, tossed_control
 from lore.files import TrainingCheckpoint, check_writable, digest_of
 from lore.questions import question_curves
@@ -111,6 +113,45 @@ def script_parser(description: str, folder: Path | str) -> argparse.ArgumentPars
         help="read and write here, a folder of this data set's own, instead of beside the script",
     )
     return parser
+
+
+def training_parser(description: str, folder: Path | str) -> argparse.ArgumentParser:
+    """The command line of the scripts that train: `--dir`, and `--results` for `sweep_folder`."""
+    parser = script_parser(description, folder)
+    parser.add_argument(
+        "--results",
+        metavar="NAME",
+        help="write to results/NAME, so that the results of other runs stay beside these",
+    )
+    return parser
+
+
+def sweep_folder(folder: Path, name: str | None) -> Path:
+    """The folder for the files of one sweep: `folder`, or the one in it that --results names.
+
+    Raises InputError: a name that is no plain folder name, or that of earlier results which were
+    set aside.
+    """
+    if name is None:
+        return folder
+    if not re.fullmatch(r"[\w-]+", name) or name.startswith(EARLIER):
+        raise InputError(
+            f"--results {name}: give a name of letters, digits, - and _ that does not "
+            f"begin with {EARLIER}"
+        )
+    return folder / name
+
+
+def next_command(script: str, folder: Path) -> str:
+    """The command that runs another script of this data set, from where the user is.
+
+    script: its name. folder: in which the running script writes.
+    """
+    running = Path(sys.argv[0])
+    words = ["python", str(running.with_name(script))]
+    if folder.resolve() != running.resolve().parent:
+        words += ["--dir", str(folder)]
+    return shlex.join(words)
 
 
 def prepare_arguments(
@@ -273,7 +314,8 @@ def embed_files(
     if max_length is not None:
         identity["max_length"] = max_length
     if embeddings_are_finished(paths, identity, overwrite):
-        print(f"these embeddings are finished already, in {folder}; next: python train_basis.py")
+        command = next_command("train_basis.py", folder)
+        print(f"these embeddings are finished already, in {folder}; next: {command}")
         return
 
     print(announcement)
@@ -306,7 +348,7 @@ def embed_files(
     for file, path in zip(files, paths):
         megabytes = path.stat().st_size / 1e6
         print(f"{file.name}: {file.contents}, d = {len(head)}, {megabytes:,.1f} MB")
-    print("next: python train_basis.py")
+    print(f"next: {next_command('train_basis.py', folder)}")
 
 
 # ---- Training
@@ -374,7 +416,7 @@ def finish_training(
 
     if process_rank() == 0:
         findings = evidence(fits, study, control)
-        results = save_results(folder, fits, study, config, seconds, findings)
+        results = save_results(folder, fits, study, config, seconds, findings, held_out=held_out)
         if save_more is not None:
             save_more(fits)
         print_results(results)
@@ -445,7 +487,9 @@ def _ask_questions(folder: Path, fits: list[Fit], study: Study, config: dict[str
         return
     save_question_curves(folder, frame, study, config)
     print(
-        f"\n{UNSEEN_TEST}, mean over seeds {seeds}, by questions asked: random pairs, or those "
-        "that question_values puts first; as released, or with the seen users as the prior "
-        f"(posterior, fit_new_user):\n{question_table(frame)}"
+        f"\n{UNSEEN_TEST}, mean over seeds {seeds}, by questions asked.\n"
+        "Questions are random pairs, or chosen: those that question_values puts first. Weights\n"
+        "are fitted as released, or by Bayes' rule with the seen users only as the prior, or with\n"
+        "the widened prior, which allows for people unlike all of them (fit_new_user).\n"
+        + question_table(frame)
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from utils import Pairs
+from utils import Pairs, pair_scores
 
 Features = list[torch.Tensor | Pairs]
 
@@ -61,3 +61,14 @@ class Study:
     def pair_count(self, part: str) -> int:
         """How many pairs all users of a part have together."""
         return sum(map(len, getattr(self, part)))
+
+    def equal_pair_count(self, part: str) -> int:
+        """How many of these pairs have the same embedding on both sides.
+
+        These are the pairs that score 0 under a random direction. Comparing the sides themselves
+        would need all pairs of a table in memory.
+        """
+        features = getattr(self, part)
+        d = features[0].shape[1]
+        direction = torch.randn(d, 1, generator=torch.Generator().manual_seed(0))
+        return sum(int((scores == 0).sum()) for scores in pair_scores(features, direction))

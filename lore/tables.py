@@ -1,6 +1,7 @@
 """Results as tables of text, and names as plain text in Markdown, LaTeX and CSV."""
 
 import re
+from decimal import Decimal
 from typing import Any
 
 import pandas as pd
@@ -9,6 +10,7 @@ from lore.files import printable
 from lore.intervals import DIFFERENCE, INTERVAL
 
 REFERENCE = "ref"  # the name of K = 0 in tables and pictures
+CHOSEN_MARK = " *"  # behind the rank of the model that validation chose
 
 Results = dict[str, Any]  # what results.json holds
 Entry = dict[str, Any]  # one row of its `evidence`: the model of one K and one alpha
@@ -31,11 +33,27 @@ def model_name(K: int, alpha: float) -> str:
     return f"K = {K}, alpha {alpha:g}"
 
 
-def model_cells(entry: Entry) -> dict[str, str]:
-    """The first two cells in the row of a model, by their headings."""
+def model_in_file_name(K: int, alpha: float) -> str:
+    """A model in the name of a file, such as `K_3_alpha_0.001`.
+
+    Every alpha has a point and no exponent: 1e-5 is 0.00001, and 1e4 is 10000.0, as in the names of
+    the released checkpoints.
+    """
+    shortest = Decimal(str(float(alpha)))
+    return f"K_{K}_alpha_{shortest:f}"
+
+
+def model_cells(entry: Entry, chosen: dict[str, Any]) -> dict[str, str]:
+    """The first two cells in the row of a model, by their headings.
+
+    chosen: of results.json; the model that it names is marked.
+    """
+    mark = ""
+    if (entry["K"], entry["alpha"]) == (chosen["K"], chosen["alpha"]):
+        mark = CHOSEN_MARK
     if entry["K"] == 0:
-        return {"K": REFERENCE, "alpha": "-"}
-    return {"K": str(entry["K"]), "alpha": f"{entry['alpha']:g}"}
+        return {"K": REFERENCE + mark, "alpha": "-"}
+    return {"K": f"{entry['K']}{mark}", "alpha": f"{entry['alpha']:g}"}
 
 
 def format_cell(value: Any) -> str:

@@ -5,7 +5,7 @@ anything points to an artefact, and what to do next. Each has a function of its 
 only if it is true.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from utils import UNSEEN_TEST
 
 NEGLIGIBLE = 0.01  # of accuracy: a personal part that is surely smaller counts as none
 FEWEST_USERS = 6  # with fewer no signed-rank test can reach p < 0.05, and an interval says nothing
+MANY_EQUAL = 0.1  # of the test pairs; equal sides count as wrong, and lower all accuracies
 COLLAPSED = 0.99  # |cosine| with the reward head from which on a column counts as that head
 
 # What to try if a sweep has left it out. On real text that was held out, alpha 0 predicted .571 to
@@ -49,6 +50,12 @@ class UnseenTest:
     pairs: int  # of all of them together
     leaks: Shares  # of these pairs that repeat training pairs
     tossed: Interval | None  # of the control on tossed choices; None if it was not trained
+    equal_pairs: int = 0  # how many of the pairs have the same embedding on both sides
+
+    @property
+    def has_many_equal_pairs(self) -> bool:
+        """Whether pairs that no reward can tell apart lower all accuracies."""
+        return self.equal_pairs > MANY_EQUAL * self.pairs
 
     @property
     def largest_leak(self) -> float:
@@ -89,11 +96,14 @@ def write_verdict(
     user weights at once. The text has a sentence per line.
     """
     judgement = judge(models, chosen, test)
+    if judgement.personal == "no" and test.has_many_equal_pairs:
+        answer = "Undecided: too many test pairs are equal on both sides."
+        judgement = replace(judgement, personal="undecided", answer=answer)
     sentences = [
         judgement.answer,
-        f"Tested: {test.users} unseen users, on their {test.pairs:,} test pairs.",
-        sentence_on_result(judgement, chosen, test.users),
-        sentence_on_comparisons(models, judgement.model, test.users),
+        sentence_on_test(test),
+        sentence_on_result(judgement, chosen, test),
+        sentence_on_comparisons(models, judgement.model, test),
         sentence_on_artefacts(test),
         sentence_on_next_step(models, chosen, judgement, test),
     ]
@@ -177,24 +187,37 @@ def users_that_decide(N: int, mean: float, half_width: float) -> float:
     return max(N + 1, float(f"{users:.2g}"))
 
 
-# ---- What came out
+# ---- What was tested, and what came out
 
 
-def sentence_on_result(judgement: Judgement, chosen: ModelEvidence | None, users: int) -> str:
+def sentence_on_test(test: UnseenTest) -> str:
+    """Who was tested on how many pairs, and whether many of these are equal on both sides."""
+    tested = f"Tested: {test.users} unseen users, on their {test.pairs:,} test pairs"
+    if test.has_many_equal_pairs:
+        return (
+            f"{tested}; {test.equal_pairs:,} of these are equal on both sides, so no reward can "
+            "tell them apart, and they count as wrong."
+        )
+    return f"{tested}."
+
+
+def sentence_on_result(judgement: Judgement, chosen: ModelEvidence | None, test: UnseenTest) -> str:
     """What the judged model predicts, and how much of it is personal."""
     model = judgement.model
     own = model.accuracy["mean"]
     name = f"At {model.name}"
     if chosen is not None:
         name += ", chosen by validation,"
-    chance = ", no better than chance" if own <= 0.5 else ""
+    chance = ""
+    if own <= 0.5 and not test.has_many_equal_pairs:
+        chance = ", no better than chance"
     if model.personal_part is None:
         return f"{name} {own:.3f} of them are predicted right{chance}."
     mean_weights = model.entry["controls"]["mean_weights"]["mean"]
     return (
         f"{name} the users' own weights predict {own:.3f} of them right{chance}, everybody's mean "
         f"weights {mean_weights:.3f}: a difference of {model.personal_part.mean():+.3f}"
-        f"{interval_in_words(judgement, users)}."
+        f"{interval_in_words(judgement, test.users)}."
     )
 
 
@@ -208,7 +231,9 @@ def interval_in_words(judgement: Judgement, users: int) -> str:
     return f" (95 % interval: {ends})"
 
 
-def sentence_on_comparisons(models: list[ModelEvidence], judged: ModelEvidence, users: int) -> str:
+def sentence_on_comparisons(
+    models: list[ModelEvidence], judged: ModelEvidence, test: UnseenTest
+) -> str:
     """What is right without LoRe, at the judged model's alpha; empty if nothing else is known."""
     others = {
         model.entry["K"]: model
@@ -219,7 +244,8 @@ def sentence_on_comparisons(models: list[ModelEvidence], judged: ModelEvidence, 
     if 0 in others:
         reference = others[0].accuracy
         comparison = f"the reference (K = 0) {reference['mean']:.3f}"
-        if users >= FEWEST_USERS and reference["low"] <= 0.5:
+        is_known = test.users >= FEWEST_USERS and not test.has_many_equal_pairs
+        if is_known and reference["low"] <= 0.5:
             is_at = "is below" if reference["high"] < 0.5 else "cannot be told from"
             comparison += f", which {is_at} chance (is it the model's reward head?)"
         comparisons.append(comparison)
@@ -296,6 +322,11 @@ def sentence_on_next_step(
     """The one thing to do next: first what spoils the answer, then what the sweep has left out."""
     if test.repeats_could_explain(NEGLIGIBLE):
         return "Next: take what repeats the training out of the test, and run again."
+    if test.has_many_equal_pairs:
+        return (
+            "Next: leave out pairs with equal sides, or mend what makes them equal (the cut to "
+            "--max_length, the chat template), and run again."
+        )
     if all(model.personal_part is None for model in models):
         return "Next: put ranks from 2 on into K_list."
 

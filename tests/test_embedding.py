@@ -574,7 +574,9 @@ TEMPLATE_WITHOUT_THOUGHTS = (
 def embed_pairs(checkpoint, tmp_path):
     """A function that embeds pairs of answers as a script does -> what the head's file records."""
     model = shutil.copytree(checkpoint, tmp_path / "model")
-    (model / "chat_template.jinja").write_text(TEMPLATE_WITHOUT_THOUGHTS)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = TEMPLATE_WITHOUT_THOUGHTS
+    tokenizer.save_pretrained(model)
 
     def embed(pairs, folder="out", overwrite=False, **options):
         conversations = [conversation("really?", answer) for pair in pairs for answer in pair]

@@ -407,7 +407,7 @@ BASIS = planted_basis(D, 3)
 def write_pickles(folder, wrong=None):
     """TL;DR's embeddings of planted workers, and the mean of their directions as the reward head.
 
-    wrong: what is wrong with them, "rejected side", "user ids", "reference" or None.
+    wrong: what is wrong with them, "rejected side", "user ids", "reference", "equal sides" or None.
     """
     weights = planted_weights(WORKERS, 3, 0.1)
     losing = torch.zeros(D)
@@ -421,6 +421,8 @@ def write_pickles(folder, wrong=None):
             shuffled = torch.randperm(WORKERS, generator=torch.Generator().manual_seed(2))
             weights = weights[shuffled]
         workers = planted_pairs(BASIS, weights, pairs, seed, sampled=True)
+        if wrong == "equal sides":
+            workers = [0 * X for X in workers]
         content = {}
         for i, X in enumerate(workers):
             content[f"w{i:02}"] = [
@@ -498,12 +500,30 @@ def test_a_reference_that_is_not_the_head_is_said_to_be_at_chance(monkeypatch, c
     assert said not in report
 
 
+def test_pairs_that_no_reward_can_tell_apart_are_named_and_not_the_head(
+    monkeypatch, capsys, tmp_path
+):
+    results, report, _ = train_on_pickles(monkeypatch, capsys, tmp_path, "equal sides")
+    assert results["verdict"]["personal"] == "undecided"
+    assert "are equal on both sides" in report
+    assert "is it the model's reward head" not in report
+    assert "no better than chance" not in report
+
+
 def test_held_out_posts_choose_the_model_that_is_judged(monkeypatch, capsys, tmp_path):
     results, report, printed = train_on_pickles(
         monkeypatch, capsys, tmp_path, validation_share=0.2, controls=False
     )
     best = max(results["evidence"], key=lambda entry: entry["accuracy"][VALIDATION]["mean"])
-    assert results["chosen"] == {"K": best["K"], "alpha": 0, "by": "validation"}
+    assert results["chosen"] == {
+        "K": best["K"],
+        "alpha": 0,
+        "by": "validation",
+        "file": "K_3.safetensors",
+    }
     assert best["K"] == 3 and "Validation" in printed
-    assert "the model that was chosen by held-out pairs" in report
+    assert "about one model (chosen by validation: K = 3, alpha 0, " in report
+    assert "* chosen by validation: K = 3, alpha 0, " in printed
+    held_out = results["counts"]["validation pairs"]
+    assert 0 < held_out < results["counts"]["train pairs"] / 3
     assert all(entry["controls"]["tossed"] is None for entry in results["evidence"])

@@ -468,7 +468,7 @@ def test_a_text_and_the_assistants_message_of_this_text_are_equal_sides():
 
 def test_data_with_nothing_odd_say_nothing(monkeypatch, capsys, model, rows, tmp_path):
     prepared(monkeypatch, model, write_rows(tmp_path / "mine.jsonl", rows[:120]), tmp_path)
-    assert "odd" not in capsys.readouterr().out
+    assert "odd in these data" not in capsys.readouterr().out
     assert own_data.load_embeddings(tmp_path).provenance["data_notes"] == []
 
 

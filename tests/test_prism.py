@@ -1041,6 +1041,25 @@ def test_checkpoints_of_an_earlier_sweep_go_with_it(monkeypatch, trainer, embedd
     }
 
 
+def test_a_named_sweep_has_checkpoints_of_its_own_with_the_reference_once(
+    monkeypatch, trainer, embeddings
+):
+    quick(
+        monkeypatch,
+        trainer,
+        demo_K_list=[0, 1],
+        demo_alpha_list=[1e-5, 1e4],
+        demo_num_iterations=2,
+        controls=False,
+    )
+    call(monkeypatch, trainer, "--dir", embeddings, "--results", "alphas")
+    models = ["K_0_alpha_0.00001", "K_1_alpha_0.00001", "K_1_alpha_10000.0"]
+    assert set(content_of(embeddings / "checkpoints")) == {
+        f"alphas/PRISM_{tensor}_lore_{model}.pt" for model in models for tensor in "VW"
+    }
+    assert (embeddings / "results" / "alphas" / "results.json").exists()
+
+
 # ---- RewardBench 2: the benchmark's rules
 
 
@@ -1322,6 +1341,43 @@ def test_the_demos_own_basis_is_scored(monkeypatch, capsys, ran, demo_eval, tmp_
     for cells, (reward, *scores) in zip(printed_rows, rows, strict=True):
         assert " ".join(cells[:-2]) == reward
         assert cells[-2:] == [f"{float(score):.4f}" for score in scores]
+
+
+def chosen_results(folder: Path, file: str | None) -> Path:
+    """A folder with results in which validation chose the model of this file; None: no model."""
+    folder.mkdir()
+    lore.files.save_json(folder / "results.json", {"chosen": {"file": file}})
+    return folder
+
+
+def test_a_folder_of_results_gives_the_model_that_validation_chose(ran, demo_eval, table, tmp_path):
+    own = ran.folder / "results" / f"K_{PLANTED_RANK}.safetensors"
+    folder = chosen_results(tmp_path / "results", "K_3_alpha_0.001.safetensors")
+    shutil.copy(own, folder / "K_3_alpha_0.001.safetensors")
+    shutil.copy(ran.folder / "results" / "K_1.safetensors", folder / "K_1.safetensors")
+    expected = table("--rm_head", own, "--user_weights", own, "--subset", "Math")
+    found = table("--rm_head", folder, "--user_weights", folder, "--subset", "Math")
+    assert found == expected
+    assert "column 2" in found
+
+
+def test_if_no_model_was_chosen_or_named_those_that_are_there_are_listed(tmp_path):
+    find_model = script("eval_rb2").find_model
+    folder = chosen_results(tmp_path / "results", None)
+    names = ["K_3_alpha_0.001.safetensors", "K_3_alpha_0.safetensors"]
+    for name in (*names, ".training.pt", "report.md"):
+        (folder / name).write_text("")
+    listed = f"{folder} has {', '.join(names)}"
+    with input_error(f"{folder}: a folder in which validation chose no model", listed):
+        find_model(folder)
+    with input_error("K_3.safetensors: no such file", listed):
+        find_model(folder / "K_3.safetensors")
+    (folder / "results.json").unlink()
+    with input_error("validation chose no model", listed):
+        find_model(folder)
+    assert find_model(folder / names[0]) == folder / names[0]
+    with input_error("no such file", "has no models"):
+        find_model(tmp_path / "nowhere" / "K_3.safetensors")
 
 
 def test_a_basis_of_another_model_is_refused(

@@ -18,7 +18,7 @@ import lore.files
 import lore.pictures
 import lore.results
 import utils
-from lore.evidence import VALIDATION, evidence
+from lore.evidence import VALIDATION, evidence, hold_out, judge_held_out
 from lore.files import load_tensors
 from lore.report import CONTROLS, report
 from lore.results import (
@@ -28,7 +28,7 @@ from lore.results import (
     save_question_curves,
 )
 from lore.study import PARTS, Study
-from lore.tables import format_cell
+from lore.tables import format_cell, model_in_file_name
 from utils import SEEN_TEST, SETTINGS, TRAIN, UNSEEN_SETTINGS, UNSEEN_TEST
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -150,6 +150,7 @@ def test_the_results_name_settings_users_model_data_versions_and_counts(saved):
         "train unseen pairs": 13,
         "test unseen pairs": 36,
         "pairs with equal sides": 3,
+        "validation pairs": 0,
     }
     assert torch.__version__.startswith(results["versions"]["torch"])
     assert {"python", "numpy"} <= results["versions"].keys()
@@ -227,6 +228,7 @@ def test_files_of_an_earlier_sweep_go_and_others_and_the_state_of_the_training_s
         "K_3.safetensors",
         "results.json",
         "results.csv",
+        "results_long.csv",
         "report.md",
         "accuracy_by_rank.png",
         "accuracy_by_rank.pdf",
@@ -267,6 +269,54 @@ def test_every_penalty_and_seed_has_a_file_of_its_own_without_a_seed_that_of_the
         assert fit["kept"] == ("seed" not in fit["file"])
 
 
+def test_every_model_in_the_results_names_the_file_of_its_kept_seed(tmp_path, study):
+    save_results(tmp_path, swept(study, [0, 2], [0, 0.5], [0, 1], num_iterations=2), study, {})
+    results = strict_json(tmp_path / "results.json")
+    for entry in results["evidence"]:
+        metadata = load_tensors(tmp_path / entry["file"])[1]
+        if entry["K"] > 0:
+            assert (metadata["K"], metadata["alpha"]) == (entry["K"], entry["alpha"])
+            assert "seed" not in entry["file"]
+    assert results["chosen"] == {"K": None, "alpha": None, "by": "none", "file": None}
+
+
+def test_the_reference_is_saved_once_whatever_the_alphas_and_seeds(tmp_path, study):
+    save_results(tmp_path, swept(study, [0, 2], [0.5, 1], [0, 1], num_iterations=2), study, {})
+    results = strict_json(tmp_path / "results.json")
+    assert len(list(tmp_path.glob("K_0*.safetensors"))) == 1
+    assert len(list(tmp_path.glob("K_2*.safetensors"))) == 4
+    for entry in [*results["fits"], *results["evidence"]]:
+        if entry["K"] == 0:
+            tensors, _ = load_tensors(tmp_path / entry["file"])
+            assert torch.equal(tensors["V"], study.reward_head)
+
+
+@pytest.mark.parametrize(
+    "alpha, name",
+    [
+        (0, "K_3_alpha_0.0"),
+        (1, "K_3_alpha_1.0"),
+        (0.001, "K_3_alpha_0.001"),
+        (1e-3, "K_3_alpha_0.001"),
+        (0.0010, "K_3_alpha_0.001"),
+        (1e-5, "K_3_alpha_0.00001"),
+        (2.5e-7, "K_3_alpha_0.00000025"),
+        (1e4, "K_3_alpha_10000.0"),
+        (1e15, "K_3_alpha_1000000000000000.0"),
+        (10000, "K_3_alpha_10000.0"),
+    ],
+)
+def test_an_alpha_in_the_name_of_a_file_is_written_in_one_way(alpha, name):
+    assert model_in_file_name(3, alpha) == name
+    assert float(name.removeprefix("K_3_alpha_")) == alpha
+
+
+def test_files_of_several_alphas_are_named_by_them(tmp_path, study):
+    save_results(tmp_path, swept(study, [2], [0, 1e-5], num_iterations=2), study, {})
+    names = {path.name for path in tmp_path.glob("*.safetensors")}
+    assert names == {"K_2_alpha_0.0.safetensors", "K_2_alpha_0.00001.safetensors"}
+
+
 def test_a_failure_leaves_the_results_of_before_and_nothing_else(
     tmp_path, study, fits, monkeypatch
 ):
@@ -276,7 +326,7 @@ def test_a_failure_leaves_the_results_of_before_and_nothing_else(
     def no_space(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pd.DataFrame, "to_csv", no_space)  # of results.csv, which is written last
+    monkeypatch.setattr(pd.DataFrame, "to_csv", no_space)  # of the tables, which are written last
     with pytest.raises(OSError):
         save_results(tmp_path, swept(study, [2], num_iterations=1), study, {}, 2.0)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -297,8 +347,13 @@ def test_results_are_whole_before_a_picture_is_drawn_and_have_no_picture_of_befo
     with pytest.raises(OSError) as error:
         save_results(tmp_path, swept(study, [2], num_iterations=1), study, {}, 2.0)
     assert "accuracy_by_rank" in error.value.filename
-    names = {"results.json", "results.csv", "report.md", "K_2.safetensors"}
-    assert set(os.listdir(tmp_path)) == names
+    assert set(os.listdir(tmp_path)) == {
+        "results.json",
+        "results.csv",
+        "results_long.csv",
+        "report.md",
+        "K_2.safetensors",
+    }
     assert strict_json(tmp_path / "results.json")["seconds"] == 2.0
 
 
@@ -335,7 +390,84 @@ def test_the_closing_table_has_the_reference_once_and_means_over_users_and_seeds
         ]
         cells = row.split()
         assert [*cells[:2], *cells[2::3]] == [*names, *means]
-    assert printed.endswith(f"\n\n{results['verdict']['text']}\n")
+    choice = "none chosen by validation, as validation_share is 0"
+    assert printed.endswith(f"\n\n{choice}\n\n{results['verdict']['text']}\n")
+
+
+@pytest.fixture(scope="module")
+def validated(study, tmp_path_factory):
+    """(Folder, held-out pairs) of a sweep with two alphas, of which validation chose a model."""
+    folder = tmp_path_factory.mktemp("validated")
+    study_to_train, held_out = hold_out(study, 0.3)
+    fits = judge_held_out(swept(study_to_train, [0, 1, 2], [0, 0.5], [0, 1]), held_out)
+    lore.results.save_results(
+        folder, fits, study, {}, 1.0, evidence(fits, study), held_out=held_out
+    )
+    return folder, held_out
+
+
+def test_the_chosen_model_is_said_marked_and_its_file_named(validated, capsys):
+    folder, _ = validated
+    results = strict_json(folder / "results.json")
+    chosen = results["chosen"]
+    best = max(results["evidence"], key=lambda entry: entry["accuracy"][VALIDATION]["mean"])
+    share = best["accuracy"][VALIDATION]["mean"]
+    assert (chosen["K"], chosen["alpha"]) == (best["K"], best["alpha"])
+    assert chosen["file"] == best["file"]
+    assert load_tensors(folder / chosen["file"])[1]["K"] == best["K"]
+
+    print_results(results)
+    table, choice, _ = capsys.readouterr().out.strip().split("\n\n")
+    name = f"K = {best['K']}, alpha {best['alpha']:g}" if best["K"] else "ref"
+    said = f"chosen by validation: {name}, {share:.3f}"
+    assert choice == f"* {said}; its basis is in {best['file']}"
+    marked = [line.split()[0] for line in table.splitlines() if "*" in line]
+    assert marked == [str(best["K"] or "ref")]
+
+    text = (folder / "report.md").read_text()
+    assert f"({said}); its basis is in `{best['file']}`" in text
+    assert "`*` marks the model that was chosen by validation." in text
+    accuracy, *_, seeds = markdown_tables(text)
+    assert [row[:1] for row in accuracy if "*" in row[0]] == [[f"{best['K'] or 'ref'} *"]]
+    assert sum("*" in row[0] for row in seeds) == (2 if best["K"] else 0)
+
+
+def test_if_nothing_is_chosen_nothing_is_marked(saved, capsys):
+    print_results(strict_json(saved / "results.json"))
+    assert "*" not in capsys.readouterr().out
+    text = (saved / "report.md").read_text()
+    assert "marks the model" not in text
+    assert not any("*" in row[0] for table in markdown_tables(text) for row in table)
+
+
+def test_the_long_table_has_a_row_per_model_seed_user_and_setting(validated, study):
+    folder, held_out = validated
+    table = pd.read_csv(folder / "results_long.csv", dtype={"user": str})
+    assert list(table) == ["K", "alpha", "seed", "user", "setting", "pairs", "accuracy"]
+    pairs = {
+        TRAIN: [len(X) - len(held) for X, held in zip(study.train, held_out)],
+        SEEN_TEST: [8, 8, 5],
+        SETTINGS[2]: [4, 9],
+        UNSEEN_TEST: [30, 6],
+        VALIDATION: [len(held) for held in held_out],
+    }
+    expected = {}
+    for fit in strict_json(folder / "results.json")["fits"]:
+        for setting, accuracies in fit["accuracy_of_user"].items():
+            for (user, accuracy), count in zip(accuracies.items(), pairs[setting], strict=True):
+                key = (fit["K"], fit["alpha"], fit["seed"], user, setting)
+                expected[key] = (count, accuracy)
+    assert len(expected) == len(table) == 12 * (3 * 3 + 2 * 2)
+    for *key, count, accuracy in table.itertuples(index=False):
+        assert expected[tuple(key)] == (count, pytest.approx(accuracy))
+        assert accuracy * count == pytest.approx(round(accuracy * count))  # so many pairs are right
+
+
+def test_users_in_the_long_table_are_no_formulas(tmp_path, study, fits):
+    hostile = dataclasses.replace(study, seen=["=1+1", "@b", "c\nd"])
+    save_results(tmp_path, fits, hostile, {})
+    users = pd.read_csv(tmp_path / "results_long.csv", dtype=str)["user"]
+    assert set(users) == {"'=1+1", "'@b", "c\\nd", *UNSEEN}
 
 
 def test_the_csv_has_a_row_per_model_and_the_reference_once(tmp_path, study):
@@ -408,6 +540,7 @@ def test_the_tables_of_the_report_have_the_numbers_of_the_results(tmp_path, stud
             "yes" if fit["kept"] else "no",
             f"{fit['training_loss']:.3g}",
             f"{fit['mean_accuracy'][UNSEEN_TEST]:.3g}",
+            f"`{fit['file']}`",
         ]
 
 
@@ -417,16 +550,57 @@ def test_the_report_counts_the_data_and_says_how_the_model_was_chosen(saved):
     assert "learned from 36 pairs of 3 seen users" in text
     assert "fitted to 13 of their pairs, and tested on 36 other pairs" in text
     assert "Of all pairs 3 have two equal sides" in text
-    assert "none was chosen by held-out pairs" in text
+    assert (
+        "about all ranks from K = 2 on at once (none chosen by validation, as validation_share"
+        in text
+    )
     assert "the lowest training loss" in text
+    assert "held out" not in text
 
     for entry in results["evidence"]:
         entry["accuracy"][VALIDATION] = entry["accuracy"][TRAIN]
-    results["chosen"] = {"K": 3, "alpha": 0, "by": "validation"}
+    results["chosen"] = {"K": 3, "alpha": 0, "by": "validation", "file": "K_3.safetensors"}
+    results["counts"]["validation pairs"] = 6
     text = report(results)
-    assert "the model that was chosen by held-out pairs (K = 3, alpha 0)" in text
-    assert "the best accuracy on held-out pairs" in text
+    share = results["evidence"][2]["accuracy"][TRAIN]["mean"]
+    assert (
+        f"about one model (chosen by validation: K = 3, alpha 0, {share:.3f}); its basis is in "
+        "`K_3.safetensors`. The basis was learned from 30 pairs of 3 seen users, and 6 others of "
+        "theirs were held out."
+    ) in text
+    assert "the best accuracy in validation" in text
     assert f"- **{VALIDATION}**" in text
+
+
+NOTES = ["a user is called 'nan', with 1 rows", "rows of train: 3 | *are* <there> already"]
+
+
+def odd_section(text):
+    """The lines of the report's section on what is odd in the data."""
+    section = text.split("## What is odd in the data\n\n")[1].split("\n\n##")[0]
+    return section.splitlines()
+
+
+def test_report_and_results_say_what_is_odd_in_the_data(tmp_path, study, fits):
+    equal_pairs = {"a_[b].pkl": {"equal": 1200, "pairs": 2000}}
+    provenance = study.provenance | {"data_notes": NOTES, "equal_pairs": equal_pairs}
+    save_results(tmp_path, fits, dataclasses.replace(study, provenance=provenance), {})
+    results = strict_json(tmp_path / "results.json")
+    assert results["data_notes"] == NOTES
+    assert results["equal_pairs"] == equal_pairs
+    assert odd_section((tmp_path / "report.md").read_text()) == [
+        "- a user is called 'nan', with 1 rows",
+        r"- rows of train: 3 &#124; \*are\* &lt;there&gt; already",
+        r"- a\_\[b\].pkl: 1,200 of 2,000 pairs have two sides of equal token ids",
+    ]
+
+
+def test_data_in_which_nothing_is_odd_and_data_without_notes_are_told_apart(saved):
+    results = strict_json(saved / "results.json")
+    assert (results["data_notes"], results["equal_pairs"]) == (None, None)
+    assert odd_section(report(results))[0].startswith("Not known")
+    results["data_notes"] = []
+    assert odd_section(report(results)) == ["Nothing odd was found when the data were read."]
 
 
 def test_the_report_tells_no_leak_from_a_leak_that_is_not_known(saved):
@@ -495,7 +669,13 @@ def test_the_picture_of_the_personal_part_shows_whose_weights_predict_what(
     entry = results["evidence"][2]  # K = 3, the only model with a personal part
     heights = [line.get_ydata().tolist() for line in accuracy.lines if line.get_marker() == "o"]
     controls = entry["controls"]
-    expected = [entry["accuracy"][UNSEEN_TEST], controls["mean_weights"], controls["other_users"]]
+    expected = [
+        entry["accuracy"][UNSEEN_TEST],
+        controls["mean_weights"],
+        controls["other_users"],
+        controls["model_per_user"],
+        entry["worst_served"],
+    ]
     assert heights == [[ends["mean"]] for ends in expected]
     assert personal.lines[-1].get_ydata().tolist() == [entry["personal_part"]["mean"]]
     assert {text.get_text() for text in accuracy.texts} == {
@@ -503,8 +683,17 @@ def test_the_picture_of_the_personal_part_shows_whose_weights_predict_what(
         "own weights",
         "everybody's mean weights",
         "other users' weights",
+        "a model per user",
+        "worst tenth, own weights",
     }
     assert {text.get_text() for text in personal.texts} == {"nothing personal", "own weights"}
+
+
+def test_without_K_1_the_picture_has_no_model_per_user(tmp_path, study, drawn):
+    save_results(tmp_path, swept(study, [2]), study, {})
+    names = {text.get_text() for text in drawn[2].axes[0].texts}
+    assert "own weights" in names
+    assert "a model per user" not in names
 
 
 def test_every_penalty_has_its_own_curve_named_at_its_end(tmp_path, study, drawn):
@@ -767,7 +956,7 @@ QUESTIONS = pd.DataFrame(
             "low": mean,
             "high": mean + 0.1,
         }
-        for fit, mean in (("posterior, random", 0.5), ("posterior, chosen", 0.75))
+        for fit, mean in (("widened prior, random", 0.5), ("widened prior, chosen", 0.75))
         for questions in (1, 2)
     ]
 )
@@ -803,7 +992,7 @@ def test_without_question_curves_nothing_is_written(tmp_path, study):
 def test_the_question_table_has_a_row_per_number_of_questions():
     lines = question_table(QUESTIONS).splitlines()
     assert "K = 2, alpha 0.5" in lines[0]
-    assert "posterior, random" in lines[1] and "posterior, chosen" in lines[1]
+    assert "widened prior, random" in lines[1] and "widened prior, chosen" in lines[1]
     last = lines[-1].split()
     assert last[0] == "2"
     assert "0.520 [0.500, 0.600]" in lines[-1] and "0.770 [0.750, 0.850]" in lines[-1]

@@ -3,6 +3,8 @@
 import argparse
 import json
 import os
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,6 +137,44 @@ lore.scripts.run_script(lambda: print('into nothing'))
 
 
 # ---- The command line
+
+
+def test_a_sweep_with_a_name_has_a_folder_of_its_own(tmp_path):
+    assert lore.scripts.sweep_folder(tmp_path, None) == tmp_path
+    for name in ("second", "alpha_0-1", "7", "größer"):
+        assert lore.scripts.sweep_folder(tmp_path, name) == tmp_path / name
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "/tmp", "../up", "K_3.safetensors", "a b", "a\n", "earlier-1"]
+)
+def test_a_sweep_has_a_plain_name_that_no_file_of_results_has(tmp_path, name):
+    with input_error("--results", "letters, digits, - and _"):
+        lore.scripts.sweep_folder(tmp_path, name)
+
+
+@pytest.mark.parametrize(
+    "typed, start, folder, command",
+    [
+        ("prepare.py", "data", "data", "python train_basis.py"),
+        ("data/prepare.py", ".", "data", "python data/train_basis.py"),
+        ("data/prepare.py", ".", "mine", "python data/train_basis.py --dir mine"),
+        ("prepare.py", "data", "../my own", "python train_basis.py --dir '../my own'"),
+        ("../data/prepare.py", "mine", ".", "python ../data/train_basis.py --dir ."),
+        ("prepare.py", "data", ".", "python train_basis.py"),
+    ],
+)
+def test_the_next_command_runs_from_where_the_user_is(
+    monkeypatch, tmp_path, typed, start, folder, command
+):
+    for name in ("data", "mine", "my own"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / start)
+    monkeypatch.setattr("sys.argv", [typed])
+    path = tmp_path / "data" if folder == "data" else Path(folder)  # the default is absolute
+    assert lore.scripts.next_command("train_basis.py", path) == command
+    (tmp_path / "data" / "train_basis.py").write_text("")
+    assert Path(shlex.split(command)[1]).exists()
 
 
 def test_every_script_has_an_option_for_its_folder():

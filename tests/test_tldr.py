@@ -398,9 +398,9 @@ def test_few_shot_curves_say_where_users_have_fewer_pairs(monkeypatch, capsys, r
         index="questions", columns="fit", values="mean"
     )
     assert (
-        questions["posterior, chosen"][4] > questions["posterior, random"][8] - 0.02
+        questions["widened prior, chosen"][4] > questions["widened prior, random"][8] - 0.02
     )  # half the questions
-    assert f"{questions['posterior, chosen'][4]:.3f} [" in out
+    assert f"{questions['widened prior, chosen'][4]:.3f} [" in out
 
 
 # ---- Interruptions and full disks
@@ -734,7 +734,7 @@ def test_texts_that_are_null_empty_or_equal_are_counted(monkeypatch, capsys, ran
     write_rows(tmp_path / "data" / "train.jsonl", rows[:300])
     write_rows(tmp_path / "data" / "validation.jsonl", rows[300:])
     prepare(monkeypatch, tmp_path / "data", ran.model, tmp_path)
-    train, validation = capsys.readouterr().out.split("validation: ", 1)
+    train, validation = capsys.readouterr().out.split("val: ", 1)
     assert "train: 296 comparisons" in train and "4 rows without" in train
     assert (
         "1 of 296 pairs have two equal texts" in train and "warning" not in train
@@ -756,7 +756,7 @@ def test_workers_that_no_split_shares_are_refused_before_anything_is_embedded(
     monkeypatch.setattr(lore.scripts, "embed_distinct", None)
     data = data_of(tmp_path / "data", rows)
     arguments = ["--data", data, "--model", ran.model, "--dir", tmp_path / "out"]
-    refused(monkeypatch, capsys, script("prepare"), arguments, "validation part: 0")
+    refused(monkeypatch, capsys, script("prepare"), arguments, "val part: 0")
 
 
 @pytest.mark.parametrize(
@@ -1011,12 +1011,56 @@ def test_ranks_and_seeds_may_be_ranges_and_arrays_and_files_of_an_earlier_sweep_
     assert set(content_of(embeddings / "results")) == {
         "results.json",
         "results.csv",
+        "results_long.csv",
         "report.md",
         "accuracy_by_rank.png",
         "accuracy_by_rank.pdf",
         "vary_fewshot.json",
         *(fit["file"] for fit in results["fits"]),
     }
+
+
+@pytest.mark.parametrize("name", ["train_basis", "vary_fewshot"])
+def test_a_sweep_with_a_name_is_kept_beside_the_first(monkeypatch, capsys, embeddings, name):
+    short = dict(K_list=[2], num_iterations=20)
+    if name == "train_basis":
+        short |= dict(seeds=[0], controls=False)
+        stopped = "save_results"
+    else:
+        short |= dict(num_shots=[3], trials=2, num_questions=1, question_seeds=[0])
+        stopped = "save_few_shot_curves"
+    module = quick(monkeypatch, script(name), **short)
+    call(monkeypatch, module, "--dir", embeddings)
+    first = content_of(embeddings / "results")
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    quick(monkeypatch, module, K_list=[3])
+    second = ["--dir", embeddings, "--results", "second"]
+    with monkeypatch.context() as patch:
+        patch.setattr(lore.scripts, stopped, stop)
+        interrupted(monkeypatch, capsys, module, *second)
+    call(monkeypatch, module, *second)
+    assert "after 20 iterations" in capsys.readouterr().out  # its checkpoint was found again
+
+    named = content_of(embeddings / "results" / "second")
+    others = content_of(embeddings / "results")
+    assert {path: others[path] for path in others if not path.startswith("second/")} == first
+    renamed = {path.replace("K_2", "K_3") for path in first}
+    assert named.keys() == renamed
+    assert named[next(path for path in named if path.endswith(".json"))] not in first.values()
+
+
+@pytest.mark.parametrize("name", ["train_basis", "vary_fewshot"])
+def test_a_sweep_whose_name_is_a_path_is_refused_and_nothing_written(
+    monkeypatch, capsys, embeddings, name
+):
+    before = content_of(embeddings)
+    arguments = ["--dir", embeddings, "--results", "../up"]
+    refused(monkeypatch, capsys, script(name), arguments, "--results ../up")
+    assert content_of(embeddings) == before
+    assert not (embeddings / "up").exists()
 
 
 def test_the_released_reference_takes_the_heads_place_where_asked_for(

@@ -28,7 +28,7 @@ import utils
 from lore.export import export_reward_model
 from lore.files import digest_of, load_tensors, save_tensors
 from lore.reward_model import load_reward_head, load_reward_model, load_tokenizer
-from lore.rewards import best_of_n, personal_reward
+from lore.rewards import best_of_n, personal_reward, rewards_of_group
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 D, K = 64, 3
@@ -650,6 +650,22 @@ def test_each_process_of_a_trainer_scores_its_own_completions(monkeypatch, singl
     assert os.environ["RANK"] == "1"
 
 
+def test_weights_that_are_no_simplex_are_exported_and_rewarded_as_they_are(single, basis, tmp_path):
+    V, _ = basis
+    w = torch.tensor([-1.5, 0.25, 2.0])
+    expected = states(single) @ V.double() @ w.double()
+
+    export_reward_model(tmp_path / "export", single, V, w)
+    head = weights_in(tmp_path / "export")["score.weight"][0].double()
+    torch.testing.assert_close(states(single) @ head, expected, rtol=1e-4, atol=1e-3)
+
+    reward = personal_reward(single, V, {"ada": w}, "cpu")
+    prompts = [conversation[:-1] for conversation in CONVERSATIONS]
+    completions = [conversation[-1:] for conversation in CONVERSATIONS]
+    scores = reward(prompts, completions, ["ada"] * 3)
+    assert scores == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-3)
+
+
 def test_best_of_n_gives_scores_and_their_order():
     def length_for_ada(prompts, completions, user):
         assert prompts == ["One?"] * 3
@@ -699,6 +715,117 @@ def test_one_text_is_no_list_of_texts(single, basis):
             reward(prompts, completions, users)
     scores, order = best_of_n(reward, "One?", ("yes", "no"), "a")  # any other sequence is fine
     assert sorted(order) == [0, 1]
+
+
+# ---- A group that chooses together
+
+
+def group_reward(rewards_of_user):
+    """A reward function for given rewards, {user: {completion: reward}}."""
+
+    def reward(prompts, completions, user):
+        assert prompts == ["Lunch?"] * len(completions)
+        return [rewards_of_user[name][text] for name, text in zip(user, completions, strict=True)]
+
+    return reward
+
+
+LUNCH = ["soup", "fish", "salad"]
+GUESTS = group_reward(
+    {
+        "ada": {"soup": 300.0, "fish": 200.0, "salad": 0.0},
+        "ben": {"soup": 300.0, "fish": 200.0, "salad": 0.0},
+        "eve": {"soup": -1000.0, "fish": -850.0, "salad": -800.0},
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("rule", "scores", "order"),
+    [
+        # (300 + 300 - 1000) / 3, (200 + 200 - 850) / 3, -800 / 3
+        ("mean", [-400 / 3, -150, -800 / 3], [0, 1, 2]),
+        # ada and ben: soup beats 2, fish 1, salad 0; eve: 0, 1, 2
+        ("borda", [4 / 3, 1, 2 / 3], [0, 1, 2]),
+        # soup costs eve 200, fish ada and ben 100 (and eve 50), salad ada and ben 300
+        ("worst_served", [-200, -100, -300], [1, 0, 2]),
+    ],
+)
+def test_a_group_chooses_by_the_rule_that_is_named(rule, scores, order):
+    found = rewards_of_group(GUESTS, LUNCH, "Lunch?", ["ada", "ben", "eve"], rule)
+    assert found == (pytest.approx(scores), order)
+
+
+def test_the_rules_differ_where_one_user_feels_strongly():
+    """Two prefer soup by little, one prefers fish by much."""
+    small = {"soup": 10.0, "fish": 0.0}
+    reward = group_reward({1: small, 2: small, 3: {"soup": 0.0, "fish": 90.0}})
+    first = {
+        rule: rewards_of_group(reward, ["soup", "fish"], "Lunch?", [1, 2, 3], rule)[1][0]
+        for rule in ("mean", "borda", "worst_served")
+    }
+    assert first == {"mean": 1, "borda": 0, "worst_served": 1}
+
+
+@pytest.mark.parametrize("rule", ["mean", "borda", "worst_served"])
+def test_a_constant_that_is_added_to_one_users_rewards_changes_no_order(rule):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        table = torch.randint(-300, 300, (3, 4), generator=generator).tolist()
+        completions = ["a", "b", "c", "d"]
+        users = {user: dict(zip(completions, row)) for user, row in enumerate(table)}
+        order = rewards_of_group(group_reward(users), completions, "Lunch?", [0, 1, 2], rule)[1]
+        users[1] = {text: reward + 4096 for text, reward in users[1].items()}
+        shifted = rewards_of_group(group_reward(users), completions, "Lunch?", [0, 1, 2], rule)[1]
+        assert shifted == order
+
+
+def test_ties_share_the_points_and_keep_the_order_of_the_completions():
+    likes = {"soup": 5.0, "fish": 7.0, "salad": 5.0, "rice": 7.0}
+    reward = group_reward({"ada": likes, "ben": likes})
+    scores, order = rewards_of_group(reward, list(likes), "Lunch?", ["ada", "ben"], "borda")
+    assert scores == [0.5, 2.5, 0.5, 2.5]  # of two others or more, each half of the tie
+    assert order == [1, 3, 0, 2]
+
+
+def test_a_group_of_one_chooses_as_the_user_alone():
+    scores, order = best_of_n(GUESTS, "Lunch?", LUNCH, "eve")
+    assert rewards_of_group(GUESTS, LUNCH, "Lunch?", ["eve"], "mean") == (scores, order)
+    assert rewards_of_group(GUESTS, LUNCH, "Lunch?", ["eve"], "borda") == ([0, 1, 2], order)
+    expected = ([-200, -50, 0], order)
+    assert rewards_of_group(GUESTS, LUNCH, "Lunch?", ["eve"], "worst_served") == expected
+
+
+def test_a_user_who_is_named_twice_has_two_votes():
+    users = ["ada", "eve", "eve", "eve"]
+    assert rewards_of_group(GUESTS, LUNCH, "Lunch?", users, "borda")[1] == [2, 1, 0]
+
+
+def test_a_group_takes_the_rewards_of_personal_reward(single, basis):
+    V, W = basis
+    reward = personal_reward(single, V, {1: W[0], "ben": -W[1]}, "cpu")
+    completions = ["yes", "no", "it is so"]
+    scores, order = rewards_of_group(reward, tuple(completions), "One?", ["1", "ben"], "mean")
+    alone = [best_of_n(reward, "One?", completions, user)[0] for user in (1, "ben")]
+    assert scores == pytest.approx(np.mean(alone, axis=0).tolist(), rel=1e-5)
+    assert order == np.argsort(scores)[::-1].tolist()
+
+
+def test_a_group_that_cannot_choose_is_refused_with_the_reason(single, basis):
+    V, W = basis
+    reward = personal_reward(single, V, {"ada": W[0]}, "cpu")
+    with input_error("rule = 'median'", "mean, borda, worst_served"):
+        rewards_of_group(reward, ["yes"], "One?", ["ada"], "median")
+    with input_error("users: none"):
+        rewards_of_group(reward, ["yes"], "One?", [], "mean")
+    with input_error("user 'eve'", "fit_new_user"):
+        rewards_of_group(reward, ["yes"], "One?", ["ada", "eve"], "mean")
+    with input_error("users = 'ada'", "give a list"):
+        rewards_of_group(reward, ["yes"], "One?", "ada", "mean")
+    with input_error("completions = 'One?'", "give a list"):  # as in the order of best_of_n
+        rewards_of_group(reward, "One?", ["yes"], ["ada"], "mean")
+    with input_error("no conversations"):
+        rewards_of_group(reward, [], "One?", ["ada"], "mean")
 
 
 # ---- Ids of users

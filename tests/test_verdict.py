@@ -43,9 +43,9 @@ def model(K, part=None, alpha=0, accuracy=0.6, collapsed=False, model_per_user=N
     return ModelEvidence(entry, part, collapsed)
 
 
-def verdict(models, chosen=None, leaks=NO_LEAKS, tossed=AT_CHANCE, users=USERS):
+def verdict(models, chosen=None, leaks=NO_LEAKS, tossed=AT_CHANCE, users=USERS, equal_pairs=0):
     """("yes", "no" or "undecided", the sentences); chosen: the place of a model."""
-    test = UnseenTest(users, 25 * users, NO_LEAKS | leaks, tossed)
+    test = UnseenTest(users, 25 * users, NO_LEAKS | leaks, tossed, equal_pairs)
     result = write_verdict(models, None if chosen is None else models[chosen], test)
     sentences = result["text"].splitlines()
     assert 4 <= len(sentences) <= 6
@@ -207,6 +207,39 @@ def test_users_and_pairs_of_the_test_are_counted():
     assert verdict([model(2, LARGE)])[1][1] == (
         "Tested: 40 unseen users, on their 1,000 test pairs."
     )
+
+
+MANY, FEW = 101, 100  # of 1,000 test pairs
+
+
+def test_many_pairs_of_equal_sides_are_named_as_the_cause():
+    said = (
+        "Tested: 40 unseen users, on their 1,000 test pairs; 101 of these are equal on both sides, "
+        "so no reward can tell them apart, and they count as wrong."
+    )
+    for part in (LARGE, NONE, UNCLEAR):
+        assert verdict([model(2, part)], equal_pairs=MANY)[1][1] == said
+        assert "equal" not in text_of([model(2, part)], equal_pairs=FEW)
+
+
+def test_many_pairs_of_equal_sides_leave_a_no_undecided_and_a_yes_as_it_is():
+    said = "Undecided: too many test pairs are equal on both sides."
+    everybody = [model(1), model(2, LARGE)]
+    for models, chosen in (([model(2, NONE)], None), (everybody, 0)):
+        personal, sentences = verdict(models, chosen, equal_pairs=MANY)
+        assert (personal, sentences[0]) == ("undecided", said)
+        assert verdict(models, chosen, equal_pairs=FEW)[0] == "no"
+    assert verdict([model(2, LARGE)], equal_pairs=MANY)[0] == "yes"
+    assert verdict([model(2, NONE[:5])], users=5, equal_pairs=MANY)[1][0] != said
+
+
+def test_with_many_pairs_of_equal_sides_nothing_is_said_about_chance_or_the_head():
+    low = [model(0, accuracy=0.2), model(2, NONE, accuracy=0.3)]
+    blamed = text_of(low, equal_pairs=FEW)
+    assert "no better than chance" in blamed and "is it the model's reward head?" in blamed
+    text = text_of(low, equal_pairs=MANY)
+    assert "the reference (K = 0) 0.200." in text
+    assert "chance" not in text and "head" not in text
 
 
 def test_the_result_is_the_accuracy_under_own_and_mean_weights_and_their_difference():
@@ -405,6 +438,16 @@ def test_a_test_that_repeats_the_training_is_to_be_cleaned_first():
             assert next_step(models, **options) == cleaned
     for options in ({}, dict(leaks={"by_answers": 0.009}), dict(leaks={"by_answers": None})):
         assert next_step([model(2, LARGE)], **options) != cleaned
+
+
+def test_many_pairs_of_equal_sides_are_to_be_left_out_first():
+    said = (
+        "leave out pairs with equal sides, or mend what makes them equal (the cut to --max_length, "
+        "the chat template), and run again."
+    )
+    for models in ([model(1)], [model(2, LARGE)], TWO_ALPHAS):
+        assert next_step(models, equal_pairs=MANY) == said
+        assert next_step(models, equal_pairs=FEW) != said
 
 
 def test_ranks_from_2_on_are_to_be_tried_if_there_are_none():
