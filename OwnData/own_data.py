@@ -829,13 +829,16 @@ class PairTable:
 def load_pairs(folder: Path) -> PairTable:
     """Read pairs.parquet. Raises InputError: it is missing or damaged."""
     path = folder / PAIRS_FILE
-    texts = [field.name for field in PAIRS_SCHEMA if field.type == pa.string()]
+    columns = {}
     with explain_damage(path, "table of pairs"):
-        table = pq.read_table(path, memory_map=True, read_dictionary=texts)
-        columns = {
-            name: distinct_values(table[name]) if name in texts else table[name].to_numpy()
-            for name in PAIRS_SCHEMA.names
-        }
+        for column in PAIRS_SCHEMA:  # one by one, as the file may be large
+            name = column.name
+            if column.type == pa.string():
+                table = pq.read_table(path, columns=[name], memory_map=True, read_dictionary=[name])
+                columns[name] = distinct_values(table[name])
+            else:
+                table = pq.read_table(path, columns=[name], memory_map=True)
+                columns[name] = table[name].to_numpy()
     return PairTable(**columns)
 
 
