@@ -7,11 +7,8 @@
                                                        synthetic comparisons
     python prepare.py --data DIR --model ID_OR_PATH    a copy of the data in the schema of demo/,
                                                        another reward model
-    python prepare.py --data mine.jsonl                your own comparisons, as in demo/own_data/
 
-A row of your own comparisons has `user`, `prompt`, `chosen`, `rejected` (texts or lists of
-messages) and, if you want to decide it, `split` (train, test). They come from one file, or from
-a folder with a file for each split.
+Comparisons of your own are prepared in OwnData/.
 
 Writes beside itself tldr_embeddings_train.pkl and tldr_embeddings_val.pkl (worker -> list of
 comparisons with the embeddings of both summaries) and reward_head.safetensors. An interrupted run
@@ -40,18 +37,14 @@ MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"
 TOKEN_BUDGET = None  # tokens in a batch; None: as the device takes
 SHARD_SIZE = 1024  # summaries per file of the cache, the most that an interruption loses
 
-# Of own data in one file without a split:
-test_share = 0.2  # of the prompts, for the val file
-test_seed = 0  # of the draw of these prompts
 
-
-def read(args: argparse.Namespace) -> tuple[bool, list[tldr.ByWorker], list[str]]:
-    """Whether the data are own data, the comparisons of the train and the val split, notes.
+def read(args: argparse.Namespace) -> tuple[list[tldr.ByWorker], list[str]]:
+    """The comparisons of the train and the val split, and notes.
 
     Prints what was read, and the notes: what is odd in it.
     Raises InputError if it could not be trained on.
     """
-    is_own, rows_of = tldr.read_comparisons(args.data, test_share, test_seed)
+    rows_of = tldr.read_comparisons(args.data)
     splits = {}
     notes = []
     for split, rows in rows_of.items():
@@ -65,11 +58,11 @@ def read(args: argparse.Namespace) -> tuple[bool, list[tldr.ByWorker], list[str]
         warn_of_equal_sides(split, equal, len(comparisons))
         notes += notes_on_removed_prompts(split, repeats)
         splits[split] = by_worker
-    tldr.split_workers(*splits.values(), leave_out=0 if is_own else tldr.LEAVE_OUT)
+    tldr.split_workers(*splits.values())
     judged = {split: tldr.judged_of(by_worker) for split, by_worker in splits.items()}
     notes += notes_on_comparisons(judged)
     print_notes(notes)
-    return is_own, list(splits.values()), notes
+    return list(splits.values()), notes
 
 
 def file_of(name: str, by_worker: tldr.ByWorker) -> EmbeddingFile:
@@ -91,7 +84,7 @@ def file_of(name: str, by_worker: tldr.ByWorker) -> EmbeddingFile:
 
 def main() -> None:
     args = prepare_arguments(__doc__, HERE, MODEL_NAME)
-    is_own, splits, notes = read(args)
+    splits, notes = read(args)
     files = [file_of(name, by_worker) for name, by_worker in zip(tldr.FILES, splits)]
     summaries = sum(len(file.conversations) for file in files)
     embed_files(
@@ -107,7 +100,6 @@ def main() -> None:
         overwrite=args.overwrite,
         max_length=args.max_length,
         demo=args.demo,
-        own=is_own,
         data_notes=notes,
     )
 

@@ -1,4 +1,4 @@
-"""Reddit TL;DR, and comparisons of anybody's own: the rows, the files of embeddings, the study."""
+"""Reddit TL;DR: the rows, the files of embeddings, the study."""
 
 import functools
 import itertools
@@ -7,12 +7,11 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field, StrictStr, model_validator
-from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
+from pydantic import BaseModel, Field, StrictStr
 
 from lore.data_notes import Judged
 from lore.embedding_files import find_reward_head
@@ -21,7 +20,6 @@ from lore.normal_forms import (
     Asked,
     Id,
     prompt_key,
-    without_messages,
     without_repeated_prompts,
 )
 from lore.rows import (
@@ -36,43 +34,31 @@ from lore.rows import (
     split_files,
 )
 from lore.study import Features, Study
-from utils import InputError, check_number, check_whole, is_finite
+from utils import InputError, check_whole, is_finite
 
 DATASET = "openai/summarize_from_feedback"
-SCHEMAS = f"{DATASET}, or {{user, prompt, chosen, rejected}} for data of your own"
 # Our names of the splits, and the hub's. What our reports call validation is part of train.
 HUB_SPLITS = {"train": "train", "val": "validation"}
 FILES = ("tldr_embeddings_train.pkl", "tldr_embeddings_val.pkl")  # in the order of HUB_SPLITS
 SIDES = ("winning", "losing")
 TEXT_FIELDS = ("text", "winning_summary", "losing_summary")  # of a comparison in the files
-LEAVE_OUT = 2  # workers with the fewest pairs, in each file; none of own data
-
-TextOrMessages = str | list[dict]
+LEAVE_OUT = 2  # workers with the fewest pairs, in each file
 
 # The comparisons of each worker. A comparison is a dict with the TEXT_FIELDS and, in the files,
-# `embeddings`: {"winning": [tensor d], "losing": [tensor d]}. A text of own data may be a list of
-# messages.
+# `embeddings`: {"winning": [tensor d], "losing": [tensor d]}.
 ByWorker = dict[str, list[dict]]
 
 
-# ---- The schemas of a row
-
-
-class Message(TypedDict):
-    role: Literal["system", "user", "assistant"]
-    content: StrictStr
-
-
-Turns = StrictStr | Annotated[list[Message], Field(min_length=1)] | None
+# ---- The schema of a row
 
 
 class Preference(NamedTuple):
-    """What a row of either schema says. A part without a text is None or empty."""
+    """What a row says. A part without a text is None or empty."""
 
     worker: str
-    prompt: TextOrMessages | None
-    chosen: TextOrMessages | None
-    rejected: TextOrMessages | None
+    prompt: str | None
+    chosen: str | None
+    rejected: str | None
 
 
 class Info(BaseModel):
@@ -98,138 +84,48 @@ class Comparison(BaseModel):
         return Preference(self.worker, self.info.post, chosen, rejected)
 
 
-class OwnComparison(BaseModel):
-    """A row of own data. An answer may begin with the prompt, as text or in messages."""
-
-    user: Id
-    prompt: Turns
-    chosen: Turns
-    rejected: Turns
-    split: Literal["train", "validation", "test"] | None = None
-
-    @model_validator(mode="after")
-    def check_roles(self) -> Self:
-        """Raise ValueError unless the assistant answers the prompt."""
-        error = ValueError(
-            "the prompt must end before, and each answer begin and end with, an assistant's message"
-        )
-        _, prompt, *answers = self.preference()
-        if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
-            raise error
-        for answer in answers:
-            if not answer:  # such a row is dropped later
-                continue
-            messages = as_messages("assistant", answer)
-            if not messages[0]["role"] == messages[-1]["role"] == "assistant":
-                raise error
-        return self
-
-    def preference(self) -> Preference:
-        """The prompt, and the answers without its messages."""
-        chosen, rejected = (
-            without_messages(self.prompt, answer) for answer in (self.chosen, self.rejected)
-        )
-        return Preference(self.user, self.prompt, chosen, rejected)
-
-
 # ---- Rows
 
 
-def read_comparisons(
-    data: Path | None, test_share: float, test_seed: int
-) -> tuple[bool, dict[str, Iterable[Comparison | OwnComparison]]]:
-    """The rows of both splits, and whether they are own data.
+def read_comparisons(data: Path | None) -> dict[str, Iterator[Comparison]]:
+    """The rows of both splits.
 
-    data: a folder, a file, or None for the hub. A single file is own data, and split here.
-    test_share, test_seed: of `split_own`.
-    Raises InputError that names file, row and field, some of it only when the rows are read.
+    data: a folder, or None for the hub.
+    Raises InputError: the data are comparisons of the reader's own, which another script prepares.
+    It also names file, row and field of a row that is wrong, when that row is read.
     """
     if data is None:
         files = {name: f"comparisons/{name}/*.parquet" for name in HUB_SPLITS.values()}
         splits = hub_rows(DATASET, Comparison, revision="refs/convert/parquet", data_files=files)
-        return False, {
-            split: _parsed(splits[name], Comparison) for split, name in HUB_SPLITS.items()
-        }
+        return {split: _parsed(splits[name]) for split, name in HUB_SPLITS.items()}
 
-    if data.is_file():
-        return True, split_own(read_rows(data, OwnComparison), test_share, test_seed)
-    paths = data_files(data)
-    if len(paths) == 1 and schema_of(paths[0]) is OwnComparison:
-        return True, split_own(read_rows(paths[0], OwnComparison), test_share, test_seed)
-
+    if is_own_data(data):
+        raise InputError(
+            f"{data}: comparisons of your own have a script of their own; run "
+            f"python OwnData/prepare.py --data {data}"
+        )
     files_of = split_files(data, train=["train"], val=["validation", "test"])
-    schema = schema_of(files_of["train"][0])
-    rows_of = {
-        split: itertools.chain.from_iterable(read_rows(path, schema) for path in files)
+    return {
+        split: _parsed(itertools.chain.from_iterable(read_rows(path, Comparison) for path in files))
         for split, files in files_of.items()
     }
-    return schema is OwnComparison, {
-        split: _parsed(rows, schema) for split, rows in rows_of.items()
-    }
 
 
-def _parsed(rows: Iterable[LocatedRow], schema: type[BaseModel]) -> Iterator[BaseModel]:
-    """Rows as objects of a schema, without their places."""
-    for _, row in parse_rows(rows, schema, SCHEMAS):
-        yield row
-
-
-def schema_of(path: Path) -> type[Comparison] | type[OwnComparison]:
-    """Which of the two schemas the rows of a file have, judged by its columns."""
+def is_own_data(data: Path) -> bool:
+    """Whether this is a single file, or a folder of files with a column `chosen` or `rejected`."""
+    if data.is_file():
+        return True
+    paths = data_files(data)
     try:
-        names = column_names(path)
+        return bool(paths) and bool(column_names(paths[0]) & {"chosen", "rejected"})
     except InputError:  # raised again when the rows are read
-        return Comparison
-    return OwnComparison if names & {"chosen", "rejected"} else Comparison
+        return False
 
 
-def split_own(
-    rows: Iterable[LocatedRow], test_share: float, test_seed: int
-) -> dict[str, list[OwnComparison]]:
-    """Parse the rows of a single file of own data, and split them.
-
-    If the rows have a `split`, it decides. Else a share of the prompts, drawn by `test_seed`, is
-    for the test; all rows of a prompt are on one side.
-    test_share: from 0.01 to 0.99.
-    Raises InputError: some rows have a split and others none; all rows are on one side.
-    """
-    check_number("test_share", test_share, 0.01, 0.99)
-    check_whole("test_seed", test_seed)
-    located = list(parse_rows(rows, OwnComparison, SCHEMAS))
-    comparisons = [comparison for _, comparison in located]
-    prompts = [prompt_key(comparison.prompt) for comparison in comparisons]
-
-    if any(comparison.split for comparison in comparisons):
-        for place, comparison in located:
-            if comparison.split is None:
-                raise InputError(
-                    f"{place}: no split, and other rows have one; give each row train or test"
-                )
-        is_validation = [comparison.split != "train" for comparison in comparisons]
-    else:
-        drawn = _draw_prompts(prompts, test_share, test_seed)
-        is_validation = [prompt in drawn for prompt in prompts]
-
-    if len(set(is_validation)) < 2:
-        raise InputError(
-            f"{len(comparisons)} rows of {len(set(prompts))} prompts on one side only; training "
-            "and test need prompts of their own, give more rows, or a split of both kinds"
-        )
-    splits = {"train": [], "val": []}
-    for comparison, held_out in zip(comparisons, is_validation):
-        splits["val" if held_out else "train"].append(comparison)
-    return splits
-
-
-def _draw_prompts(prompts: list[str], share: float, seed: int) -> set[str]:
-    """A share of the distinct prompts, at least one, drawn for the test; says how many."""
-    distinct = sorted(set(prompts))
-    random.Random(seed).shuffle(distinct)
-    drawn = distinct[: max(1, round(share * len(distinct)))]
-    print(
-        f"one file without a split: {len(drawn):,} of {len(distinct):,} prompts drawn for the test"
-    )
-    return set(drawn)
+def _parsed(rows: Iterable[LocatedRow]) -> Iterator[Comparison]:
+    """Rows as objects of the schema, without their places."""
+    for _, row in parse_rows(rows, Comparison, DATASET):
+        yield row
 
 
 class Grouped(NamedTuple):
@@ -237,12 +133,10 @@ class Grouped(NamedTuple):
 
     by_worker: ByWorker
     dropped: int  # rows without a prompt or an answer
-    repeats: int  # comparisons whose answers repeated the text of the prompt, which is left out
+    repeats: int  # comparisons whose summaries repeated the text of the post, which is left out
 
 
-def comparisons_by_worker(
-    rows: Iterable[Comparison | OwnComparison], limit: int | None = None
-) -> Grouped:
+def comparisons_by_worker(rows: Iterable[Comparison], limit: int | None = None) -> Grouped:
     """The comparisons of each worker.
 
     A row is dropped if its prompt or an answer is null, empty or blank.
@@ -271,16 +165,9 @@ def comparisons_by_worker(
     return Grouped(dict(by_size), dropped, repeats)
 
 
-def _has_text(turns: TextOrMessages | None) -> bool:
-    """Whether there is a message, and each has text."""
-    if not turns:
-        return False
-    return all(message["content"].strip() for message in as_messages("user", turns))
-
-
-def as_text(turns: TextOrMessages | None) -> str:
-    """A text as it is; the contents of messages, joined; "" for None."""
-    return "".join(message["content"] for message in as_messages("assistant", turns or ""))
+def _has_text(text: str | None) -> bool:
+    """Whether this is a text that is not blank."""
+    return bool(text and text.strip())
 
 
 # ---- Conversations
@@ -300,17 +187,14 @@ def judged_of(by_worker: ByWorker) -> list[Judged]:
     ]
 
 
-def conversation(post: TextOrMessages, summary: TextOrMessages) -> list[dict]:
+def conversation(post: str, summary: str) -> list[dict]:
     """What the reward model is shown: the post as the user's turn, the summary as the answer."""
     return as_messages("user", post) + as_messages("assistant", summary)
 
 
 def has_equal_sides(comparison: dict) -> bool:
     """Whether the model is shown the same conversation for both answers."""
-    winning, losing = (
-        conversation(comparison["text"], comparison[f"{side}_summary"]) for side in SIDES
-    )
-    return winning == losing
+    return comparison["winning_summary"] == comparison["losing_summary"]
 
 
 def conversations_of(by_worker: ByWorker) -> list[list[dict]]:
@@ -322,23 +206,11 @@ def conversations_of(by_worker: ByWorker) -> list[list[dict]]:
     ]
 
 
-def conversation_key(post: TextOrMessages, summary: TextOrMessages) -> tuple:
-    """Equal for equal conversations; cheaper than the conversation's messages."""
-    return _hashable(post), _hashable(summary)
-
-
-def _hashable(turns: TextOrMessages) -> str | tuple:
-    """A text as it is; messages as tuples, which no text is equal to."""
-    if isinstance(turns, str):
-        return turns
-    return tuple((message["role"], message["content"]) for message in turns)
-
-
 def distinct_conversations(splits: Iterable[ByWorker]) -> int:
     """How many of the conversations of all splits are different."""
     return len(
         {
-            conversation_key(comparison["text"], comparison[f"{side}_summary"])
+            (comparison["text"], comparison[f"{side}_summary"])
             for by_worker in splits
             for comparison in comparisons_of(by_worker)
             for side in SIDES
@@ -468,18 +340,17 @@ def load_embeddings(
     train, validation, widths = read_embeddings(folder)
     head, provenance = find_reward_head(folder, model_name, "Reddit TL;DR", widths, FILES)
     title = provenance.pop("title")
-    leave_out = LEAVE_OUT
-    if provenance.get("own"):
-        title = provenance.get("data", title)
-        leave_out = 0
-
-    seen, unseen, drawn = draw_comparisons(
-        train, validation, train_pairs, unseen_pairs, split_seed, leave_out
-    )
-    prompts, texts = {}, {}
+    seen, unseen, drawn = draw_comparisons(train, validation, train_pairs, unseen_pairs, split_seed)
+    prompts = {}
+    texts = {}
+    earlier_answers = {}
     if _have_texts(drawn):
         prompts = {part: _prompts_of(users) for part, users in drawn.items()}
         texts = {part: _texts_of(users) for part, users in drawn.items()}
+        # A post is the first message: there is no earlier one.
+        earlier_answers = {
+            part: [[()] * len(user) for user in users] for part, users in drawn.items()
+        }
     return WorkerStudy(
         title=title,
         seen=seen,
@@ -488,17 +359,18 @@ def load_embeddings(
         reward_head=head,
         prompts=prompts,
         texts=texts,
+        earlier_answers=earlier_answers,
         provenance=provenance,
         left_out=len(train.keys() | validation.keys()) - len(seen) - len(unseen),
     )
 
 
 def split_workers(
-    train: ByWorker, validation: ByWorker, seed: int = 0, leave_out: int = LEAVE_OUT
+    train: ByWorker, validation: ByWorker, seed: int = 0
 ) -> tuple[list[str], list[str], random.Random]:
     """The workers of both files, halved into seen and unseen, and the generator that split them.
 
-    The `leave_out` workers with the fewest pairs of each file are left out. The others are sorted,
+    The LEAVE_OUT workers with the fewest pairs of each file are left out. The others are sorted,
     so that nothing depends on Python's hash seed, and shuffled by `seed`. The generator goes on to
     draw their pairs.
     Raises InputError: fewer than two workers are in both files.
@@ -506,13 +378,13 @@ def split_workers(
 
     def kept(by_worker: ByWorker) -> set[str]:
         by_size = sorted(by_worker, key=lambda worker: (len(by_worker[worker]), str(worker)))
-        return set(by_size[leave_out:])
+        return set(by_size[LEAVE_OUT:])
 
     workers = sorted(kept(train) & kept(validation), key=str)
     if len(workers) < 2:
         raise InputError(
             f"workers in both the train and the val part: {len(workers)}, and at least 2 are "
-            f"needed (the {leave_out} smallest of each are left out); give more rows of the same "
+            f"needed (the {LEAVE_OUT} smallest of each are left out); give more rows of the same "
             "people"
         )
     generator = random.Random(seed)
@@ -527,14 +399,13 @@ def draw_comparisons(
     train_pairs: int,
     unseen_pairs: int,
     seed: int = 0,
-    leave_out: int = LEAVE_OUT,
 ) -> tuple[list[str], list[str], dict[str, list[list[dict]]]]:
     """Split the workers, and draw the comparisons that each part of a study holds.
 
     train_pairs, unseen_pairs: how many training pairs a seen and an unseen worker keep at most.
     Returns the seen workers, the unseen workers, and part -> the comparisons of each worker.
     """
-    seen, unseen, generator = split_workers(train, validation, seed, leave_out)
+    seen, unseen, generator = split_workers(train, validation, seed)
 
     def drawn(workers: list[str], pairs: int) -> list[list[dict]]:
         return [generator.sample(train[w], min(pairs, len(train[w]))) for w in workers]
@@ -583,9 +454,6 @@ def _prompts_of(users: list[list[dict]]) -> list[list[str]]:
 def _texts_of(users: list[list[dict]]) -> list[list[tuple[str, str]]]:
     """The chosen and the rejected text of each user's comparisons."""
     return [
-        [
-            (as_text(comparison["winning_summary"]), as_text(comparison["losing_summary"]))
-            for comparison in user
-        ]
+        [(comparison["winning_summary"], comparison["losing_summary"]) for comparison in user]
         for user in users
     ]

@@ -22,7 +22,7 @@ from lore.files import (
     save_tensors,
 )
 from lore.reward_model import load_reward_head
-from utils import InputError
+from utils import InputError, process_rank
 
 HEAD_FILE = "reward_head.safetensors"
 
@@ -192,7 +192,8 @@ def find_reward_head(
     head_file = Path(folder) / HEAD_FILE
     if head_file.exists():
         tensors, provenance = load_tensors(head_file, **PROVENANCE_TYPES)
-        _check_same_files(folder, outputs, provenance)
+        if process_rank() == 0:  # else each process of a training would read all files
+            _check_same_files(folder, outputs, provenance)
         head = tensors.get("reward_head", torch.zeros(0))
         head = head.float() if head.is_floating_point() else torch.zeros(0)
     else:

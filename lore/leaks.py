@@ -3,7 +3,7 @@
 The parts of this module, in their order:
 
     Identity    a key of each pair, equal for equal pairs, whichever way round they are
-    Leaks       the shares of test pairs that repeat a training pair by prompt, answers or features
+    Leaks       the shares of test pairs that repeat the training, by kinds of repeats
 """
 
 import functools
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
+from lore.normal_forms import answer_digest
 from lore.study import Features, Study
 from utils import (
     SEEN_TEST,
@@ -33,6 +34,7 @@ from utils import (
 MOST_KNOWN_PAIRS = 2**17  # whose keys by their texts are kept
 HASHED_ROWS = 1024  # of a table's pairs are made at once, to be hashed
 
+FEWEST_WORDS = 3  # an answer of fewer, such as "Yes.", may be in a prompt by chance
 NEARLY_EQUAL = 0.99  # pairs whose features have a larger |cosine| repeat each other
 SKETCH = 128  # columns; cosines of wider features are estimated from so many random projections
 
@@ -163,24 +165,29 @@ def identity_of_rows(X: torch.Tensor) -> Identity:
 # ---- Leaks
 
 
-Shares = dict[str, float | None]  # by_prompt, by_answers, by_features; None: not known
+# by_prompt, by_answers, by_answer_in_prompt, by_features; None: not known
+Shares = dict[str, float | None]
 
 
 def leaks_of(study: Study) -> dict[str, Shares]:
-    """How much of the test repeats the training: {setting: {by_prompt, by_answers, by_features}}.
+    """How much of the test repeats the training: {setting: Shares}.
 
     Under SEEN_TEST shares of the seen users' test pairs, which repeat one of their training pairs;
     under UNSEEN_TEST shares of the unseen users' test pairs, which repeat one of their few shots:
 
-    - by_prompt: the prompt is that of a training pair of anybody among these users, or the
-      conversation is one that the same user was trained on. The test parts of `study.groups` must
-      number a user's conversations as the training parts do.
+    - by_prompt: the prompt or the conversation is that of a training pair of anybody among these
+      users, or the conversation is one that the same user was trained on. For the latter the test
+      parts of `study.groups` must number a user's conversations as the training parts do.
     - by_answers: the two answers are those of a training pair of anybody among these users, either
       way round.
+    - by_answer_in_prompt: one of the two answers is in the prompt of a training pair of anybody
+      among these users, as the answer of an earlier turn. Short answers do not count, as they are
+      there by chance, see FEWEST_WORDS.
     - by_features: the features are nearly those of a training pair of the same user, or their
       negative, see `repeats_by_features`.
 
-    None is a share that is not known, because the study does not know prompts, groups or texts.
+    None is a share that is not known, because the study does not know prompts, conversations,
+    earlier answers or texts.
     Every process of torchrun must call this. Each takes its own users' features, and the first one
     all texts, as a text is looked up among those of all users.
     """
@@ -199,6 +206,7 @@ def leaks_of(study: Study) -> dict[str, Shares]:
             setting: {
                 "by_prompt": share_by_prompt(study, train, test),
                 "by_answers": share_by_answers(study, train, test),
+                "by_answer_in_prompt": share_by_answer_in_prompt(study, train, test),
                 "by_features": torch.cat(by_features[setting]).double().mean().item(),
             }
             for setting, (train, test) in parts.items()
@@ -211,6 +219,8 @@ def share_by_prompt(study: Study, train: str, test: str) -> float | None:
     repeats = []
     if train in study.prompts and test in study.prompts:
         repeats.append(are_known(study.prompts[train], study.prompts[test]))
+    if train in study.conversations and test in study.conversations:
+        repeats.append(are_known(study.conversations[train], study.conversations[test]))
     if train in study.groups and test in study.groups:
         conversations = {part: conversations_of(study.groups[part]) for part in (train, test)}
         repeats.append(are_known(conversations[train], conversations[test]))
@@ -234,6 +244,24 @@ def share_by_answers(study: Study, train: str, test: str) -> float | None:
         for part in (train, test)
     }
     return float(are_known(answers[train], answers[test]).mean())
+
+
+def share_by_answer_in_prompt(study: Study, train: str, test: str) -> float | None:
+    """The share of the test pairs with an answer that is in a training prompt."""
+    if train not in study.earlier_answers or test not in study.texts:
+        return None
+    in_prompts = set()
+    for user in study.earlier_answers[train]:
+        in_prompts.update(*user)
+    pairs = list(itertools.chain.from_iterable(study.texts[test]))
+    repeats = [
+        any(
+            len(answer.split()) >= FEWEST_WORDS and answer_digest(answer) in in_prompts
+            for answer in pair
+        )
+        for pair in pairs
+    ]
+    return sum(repeats) / len(repeats)
 
 
 def are_known(

@@ -1,5 +1,6 @@
 """One form for ids, texts and answers that come in several."""
 
+import hashlib
 import json
 import numbers
 import re
@@ -99,6 +100,11 @@ def prompt_key(prompt: Turns) -> str:
 def answer_key(answer: Turns) -> str:
     """A text that is equal for answers that are equal to a reader; a text is the assistant's."""
     return _turns_key(as_messages("assistant", answer or ""))
+
+
+def answer_digest(answer: str) -> int:
+    """64 bits of an answer that are equal for answers that are equal to a reader."""
+    return int.from_bytes(hashlib.blake2b(as_read(answer).encode(), digest_size=8).digest())
 
 
 def _turns_key(messages: list[dict]) -> str:

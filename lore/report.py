@@ -87,7 +87,12 @@ DIFFERENCES = {
         "The accuracy minus that of one direction for everybody.",
     ),
 }
-LEAKS = {"by_prompt": "prompts", "by_answers": "answers", "by_features": "features"}
+LEAKS = {
+    "by_prompt": "prompts",
+    "by_answers": "answers",
+    "by_answer_in_prompt": "answers in prompts",
+    "by_features": "features",
+}
 BASIS = {
     "columns": Column("columns", "How many directions the basis has."),
     "effective_rank": Column(
@@ -339,8 +344,9 @@ def leaks_section(results: Results) -> str:
     return paragraphs(
         "## Leaks",
         "These are the shares of test pairs that the training pairs of the same group of users, "
-        "seen or unseen, repeat: their prompt or conversation, their two answers, or nearly their "
-        "features (of the same user, up to sign).",
+        "seen or unseen, repeat: their prompt or conversation, their two answers, one of their "
+        "answers in a prompt (as the answer of an earlier turn), or nearly their features (of the "
+        "same user, up to sign).",
         bullets(*lines),
     )
 

@@ -87,6 +87,29 @@ def split_files(folder: Path | str, **words: list[str]) -> dict[str, list[Path]]
     return files_of
 
 
+def files_of_splits(folder: Path | str, **words: list[str]) -> dict[str | None, list[Path]]:
+    """As `split_files`, but of the splits only those that have a file.
+
+    If these are fewer than two, the folder is not split: it holds one file, or all shards of one,
+    which are given under None.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder or file; give the one that holds the data")
+    paths = data_files(folder)
+    words_of_paths = set().union(*(_words_in(path.name) for path in paths))
+    present = {split: names for split, names in words.items() if words_of_paths & set(names)}
+    if len(present) > 1:
+        return split_files(folder, **present)
+    if not _is_whole(paths):
+        names = ", ".join(path.name for path in paths) or "no parquet, jsonl or csv file"
+        raise InputError(
+            f"{folder}: one file is needed, or all its shards, or a file for each of "
+            f"{', '.join(words)}; it holds {names}; give one of them"
+        )
+    return {None: sorted(paths, key=_shard_number)}
+
+
 def _words_in(name: str) -> set[str]:
     """The words in a file's name: "My-Train_00000.csv" -> {"my", "train", "csv"}."""
     return set(re.split(r"[\W\d_]+", name.lower()))

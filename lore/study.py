@@ -21,8 +21,9 @@ class Study:
     chosen minus rejected. `train` and `test` are those of the seen users, in the order of `seen`;
     `train_unseen` (the few shots) and `test_unseen` those of the unseen users, in that of `unseen`.
 
-    prompts, texts and groups are dicts from a part's name to a list with one entry per user, which
-    has one value for each of the user's pairs. A part that is missing there is not known.
+    prompts, texts, groups, conversations and earlier_answers are dicts from a part's name to a list
+    with one entry per user, which has one value for each of the user's pairs. A part that is
+    missing there is not known.
     """
 
     title: str  # for people: the name of the data
@@ -41,6 +42,12 @@ class Study:
     # The number of the conversation that each pair is from, int64 `[m_i]`, counted from 0 for each
     # user. Such pairs belong together: they are held out together, and a shot is a whole group.
     groups: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    # Of each pair a value that is equal for pairs of one conversation, of whichever user. The test
+    # repeats the training if both have pairs of one conversation.
+    conversations: dict[str, list[list[Hashable]]] = field(default_factory=dict)
+    # Of each pair the answers that are in its prompt, from earlier turns: of each the
+    # `lore.normal_forms.answer_digest`.
+    earlier_answers: dict[str, list[list[tuple[int, ...]]]] = field(default_factory=dict)
     # What is known of a person, by user id: {column: value}, such as {"age": 31}. People of whom
     # nothing is known are missing.
     about_users: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -300,7 +300,7 @@ def signs_of_artefact(test: UnseenTest) -> list[str]:
         f"{percent(share)} {in_words(repeat)}" for repeat, share in test.leaks.items() if share
     ]
     if leaks:
-        signs.append(f"test pairs repeat training pairs, {', '.join(leaks)}")
+        signs.append(f"a leak, as test pairs repeat training pairs, {', '.join(leaks)}")
     if test.is_alarm:
         mean = test.tossed["mean"]
         signs.append(f"a model trained on {FLIPPED} predicts {mean:.3f} of others, not 0.5")

@@ -1,4 +1,4 @@
-"""Composes the demos' synthetic data: RedditTLDR/demo, PRISM/demo and PersonalLLM/demo.
+"""Composes the synthetic data in demo/ of RedditTLDR, PRISM, PersonalLLM and OwnData.
 
     python tests/corpora.py           writes them, byte for byte as they are committed
 
@@ -6,6 +6,7 @@
     write_prism_corpus(folder)        conversations as in HannahRoseKirk/prism-alignment
     write_rewardbench_corpus(folder)  questions as in allenai/reward-bench-2
     write_personalllm_corpus(folder)  prompts with scored responses as in namkoong-lab/PersonalLLM
+    write_own_corpus(folder)          comparisons in conversations, as anybody may have them
 
 A text is made from the material in corpus_material.py. It has a style: a side, +1 or -1, of each of
 three attributes (detail, warmth, verdict). A user has a taste: a mixture of PLANTED_RANK directions
@@ -539,12 +540,62 @@ def write_personalllm_corpus(folder: Path, seed: int = 0) -> dict[str, np.ndarra
     return styles_per_split
 
 
+# ---- OwnData: conversations of two or three turns, each with a chosen and a rejected reply
+
+OWN_USERS = 36
+OWN_CONVERSATIONS = 14  # of a user
+
+
+def own_rows(rng: Random, user: str, number: int, mixture: np.ndarray) -> list[dict[str, Any]]:
+    """The rows of one conversation: a comparison for each turn."""
+    _, opening, gist = rng.choice(QUESTIONS)
+    slots = draw_slots(rng)
+    turns = [(opening.format(**slots), gist), *rng.sample(FOLLOW_UPS, rng.randint(1, 2))]
+    rows = []
+    history = []
+    for message, gist in turns:
+        prompt = [*history, {"role": "user", "content": message}]
+        first, second, preference = draw_comparison(rng, mixture)
+        chosen, rejected = (second, first) if preference > 0 else (first, second)
+        row = {
+            "user": user,
+            "conversation": f"c{number}",
+            "prompt": prompt,
+            "chosen": compose_reply(rng, gist, chosen, slots),
+            "rejected": compose_reply(rng, gist, rejected, slots),
+        }
+        rows.append(row)
+        history = [*prompt, {"role": "assistant", "content": row["chosen"]}]
+    return rows
+
+
+def write_own_corpus(folder: Path, seed: int = 0) -> dict[str, np.ndarray]:
+    """Write `comparisons.jsonl.gz` to `folder`: about 1,200 comparisons by 36 users.
+
+    Each row has the turns before it in its prompt, and an age, which has nothing to do with tastes.
+    Returns the planted tastes: user -> mixture, float64 `[3]`.
+    """
+    rng = Random(seed)
+    users = [f"person{i:02}" for i in range(OWN_USERS)]
+    mixtures = plant_tastes(rng, users)
+    rows = []
+    for place, user in enumerate(users):
+        age = rng.randint(19, 79)
+        for number in range(OWN_CONVERSATIONS):
+            conversation = place * OWN_CONVERSATIONS + number
+            for row in own_rows(rng, user, conversation, mixtures[user]):
+                rows.append({**row, "age": age})
+    write_rows(Path(folder) / "comparisons.jsonl.gz", rows)
+    return mixtures
+
+
 def main() -> None:
     root = Path(__file__).parents[1]
     write_tldr_corpus(root / "RedditTLDR" / "demo")
     write_prism_corpus(root / "PRISM" / "demo")
     write_rewardbench_corpus(root / "PRISM" / "demo")
     write_personalllm_corpus(root / "PersonalLLM" / "demo")
+    write_own_corpus(root / "OwnData" / "demo")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ EMBEDDINGS = {  # folder of a data set -> the files of embeddings that it writes
     "RedditTLDR": ("tldr_embeddings_train.pkl", "tldr_embeddings_val.pkl"),
     "PRISM": ("train_embeddings.pkl", "test_embeddings.pkl"),
     "PersonalLLM": ("train.safetensors", "test.safetensors"),
+    "OwnData": ("embeddings.safetensors", "pairs.parquet", "users.parquet"),
 }
 FINAL = "Unseen User Unseen Prompts"
 

@@ -10,7 +10,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 # Folder of each data set -> the module in it that knows its files.
-DATA_SETS = {"RedditTLDR": "tldr", "PRISM": "prism", "PersonalLLM": "personalllm"}
+DATA_SETS = {
+    "RedditTLDR": "tldr",
+    "PRISM": "prism",
+    "PersonalLLM": "personalllm",
+    "OwnData": "own_data",
+}
 
 
 def import_folders(root: Path = ROOT) -> list[Path]:

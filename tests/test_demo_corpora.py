@@ -29,6 +29,7 @@ def planted(corpora_folder):
         "RedditTLDR": corpora.write_tldr_corpus(corpora_folder / "RedditTLDR"),
         "PRISM": corpora.write_prism_corpus(corpora_folder / "PRISM"),
         "PersonalLLM": corpora.write_personalllm_corpus(corpora_folder / "PersonalLLM"),
+        "OwnData": corpora.write_own_corpus(corpora_folder / "OwnData"),
     }
 
 
@@ -117,6 +118,28 @@ def test_replies_are_chosen_by_the_planted_tastes(planted):
     own, everyone = agreement(choices, planted["PRISM"])
     assert 0.97 < own < 1
     assert everyone < 0.7
+
+
+def test_answers_in_own_data_are_chosen_by_the_planted_tastes(planted):
+    choices = []
+    for row in committed("OwnData", "comparisons"):
+        chosen, rejected = (style_of(row[side], REPLY_STYLES) for side in ("chosen", "rejected"))
+        choices.append((row["user"], chosen, [rejected]))
+    own, everyone = agreement(choices, planted["OwnData"])
+    assert len(planted["OwnData"]) >= 24
+    assert 0.97 < own < 1
+    assert everyone < 0.75
+
+
+def test_conversations_in_own_data_go_on_from_the_chosen_answers():
+    earlier = {}
+    for row in committed("OwnData", "comparisons"):
+        *history, question = row["prompt"]
+        assert history == earlier.get(row["conversation"], [])
+        answer = {"role": "assistant", "content": row["chosen"]}
+        earlier[row["conversation"]] = [*row["prompt"], answer]
+    turns = [len(messages) // 2 for messages in earlier.values()]
+    assert set(turns) == {2, 3}
 
 
 def test_scorers_follow_three_tastes(planted):

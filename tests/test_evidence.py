@@ -337,8 +337,8 @@ def test_the_tossed_control_is_under_its_model_and_in_the_verdict(study, fits):
     assert entry_of(results, 1)["controls"]["tossed"] is None
     assert "predicts 0.700 of others, not 0.5" in results["verdict"]["text"]
     assert (
-        "Not checked for signs of an artefact: repeats by prompt, repeats by answers, randomly "
-        in (evidence(fits, study)["verdict"]["text"])
+        "Not checked for signs of an artefact: repeats by prompt, repeats by answers, repeats by "
+        "answer in prompt, randomly " in (evidence(fits, study)["verdict"]["text"])
     )
 
 
@@ -380,7 +380,7 @@ def test_a_leak_without_tastes_is_no_yes_and_is_said(kind, share):
         assert leaks["by_prompt"] == 0
     assert results["verdict"]["personal"] != "yes"
     text = results["verdict"]["text"]
-    assert "Signs of an artefact: test pairs repeat training pairs, " in text
+    assert "Signs of an artefact: a leak, as test pairs repeat training pairs, " in text
     assert f"{100 * share:.1f} % by {kind}" in text
     assert "none in these checks" not in text
     assert text.endswith("Next: take what repeats the training out of the test, and run again.")
@@ -421,7 +421,7 @@ def test_every_field_is_there_and_plain_json(study, fits):
         for name in ("accuracy", "minus_reference", "minus_pooled"):
             assert set(entry[name]) == set(SETTINGS)
     for shares in results["leaks"].values():
-        assert set(shares) == {"by_prompt", "by_answers", "by_features"}
+        assert set(shares) == {"by_prompt", "by_answers", "by_answer_in_prompt", "by_features"}
     assert len(results["verdict"]["text"].splitlines()) <= 6
 
 
@@ -491,7 +491,12 @@ def test_the_script_finds_planted_tastes_and_prints_the_verdict(monkeypatch, cap
     assert controls["tossed"]["low"] <= 0.5 <= controls["tossed"]["high"]
     # a third of the chosen answers each is longer, as long, and shorter
     assert controls["longer"]["mean"] == pytest.approx(0.5)
-    nothing = {"by_prompt": 0.0, "by_answers": 0.0, "by_features": 0.0}
+    nothing = {
+        "by_prompt": 0.0,
+        "by_answers": 0.0,
+        "by_answer_in_prompt": 0.0,
+        "by_features": 0.0,
+    }
     assert results["leaks"] == {SEEN_TEST: nothing, UNSEEN_TEST: nothing}
     assert "Signs of an artefact: none in these checks (" in printed
     assert f"**{results['verdict']['text'].splitlines()[0]}**" in report

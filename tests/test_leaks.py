@@ -14,12 +14,13 @@ import lore.files
 import lore.leaks
 import prism
 from lore.leaks import SKETCH, identities, leaks_of
+from lore.normal_forms import answer_digest
 from lore.study import PARTS
 from utils import SEEN_TEST, UNSEEN_TEST, Pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-UNKNOWN = {"by_prompt": None, "by_answers": None}
+UNKNOWN = {"by_prompt": None, "by_answers": None, "by_answer_in_prompt": None}
 
 
 def leaks_by(kind, study):
@@ -155,8 +156,8 @@ def test_prompts_of_prism_leak_by_their_text_in_whatever_conversation(tmp_path):
     train = [row("a", True, "train", "1", "Hello"), row("b", False, "train", "2", "Why?")]
     test = [
         row("a", True, "test", "3", "Hello"),
-        row("a", True, "test", "1", "Why?"),
-        row("b", False, "test", "2", "How?"),
+        row("a", True, "test", "4", "Why?"),
+        row("b", False, "test", "5", "How?"),
     ]
     for name, rows in zip(prism.FILES, (train, test)):
         lore.files.save_torch(tmp_path / name, rows)
@@ -168,7 +169,74 @@ def test_prompts_of_prism_leak_by_their_text_in_whatever_conversation(tmp_path):
     assert leaks_by("by_answers", study) == (0.5, 0.0)
 
 
+def test_a_conversation_leaks_if_anybody_was_trained_on_it():
+    conversations = {
+        "train": [["c1", "c2"], ["c3"]],
+        "test": [["c3", "c4"], ["c5", "c5"]],
+        "train_unseen": [["c4"]],
+        "test_unseen": [["c1", "c2"]],
+    }
+    study = small_study(conversations=conversations)
+    assert leaks_by("by_prompt", study) == (0.25, 0.0)
+    prompts = {"train": [["a", "b"], ["c"]], "test": [["x", "a"], ["x", "x"]]}
+    assert leaks_by("by_prompt", dataclasses.replace(study, prompts=prompts)) == (0.5, 0.0)
+
+
+def test_conversations_of_prism_that_are_on_both_sides_leak(tmp_path):
+    """A user's second turn is in train, the first in the test: its answer is in that prompt."""
+
+    def row(split, turns, chosen):
+        prompt = [{"role": "user", "content": "Why is it so?"}]
+        for text in turns:
+            prompt += [{"role": "assistant", "content": text}, {"role": "user", "content": "And?"}]
+        return {
+            "prompt": prompt,
+            "extra_info": {
+                "seen": False,
+                "split": split,
+                "user_id": "b",
+                "dialog_id": "1",
+                "pair_format": prism.PAIR_FORMAT,
+                "chosen_utterance": chosen,
+                "rejected_utterance": ["No idea at all."],
+                "chosen_conv_embedding": torch.ones(4),
+                "rejected_conv_embedding": torch.zeros(1, 4),
+            },
+        }
+
+    answer = "It always was."
+    seen = row("train", [], "Of another person.")
+    seen["extra_info"].update(seen=True, user_id="a", dialog_id="2")
+    parts = [row("train", [answer], "That is all.")], [row("test", [], answer)]
+    for name, rows in zip(prism.FILES, parts):
+        lore.files.save_torch(tmp_path / name, [seen, *rows])
+    lore.files.save_tensors(
+        tmp_path / lore.embedding_files.HEAD_FILE, {"reward_head": torch.ones(4, 1)}
+    )
+    study = prism.load_embeddings(tmp_path, "no model")
+    assert leaks_by("by_prompt", study) == (1.0, 1.0)  # the seen row is in both files
+    assert leaks_by("by_answer_in_prompt", study) == (0.0, 1.0)
+
+
 # ---- Answers
+
+
+def test_an_answer_leaks_if_it_is_in_a_training_prompt_of_anybody_among_these_users():
+    said = {
+        text: answer_digest(text) for text in ("It is so.", "Go on with it.", "Yes.", "Not at all.")
+    }
+    earlier = {
+        "train": [[(), (said["It is so."],)], [(said["Go on with it."], said["Yes."])]],
+        "test": [[(said["Not at all."],)] * 4],
+        "train_unseen": [[(said["Not at all."],)]],
+    }
+    texts = {
+        "test": [[("Other words here.", "It  is so.\n"), ("Go on with it.", "x")], [("Yes.", "x")]],
+        "test_unseen": [[("It is so.", "x"), ("Not at all.", "x"), ("x", "Not at"), ("x", "y")]],
+    }
+    study = small_study(earlier_answers=earlier, texts=texts)
+    # "Yes." is in a training prompt, and too short to say anything.
+    assert leaks_by("by_answer_in_prompt", study) == (2 / 3, 1 / 4)
 
 
 def test_answers_leak_under_whatever_prompt_and_either_way_round():

@@ -3,7 +3,6 @@
 import functools
 import itertools
 import json
-import pickle
 import random
 from collections import Counter
 
@@ -12,9 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from demos import (
-    EMBEDDINGS,
     build_model,
-    plain,
     quick,
     results_in,
     rows_in,
@@ -23,14 +20,16 @@ from demos import (
 )
 from helpers import ROOT, call, load_script, refused
 
+import lore.files
 import lore.reward_model
 import lore.rows
-import tldr
+import own_data
 import utils
+from lore.normal_forms import prompt_key
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-script = functools.partial(load_script, "RedditTLDR")
-EXAMPLE = ROOT / "RedditTLDR" / "demo" / "own_data"
+script = functools.partial(load_script, "OwnData")
+EXAMPLE = ROOT / "OwnData" / "demo" / "example"
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +62,10 @@ def rows():
 
 
 def prepared(monkeypatch, model, data, folder, **constants):
-    """Both pickles that prepare.py makes of data."""
+    """The table of pairs that prepare.py makes of data."""
     module = quick(monkeypatch, script("prepare"), **constants)
     call(monkeypatch, module, "--data", data, "--model", model, "--dir", folder)
-    return [pickle.loads((folder / name).read_bytes()) for name in EMBEDDINGS["RedditTLDR"]]
+    return pd.read_parquet(folder / own_data.PAIRS_FILE)
 
 
 def is_refused(monkeypatch, capsys, data, folder, *named, **constants):
@@ -76,23 +75,36 @@ def is_refused(monkeypatch, capsys, data, folder, *named, **constants):
     refused(monkeypatch, capsys, module, arguments, *named)
 
 
-def prompts_of(pickled):
-    return {pair["text"] for pairs in pickled.values() for pair in pairs}
+def prompts_of(pairs):
+    """The prompts in train, and those in the test."""
+    in_train = pairs.split == "train"
+    return set(pairs.prompt[in_train]), set(pairs.prompt[~in_train])
 
 
 def parsed(path):
-    """The preferences in the rows of a file."""
-    rows = lore.rows.read_rows(path, tldr.OwnComparison)
-    rows = lore.rows.parse_rows(rows, tldr.OwnComparison, "own")
-    return [row.preference() for _, row in rows]
+    """Who said what in the rows of a file: (user, prompt, chosen, rejected) each."""
+    return [comparison[:4] for comparison in own_data.read_comparisons(path).comparisons]
+
+
+def split_of(rows, folder, share=0.2, seed=0):
+    """The comparisons of these rows, with a split by conversation."""
+    comparisons = own_data.read_comparisons(write_rows(folder / "mine.jsonl", rows)).comparisons
+    groups = own_data.group_numbers(comparisons)
+    return own_data.split_comparisons(comparisons, groups, share, seed)[0]
+
+
+def prompts_of_sides(comparisons):
+    """The prompts, equal for those that are equal to a reader, in train and in the test."""
+    sides = {"train": set(), "test": set()}
+    for comparison in comparisons:
+        sides[comparison.split].add(prompt_key(comparison.prompt))
+    return sides["train"], sides["test"]
 
 
 def test_a_file_of_20_users_with_30_comparisons_goes_to_a_report_with_two_commands(
     monkeypatch, model, rows, tmp_path
 ):
-    train, validation = prepared(
-        monkeypatch, model, write_rows(tmp_path / "mine.jsonl", rows), tmp_path
-    )
+    pairs = prepared(monkeypatch, model, write_rows(tmp_path / "mine.jsonl", rows), tmp_path)
     call(monkeypatch, script("train_basis"), "--dir", tmp_path)
     results = results_in(tmp_path)
     assert (
@@ -105,7 +117,7 @@ def test_a_file_of_20_users_with_30_comparisons_goes_to_a_report_with_two_comman
     ]
     assert results["verdict"]["personal"] == "yes"
     assert all(leaks["by_prompt"] == 0 for leaks in results["leaks"].values())
-    assert len(prompts_of(validation)) == 12 and len(prompts_of(train)) == 48
+    assert list(map(len, prompts_of(pairs))) == [48, 12]
 
 
 def test_a_prompt_is_on_one_side_and_the_seed_says_on_which(monkeypatch, model, rows, tmp_path):
@@ -113,14 +125,13 @@ def test_a_prompt_is_on_one_side_and_the_seed_says_on_which(monkeypatch, model, 
     sides = []
     for i, seed in enumerate((0, 0, 1)):
         settings = dict(test_seed=seed, test_share=0.5)
-        pickles = prepared(monkeypatch, model, path, tmp_path / str(i), **settings)
-        sides.append([prompts_of(pickled) for pickled in pickles])
-    for train, validation in sides:
-        assert not train & validation and len(train) == len(validation) == 30
+        sides.append(prompts_of(prepared(monkeypatch, model, path, tmp_path / str(i), **settings)))
+    for train, test in sides:
+        assert not train & test and len(train) == len(test) == 30
     assert sides[0] == sides[1] != sides[2]
 
 
-def test_rows_with_a_split_two_files_and_one_file_in_a_folder_give_the_same_pickles(
+def test_rows_with_a_split_two_files_and_one_file_in_a_folder_give_the_same_pairs(
     monkeypatch, model, rows, tmp_path
 ):
     files = {"my_train": [], "my_test": []}
@@ -135,11 +146,13 @@ def test_rows_with_a_split_two_files_and_one_file_in_a_folder_give_the_same_pick
     write_rows(kinds["folder"] / "all.jsonl", rows)
     for name, rows_of_file in files.items():
         write_rows(kinds["pair"] / f"{name}.jsonl", rows_of_file)
-    first, *others = (
-        plain(prepared(monkeypatch, model, data, tmp_path / f"{kind}.out"))
-        for kind, data in kinds.items()
-    )
-    assert others == [first, first] and sum(map(len, first[1].values())) == 240
+    found = []
+    for kind, data in kinds.items():
+        pairs = prepared(monkeypatch, model, data, tmp_path / f"{kind}.out")
+        pairs.split = pairs.split.replace("validation", "test")
+        found.append(sorted(pairs.itertuples(index=False)))
+    assert found[0] == found[1] == found[2]
+    assert sum(pair.split == "test" for pair in found[0]) == 240
 
 
 def test_messages_are_embedded_as_conversations_and_may_repeat_the_prompt(
@@ -163,16 +176,18 @@ def test_messages_are_embedded_as_conversations_and_may_repeat_the_prompt(
             ("One?", "Two.", "No more."),
         )
     ]
-    train, _ = prepared(monkeypatch, model, write_rows(tmp_path / "mine.jsonl", rows), tmp_path)
+    pairs = prepared(monkeypatch, model, write_rows(tmp_path / "mine.jsonl", rows), tmp_path)
+    train = pairs[(pairs.user == "a") & (pairs.split == "train")]
+    table = own_data.load_table(tmp_path).float()
     backbone, tokenizer = lore.reward_model.load_reward_model(str(model), "cpu")
     conversations = [said("One?", "Two.", "Three?", "Four.")] * 2 + [said("One?", "Two.")]
-    for pair, conversation in zip(train["a"], conversations, strict=True):
-        shown = {"winning": conversation, "losing": [*conversation[:-1], *answers[1]]}
-        for side, alone in shown.items():
+    for pair, conversation in zip(train.itertuples(), conversations, strict=True):
+        shown = {pair.chosen: conversation, pair.rejected: [*conversation[:-1], *answers[1]]}
+        for row, alone in shown.items():
             expected = state_alone(backbone, tokenizer, alone)
-            vector = pair["embeddings"][side][0].float()
-            assert vector == pytest.approx(expected, rel=0.01, abs=0.01)
-    assert train["a"][0]["text"] == asked and train["a"][2]["text"] == "One?"
+            assert table[row] == pytest.approx(expected, rel=0.01, abs=0.01)
+    prompts = list(map(json.loads, train.prompt))
+    assert prompts == [asked, asked, said("One?")]
     module = quick(monkeypatch, script("train_basis"), K_list=[0, 2], num_iterations=5)
     call(monkeypatch, module, "--dir", tmp_path)
     results = results_in(tmp_path)
@@ -189,8 +204,9 @@ def test_a_text_is_not_taken_for_the_messages_whose_json_it_is(monkeypatch, mode
         for split in ("train", "test")
         for prompt, chosen in (messages, map(json.dumps, messages))
     ]
-    train, _ = prepared(monkeypatch, model, write_rows(tmp_path / "mine.jsonl", rows), tmp_path)
-    as_messages, as_text = (pair["embeddings"]["winning"][0].float() for pair in train["a"])
+    pairs = prepared(monkeypatch, model, write_rows(tmp_path / "mine.jsonl", rows), tmp_path)
+    table = own_data.load_table(tmp_path).float()
+    as_messages, as_text = table[pairs.chosen[(pairs.user == "a") & (pairs.split == "train")]]
     assert (as_messages - as_text).norm() > 0.1 * as_text.norm()
 
 
@@ -198,8 +214,8 @@ def test_the_example_is_of_this_kind_and_goes_to_a_report(monkeypatch, model, tm
     (path,) = EXAMPLE.iterdir()
     rows = rows_in(path)
     assert len(rows) == 40 and {type(row["prompt"]) for row in rows} == {str, list}
-    train, validation = prepared(monkeypatch, model, EXAMPLE, tmp_path)
-    assert train.keys() == validation.keys() == {row["user"] for row in rows}
+    pairs = prepared(monkeypatch, model, EXAMPLE, tmp_path)
+    assert set(pairs.user) == {row["user"] for row in rows}
     module = quick(monkeypatch, script("train_basis"), K_list=[0, 1, 2])
     call(monkeypatch, module, "--dir", tmp_path)
     assert (tmp_path / "results" / "report.md").exists()
@@ -209,9 +225,9 @@ def test_a_study_of_own_data_is_named_after_them_and_holds_the_contents_of_messa
     monkeypatch, model, tmp_path
 ):
     prepared(monkeypatch, model, EXAMPLE, tmp_path)
-    study = tldr.load_embeddings(tmp_path, None, 100, 100)
+    study = own_data.load_embeddings(tmp_path)
     assert study.title == study.provenance["data"] == EXAMPLE.name
-    assert study.left_out == 0 and len(study.seen + study.unseen) == 4
+    assert len(study.seen) == len(study.unseen) == 2
     texts = {}
     for part, users in study.texts.items():
         names = study.unseen if part.endswith("unseen") else study.seen
@@ -233,21 +249,16 @@ def test_a_study_of_own_data_is_named_after_them_and_holds_the_contents_of_messa
 def test_each_row_is_validated_once(monkeypatch, model, rows, tmp_path):
     validated = Counter()
 
-    class Counted(tldr.OwnComparison):
+    class Counted(own_data.OwnRow):
         @classmethod
         def model_validate(cls, row):
             validated[json.dumps(row, default=str)] += 1
             return super().model_validate(row)
 
-    monkeypatch.setattr(tldr, "OwnComparison", Counted)
-    path = write_rows(tmp_path / "mine.jsonl", rows)
-    is_own, splits = tldr.read_comparisons(path, 0.2, 0)
-    kept = sum(
-        len(pairs)
-        for split in splits.values()
-        for pairs in tldr.comparisons_by_worker(split)[0].values()
-    )
-    assert is_own and kept == len(rows) == len(validated) and set(validated.values()) == {1}
+    monkeypatch.setattr(own_data, "KINDS", (Counted,))
+    reading = own_data.read_comparisons(write_rows(tmp_path / "mine.jsonl", rows))
+    assert len(reading.comparisons) == len(rows) == len(validated)
+    assert set(validated.values()) == {1}
 
 
 def test_rows_without_text_are_dropped_and_counted(monkeypatch, capsys, model, rows, tmp_path):
@@ -258,7 +269,8 @@ def test_rows_without_text_are_dropped_and_counted(monkeypatch, capsys, model, r
     write_rows(tmp_path / "data" / "train.jsonl", rows)
     write_rows(tmp_path / "data" / "test.jsonl", rows[4:])
     prepared(monkeypatch, model, tmp_path / "data", tmp_path)
-    assert "train: 596 comparisons by 20 workers, 4 rows" in capsys.readouterr().out
+    said = "1,196 rows, 1,192 comparisons by 20 users; left out: 4 pairs without a prompt or an"
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -274,14 +286,12 @@ def test_rows_without_text_are_dropped_and_counted(monkeypatch, capsys, model, r
         ({"prompt": [{"role": "user", "content": None}]}, "prompt"),
     ],
 )
-def test_a_spoilt_row_is_named_with_both_schemas(
-    monkeypatch, capsys, rows, tmp_path, changes, named
-):
+def test_a_spoilt_row_is_named_with_the_schema(monkeypatch, capsys, rows, tmp_path, changes, named):
     rows[2] = {key: value for key, value in {**rows[2], **changes}.items() if value is not ...}
     path = write_rows(tmp_path / "mine.jsonl", rows)
-    expected = [f"mine.jsonl, row 3: {named}", tldr.DATASET, "{user, prompt, chosen, rejected}"]
+    expected = [f"mine.jsonl, row 3: {named}", "{user, prompt, chosen, rejected}"]
     is_refused(monkeypatch, capsys, path, tmp_path, *expected)
-    assert not list(tmp_path.glob("*.pkl"))
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.jsonl"}
 
 
 def test_a_file_that_cannot_be_split_is_refused(monkeypatch, capsys, rows, tmp_path):
@@ -294,7 +304,7 @@ def test_a_file_that_cannot_be_split_is_refused(monkeypatch, capsys, rows, tmp_p
     check(in_train, "on one side only")
     check([*in_train[:5], *rows[5:]], "row 6: no split")
     check([], "mine.jsonl", "no row in it")
-    check([{"user": "a"}], "row 1: prompt", tldr.DATASET)
+    check([{"user": "a"}], "row 1: prompt", "{user, prompt, chosen, rejected}")
     check(rows, "test_seed", test_seed=-1)
     check(rows, "test_share", test_share=1.5)
 
@@ -358,20 +368,17 @@ def test_json_lines_whose_name_holds_csv_are_json_lines(tmp_path):
     assert parsed(write_rows(tmp_path / "mine.csv.jsonl", [said])) == [tuple(said.values())]
 
 
-def test_prompts_that_differ_in_white_space_alone_are_one(rows):
+def test_prompts_that_differ_in_white_space_alone_are_one(rows, tmp_path):
     for row in rows[::2]:
         row["prompt"] += "\n"
-    splits = tldr.split_own([("here", row) for row in rows], 0.2, 0)
-    train, validation = (
-        {tldr.prompt_key(comparison.prompt) for comparison in split} for split in splits.values()
-    )
-    assert not train & validation and len(train | validation) == 60
+    train, test = prompts_of_sides(split_of(rows, tmp_path))
+    assert not train & test and len(train | test) == 60
 
 
 # ---- One person, one prompt, and what is odd
 
 
-def test_a_person_whose_name_is_written_in_several_ways_is_one(rows):
+def test_a_person_whose_name_is_written_in_several_ways_is_one(rows, tmp_path):
     """Composed and decomposed letters, white space at the ends, numbers of a float column."""
     names = [
         ("Zoë", "Zoe\u0308", " Zoë "),
@@ -381,26 +388,23 @@ def test_a_person_whose_name_is_written_in_several_ways_is_one(rows):
     for row in rows:
         ways = names[row["user"] % 3]
         row["user"] = ways[len(row["chosen"]) % len(ways)]
-    located = [("here", row) for row in rows]
-    comparisons = [row for _, row in lore.rows.parse_rows(located, tldr.OwnComparison, "own")]
-    by_worker = tldr.comparisons_by_worker(comparisons).by_worker
-    assert set(by_worker) == {"Zoë", "7", "Ada Lovelace"}
-    assert sum(map(len, by_worker.values())) == len(rows)
+    users = [user for user, *_ in parsed(write_rows(tmp_path / "mine.jsonl", rows))]
+    assert set(users) == {"Zoë", "7", "Ada Lovelace"}
+    assert len(users) == len(rows)
 
 
-def test_prompts_that_are_equal_to_a_reader_are_on_one_side_and_stay_as_they_are(rows):
+def test_prompts_that_are_equal_to_a_reader_are_on_one_side_and_stay_as_they_are(rows, tmp_path):
     written = ["où est-ce ?", "ou\u0300 est-ce ?", " où  est-ce ?\n", "o\u200bù\u00a0est-ce ?"]
     for i, row in enumerate(rows):
         row["prompt"] = f"{row['prompt']} {written[i % len(written)]}"
-    splits = tldr.split_own([("here", row) for row in rows], 0.2, 0)
-    prompts = [{row.prompt for row in split} for split in splits.values()]
-    train, validation = ({tldr.prompt_key(prompt) for prompt in side} for side in prompts)
-    assert not train & validation and len(train | validation) == 60
-    assert set.union(*prompts) == {row["prompt"] for row in rows}
+    comparisons = split_of(rows, tmp_path)
+    train, test = prompts_of_sides(comparisons)
+    assert not train & test and len(train | test) == 60
+    assert {comparison.prompt for comparison in comparisons} == {row["prompt"] for row in rows}
 
 
 NOTES = [
-    "train: both answers of 2 pairs began with the text of their prompt, which is left out of them",
+    "all: both answers of 2 pairs began with the text of their prompt, which is left out of them",
     "rows of train: 1 are there already, word for word",
     "train: 1 answers look the same as another one to their prompt: they differ only in white "
     "space or in how Unicode writes them",
@@ -408,8 +412,7 @@ NOTES = [
     "as texts",
     "1 pairs were chosen both ways round by the same user: one way of each is wrong under every "
     "reward",
-    "a user is called 'nan', with 1 rows: are these rows of nobody?",
-    "1 users are in train only, and take no part",
+    "a user is called 'nan', with 25 rows: are these rows of nobody?",
 ]
 
 
@@ -434,15 +437,17 @@ def test_what_is_odd_is_said_once_and_kept_with_the_embeddings(
         {**plain, "rejected": "['No.', 'Never.']"},
         {**plain, "prompt": whole, "chosen": f"{whole} Home.", "rejected": f"{whole} Away."},
         {**plain, "prompt": whole, "chosen": f"{whole} On.", "rejected": f"{whole} Back."},
-        {**plain, "user": "nan"},
     ]
-    train, _ = prepared(monkeypatch, model, write_rows(tmp_path / "mine.jsonl", rows), tmp_path)
+    rows += [{**row, "user": "nan"} for row in rows[5:30]]
+    rows.append({**plain, "user": "in train only"})
+    pairs = prepared(monkeypatch, model, write_rows(tmp_path / "mine.jsonl", rows), tmp_path)
     out = capsys.readouterr().out
     assert "odd in these data:\n" + "".join(f"  - {note}\n" for note in NOTES) in out
     assert [out.count(note) for note in NOTES] == [1] * len(NOTES)
-    assert tldr.load_embeddings(tmp_path, None, 100, 100).provenance["data_notes"] == NOTES
-    answers = [(pair["winning_summary"], pair["losing_summary"]) for pair in train["0"]]
-    assert answers[-4:] == [
+    assert "1 users with one conversation only are left out" in out
+    assert own_data.load_embeddings(tmp_path).provenance["data_notes"] == NOTES
+    answers = pairs[pairs.user == "0"][["chosen_text", "rejected_text"]]
+    assert list(answers.itertuples(index=False, name=None))[-4:] == [
         ("Yes.", "Yes.\n"),  # as it is
         ("Yes.", "['No.', 'Never.']"),
         ("Home.", "Away."),
@@ -451,28 +456,29 @@ def test_what_is_odd_is_said_once_and_kept_with_the_embeddings(
 
 
 def test_a_text_and_the_assistants_message_of_this_text_are_equal_sides():
-    pair = {"text": "Why?", "winning_summary": "So."}
-    for losing, expected in (
+    for rejected, expected in (
         ("So.", True),
         ([{"role": "assistant", "content": "So."}], True),
         ("So. ", False),
         ([*SAID["assistant"], *SAID["user"], {"role": "assistant", "content": "So."}], False),
     ):
-        assert tldr.has_equal_sides({**pair, "losing_summary": losing}) is expected
+        comparison = own_data.Comparison("ada", "Why?", "So.", rejected)
+        assert own_data.has_equal_sides(comparison) is expected
 
 
 def test_data_with_nothing_odd_say_nothing(monkeypatch, capsys, model, rows, tmp_path):
     prepared(monkeypatch, model, write_rows(tmp_path / "mine.jsonl", rows[:120]), tmp_path)
     assert "odd in these data" not in capsys.readouterr().out
-    assert tldr.load_embeddings(tmp_path, None, 100, 100).provenance["data_notes"] == []
+    assert own_data.load_embeddings(tmp_path).provenance["data_notes"] == []
 
 
-def test_an_answer_that_is_its_prompt_and_nothing_else_is_no_answer():
+def test_an_answer_that_is_its_prompt_and_nothing_else_is_no_answer(tmp_path):
     asked = "Where do we eat?"
     row = {"user": "a", "prompt": asked, "chosen": f"{asked} Here.", "rejected": asked}
-    comparisons = [tldr.OwnComparison(**row), tldr.OwnComparison(**{**row, "rejected": "No."})]
-    found = tldr.comparisons_by_worker(comparisons)
-    assert (len(found.by_worker["a"]), found.dropped, found.repeats) == (1, 1, 1)
+    rows = [row, {**row, "rejected": "No."}]
+    reading = own_data.read_comparisons(write_rows(tmp_path / "mine.jsonl", rows))
+    assert (len(reading.comparisons), reading.repeats) == (1, 1)
+    assert reading.left_out == {own_data.NO_TEXT: 1}
 
 
 # ---- The files of others: the same comparisons as each program writes them
@@ -523,8 +529,7 @@ def test_a_date_beyond_pythons_in_a_column_that_is_not_needed_does_no_harm(tmp_p
     pq.write_table(table, tmp_path / "b" / "test.parquet")
     assert len(parsed(tmp_path / "a" / "a.parquet")) == 12
     for data in (tmp_path / "a" / "a.parquet", tmp_path / "a", tmp_path / "b"):
-        is_own, splits = tldr.read_comparisons(data, 0.2, 0)
-        assert is_own and sum(len(list(split)) for split in splits.values()) in (12, 24)
+        assert own_data.read_comparisons(data).rows in (12, 24)
 
 
 def test_people_whose_ids_a_float_has_mixed_up_are_refused(monkeypatch, capsys, rows, tmp_path):

@@ -608,7 +608,7 @@ def test_data_in_which_nothing_is_odd_and_data_without_notes_are_told_apart(save
 
 def test_the_report_tells_no_leak_from_a_leak_that_is_not_known(saved):
     results = strict_json(saved / "results.json")
-    unknown = dict.fromkeys(["by_prompt", "by_answers", "by_features"])
+    unknown = dict.fromkeys(["by_prompt", "by_answers", "by_answer_in_prompt", "by_features"])
     results["leaks"] = {SEEN_TEST: unknown, UNSEEN_TEST: {**unknown, "by_prompt": 0.25}}
     text = report(results)
     assert f"- **{SEEN_TEST}**: prompts not known, answers not known" in text

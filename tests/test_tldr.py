@@ -693,8 +693,7 @@ def test_columns_and_fields_that_are_not_needed_may_hold_what_python_cannot(tmp_
         pq.write_table(table, tmp_path / "late" / f"{split}.parquet")
     found = {}
     for data in (tmp_path / "late", data_of(tmp_path / "plain", rows)):
-        is_own, splits = tldr.read_comparisons(data, 0.2, 0)
-        assert not is_own
+        splits = tldr.read_comparisons(data)
         by_worker = [tldr.comparisons_by_worker(split).by_worker for split in splits.values()]
         found[data.name] = by_worker
     assert found["late"] == found["plain"]

@@ -9,7 +9,12 @@ from lore.intervals import interval, joint_intervals
 from lore.verdict import ModelEvidence, UnseenTest, write_verdict
 from utils import UNSEEN_TEST
 
-NO_LEAKS = {"by_prompt": 0.0, "by_answers": 0.0, "by_features": 0.0}
+NO_LEAKS = {
+    "by_prompt": 0.0,
+    "by_answers": 0.0,
+    "by_answer_in_prompt": 0.0,
+    "by_features": 0.0,
+}
 AT_CHANCE = {"mean": 0.52, "low": 0.47, "high": 0.57}
 ABOVE_CHANCE = {"mean": 0.66, "low": 0.61, "high": 0.71}
 USERS = 40
@@ -369,7 +374,7 @@ def artefacts(**options):
 def test_only_if_all_was_checked_and_nothing_found_there_are_no_signs():
     assert artefacts() == (
         "Signs of an artefact: none in these checks (repeats by prompt, repeats by answers, "
-        "repeats by features, randomly flipped choices)."
+        "repeats by answer in prompt, repeats by features, randomly flipped choices)."
     )
     for kind in NO_LEAKS:
         assert "none" not in artefacts(leaks={kind: None})
@@ -380,8 +385,8 @@ def test_only_if_all_was_checked_and_nothing_found_there_are_no_signs():
 
 def test_repeats_are_named_with_their_shares():
     assert artefacts(leaks={"by_prompt": 0.5, "by_answers": 0.0004}) == (
-        "Signs of an artefact: test pairs repeat training pairs, 50.0 % by prompt, under 0.1 % by "
-        "answers."
+        "Signs of an artefact: a leak, as test pairs repeat training pairs, 50.0 % by prompt, "
+        "under 0.1 % by answers."
     )
     assert "repeat training" not in artefacts()
 
@@ -402,8 +407,8 @@ def test_what_was_not_checked_is_named_and_nothing_else():
         "Not checked for signs of an artefact: randomly flipped choices."
     )
     assert artefacts(leaks={"by_prompt": None, "by_features": 0.25}) == (
-        "Signs of an artefact: test pairs repeat training pairs, 25.0 % by features (not checked: "
-        "repeats by prompt)."
+        "Signs of an artefact: a leak, as test pairs repeat training pairs, 25.0 % by features "
+        "(not checked: repeats by prompt)."
     )
     for options in ({}, dict(leaks={"by_prompt": 0.1}), dict(tossed=ABOVE_CHANCE)):
         assert "ot checked" not in artefacts(**options)

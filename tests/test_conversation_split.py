@@ -1,0 +1,395 @@
+"""OwnData's split keeps conversations whole; its files, its demo, and what it says of leaks."""
+
+import functools
+import itertools
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from demos import (
+    build_model,
+    content_of,
+    interrupted,
+    printed,
+    quick,
+    results_in,
+    start,
+    two_processes,
+    without_forward,
+    write_rows,
+)
+from helpers import ROOT, call, input_error, load_script, refused, sign_again
+
+import lore.embedding_files
+import lore.files
+import lore.scripts
+import own_data
+from own_data import Comparison
+from utils import UNSEEN_TEST
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SCRIPTS = ROOT / "OwnData"  # of the fixture `ran`
+script = functools.partial(load_script, "OwnData")
+
+
+def messages(*texts):
+    """A conversation of these texts, which the user begins."""
+    roles = itertools.cycle(("user", "assistant"))
+    return [{"role": role, "content": text} for role, text in zip(roles, texts)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return build_model(tmp_path_factory.mktemp("model") / "standin")
+
+
+# ---- Groups
+
+
+def linked(a, b):
+    """Whether two comparisons share an id or an opening, by a rule of its own."""
+
+    def opening(comparison):
+        prompt = comparison.prompt
+        return " ".join((prompt if isinstance(prompt, str) else prompt[0]["content"]).split())
+
+    same_id = a.conversation is not None and a.conversation == b.conversation
+    return same_id or opening(a) == opening(b)
+
+
+def groups_by_spreading(comparisons):
+    """The least number in the group of each comparison, spread until nothing moves."""
+    least = list(range(len(comparisons)))
+    moved = True
+    while moved:
+        moved = False
+        for i, j in itertools.permutations(range(len(comparisons)), 2):
+            if least[i] > least[j] and linked(comparisons[i], comparisons[j]):
+                least[i] = least[j]
+                moved = True
+    return least
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_groups_are_what_ids_and_openings_link_directly_or_through_others(seed):
+    rng = random.Random(seed)
+    comparisons = []
+    for _ in range(40):
+        opening = f"question {rng.randrange(30)}" + rng.choice(["", "\n", " "])
+        prompt = rng.choice([opening, messages(opening), messages(opening, "So.", "And then?")])
+        conversation = rng.choice([None, *(f"c{n}" for n in range(60))])
+        comparisons.append(Comparison("ada", prompt, "Yes.", "No.", conversation))
+    groups = own_data.group_numbers(comparisons)
+    expected = groups_by_spreading(comparisons)
+    assert len(set(expected)) > 5
+    assert len(set(zip(groups, expected))) == len(set(groups)) == len(set(expected))
+
+
+def test_a_system_message_is_no_opening():
+    system = {"role": "system", "content": "Be brief."}
+    comparisons = [
+        Comparison("ada", [system, *messages(text)], "Yes.", "No.") for text in ("One?", "Two?")
+    ]
+    assert len(set(own_data.group_numbers(comparisons))) == 2
+
+
+def test_turns_that_prompts_hold_as_plain_text_are_of_one_group():
+    first = "Human: Where do we eat?\n\nAssistant:"
+    prompts = [
+        first,
+        f"{first} At the pier.\n\nHuman: And then?\n\nAssistant:",
+        f"{first} At home.\n\nHuman: Why?\n\nAssistant:",
+        "Human: Where do we eat?\n\nAssistants: ",
+        "Hi you",
+        "Hi you there, where do we eat?",
+    ]
+    groups = own_data.group_numbers([Comparison("a", text, "Yes.", "No.") for text in prompts])
+    assert groups[0] == groups[1] == groups[2]
+    assert len(set(groups)) == 4
+
+
+def test_the_order_of_the_rows_does_not_change_the_split():
+    comparisons = [Comparison("ada", f"question {n}?", "Yes.", "No.") for n in range(50)]
+    in_test = []
+    for rows in (comparisons, comparisons[::-1]):
+        split, _ = own_data.split_comparisons(rows, own_data.group_numbers(rows), 0.3, 1)
+        in_test.append({row.prompt for row in split if row.split == "test"})
+    assert in_test[0] == in_test[1]
+    assert len(in_test[0]) == 15
+
+
+# ---- Conversations without tastes
+
+WORDS = [f"{a}{b}{c}" for a, b, c in itertools.product("bdfgklmnprst", "aeiou", "lnrst")]
+
+
+def conversations_without_tastes(rng, users=40, conversations=30):
+    """The rows of two-turn conversations whose choices are tossed."""
+
+    def text(count):
+        return " ".join(rng.choices(WORDS, k=count))
+
+    rows = []
+    for user, conversation in itertools.product(range(users), range(conversations)):
+        history = []
+        for _ in range(2):
+            prompt = [*history, *messages(text(4))]
+            row = {
+                "user": f"user {user}",
+                "conversation": f"{user}-{conversation}",
+                "prompt": prompt,
+                "chosen": text(6),
+                "rejected": text(6),
+            }
+            rows.append(row)
+            history = [*prompt, {"role": "assistant", "content": row["chosen"]}]
+    return rows
+
+
+def trained(monkeypatch, model, path, folder):
+    """The results of training on a file of rows."""
+    arguments = ["--data", path, "--model", model, "--dir", folder, "--overwrite"]
+    call(monkeypatch, script("prepare"), *arguments)
+    short = dict(K_list=[0, 1, 3], num_iterations=100, seeds=[0], controls=False)
+    call(monkeypatch, quick(monkeypatch, script("train_basis"), **short), "--dir", folder)
+    return results_in(folder)
+
+
+def test_without_tastes_nothing_leaks_and_a_split_of_pairs_is_called_a_leak(
+    monkeypatch, capsys, model, tmp_path
+):
+    rng = random.Random(0)
+    rows = conversations_without_tastes(rng)
+    results = trained(monkeypatch, model, write_rows(tmp_path / "mine.jsonl", rows), tmp_path)
+    pairs = pd.read_parquet(tmp_path / own_data.PAIRS_FILE)
+    in_train = pairs.split == "train"
+    train_prompts = "\n".join(pairs.prompt[in_train])
+    for answer in itertools.chain(pairs.chosen_text[~in_train], pairs.rejected_text[~in_train]):
+        assert answer not in train_prompts
+    assert results["verdict"]["personal"] != "yes"
+    assert "a leak" not in results["verdict"]["text"]
+    for leaks in results["leaks"].values():
+        assert leaks["by_prompt"] == leaks["by_answer_in_prompt"] == leaks["by_answers"] == 0
+
+    capsys.readouterr()
+    for row in rows:
+        row["split"] = rng.choice(["train", "train", "train", "train", "test"])
+    results = trained(monkeypatch, model, write_rows(tmp_path / "mine.jsonl", rows), tmp_path)
+    assert "a leak, as test answers may be in training prompts" in capsys.readouterr().out
+    assert results["verdict"]["personal"] != "yes"
+    assert "Signs of an artefact: a leak" in results["verdict"]["text"]
+    leaks = results["leaks"][UNSEEN_TEST]
+    # Of the test pairs the other turn of the conversation is in train with probability .8, and a
+    # first turn's answer is then in its prompt.
+    assert leaks["by_prompt"] == pytest.approx(0.8, abs=0.1)
+    assert leaks["by_answer_in_prompt"] == pytest.approx(0.4, abs=0.1)
+
+
+# ---- The files
+
+
+def test_the_files_hold_each_conversation_once_and_the_texts_as_they_were(ran):
+    pairs = pd.read_parquet(ran.folder / own_data.PAIRS_FILE)
+    table = own_data.load_table(ran.folder)
+    assert table.dtype == torch.bfloat16
+    assert len(table.unique(dim=0)) == len(table)
+    row_of = {}
+    for pair in pairs.itertuples():
+        for row, answer in ((pair.chosen, pair.chosen_text), (pair.rejected, pair.rejected_text)):
+            assert row_of.setdefault((pair.prompt, answer), row) == row
+    assert len(set(row_of.values())) == len(row_of) == len(table)
+    (source,) = ran.data.glob("*.gz")
+    rows = [row for _, row in lore.scripts.read_rows(source)]
+    written = {(row["user"], json.dumps(row["prompt"]), row["chosen"]) for row in rows}
+    kept = zip(pairs.user, pairs.prompt, pairs.chosen_text)
+    assert set(kept) == {row for row in written if row[0] in set(pairs.user)}
+
+
+def test_a_study_shares_one_table_that_is_not_copied(ran):
+    study = own_data.load_embeddings(ran.folder, unseen_pairs=5)
+    tables = {X.embeddings.data_ptr() for part in study.features().values() for X in part}
+    assert len(tables) == 1
+    maps = Path("/proc/self/maps")  # which only Linux has
+    if maps.exists():
+        assert str(ran.folder / own_data.EMBEDDINGS_FILE) in maps.read_text()
+    assert all(len(X) <= 5 for X in study.train_unseen)
+    pairs = pd.read_parquet(ran.folder / own_data.PAIRS_FILE)
+    user = study.seen[0]
+    own = pairs[(pairs.user == user) & (pairs.split == "train")]
+    table = own_data.load_table(ran.folder).float()
+    expected = table[own.chosen.tolist()] - table[own.rejected.tolist()]
+    assert torch.equal(study.train[0].dense(), expected)
+    assert study.texts["train"][0] == list(zip(own.chosen_text, own.rejected_text))
+    assert set(study.about_users) == set(pairs.user)
+    assert all(about.keys() == {"age"} for about in study.about_users.values())
+
+
+def test_users_are_halved_by_a_seed_and_a_share_of_one_sees_everybody(ran):
+    halves = [own_data.load_embeddings(ran.folder, split_seed=seed) for seed in (0, 0, 1)]
+    users = set(pd.read_parquet(ran.folder / own_data.PAIRS_FILE).user)
+    for study in halves:
+        assert set(study.seen) | set(study.unseen) == users
+        assert not set(study.seen) & set(study.unseen)
+        assert abs(len(study.seen) - len(study.unseen)) <= 1
+    assert halves[0].seen == halves[1].seen != halves[2].seen
+    everybody = own_data.load_embeddings(ran.folder, seen_share=1)
+    assert everybody.seen == everybody.unseen
+    assert set(everybody.seen) == users
+    for setting, known in (("seen_share", 0), ("seen_share", 1.5), ("unseen_pairs", 0)):
+        with input_error(setting):
+            own_data.load_embeddings(ran.folder, **{setting: known})
+
+
+@pytest.mark.parametrize("name", own_data.FILES)
+def test_a_file_that_is_missing_damaged_or_of_another_run_is_named(embeddings, name):
+    path = embeddings / name
+    whole = path.read_bytes()
+    path.unlink()
+    with input_error(str(path), "run prepare.py"):
+        own_data.load_embeddings(embeddings)
+    path.write_bytes(whole[:-7])
+    with input_error(str(path)):
+        own_data.load_embeddings(embeddings)
+    sign_again(embeddings)
+    if name != own_data.EMBEDDINGS_FILE:
+        with input_error(str(path), "write it again"):
+            own_data.load_embeddings(embeddings)
+
+
+def test_embeddings_without_their_head_are_refused(embeddings):
+    (embeddings / lore.embedding_files.HEAD_FILE).unlink()
+    with input_error(lore.embedding_files.HEAD_FILE, "run prepare.py first"):
+        own_data.load_embeddings(embeddings)
+
+
+def test_a_killed_prepare_goes_on_from_its_cache(monkeypatch, capsys, ran, tmp_path):
+    arguments = ["--data", ran.data, "--model", ran.model, "--dir", tmp_path]
+    with monkeypatch.context() as patch:
+
+        def stop(*_, **__):
+            raise KeyboardInterrupt
+
+        patch.setattr(own_data, "save_pairs", stop)
+        interrupted(patch, capsys, script("prepare"), *arguments)
+    assert {path.name for path in tmp_path.iterdir()} == {".embedding_cache"}
+    without_forward(monkeypatch)
+    call(monkeypatch, script("prepare"), *arguments)
+    for name in own_data.FILES:
+        assert (tmp_path / name).read_bytes() == (ran.folder / name).read_bytes()
+
+
+def test_other_splits_are_other_data(monkeypatch, capsys, ran, embeddings):
+    before = content_of(embeddings)
+    arguments = ["--data", ran.data, "--model", ran.model, "--dir", embeddings]
+    call(monkeypatch, script("prepare"), *arguments)
+    assert "finished already" in capsys.readouterr().out
+    prepare = quick(monkeypatch, script("prepare"), test_seed=1)
+    refused(monkeypatch, capsys, prepare, arguments, "other data", "--overwrite")
+    assert content_of(embeddings) == before
+
+
+# ---- What is refused and what is said
+
+
+def test_columns_that_are_not_known_are_named_with_the_nearest(monkeypatch, capsys, tmp_path):
+    row = {"user": "ada", "promt": "Why?", "chosen": "So.", "rejected": "No.", "id": 3}
+    path = write_rows(tmp_path / "mine.jsonl", [row])
+    named = ["mine.jsonl, row 1: prompt: no such column", "'promt' (is it 'prompt'?)"]
+    arguments = ["--data", path, "--model", "unread", "--dir", tmp_path]
+    refused(monkeypatch, capsys, script("prepare"), arguments, *named)
+    row = {"user": "ada", "prompt": "Why?", "chosen": "So.", "rejected": "No.", "conversaton": 3}
+    reading = own_data.read_comparisons(write_rows(tmp_path / "mine.jsonl", [row]))
+    assert reading.notes == ["columns that are not read: 'conversaton' (is it 'conversation'?)"]
+
+
+def test_users_who_are_left_out_are_counted_with_the_reason(tmp_path):
+    rows = []
+    for user, questions in {"a": 8, "b": 8, "few": 2, "one": 1, "train only": 4}.items():
+        for n in range(questions):
+            split = "test" if n % 2 and user != "train only" else "train"
+            row = Comparison(user, f"question {n}?", "Yes.", "No.", f"{user} {n}", split=split)
+            rows.append(row)
+    groups = np.arange(len(rows))
+    kept, notes = own_data.users_to_keep(rows, groups, 3)
+    assert kept == {"a", "b"}
+    assert notes == [
+        "1 users with one conversation only are left out",
+        "1 users with pairs on one side of the split only are left out",
+        "1 users with fewer than 3 pairs are left out",
+    ]
+
+
+def test_without_data_prepare_says_what_it_takes(monkeypatch, capsys, tmp_path):
+    arguments = ["--model", "unread", "--dir", tmp_path]
+    refused(monkeypatch, capsys, script("prepare"), arguments, "--data", "allenai/multipref")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_the_script_of_tldr_says_where_own_data_go(monkeypatch, capsys, tmp_path, kind):
+    row = {"user": "ada", "prompt": "Why?", "chosen": "So.", "rejected": "No."}
+    path = write_rows(tmp_path / "data" / "mine.jsonl", [row])
+    data = path if kind == "file" else path.parent
+    prepare = load_script("RedditTLDR", "prepare")
+    arguments = ["--data", data, "--model", "unread", "--dir", tmp_path / "out"]
+    refused(monkeypatch, capsys, prepare, arguments, f"python OwnData/prepare.py --data {data}")
+
+
+# ---- The demo
+
+
+def test_the_demo_ends_in_a_yes_with_intervals_and_without_a_leak(ran):
+    assert "synthetic" in ran.printed["prepare"]
+    assert "Yes: the reward is personal." in ran.printed["train_basis"]
+    assert "95 % interval" in ran.printed["train_basis"]
+    assert len(ran.results["users"] + ran.results["unseen_users"]) >= 24
+    for leaks in ran.results["leaks"].values():
+        assert leaks["by_prompt"] == leaks["by_answer_in_prompt"] == leaks["by_answers"] == 0
+
+
+def test_fewer_shots_than_the_demo_has_give_curves(ran, tmp_path):
+    folder = ran.copy_to(tmp_path / "own")
+    short = dict(K_list=[2], num_shots=[2, 4], trials=2, num_iterations=20, num_questions=2)
+    printed(start(ran.folder, "vary_fewshot", "--dir", folder, **short))
+    curves = lore.files.load_json(folder / "results" / "vary_fewshot.json")
+    assert curves["config"]["seen_share"] is None
+    assert (folder / "results" / "vary_fewshot.png").exists()
+
+
+def test_two_processes_write_the_files_of_one_and_find_the_same(ran, tmp_path):
+    arguments = ["--data", ran.data, "--model", ran.model, "--dir", tmp_path]
+    first, second = two_processes(ran.folder, "prepare", *arguments)
+    assert "distinct conversations to embed" in first
+    assert second == ""
+    for name in own_data.FILES:
+        assert (tmp_path / name).read_bytes() == (ran.folder / name).read_bytes()
+    short = dict(K_list=[0, 2], seeds=[0], num_iterations=30, controls=False)
+    two_processes(ran.folder, "train_basis", "--dir", tmp_path, **short)
+    alone = ran.copy_to(tmp_path / "alone")
+    printed(start(ran.folder, "train_basis", "--dir", alone, **short))
+    shared, single = results_in(tmp_path), results_in(alone)
+    assert shared["users"] == single["users"]
+    for fit, other in zip(shared["fits"], single["fits"], strict=True):
+        if other["K"]:  # the reference is not trained
+            assert fit["training_loss"] == pytest.approx(other["training_loss"], rel=1e-5)
+
+
+def test_messages_in_three_turns_and_two_languages_go_to_a_report(monkeypatch, model, tmp_path):
+    rng = random.Random(2)
+    rows = []
+    for user, number in itertools.product(("ada", "ben", "cem", "dina"), range(10)):
+        history = []
+        for turn in range(3):
+            prompt = [*history, *messages(f"{user} {number} {turn} {rng.choice(WORDS)}?")]
+            chosen, rejected = (f"{' '.join(rng.sample(WORDS, 4))}." for _ in range(2))
+            row = {"user_id": user, "context": prompt, "chosen": chosen, "rejected": rejected}
+            row |= {"conversation_id": 100 + number, "language": rng.choice(["pt", "en"])}
+            rows.append(row)
+            history = [*prompt, {"role": "assistant", "content": chosen}]
+    results = trained(monkeypatch, model, write_rows(tmp_path / "mine.jsonl", rows), tmp_path)
+    assert (tmp_path / "results" / "report.md").exists()
+    assert results["leaks"][UNSEEN_TEST]["by_answer_in_prompt"] == 0
+    assert results["counts"]["seen users"] == results["counts"]["unseen users"] == 2
