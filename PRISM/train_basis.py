@@ -1,7 +1,7 @@
 """Learn PRISM's reward basis at several ranks, anchored to the reward head, and fit unseen users.
 
     python train_basis.py                              reads what generate-prism-embeddings.py wrote
-    torchrun --nproc-per-node 2 train_basis.py         the seen users shared among processes
+    torchrun --nproc-per-node 2 train_basis.py         the users shared among processes
 
 It reads embeddings of the released script, too, also in data/prism/, where that one writes them.
 

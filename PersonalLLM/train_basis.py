@@ -2,7 +2,7 @@
 
     python train_basis.py                              reads what prepare.py wrote; needs no GPU and
                                                        no 8B model
-    torchrun --nproc-per-node 2 train_basis.py         the seen users shared among processes
+    torchrun --nproc-per-node 2 train_basis.py         the users shared among processes
 
 A user is a mixture over ten reward models, and prefers the response that it scores highest to the
 one that it scores lowest. A pair is two row numbers of one table of embeddings, so 1.5 million test

@@ -2,7 +2,7 @@
 
     python train_basis.py                              reads what prepare.py wrote; needs no GPU and
                                                        no 8B model
-    torchrun --nproc-per-node 2 train_basis.py         the seen workers shared among processes
+    torchrun --nproc-per-node 2 train_basis.py         the workers shared among processes
 
 Prints the accuracies of each rank K (0: the reference model, 1: one Bradley-Terry model for all,
 2 and up: LoRe), then a table with 95 % intervals and the verdict: is the reward personal, by how

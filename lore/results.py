@@ -84,7 +84,7 @@ def count_study(study: Study) -> dict[str, int]:
     counts = {"seen users": len(study.seen), "unseen users": len(study.unseen)}
     for part in PARTS:
         counts[f"{part.replace('_', ' ')} pairs"] = study.pair_count(part)
-    counts["pairs with equal sides"] = sum(map(study.equal_pair_count, PARTS))
+    counts["pairs with equal sides"] = sum(study.equal_pair_counts.values())
     counts["d"] = study.train[0].shape[1]
     return counts
 

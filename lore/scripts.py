@@ -475,6 +475,7 @@ def finish_few_shots(
     `num_questions`, `trials`.
     checkpoint: of the training.
     """
+    _ = study.equal_pair_counts  # kept: every process counts its own users' pairs
     if process_rank() == 0:
         table = save_few_shot_curves(folder, curves, study, config)
         print(f"\n{UNSEEN_TEST}, 95 % intervals over users:\n{table.to_string()}")

@@ -1,12 +1,13 @@
 """A study: the people, their preference pairs, and what is known of both."""
 
+import functools
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from utils import Pairs, pair_scores
+from utils import Pairs, pair_scores, shared_out
 
 Features = list[torch.Tensor | Pairs]
 
@@ -62,13 +63,18 @@ class Study:
         """How many pairs all users of a part have together."""
         return sum(map(len, getattr(self, part)))
 
-    def equal_pair_count(self, part: str) -> int:
-        """How many of these pairs have the same embedding on both sides.
+    @functools.cached_property
+    def equal_pair_counts(self) -> dict[str, int]:
+        """Of each part, how many pairs have the same embedding on both sides.
 
         These are the pairs that score 0 under a random direction. Comparing the sides themselves
-        would need all pairs of a table in memory.
+        would need all pairs of a table in memory. Every process of torchrun must ask for this
+        once; each counts its own users' pairs.
         """
-        features = getattr(self, part)
-        d = features[0].shape[1]
+        d = self.train[0].shape[1]
         direction = torch.randn(d, 1, generator=torch.Generator().manual_seed(0))
-        return sum(int((scores == 0).sum()) for scores in pair_scores(features, direction))
+
+        def zero_scores_of(users: Features) -> list[int]:
+            return [int((scores == 0).sum()) for scores in pair_scores(users, direction)]
+
+        return {part: sum(shared_out(zero_scores_of, X)) for part, X in self.features().items()}
