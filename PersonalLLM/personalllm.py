@@ -18,7 +18,7 @@ from lore.embedding_files import find_reward_head
 from lore.files import atomic_write, load_tensors
 from lore.normal_forms import prompt_key
 from lore.rows import LocatedRow, hub_rows, parse_rows, read_rows, split_files
-from lore.study import Study
+from lore.study import PARTS, Study
 from utils import (
     InputError,
     Pairs,
@@ -335,6 +335,7 @@ def simulate_study(
             texts[part] = texts_of_pairs(features[part], list(itertools.chain(*known.responses)))
     if "train" not in prompts:
         prompts["train"] = [(pairs.chosen // RESPONSES).tolist() for pairs in features["train"]]
+    no_earlier_turns = {part: [[()] * len(pairs) for pairs in features[part]] for part in PARTS}
     return SimulatedStudy(
         title=title,
         seen=[f"seen_{i}" for i in range(population.N)],
@@ -343,6 +344,7 @@ def simulate_study(
         reward_head=reward_head,
         prompts=prompts,
         texts=texts,
+        earlier_answers=no_earlier_turns,
         provenance=provenance,
         population=population,
         mixtures=mixtures,

@@ -253,6 +253,8 @@ def share_by_answer_in_prompt(study: Study, train: str, test: str) -> float | No
     in_prompts = set()
     for user in study.earlier_answers[train]:
         in_prompts.update(*user)
+    if not in_prompts:  # no prompt has an earlier turn, so no text needs to be read
+        return 0.0
     pairs = list(itertools.chain.from_iterable(study.texts[test]))
     repeats = [
         any(

@@ -341,6 +341,8 @@ def test_response_j_of_prompt_i_is_row_8_i_plus_j(ran):
 
 def test_closing_table_and_results_name_what_was_set_and_every_user(ran):
     results, fits = ran.results, ran.results["fits"]
+    for leaks in results["leaks"].values():
+        assert leaks["by_answer_in_prompt"] == 0  # a prompt has one turn
     assert results["users"] == [f"seen_{i}" for i in range(N)]
     assert results["unseen_users"] == [f"unseen_{i}" for i in range(N_UNSEEN)]
     pairs = {
