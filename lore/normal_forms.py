@@ -104,7 +104,8 @@ def answer_key(answer: Turns) -> str:
 
 def answer_digest(answer: str) -> int:
     """64 bits of an answer that are equal for answers that are equal to a reader."""
-    return int.from_bytes(hashlib.blake2b(as_read(answer).encode(), digest_size=8).digest())
+    content = as_read(answer).encode(errors="surrogatepass")  # it may hold half a surrogate pair
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
 
 
 def _turns_key(messages: list[dict]) -> str:
