@@ -6,9 +6,9 @@
 
 Prints the accuracies of each rank K (0: the reference model, 1: one Bradley-Terry model for all,
 2 and up: LoRe), then a table with 95 % intervals and the verdict: is the reward personal, by how
-much, is any of it an artefact. Writes results/ beside itself: report.md, results.json, results.csv,
-results_long.csv, K_<rank>.safetensors, two pictures (PNG and PDF). With --results NAME it writes to
-results/NAME, beside other sweeps.
+much, is any of it an artefact. Writes results/ beside itself: report.html, results.json,
+results.csv, results_long.csv, K_<rank>.safetensors, pictures (PNG and PDF). With --results NAME it
+writes to results/NAME, beside other sweeps.
 """
 
 import sys
