@@ -920,7 +920,10 @@ def load_embeddings(
         },
         reward_head=head,
         prompts={
-            part: [prompts.keys[pairs.prompt.numbers[user]].tolist() for user in rows[part]]
+            part: [
+                [prompts.texts[number] for number in pairs.prompt.numbers[user]]
+                for user in rows[part]
+            ]
             for part in PARTS
         },
         texts={part: [texts_of(pairs, user) for user in rows[part]] for part in PARTS},
@@ -1001,21 +1004,21 @@ def draw(rows: np.ndarray, most: int | None, generator: random.Random) -> np.nda
 class Prompts(NamedTuple):
     """What is known of each distinct prompt."""
 
-    keys: np.ndarray  # int64 [n], equal for prompts that are equal to a reader
+    texts: list[str]  # its messages as JSON, the same text for prompts that are equal to a reader
     earlier_answers: list[tuple[int, ...]]  # the digests of the answers that each holds
 
 
 def describe_prompts(prompt: Column) -> Prompts:
     """What a study knows of the prompts in pairs.parquet."""
-    number_of: dict[str, int] = {}
-    keys = []
+    text_of_key: dict[str, str] = {}
+    texts = []
     earlier_answers = []
     for text in prompt.values:
         messages = json.loads(text)
-        keys.append(number_of.setdefault(prompt_key(messages), len(number_of)))
+        texts.append(text_of_key.setdefault(prompt_key(messages), text))
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
         earlier_answers.append(tuple(map(answer_digest, answers)))
-    return Prompts(np.array(keys, np.int64), earlier_answers)
+    return Prompts(texts, earlier_answers)
 
 
 def texts_of(pairs: PairTable, rows: np.ndarray) -> list[tuple[str, str]]:

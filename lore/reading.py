@@ -465,12 +465,14 @@ def excerpt(text: str, start: int = 0) -> str:
 def prompt_text(prompt: Any) -> str | None:
     """The beginning of a prompt, or of the last of its messages; None if it is no text.
 
-    Some studies tell prompts apart by the JSON of their messages, `[[role, content], ..]`.
+    Some studies tell prompts apart by the JSON of their messages, each `[role, content]` or
+    `{"role": role, "content": content}`.
     """
     if not isinstance(prompt, str):
         return None
     try:
-        content = str(json.loads(prompt)[-1][1])
+        last = json.loads(prompt)[-1]
+        content = str(last["content"] if isinstance(last, dict) else last[1])
     except (ValueError, TypeError, LookupError, RecursionError):
         content = prompt
     return excerpt(one_line(content))

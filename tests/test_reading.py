@@ -599,6 +599,7 @@ def test_a_prompt_is_shown_if_it_is_a_text():
     assert prompt_text("What\nis it?") == "What is it?"
     messages = json.dumps([["user", "Hi"], ["assistant", "Yes?"], ["user", "A poem!"]])
     assert prompt_text(messages) == "A poem!"
+    assert prompt_text(json.dumps([{"role": "user", "content": "A song!"}])) == "A song!"
     assert prompt_text(json.dumps([])) == "[]"
     assert prompt_text("[" * 100_000).startswith("[[[")
     assert prompt_text(7) is None
