@@ -49,18 +49,20 @@ CONTROLS = {
         "randomly flipped choices",
         "The accuracy of the model of the largest rank, trained and tested on choices that are "
         "flipped by a coin. The coin belongs to the pair, so a pair that is asked again falls the "
-        "same way; otherwise nothing can be learned. Here the interval is 2.6 standard deviations "
-        "to each side.",
+        "same way; otherwise nothing can be learned, and an accuracy above 0.5 is memory of pairs "
+        "that the test repeats. Its interval is 2.6 standard deviations of chance to each side, so "
+        "that chance leaves it about once in a hundred runs.",
     ),
     "model_per_user": Column(
         "a model per user",
-        "The accuracy of one Bradley-Terry model for each user, a ridge about the direction of "
-        "K = 1. Its strength is the one that does best on the seen users' unseen prompts.",
+        "The accuracy of one Bradley-Terry model for each user, fitted to the user's own pairs and "
+        "drawn to the direction of K = 1 (a ridge). How much is what does best on the seen users' "
+        "unseen prompts.",
     ),
     "longer": Column(
         "longer answer",
-        "The accuracy of always predicting that the longer answer is chosen. It describes the "
-        "users.",
+        "The accuracy of always predicting that the longer answer is chosen. It shows "
+        "how often users choose the longer answer.",
     ),
 }
 WORST = {
@@ -88,17 +90,22 @@ DIFFERENCES = {
     ),
 }
 LEAKS = {
-    "by_prompt": "prompts",
-    "by_answers": "answers",
-    "by_answer_in_prompt": "answers in prompts",
-    "by_features": "features",
+    "by_prompt": Column("prompts", "Their prompt or conversation."),
+    "by_answers": Column("answers", "Their two answers, either way round."),
+    "by_answer_in_prompt": Column(
+        "answers in prompts",
+        "One of their answers, in a prompt, as the answer of an earlier turn.",
+    ),
+    "by_features": Column(
+        "features", "Nearly their features, of the same user and either way round."
+    ),
 }
 BASIS = {
     "columns": Column("columns", "How many directions the basis has."),
     "effective_rank": Column(
         "effective rank",
-        "How many directions the basis really has, if each column counts as much as users weigh it "
-        "on average: the exponential of the entropy of the squared singular values.",
+        "How many directions are really in use, with each column scaled by its mean user weight: "
+        "the exponential of the entropy of the squared singular values.",
     ),
     "largest_cosine_between_columns": Column(
         "largest cosine between columns",
@@ -155,7 +162,10 @@ def reading_section(results: Results) -> str:
     counts = results["counts"]
     chosen = results["chosen"]
     if chosen["by"] == "none":
-        subject = f"all ranks from K = 2 on at once ({choice_in_words(results)})"
+        subject = (
+            f"all ranks from K = 2 on at once ({choice_in_words(results)}), and names the one with "
+            "the largest personal part"
+        )
         marks = []
     else:
         subject = f"one model ({choice_in_words(results)}); its basis is in `{chosen['file']}`"
@@ -163,15 +173,19 @@ def reading_section(results: Results) -> str:
     validation = ""
     if counts["validation pairs"] > 0:
         validation = f", and {counts['validation pairs']:,} others of theirs were held out"
+    equal_sides = ""
+    if counts["pairs with equal sides"] > 0:
+        equal_sides = (
+            f" Of all pairs {counts['pairs with equal sides']:,} have two equal sides. No reward "
+            "can tell these apart, so they count as predicted wrong."
+        )
     learned = counts["train pairs"] - counts["validation pairs"]
     return paragraphs(
         "## What the verdict rests on",
         f"The verdict is about {subject}. The basis was learned from {learned:,} pairs of "
-        f"{counts['seen users']} seen users{validation}. The weights of {counts['unseen users']} "
-        f"unseen users were fitted to {counts['train unseen pairs']:,} of their pairs, and tested "
-        f"on {counts['test unseen pairs']:,} other pairs of theirs. Of all pairs "
-        f"{counts['pairs with equal sides']:,} have two equal sides. No reward can tell these "
-        "apart, so they count as predicted wrong.",
+        f"{counts['seen users']} seen users{validation}. {counts['unseen users']} unseen users had "
+        f"no part in this: only their weights were fitted, to {counts['train unseen pairs']:,} of "
+        f"their pairs, and tested on {counts['test unseen pairs']:,} others.{equal_sides}",
         bullets(
             *marks,
             "**K** is the rank. `ref` (K = 0) is the reference, the pretrained reward head. K = 1 "
@@ -213,7 +227,10 @@ def data_section(results: Results) -> str:
     elif notes is None:
         content = "Not known: these embeddings were made without notes on their data."
     else:
-        content = "Nothing odd was found when the data were read."
+        content = (
+            "Nothing odd was found when the data were read. What the test repeats of the training "
+            "is under Leaks."
+        )
     return paragraphs("## What is odd in the data", content)
 
 
@@ -235,8 +252,9 @@ def controls_section(results: Results) -> str:
     """What the accuracy on unseen users' unseen prompts would be without anything personal."""
     trained = trained_models(results["evidence"])
     section = paragraphs(
-        f"## Controls, on {UNSEEN_TEST}",
-        "Controls are accuracies that can be reached without knowing what the user likes.",
+        f"## Controls and comparisons, on {UNSEEN_TEST}",
+        "Controls are accuracies that can be reached without knowing what the user likes. The "
+        "other columns compare models, and users with one another.",
         explain([*CONTROLS.values(), *WORST.values(), *DIFFERENCES.values()]),
         markdown_table(
             [model_cells(entry, results["chosen"]) | control_cells(entry) for entry in trained]
@@ -301,7 +319,8 @@ def basis_section(results: Results) -> str:
     return paragraphs(
         "## Basis and seeds",
         *rank_remarks([entry["K"] for entry in results["evidence"]], results["counts"]),
-        f"Of each model the seed with {kept} is kept. The first table describes its basis.",
+        f"Of each model the seed with {kept} is kept. The first table describes its basis. The "
+        "accuracies above are means over all seeds.",
         explain(list(BASIS.values())),
         markdown_table(bases),
         "The second table lists all seeds.",
@@ -337,16 +356,15 @@ def leaks_section(results: Results) -> str:
     lines = []
     for setting, leaks in results["leaks"].items():
         shares = []
-        for key, meaning in LEAKS.items():
+        for key, repeat in LEAKS.items():
             share = leaks[key]
-            shares.append(f"{meaning} {'not known' if share is None else f'{share:.1%}'}")
+            shares.append(f"{repeat.heading} {'not known' if share is None else f'{share:.1%}'}")
         lines.append(f"**{setting}**: {', '.join(shares)}")
     return paragraphs(
         "## Leaks",
-        "These are the shares of test pairs that the training pairs of the same group of users, "
-        "seen or unseen, repeat: their prompt or conversation, their two answers, one of their "
-        "answers in a prompt (as the answer of an earlier turn), or nearly their features (of the "
-        "same user, up to sign).",
+        "These are the shares of test pairs of which something is also in the training pairs of "
+        "the same group of users, seen or unseen. One test pair may count several times.",
+        explain(list(LEAKS.values())),
         bullets(*lines),
     )
 

@@ -28,7 +28,8 @@ def directions_section(results: Results, reading: Entry | None) -> str:
         *reading["notes"],
         *attributes_part(reading),
         *known_part(reading),
-        "Who weigh each column most, and how well it is found again in other seeds:",
+        "For each column: how many users give it their largest weight, how well these users are "
+        "predicted, and how similar the nearest column of each other seed is.",
         markdown_table([people_row(column) for column in reading["columns"]]),
         *examples_part(reading),
     )
@@ -42,7 +43,7 @@ def first_line(personal: str, reading: Entry) -> list[str]:
     if personal != "yes":
         return [
             f"**The verdict is “{personal}”: the directions describe nothing that is known to be "
-            "personal.**"
+            "personal, and may be noise.**"
         ]
     if reading["attributes"] is None:
         return []
@@ -102,7 +103,10 @@ def attributes_part(reading: Entry) -> list[str]:
         name for name, values in zip(table["names"], zip(*table["correlation"])) if not any(values)
     ]
     if alike:
-        parts.append(f"The users do not differ at all in these attributes: {', '.join(alike)}.")
+        parts.append(
+            "Nothing can be told of these attributes, as the texts lack them or all users choose "
+            f"them alike: {', '.join(alike)}."
+        )
     return [*parts, f"![{picture_in_words(reading)}]({PICTURE}.png)"]
 
 
@@ -185,8 +189,8 @@ def examples_part(reading: Entry) -> list[str]:
         return []
     columns.sort(key=lambda column: -column["weigh_most"]["unseen"])
     parts = [
-        "The examples are test pairs on which a column contradicts everybody's mean reward most, "
-        "of the columns that some unseen users weigh most. Long texts are shortened."
+        "For each column that some unseen user gives the largest weight: the test pairs on which "
+        "it contradicts everybody's mean reward most. Long texts are shortened."
     ]
     for column in sorted(columns[:SHOWN_COLUMNS], key=lambda column: column["column"]):
         parts.append(f"### Examples of column {column['column']}")
@@ -197,9 +201,9 @@ def examples_part(reading: Entry) -> list[str]:
 def example_point(example: Entry) -> str:
     """A pair as a point of a list, with a point below it for each of its texts."""
     prompt = example["prompt"]
-    choice = "the first" if example["user_agrees"] else "the second"
+    choice = "as the column does" if example["user_agrees"] else "the other one"
     lines = [
-        "To a prompt" if prompt is None else f"*{markdown_text(prompt)}*",
+        "(the prompt is not known)" if prompt is None else f"*{markdown_text(prompt)}*",
         f"  - **The column prefers** {markdown_text(example['preferred'])}",
         f"  - **to** {markdown_text(example['other'])}",
         f"  - User {markdown_text(example['user'])} chose {choice}.",

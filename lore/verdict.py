@@ -174,7 +174,10 @@ def judge_personal_parts(models: list[ModelEvidence], test: UnseenTest) -> Judge
     else:
         personal = "undecided"
         users = users_that_decide(N, mean[best], (high[best] - low[best]) / 2)
-        answer = f"Undecided: {N} unseen users cannot tell, about {users:,.0f} would."
+        answer = (
+            f"Undecided: {N} unseen users cannot tell, about {users:,.0f} could if the difference "
+            "stays as it is."
+        )
     return Judgement(personal, answer, models[best], low[best], high[best], len(models))
 
 
@@ -254,7 +257,7 @@ def sentence_on_comparisons(
         is_known = test.users >= FEWEST_USERS and not test.has_many_equal_pairs
         if is_known and reference["low"] <= 0.5:
             is_at = "is below" if reference["high"] < 0.5 else "cannot be told from"
-            comparison += f", which {is_at} chance (is it the model's reward head?)"
+            comparison += f", which {is_at} chance (check that it is the model's reward head)"
         comparisons.append(comparison)
     if 1 in others:
         comparisons.append(f"one reward for everybody (K = 1) {others[1].accuracy['mean']:.3f}")
@@ -328,7 +331,7 @@ def sentence_on_next_step(
 ) -> str:
     """The one thing to do next: first what spoils the answer, then what the sweep has left out."""
     if test.repeats_could_explain(NEGLIGIBLE):
-        return "Next: take what repeats the training out of the test, and run again."
+        return "Next: keep all copies of a pair on one side of the split, and run again."
     if test.has_many_equal_pairs:
         return (
             "Next: leave out pairs with equal sides, or mend what makes them equal (the cut to "

@@ -383,7 +383,7 @@ def test_a_leak_without_tastes_is_no_yes_and_is_said(kind, share):
     assert "Signs of an artefact: a leak, as test pairs repeat training pairs, " in text
     assert f"{100 * share:.1f} % by {kind}" in text
     assert "none in these checks" not in text
-    assert text.endswith("Next: take what repeats the training out of the test, and run again.")
+    assert text.endswith("Next: keep all copies of a pair on one side of the split, and run again.")
 
 
 def test_without_a_leak_all_checks_are_said_to_find_nothing():
@@ -521,7 +521,7 @@ def test_user_ids_shuffled_between_training_and_test_are_not_personal(
 
 
 def test_a_reference_that_is_not_the_head_is_said_to_be_at_chance(monkeypatch, capsys, tmp_path):
-    said = "chance (is it the model's reward head?)"
+    said = "chance (check that it is the model's reward head)"
     _, report, _ = train_on_pickles(monkeypatch, capsys, tmp_path, "reference")
     assert said in report
     _, report, _ = train_on_pickles(monkeypatch, capsys, tmp_path)
@@ -534,7 +534,7 @@ def test_pairs_that_no_reward_can_tell_apart_are_named_and_not_the_head(
     results, report, _ = train_on_pickles(monkeypatch, capsys, tmp_path, "equal sides")
     assert results["verdict"]["personal"] == "undecided"
     assert "are equal on both sides" in report
-    assert "is it the model's reward head" not in report
+    assert "check that it is the model's reward head" not in report
     assert "no better than chance" not in report
 
 

@@ -551,7 +551,7 @@ def test_the_report_counts_the_data_and_says_how_the_model_was_chosen(saved):
     results = strict_json(saved / "results.json")
     text = report(results)
     assert "learned from 36 pairs of 3 seen users" in text
-    assert "fitted to 13 of their pairs, and tested on 36 other pairs" in text
+    assert "fitted, to 13 of their pairs, and tested on 36 others. Of all" in text
     assert "Of all pairs 3 have two equal sides" in text
     assert (
         "about all ranks from K = 2 on at once (none chosen by validation, as validation_share"
@@ -603,7 +603,10 @@ def test_data_in_which_nothing_is_odd_and_data_without_notes_are_told_apart(save
     assert (results["data_notes"], results["equal_pairs"]) == (None, None)
     assert odd_section(report(results))[0].startswith("Not known")
     results["data_notes"] = []
-    assert odd_section(report(results)) == ["Nothing odd was found when the data were read."]
+    assert odd_section(report(results)) == [
+        "Nothing odd was found when the data were read. What the test repeats of the training is "
+        "under Leaks."
+    ]
 
 
 def test_the_report_tells_no_leak_from_a_leak_that_is_not_known(saved):

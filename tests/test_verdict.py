@@ -106,7 +106,7 @@ def test_undecided_says_about_how_many_users_would_decide():
     personal, sentence = answer(0.02 + noise)
     assert personal == "undecided"
     users = re.fullmatch(
-        r"Undecided: 20 unseen users cannot tell, about ([\d,]+) would.", sentence
+        r"Undecided: 20 unseen users cannot tell, about ([\d,]+) could if .+", sentence
     )[1]
     half_width = 1.96 * noise.std() / 20**0.5
     users = int(users.replace(",", ""))
@@ -116,7 +116,7 @@ def test_undecided_says_about_how_many_users_would_decide():
 
 @pytest.mark.parametrize("part", [LARGE, NONE, LARGE[:5]])
 def test_what_is_decided_or_hopeless_names_no_number_of_users_that_would_decide(part):
-    assert "would" not in answer(part)[1]
+    assert "could if" not in answer(part)[1]
 
 
 @pytest.mark.parametrize("kind", ["by_prompt", "by_answers", "by_features"])
@@ -148,7 +148,7 @@ def test_if_the_test_repeats_the_training_more_users_are_not_said_to_decide():
     assert "and a control" in answer(UNCLEAR, tossed=ABOVE_CHANCE)[1]
     for leaks in (NO_LEAKS, {"by_answers": 0.001}):
         assert "repeat" not in answer(UNCLEAR, leaks=leaks)[1]
-        assert "would" in answer(UNCLEAR, leaks=leaks)[1]
+        assert "could if" in answer(UNCLEAR, leaks=leaks)[1]
 
 
 def test_if_validation_chose_one_reward_for_everybody_the_answer_is_no():
@@ -236,7 +236,9 @@ def test_many_pairs_of_equal_sides_leave_a_no_undecided_and_a_yes_as_it_is():
 def test_with_many_pairs_of_equal_sides_nothing_is_said_about_chance_or_the_head():
     low = [model(0, accuracy=0.2), model(2, NONE, accuracy=0.3)]
     blamed = text_of(low, equal_pairs=FEW)
-    assert "no better than chance" in blamed and "is it the model's reward head?" in blamed
+    assert (
+        "no better than chance" in blamed and "check that it is the model's reward head" in blamed
+    )
     text = text_of(low, equal_pairs=MANY)
     assert "the reference (K = 0) 0.200." in text
     assert "chance" not in text and "head" not in text
@@ -341,7 +343,7 @@ def test_comparisons_are_of_the_same_alpha():
 
 
 def test_a_reference_at_chance_is_questioned_and_a_better_one_is_not():
-    asked = " chance (is it the model's reward head?)"
+    asked = " chance (check that it is the model's reward head)"
     for low, high, said in (
         (0.48, 0.55, ", which cannot be told from" + asked),
         (0.40, 0.45, ", which is below" + asked),
@@ -432,7 +434,7 @@ TWO_ALPHAS = [model(1), model(2, LARGE), model(2, LARGE, alpha=0.01)]
 
 
 def test_a_test_that_repeats_the_training_is_to_be_cleaned_first():
-    cleaned = "take what repeats the training out of the test, and run again."
+    cleaned = "keep all copies of a pair on one side of the split, and run again."
     for options in (dict(leaks={"by_answers": 0.01}), dict(tossed=ABOVE_CHANCE)):
         for models in ([model(1)], [model(2, LARGE)], TWO_ALPHAS):
             assert next_step(models, **options) == cleaned
