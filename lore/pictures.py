@@ -385,7 +385,7 @@ def describe_reading(results: Results, reading: Entry, shown: int) -> str:
     return (
         f"{describe_users(results)}; {model}\n"
         "how a column's weight goes with choosing more of an attribute\n"
-        f"framed: p < {FOUND:g} for all fields together; hatched: below 0"
+        f"framed: p < {FOUND:g}, corrected for all fields; hatched: below 0"
     )
 
 

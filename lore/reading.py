@@ -529,7 +529,7 @@ def read_attributes(fit: Fit, others: list[Fit], study: Study) -> Part:
     )
     notes.append(
         f"With {len(users)} unseen users, a correlation of weights and attributes must be above "
-        f"{association.threshold:.2f} to be told from chance."
+        f"{association.threshold:.2f} or below -{association.threshold:.2f} to be told from chance."
     )
     weighed_most = weights[:, :columns].argmax(1)
     found = [

@@ -48,7 +48,7 @@ def first_line(personal: str, reading: Entry) -> list[str]:
     if reading["attributes"] is None:
         return []
     tastes = [
-        f"{', '.join(phrases_of(column))} (column {column['column']})"
+        f"some choose {', '.join(phrases_of(column))} (column {column['column']})"
         for column in reading["columns"]
         if column["attributes"]
     ]
@@ -93,12 +93,12 @@ def attributes_part(reading: Entry) -> list[str]:
     if found:
         parts = [
             "The weights of the unseen users go with these attributes of the texts that they "
-            "choose. A p holds for all columns and attributes together. These users cannot tell "
-            "the attributes in brackets from the one before them.",
+            "choose. A p holds for all columns and attributes together. With so few users the "
+            "attributes in brackets cannot be told from the one before them.",
             bullets(*found),
         ]
     else:
-        parts = ["The weights of the unseen users go with none of the attributes of texts."]
+        parts = ["No correlation of weights and attributes can be told from chance."]
     alike = [
         name for name, values in zip(table["names"], zip(*table["correlation"])) if not any(values)
     ]
@@ -111,13 +111,15 @@ def attributes_part(reading: Entry) -> list[str]:
 
 
 def shares_in_words(entry: Entry) -> str:
-    """How often the text with more of the attribute is chosen; empty if that is not known."""
+    """How often what the column goes with is chosen; empty if that is not known."""
     own, others = entry["share_of_its_users"], entry["share_of_others"]
     if own is None or others is None:
         return ""
+    if entry["correlation"] < 0:  # the shares are those of the text with more of the attribute
+        own, others = 1 - own, 1 - others
     return (
-        f"; those who weigh it most choose the text with more of it in {100 * own:.0f} % of their "
-        f"pairs, the others in {100 * others:.0f} %"
+        f"; those who weigh it most choose {entry['phrase']} in {100 * own:.0f} % of the pairs "
+        f"that differ in this, the others in {100 * others:.0f} %"
     )
 
 

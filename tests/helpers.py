@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from layout import DATA_SETS, ROOT, product_files
 
@@ -72,6 +73,23 @@ def planted_pairs(
             wins = margins > 0
         features.append(torch.where(wins[:, None], X, -X))
     return features
+
+
+# ---- What the installed versions can do
+
+
+def safetensors_writes(dtype: torch.dtype) -> bool:
+    """Whether safetensors writes tensors of this type; old versions write no complex numbers."""
+    try:
+        safetensors.torch.save({"tensor": torch.ones(1, dtype=dtype)})
+    except KeyError:
+        return False
+    return True
+
+
+writes_complex = pytest.mark.skipif(
+    not safetensors_writes(torch.complex64), reason="this safetensors writes no complex numbers"
+)
 
 
 # ---- Expected errors

@@ -31,7 +31,7 @@ from demos import (
     without_forward,
     write_rows,
 )
-from helpers import ROOT, call, input_error, load_script, refused, sign_again
+from helpers import ROOT, call, input_error, load_script, refused, sign_again, writes_complex
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -261,7 +261,9 @@ def test_a_study_has_the_population_of_the_demo_and_names_it(ran):
     "changes",
     [
         {"embeddings": torch.ones(16, 4, dtype=torch.int64)},
-        {"embeddings": torch.ones(16, 4, dtype=torch.complex64)},
+        pytest.param(
+            {"embeddings": torch.ones(16, 4, dtype=torch.complex64)}, marks=writes_complex
+        ),
         {"embeddings": torch.ones(16, 4).to(torch.float8_e4m3fn)},
         {"embeddings": torch.tensor(1.0)},
         {"embeddings": torch.ones(16)},
