@@ -461,7 +461,7 @@ def with_columns(kind: type[Row], columns: list[str]) -> type[Row]:
 def check_own_columns(names: set[str], path: Path) -> list[str]:
     """A note on the columns that are not read, each with the known one that it may be meant for.
 
-    Raises InputError: a column is missing.
+    Raises InputError: a column is missing, or there under two of its names.
     """
     known = columns_of(OwnRow).keys()
 
@@ -472,7 +472,13 @@ def check_own_columns(names: set[str], path: Path) -> list[str]:
     unread = ", ".join(in_words(name) for name in sorted(names - known))
     for column, info in OwnRow.model_fields.items():
         choices = getattr(info.validation_alias, "choices", [column])
-        if info.is_required() and not names & set(choices):
+        present = [choice for choice in choices if choice in names]
+        if len(present) > 1:  # only the first would be read, such as a prompt without its context
+            raise InputError(
+                f"{path}, row 1: {column}: {' and '.join(map(repr, present))} are names of the "
+                "same column; leave out or rename all but one"
+            )
+        if info.is_required() and not present:
             raise InputError(
                 f"{path}, row 1: {column}: no such column, and these are not known: "
                 f"{unread or 'none'}; expected is the schema of {OwnRow.dataset}"

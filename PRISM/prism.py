@@ -4,6 +4,7 @@ PRISM is a survey of people and their conversations with language models. In eac
 conversation a person read up to four responses and chose one. A row of our files is one turn.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,7 +27,7 @@ from lore.files import (
 )
 from lore.normal_forms import Id, answer_digest, prompt_key
 from lore.reading import is_missing, is_number
-from lore.rows import are_messages, parse_rows, read_rows, split_files
+from lore.rows import LocatedRow, are_messages, parse_rows, read_rows, split_files
 from lore.study import PARTS, Study
 from utils import InputError, create_dataset_prism, group_by_dialog, is_finite, turn_pairs
 
@@ -112,24 +113,30 @@ class Conversation(BaseModel):
     conversation_history: list[Message]
 
 
-def source_file(folder: Path | None, name: str) -> Path:
-    """The path of `name`.jsonl, in a folder or, if that is None, downloaded from the hub.
+def source_files(folder: Path | None, name: str) -> list[Path]:
+    """`name`.jsonl or all its shards, in a folder or, if that is None, downloaded from the hub.
 
     name: "survey" or "conversations". A folder may also hold the other formats that `read_rows`
     reads. Raises InputError: not in the folder, several there, not served by the hub.
     """
     if folder is not None:
-        return split_files(folder, **{name: [name]})[name][0]
+        return split_files(folder, **{name: [name]})[name]
 
     from huggingface_hub import hf_hub_download  # only the download needs it
 
     try:
-        return Path(hf_hub_download(DATASET, f"{name}.jsonl", repo_type="dataset"))
+        return [Path(hf_hub_download(DATASET, f"{name}.jsonl", repo_type="dataset"))]
     except Exception as error:  # no network, no such file, no access: each has its own class
         raise InputError(
             f"data set {DATASET}, {name}.jsonl: the hub did not serve it ({type(error).__name__}); "
             "check the network, or give a downloaded copy with --data"
         ) from None
+
+
+def source_rows(paths: list[Path], schema: type[BaseModel]) -> Iterator[LocatedRow]:
+    """The rows of a file or of all its shards, with their places; errors: as of `read_rows`."""
+    for path in paths:
+        yield from read_rows(path, schema)
 
 
 def read_conversations(
@@ -142,12 +149,12 @@ def read_conversations(
     Raises InputError that names file, row and field; also if a user or a conversation is there
     twice, or the user of a conversation is not in the survey.
     """
-    survey = source_file(folder, "survey")
-    conversations = source_file(folder, "conversations")
+    survey = source_files(folder, "survey")
+    conversations = source_files(folder, "conversations")
 
     surveyed = set()
     active = []
-    for where, user in parse_rows(read_rows(survey, User), User, DATASET):
+    for where, user in parse_rows(source_rows(survey, User), User, DATASET):
         if user.user_id in surveyed:
             raise InputError(
                 f"{where}: user {user.user_id} is in the file twice; remove one of the two rows"
@@ -158,7 +165,7 @@ def read_conversations(
     conversations_per_user: dict[str, list[Conversation]] = {user: [] for user in active[:limit]}
 
     known_ids = set()
-    rows = read_rows(conversations, Conversation)
+    rows = source_rows(conversations, Conversation)
     for where, conversation in parse_rows(rows, Conversation, DATASET):
         if conversation.conversation_id in known_ids:
             raise InputError(
@@ -168,7 +175,7 @@ def read_conversations(
         if conversation.user_id not in surveyed:
             raise InputError(
                 f"{where}: conversation {conversation.conversation_id} is of user "
-                f"{conversation.user_id}, who is not in {survey}; take both files of one release"
+                f"{conversation.user_id}, who is not in {survey[0]}; take both files of one release"
             )
         known_ids.add(conversation.conversation_id)
         if conversation.user_id in conversations_per_user:
@@ -181,7 +188,7 @@ def read_survey(folder: Path | None) -> dict[str, dict[str, Any]]:
 
     folder: as of `read_conversations`. Raises InputError that names file, row and field.
     """
-    rows = read_rows(source_file(folder, "survey"), Answers)
+    rows = source_rows(source_files(folder, "survey"), Answers)
     return {row.user_id: answers_of(row) for _, row in parse_rows(rows, Answers, DATASET)}
 
 

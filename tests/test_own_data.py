@@ -309,6 +309,23 @@ def test_a_file_that_cannot_be_split_is_refused(monkeypatch, capsys, rows, tmp_p
     check(rows, "test_share", test_share=1.5)
 
 
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("prompt", "context"), ("user", "worker"), ("conversation", "conversation_id")],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_a_column_under_two_names_is_refused(
+    monkeypatch, capsys, rows, tmp_path, name, other, suffix
+):
+    both = pd.DataFrame(rows).assign(**{name: rows[0].get(name, "c1"), other: "another"})
+    path = tmp_path / f"mine{suffix}"
+    if suffix == ".csv":
+        both.to_csv(path, index=False)
+    else:
+        both.to_json(path, orient="records", lines=True)
+    is_refused(monkeypatch, capsys, path, tmp_path / "out", name, f"{other!r}", "same column")
+
+
 SAID = {role: [{"role": role, "content": "Go on."}] for role in ("user", "assistant", "tool")}
 
 

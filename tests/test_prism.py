@@ -607,6 +607,20 @@ def test_an_unusable_command_line_is_one_line(monkeypatch, capsys, tmp_path, arg
     refused(monkeypatch, capsys, script("prepare"), [*arguments, "--dir", tmp_path], named)
 
 
+def test_all_shards_of_both_files_are_read(tmp_path):
+    whole = ROOT / "PRISM" / "demo"
+    for name, suffix in (("survey", "csv"), ("conversations", "jsonl")):
+        rows = [row for _, row in lore.rows.read_rows(whole / f"{name}.jsonl.gz")]
+        for number, part in enumerate((rows[:20], rows[20:30], rows[30:])):
+            path = tmp_path / f"{name}-0000{number}-of-00003.{suffix}"
+            if suffix == "csv":
+                pd.DataFrame(part).to_csv(path, index=False)
+            else:
+                path.write_text("".join(json.dumps(row) + "\n" for row in part))
+    assert prism.read_conversations(tmp_path) == prism.read_conversations(whole)
+    assert set(prism.read_survey(tmp_path)) == set(prism.read_survey(whole))
+
+
 def test_a_survey_twice_in_a_folder_is_refused(monkeypatch, capsys, ran, tmp_path):
     for path in ran.data.glob("*.gz"):
         shutil.copy(path, tmp_path)
