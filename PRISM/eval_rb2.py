@@ -328,7 +328,7 @@ def find_model(path: Path) -> Path:
     """The file at `path`, or, if that is a folder of results, that of the model chosen there.
 
     Raises InputError that lists the models beside it: no such file, or a folder in which validation
-    chose none.
+    chose none, or one that is not there.
     """
     if path.is_file():
         return path
@@ -340,8 +340,10 @@ def find_model(path: Path) -> Path:
         results = path / "results.json"
         if results.exists():
             chosen = load_json(results, chosen=dict).get("chosen", {}).get("file")
-            if chosen is not None:
+            if isinstance(chosen, str) and (path / chosen).is_file():
                 return path / chosen
+            if chosen is not None:
+                problem = f"validation chose {chosen!r:.100}, which is no file in it"
     kinds = (".pt", ".npy", ".safetensors")
     models = sorted(model.name for model in folder.glob("[!.]*") if model.suffix in kinds)
     listed = ", ".join(models) or "no models"
@@ -445,15 +447,22 @@ def check_same_model(path: Path, model_name: str) -> None:
         )
 
 
-def check_same_fit(heads_path: Path | None, weights_path: Path) -> None:
-    """Raise InputError if both files say of which fit they are, and these differ."""
-    if heads_path is None:
-        return
-    of_heads = read_provenance(heads_path)
+def check_same_fit(heads: torch.Tensor, heads_path: Path | None, weights_path: Path) -> None:
+    """Raise InputError if the weights are of another fit than the heads, as far as this shows.
+
+    heads: `[d, K]`, as read from `heads_path`.
+    """
     of_weights = read_provenance(weights_path)
-    if of_heads is None or of_weights is None:
+    if heads_path is None or of_weights is None:
         return
-    if any(of_heads.get(key) != of_weights.get(key) for key in ("K", "alpha", "seed")):
+    # Rank, alpha and seed are not enough, as a run on other data may have the same. A file of
+    # weights holds the basis that they belong to.
+    V = load_tensors(weights_path)[0].get("V")
+    differ = V is not None and not torch.equal(V.float(), heads)
+    of_heads = read_provenance(heads_path)
+    if of_heads is not None:
+        differ |= any(of_heads.get(key) != of_weights.get(key) for key in ("K", "alpha", "seed"))
+    if differ:
         raise InputError(
             f"{weights_path}: weights of another fit than {heads_path}; give the same file twice"
         )
@@ -485,7 +494,7 @@ def main() -> None:
     weights = None
     if args.user_weights is not None:
         weights = read_user_weights(args.user_weights, args.model, K=heads.shape[1])
-        check_same_fit(args.rm_head, args.user_weights)
+        check_same_fit(heads, args.rm_head, args.user_weights)
         weights = weights.double().numpy()
 
     conversations = [

@@ -69,10 +69,11 @@ def _check_same_model(model_name: str | Path, run_info: dict[str, Any]) -> None:
 def check_rank(V: torch.Tensor, run_info: dict[str, Any]) -> None:
     """Raise InputError if a basis `[d, K]` has more columns than the rank that its run had.
 
-    It may have fewer, as columns that no user needs are removed.
+    It may have fewer, as columns that no user needs are removed. The reference, rank 0, has one:
+    the reward head.
     """
     rank = run_info.get("K")
-    if rank is not None and rank < V.shape[1]:
+    if rank is not None and max(rank, 1) < V.shape[1]:
         raise InputError(
             f"V has {V.shape[1]} columns, and its run had the rank {rank}; give the `about` of "
             "this basis"

@@ -430,7 +430,9 @@ def head_names(names: Iterable[str]) -> list[str]:
 
 def hold_adapter(names: Iterable[str]) -> bool:
     """Whether tensors of these names are those of a model that still wraps its adapter."""
-    return any(".lora_" in name for name in names)
+    # The last two are names that peft gives to the layers it wraps, whatever the kind of adapter.
+    marks = (".lora_", ".base_layer.", ".modules_to_save.")
+    return any(mark in name for name in names for mark in marks)
 
 
 def _check_shards_beside_are_equal(what: str, folder: Path) -> None:

@@ -26,6 +26,8 @@ Conversation = list[dict[str, str]]
 # Some templates print today's date. They get this one, Llama 3.1's own default, so that embeddings
 # do not depend on the day.
 TEMPLATE_DATE = time.strptime("2024-07-26", "%Y-%m-%d")
+DATE_CALL = re.compile(r"""strftime_now\s*\(\s*(['"])([^'"]*)\1\s*\)""")  # a text is the format
+ANY_DATE_CALL = re.compile(r"strftime_now\s*\(")
 TEXTS_AT_ONCE = 256  # conversations that are formatted before they are tokenized
 
 ID_FORMAT = ">u4"  # of an id in a sequence
@@ -114,7 +116,8 @@ def group_equal(
 def dated_template(tokenizer: "PreTrainedTokenizerBase") -> str:
     """The tokenizer's chat template, with TEMPLATE_DATE in place of today's date.
 
-    Raises InputError: several templates, and none is named default; one that is no text.
+    Raises InputError: several templates, and none is named default; one that is no text; one that
+    computes the format of the date.
     """
     template = tokenizer.chat_template
     if isinstance(template, dict):
@@ -132,7 +135,14 @@ def dated_template(tokenizer: "PreTrainedTokenizerBase") -> str:
         date_format = call[2]
         return repr(time.strftime(date_format, TEMPLATE_DATE))
 
-    return re.sub(r"""strftime_now\((['"])(.*?)\1\)""", as_text, template)
+    template = DATE_CALL.sub(as_text, template)
+    if ANY_DATE_CALL.search(template):
+        raise InputError(
+            "the model's chat template writes today's date in a format that it computes, so "
+            "embeddings would depend on the day; write a format in quotes into each call of "
+            "strftime_now"
+        )
+    return template
 
 
 def format_conversation(

@@ -76,14 +76,14 @@ def _read_head(checkpoint: Checkpoint) -> torch.Tensor:
     shapes = [tuple(head.get_shape()) for head in stored]
     if len(shapes) == 1 and len(shapes[0]) == 2 and shapes[0][0] == 1 and shapes[0][1] > 0:
         head = stored[0][:].float()  # (1, d)
-        if head.isfinite().all():
+        if head.isfinite().all() and head.any():  # all zeros: nobody has filled it
             return head.T.contiguous()  # (d, 1)
     remedy = "give a sequence-classification checkpoint"
     if hold_adapter(files):
         remedy = f"an adapter is among its weights; {MERGE}"
     raise InputError(
-        f"model {checkpoint.name}: needs exactly one scalar reward head, of finite values; its "
-        f"score.weight has the shapes {shapes}; {remedy}"
+        f"model {checkpoint.name}: needs exactly one scalar reward head, of finite values, not all "
+        f"0; its score.weight has the shapes {shapes}; {remedy}"
     )
 
 
@@ -253,6 +253,7 @@ def _loading_options(
         # Weights that do not fit are no error of transformers: `_unread_weights` finds them.
         output_loading_info=True,
         ignore_mismatched_sizes=True,
+        return_dict=True,  # a config may say otherwise, and transformers' own heads then fail
     )
     if attention not in (None, "flash_attention_2"):
         options["attn_implementation"] = attention

@@ -15,6 +15,7 @@ import lore.checkpoint
 import lore.reward_model
 import utils
 from lore.checkpoint import WEIGHTS, inspect_checkpoint
+from lore.embedding import embed_conversations
 from lore.export import export_reward_model
 from lore.files import ARCHIVES
 from lore.reward_model import (
@@ -601,6 +602,17 @@ NOT_LOADED = {  # the head can be read, and the whole model cannot be loaded
         ),
         ["adapter", MERGE],
     ),
+    "a trained adapter of another kind among the weights": (
+        lambda f: save_single(
+            f,
+            {
+                name.replace("q_proj", "q_proj.base_layer"): tensor
+                for name, tensor in tensors_of(f).items()
+            }
+            | {"model.layers.0.self_attn.q_proj.ia3_l.default": torch.ones(D, 1)},
+        ),
+        ["adapter", MERGE],
+    ),
     "weights that an old quantiser packed": (
         lambda f: save_single(
             f,
@@ -752,6 +764,22 @@ def test_a_head_that_an_adapter_wraps_is_refused(folder, tmp_path):
     tensors["model.layers.0.self_attn.q_proj.lora_A.default.weight"] = torch.ones(4, D)
     save_single(folder, tensors)
     check_refused(folder, tmp_path, "reward head", "adapter", MERGE, by=["head", "export"])
+    # Some adapters are on the head alone.
+    del tensors["model.layers.0.self_attn.q_proj.lora_A.default.weight"]
+    save_single(folder, tensors)
+    check_refused(folder, tmp_path, "reward head", "adapter", MERGE, by=["head", "export"])
+
+
+def test_a_head_of_zeros_is_refused(folder, tmp_path):
+    save_single(folder, tensors_of(folder) | {"score.weight": torch.zeros(1, D)})
+    check_refused(folder, tmp_path, "reward head", "not all 0", by=["head", "export"])
+
+
+def test_a_config_that_asks_for_tuples_changes_no_states(folder, tokenizer):
+    expected = embed_conversations([CONVERSATION], load_reward_model(folder)[0], tokenizer)
+    change_json(folder / "config.json", return_dict=False)
+    found = embed_conversations([CONVERSATION], load_reward_model(folder)[0], tokenizer)
+    assert torch.equal(found, expected)
 
 
 def test_a_head_beyond_float32_is_refused(folder, tmp_path):

@@ -27,13 +27,20 @@ import lore.prefix_attention
 import lore.reward_model
 import lore.scripts
 from lore.batching import Shard, next_batch_size, tokens_of_batches
-from lore.conversations import group_equal, to_sequence, tokenize_conversations, tokenize_to_bytes
+from lore.conversations import (
+    dated_template,
+    group_equal,
+    to_sequence,
+    tokenize_conversations,
+    tokenize_to_bytes,
+)
 from lore.embedding import embed_conversations, embed_distinct
 from lore.prefix_attention import common_prefix, paths_through_row
 from lore.reward_model import (
     load_released_reference,
     load_reward_head,
     load_reward_model,
+    load_tokenizer,
     model_identity,
 )
 
@@ -1407,6 +1414,32 @@ def test_a_template_gets_a_fixed_date(checkpoint):
     (dated,) = tokenize_conversations([conversation("x", "y")], tokenizer)
     assert tokenizer.decode(dated).count("26 Jul 2024, 2024-07-26") == 2
     assert expected[:8] == dated[:8]
+
+
+@pytest.mark.parametrize(
+    "call", ["strftime_now( '%d %b %Y' )", 'strftime_now ("%d %b %Y")'], ids=["inside", "before"]
+)
+def test_white_space_in_a_templates_call_for_the_date_changes_nothing(checkpoint, call):
+    tokenizer = load_tokenizer(checkpoint)
+    tokenizer.chat_template = "{{ " + call + " }}"
+    assert dated_template(tokenizer) == "{{ '26 Jul 2024' }}"
+
+
+@pytest.mark.parametrize("call", ["strftime_now(f)", "strftime_now('%d ' + '%Y')"])
+def test_a_template_that_computes_the_format_of_the_date_is_refused(checkpoint, call):
+    tokenizer = load_tokenizer(checkpoint)
+    tokenizer.chat_template = "{% set f = '%d %b %Y' %}{{ " + call + " }}"
+    with input_error("chat template", "depend on the day", "strftime_now"):
+        tokenize_conversations([conversation("x", "y")], tokenizer)
+
+
+def test_a_template_that_asks_whether_there_is_a_date_is_taken(checkpoint):
+    tokenizer = load_tokenizer(checkpoint)
+    expected = tokenize_conversations([conversation("x", "y")], tokenizer)
+    tokenizer.chat_template = "{% if strftime_now is defined %}{% endif %}" + (
+        tokenizer.chat_template
+    )
+    assert tokenize_conversations([conversation("x", "y")], tokenizer) == expected
 
 
 def test_of_several_templates_the_one_named_default_is_taken(checkpoint):

@@ -1492,6 +1492,14 @@ def test_if_no_model_was_chosen_or_named_those_that_are_there_are_listed(tmp_pat
         find_model(tmp_path / "nowhere" / "K_3.safetensors")
 
 
+@pytest.mark.parametrize("file", ["K_9.safetensors", "", ".", 5, ["a"], {}], ids=repr)
+def test_a_chosen_model_that_is_no_file_of_the_folder_is_named(tmp_path, file):
+    folder = chosen_results(tmp_path / "results", file)
+    (folder / "K_3.safetensors").write_text("")
+    with input_error(f"{folder}: validation chose", repr(file), "has K_3.safetensors"):
+        script("eval_rb2").find_model(folder)
+
+
 def test_a_basis_of_another_model_is_refused(
     monkeypatch, capsys, ran, demo_eval, rewardbench, tmp_path
 ):
@@ -1557,6 +1565,14 @@ def test_the_demo_takes_no_other_model_or_data(monkeypatch, capsys, tmp_path, op
             ["--rm_head", "basis.safetensors", "--user_weights", "other_seed.safetensors"],
             ["other_seed", "another fit"],
         ),
+        (
+            ["--rm_head", "basis.safetensors", "--user_weights", "other_data.safetensors"],
+            ["other_data", "another fit"],
+        ),
+        (
+            ["--rm_head", "basis.pt", "--user_weights", "other_data.safetensors"],
+            ["other_data", "another fit"],
+        ),
         (["--rm_head", "basis.pt", "--user_weights", "empty.pt"], ["empty.pt"]),
         (["--save_csv", "."], ["--save_csv"]),
     ],
@@ -1580,6 +1596,8 @@ def test_unusable_heads_and_options_are_one_line(
         lore.files.save_torch(tmp_path / name, matrix)
     equal_weights = torch.full((5, 3), 1 / 3)
     lore.files.save_tensors(tmp_path / "other_seed.safetensors", {"W": equal_weights}, seed=17)
+    other_data = {"W": equal_weights, "V": torch.ones(64, 3)}  # of a run with the same settings
+    lore.files.save_tensors(tmp_path / "other_data.safetensors", other_data)
 
     arguments = [tmp_path / a if "." in str(a) and "/" not in str(a) else a for a in arguments]
     before = content_of(tmp_path)

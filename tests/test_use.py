@@ -533,6 +533,15 @@ def test_a_basis_of_another_model_or_a_lower_rank_is_refused(single, basis, tmp_
     assert not (tmp_path / "export").exists()
 
 
+def test_the_reference_is_used_as_a_basis_of_one_column(single, tmp_path):
+    file = tmp_path / "K_0.safetensors"
+    head = load_reward_head(single)
+    save_tensors(file, {"V": head}, **run_info_of(single, K=0))
+    export_reward_model(tmp_path / "export", single, file)
+    assert torch.equal(load_reward_head(tmp_path / "export"), head)
+    personal_reward(single, file, {"ada": [1.0]}, device="cpu")
+
+
 @BOTH_USES
 def test_a_model_with_another_head_is_another_model(single, basis_file, tmp_path, use):
     other = shutil.copytree(single, tmp_path / "other")
