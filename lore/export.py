@@ -22,7 +22,7 @@ from lore.checkpoint import (
     one_line,
     open_safetensors,
 )
-from lore.conversations import tokenize_conversations
+from lore.conversations import dated_template, tokenize_conversations
 from lore.embedding import embed_conversations
 from lore.files import (
     atomic_write,
@@ -58,11 +58,12 @@ LARGEST_ERROR = 1e-4  # of the logits, relative: what float32 rounds is below it
 
 # Files of a tokenizer that name its special tokens
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+TEMPLATE_FILE = "chat_template.jinja"  # older versions keep the template in tokenizer_config.json
 TOKENIZER_FILES = (
     *TOKENIZER_SETTINGS,
     "tokenizer.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    TEMPLATE_FILE,
     "chat_template.json",
 )
 
@@ -259,6 +260,7 @@ def _classifier_config(
         "id2label": dict(enumerate(names)),
         "label2id": {name: k for k, name in enumerate(names)},
         "problem_type": "regression",  # with another, servers apply a sigmoid or softmax
+        "return_dict": True,  # a config may say otherwise, and transformers' own heads then fail
     }
     if isinstance(config.get("text_config"), dict):  # of a model of text and images: its own token
         text_config = {**config["text_config"], "pad_token_id": pad_token.token_id}
@@ -269,11 +271,14 @@ def _classifier_config(
 def _write_tokenizer(
     folder: Path, model_name: str | Path, tokenizer: PreTrainedTokenizerBase, pad_token: PadToken
 ) -> None:
-    """Copy the checkpoint's tokenizer files, with another token to pad with.
+    """Copy the checkpoint's tokenizer files, with another token to pad with and a fixed date.
 
-    They are not written by `tokenizer.save_pretrained`, whose files older versions of transformers
-    may not read.
+    Some chat templates print today's date. The rewards would depend on the day, so the export gets
+    the template that embeddings are made with, of several the one for plain chats.
+    The files are not written by `tokenizer.save_pretrained`, as older versions of transformers may
+    not read what it writes.
     """
+    template = dated_template(tokenizer)
     names = {*tokenizer.vocab_files_names.values(), *TOKENIZER_FILES}
     checkpoint = checkpoint_folder(model_name, *names)
     for name in names:
@@ -281,7 +286,12 @@ def _write_tokenizer(
             continue
         if name in TOKENIZER_SETTINGS:
             settings = load_json(checkpoint / name)
-            save_json(folder / name, {**settings, "pad_token": pad_token.content})
+            settings["pad_token"] = pad_token.content
+            if "chat_template" in settings:
+                settings["chat_template"] = template
+            save_json(folder / name, settings)
+        elif name == TEMPLATE_FILE:
+            save_text(folder / name, template)
         else:
             shutil.copyfile(checkpoint / name, folder / name)
 

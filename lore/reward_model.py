@@ -41,6 +41,9 @@ DOWN_PROJECTION = re.compile(r".*layers\.(\d{1,9})\.mlp\.down_proj\.weight$")
 # The files that a tokenizer's identity depends on
 TOKENIZER_FILE = re.compile(r"token|template|vocab|merges|spiece|\.jinja$")
 
+# The name of a file in the folder blobs of the hub's cache: a digest of the file's content
+BLOB_NAME = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
 # What to do if transformers does not know a model
 OTHER_VERSION = "give a checkpoint that this version loads, or install the version that wrote it"
 
@@ -402,7 +405,7 @@ def _file_digest(path: Path) -> str:
     status = path.stat()
     key = f"{target} {status.st_size} {status.st_mtime_ns}"
     if not _known_digests.get(key):
-        in_hub_cache = target.parent.name == "blobs"  # files there are named by their digest
+        in_hub_cache = target.parent.name == "blobs" and BLOB_NAME.fullmatch(target.name)
         _known_digests[key] = target.name if in_hub_cache else digest_of(target)
     return _known_digests[key]
 

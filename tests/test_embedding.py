@@ -1501,6 +1501,12 @@ def test_digests_of_files_are_remembered_until_the_files_change(checkpoint, tmp_
     assert weights in digested
 
 
+def test_a_folder_that_is_called_as_the_hubs_is_known_by_its_contents(checkpoint, tmp_path):
+    folder = tmp_path / "blobs"
+    shutil.copytree(checkpoint, folder)
+    assert model_identity(folder) == model_identity(checkpoint)
+
+
 def test_a_checkpoint_in_the_hubs_cache_is_found_offline_and_named_by_its_blobs(
     checkpoint, tmp_path
 ):

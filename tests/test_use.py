@@ -317,6 +317,39 @@ def test_a_tokenizer_without_a_spare_token_is_refused_with_the_reason(single, ba
     assert not (tmp_path / "export").exists()
 
 
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+def test_an_export_has_the_date_that_embeddings_are_made_with(single, basis, tmp_path, place):
+    V, _ = basis
+    model = tmp_path / "model"
+    shutil.copytree(single, model)
+    template = "{{ strftime_now('%d %b %Y') }}" + load_tokenizer(single).chat_template
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    change_json(model / "tokenizer_config.json", chat_template=None)
+    if place == "chat_template.jinja":
+        (model / place).write_text(template)
+    else:
+        change_json(model / place, chat_template=template)
+    try:
+        load_tokenizer(model)
+    except utils.InputError:  # no template: transformers 4.46 knows no file of templates
+        pytest.skip(f"this transformers reads no template from {place}")
+
+    export_reward_model(tmp_path / "export", model, V)
+    exported = load_tokenizer(tmp_path / "export")
+    text = exported.apply_chat_template([message("user", "Hello")], tokenize=False)
+    assert text.startswith("26 Jul 2024")
+
+
+def test_an_export_of_a_config_that_asks_for_tuples_answers_servers(single, basis, tmp_path):
+    V, _ = basis
+    model = tmp_path / "model"
+    shutil.copytree(single, model)
+    change_json(model / "config.json", return_dict=False)
+    export_reward_model(tmp_path / "export", model, V)
+    whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "export")
+    assert whole(torch.tensor([[5, 6, 7]])).logits.shape == (1, K)
+
+
 def test_a_model_with_code_of_its_own_is_refused_with_the_reason(single, basis, tmp_path):
     V, _ = basis
     model = shutil.copytree(single, tmp_path / "model")
