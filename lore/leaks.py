@@ -7,7 +7,6 @@ The parts of this module, in their order:
 """
 
 import functools
-import hashlib
 import itertools
 import unicodedata
 from collections.abc import Hashable, Iterable, Iterator
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from lore.normal_forms import answer_digest
+from lore.normal_forms import answer_digest, key_of
 from lore.study import Features, Study
 from utils import (
     SEEN_TEST,
@@ -106,11 +105,6 @@ def identity_of_answers(texts: tuple[str, str]) -> tuple[int, bool]:
     # The length is there because ("ab", "c") and ("a", "bc") are not equal.
     key = key_of(f"{len(first)} {first}{second}".encode(errors="surrogatepass"))
     return key, plain_text(texts[0]) != first
-
-
-def key_of(content: bytes) -> int:
-    """A hash of 64 bits, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def identities_of_features(features: Features) -> list[Identity]:

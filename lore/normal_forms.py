@@ -104,8 +104,12 @@ def answer_key(answer: Turns) -> str:
 
 def answer_digest(answer: str) -> int:
     """64 bits of an answer that are equal for answers that are equal to a reader."""
-    content = as_read(answer).encode(errors="surrogatepass")  # it may hold half a surrogate pair
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
+    return key_of(as_read(answer).encode(errors="surrogatepass"))  # half a surrogate pair, too
+
+
+def key_of(content: bytes) -> int:
+    """A hash of 64 bits, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def _turns_key(messages: list[dict]) -> str:
