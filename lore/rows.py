@@ -52,7 +52,12 @@ def is_csv(path: Path) -> bool:
 
 
 def data_files(folder: Path) -> list[Path]:
-    """The parquet, JSON lines and CSV files in a folder, in order."""
+    """The parquet, JSON lines and CSV files in a folder, in order.
+
+    Raises InputError: no such folder.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder or file; give the one that holds the data")
     return sorted(path for path in folder.glob("*") if DATA_FILE.search(path.name))
 
 
@@ -66,10 +71,8 @@ def split_files(folder: Path | str, **words: list[str]) -> dict[str, list[Path]]
     a file belongs to two splits.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder or file; give the one that holds the data")
     paths = data_files(folder)
-    names = ", ".join(path.name for path in paths) or "no parquet, jsonl or csv file"
+    names = _names_in(paths)
 
     files_of = {}
     for split, split_words in words.items():
@@ -94,20 +97,22 @@ def files_of_splits(folder: Path | str, **words: list[str]) -> dict[str | None, 
     which are given under None.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder or file; give the one that holds the data")
     paths = data_files(folder)
     words_of_paths = set().union(*(_words_in(path.name) for path in paths))
     present = {split: names for split, names in words.items() if words_of_paths & set(names)}
     if len(present) > 1:
         return split_files(folder, **present)
     if not _is_whole(paths):
-        names = ", ".join(path.name for path in paths) or "no parquet, jsonl or csv file"
         raise InputError(
             f"{folder}: one file is needed, or all its shards, or a file for each of "
-            f"{', '.join(words)}; it holds {names}; give one of them"
+            f"{', '.join(words)}; it holds {_names_in(paths)}; give one of them"
         )
     return {None: sorted(paths, key=_shard_number)}
+
+
+def _names_in(paths: list[Path]) -> str:
+    """The names of the data files in a folder, for messages."""
+    return ", ".join(path.name for path in paths) or "no parquet, jsonl or csv file"
 
 
 def _words_in(name: str) -> set[str]:
