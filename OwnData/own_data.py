@@ -52,6 +52,7 @@ from lore.normal_forms import (
 )
 from lore.rows import (
     LocatedRow,
+    as_conversation,
     as_messages,
     column_names,
     columns_of,
@@ -690,14 +691,9 @@ def number_conversations(
             key = prompt, hashable("assistant", answer)
             number = number_of.setdefault(key, len(conversations))
             if number == len(conversations):
-                conversations.append(conversation_of(comparison.prompt, answer))
+                conversations.append(as_conversation(comparison.prompt, answer))
             numbers[place, side] = number
     return conversations, numbers
-
-
-def conversation_of(prompt: Turns, answer: Turns) -> Conversation:
-    """What the reward model is shown: the prompt, then the answer."""
-    return as_messages("user", prompt) + as_messages("assistant", answer)
 
 
 def has_equal_sides(comparison: Comparison) -> bool:

@@ -17,7 +17,7 @@ from lore.checkpoint import PLAIN_FORMATS
 from lore.embedding_files import find_reward_head
 from lore.files import atomic_write, load_tensors
 from lore.normal_forms import prompt_key
-from lore.rows import LocatedRow, hub_rows, parse_rows, read_rows, split_files
+from lore.rows import LocatedRow, as_conversation, hub_rows, parse_rows, read_rows, split_files
 from lore.study import PARTS, Study
 from utils import (
     InputError,
@@ -114,7 +114,7 @@ def parse(rows: Iterable[LocatedRow], limit: int | None = None) -> ScoredPrompts
 def conversations_of(split: ScoredPrompts) -> list[list[dict]]:
     """One conversation per response: that of response j to prompt i at place 8 i + j."""
     return [
-        [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        as_conversation(prompt, response)
         for prompt, responses in zip(split.prompts, split.responses)
         for response in responses
     ]

@@ -25,7 +25,7 @@ from lore.normal_forms import (
 from lore.rows import (
     LocatedRow,
     are_messages,
-    as_messages,
+    as_conversation,
     column_names,
     data_files,
     hub_rows,
@@ -187,11 +187,6 @@ def judged_of(by_worker: ByWorker) -> list[Judged]:
     ]
 
 
-def conversation(post: str, summary: str) -> list[dict]:
-    """What the reward model is shown: the post as the user's turn, the summary as the answer."""
-    return as_messages("user", post) + as_messages("assistant", summary)
-
-
 def has_equal_sides(comparison: dict) -> bool:
     """Whether the model is shown the same conversation for both answers."""
     return comparison["winning_summary"] == comparison["losing_summary"]
@@ -200,7 +195,7 @@ def has_equal_sides(comparison: dict) -> bool:
 def conversations_of(by_worker: ByWorker) -> list[list[dict]]:
     """The conversations of all comparisons, in order, each winning one before the losing one."""
     return [
-        conversation(comparison["text"], comparison[f"{side}_summary"])
+        as_conversation(comparison["text"], comparison[f"{side}_summary"])
         for comparison in comparisons_of(by_worker)
         for side in SIDES
     ]

@@ -537,3 +537,13 @@ def as_messages(role: str, content: str | list[dict] | tuple[dict, ...]) -> list
     if isinstance(content, (list, tuple)):
         return list(content)
     raise InputError(f"{content!r:.60}: neither a text nor a list of messages; give one of these")
+
+
+def as_conversation(
+    prompt: str | list[dict] | tuple[dict, ...], answer: str | list[dict] | tuple[dict, ...]
+) -> list[dict]:
+    """What a reward model is shown: the prompt, then the answer.
+
+    A text is the user's, or the assistant's, only message. Raises InputError: as `as_messages`.
+    """
+    return as_messages("user", prompt) + as_messages("assistant", answer)
