@@ -18,10 +18,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import personalllm
-from lore.files import FEW_SHOT_CHECKPOINT_FILE, TrainingCheckpoint, check_writable
-from lore.scripts import check_few_shots, finish_few_shots, run_script, sweep_folder
+from lore.files import check_writable
+from lore.scripts import check_few_shots, run_script, sweep_folder, vary_shots
 from personalllm import Population
-from utils import default_device, run_few_shot_vary_shots
 
 # ---- Settings
 
@@ -72,25 +71,7 @@ def main() -> None:
     check_writable(results)
     print(f"{study.pairs_dropped:,} pairs dropped, all responses tied")
     config.update(asdict(study.population), pairs_dropped=study.pairs_dropped)
-    checkpoint = TrainingCheckpoint(results / FEW_SHOT_CHECKPOINT_FILE)
-    curves = run_few_shot_vary_shots(
-        trials,
-        alpha_list,
-        K_list,
-        num_shots,
-        study.train,
-        study.train_unseen,
-        study.test_unseen,
-        study.reward_head,
-        len(study.seen),
-        len(study.unseen),
-        default_device(),
-        seed=seed,
-        num_iterations=num_iterations,
-        checkpoint=checkpoint,
-        further_seeds=[other for other in question_seeds if other != seed],
-    )
-    finish_few_shots(results, curves, study, config, checkpoint)
+    vary_shots(results, study, config)
 
 
 if __name__ == "__main__":

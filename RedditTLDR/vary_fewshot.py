@@ -17,15 +17,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import tldr
-from lore.files import FEW_SHOT_CHECKPOINT_FILE, TrainingCheckpoint, check_writable
+from lore.files import check_writable
 from lore.scripts import (
     check_few_shots,
-    finish_few_shots,
     run_script,
     sweep_folder,
     training_parser,
+    vary_shots,
 )
-from utils import default_device, run_few_shot_vary_shots
 
 # ---- Settings
 
@@ -68,25 +67,7 @@ def main() -> None:
 
     study = tldr.load_embeddings(args.dir, MODEL_NAME, train_pairs, unseen_pairs, split_seed)
     check_writable(results)
-    checkpoint = TrainingCheckpoint(results / FEW_SHOT_CHECKPOINT_FILE)
-    curves = run_few_shot_vary_shots(
-        trials,
-        alpha_list,
-        K_list,
-        num_shots,
-        study.train,
-        study.train_unseen,
-        study.test_unseen,
-        study.reward_head,
-        len(study.seen),
-        len(study.unseen),
-        default_device(),
-        seed=seed,
-        num_iterations=num_iterations,
-        checkpoint=checkpoint,
-        further_seeds=[other for other in question_seeds if other != seed],
-    )
-    finish_few_shots(results, curves, study, config, checkpoint)
+    vary_shots(results, study, config)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,13 @@ import torch.distributed as dist
 from lore.embedding import embed_distinct, warn_of_equal_token_ids
 from lore.embedding_files import EARLIER, embeddings_are_finished, new_embeddings
 from lore.evidence import evidence, judge_held_out, tossed_control
-from lore.files import TrainingCheckpoint, check_writable, digest_of, printable
+from lore.files import (
+    FEW_SHOT_CHECKPOINT_FILE,
+    TrainingCheckpoint,
+    check_writable,
+    digest_of,
+    printable,
+)
 from lore.questions import question_curves
 from lore.reading import read_named_model
 from lore.results import (
@@ -34,7 +40,6 @@ from lore.standin import build_standin_model
 from lore.study import Features, Study
 from utils import (
     UNSEEN_TEST,
-    Curves,
     Fit,
     InputError,
     check_number,
@@ -44,6 +49,7 @@ from utils import (
     default_device,
     process_count,
     process_rank,
+    run_few_shot_vary_shots,
 )
 
 CACHE_FOLDER = ".embedding_cache"  # beside the embeddings
@@ -458,23 +464,40 @@ def check_few_shots(
     check_whole_numbers("question_seeds", question_seeds)
 
 
-def finish_few_shots(
-    folder: Path,
-    curves: Curves,
-    study: Study,
-    config: dict[str, Any],
-    checkpoint: TrainingCheckpoint,
-) -> None:
-    """What every vary_fewshot.py does with its curves, up to the last line it prints.
+def vary_shots(folder: Path, study: Study, config: dict[str, Any]) -> None:
+    """What every vary_fewshot.py does with its study, up to the last line it prints.
 
-    Writes and prints the curves; asks the unseen users one question at a time, and writes and
-    prints these curves, too; then removes the checkpoint.
+    Learns the basis, fits the unseen users from each number of shots, and writes and prints the
+    curves; asks the unseen users one question at a time, and writes and prints these curves, too;
+    then removes the checkpoint of the training.
 
-    folder: of the results. curves: of `run_few_shot_vary_shots`.
-    config: the settings to be written into the results. Used here: `question_seeds`,
-    `num_questions`, `trials`.
-    checkpoint: of the training.
+    folder: of the results.
+    config: the settings to be written into the results. Used here: those that `check_few_shots`
+    checks, and `shots_are`: if it is "conversations", a shot is a group of `study.groups`.
     """
+    groups = None
+    if config.get("shots_are") == "conversations":
+        groups = study.groups["train_unseen"]
+    seed = config["seed"]
+    checkpoint = TrainingCheckpoint(folder / FEW_SHOT_CHECKPOINT_FILE)
+    curves = run_few_shot_vary_shots(
+        config["trials"],
+        config["alpha_list"],
+        config["K_list"],
+        config["num_shots"],
+        study.train,
+        study.train_unseen,
+        study.test_unseen,
+        study.reward_head,
+        len(study.seen),
+        len(study.unseen),
+        default_device(),
+        seed=seed,
+        num_iterations=config["num_iterations"],
+        groups=groups,
+        checkpoint=checkpoint,
+        further_seeds=[other for other in config["question_seeds"] if other != seed],
+    )
     _ = study.equal_pair_counts  # kept: every process counts its own users' pairs
     if process_rank() == 0:
         table = save_few_shot_curves(folder, curves, study, config)
