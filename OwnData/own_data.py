@@ -36,6 +36,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
+from lore.checkpoint import is_plain_table
 from lore.data_notes import Judged
 from lore.embedding_files import HEAD_FILE, find_reward_head
 from lore.files import atomic_write, explain_damage, load_tensors
@@ -801,7 +802,7 @@ def load_table(folder: Path) -> torch.Tensor:
     path = folder / EMBEDDINGS_FILE
     tensors, _ = load_tensors(path)
     table = tensors.get("embeddings", torch.zeros(0))
-    if table.ndim != 2 or not table.is_floating_point():
+    if not is_plain_table(table):
         raise InputError(f"{path}: holds no table of embeddings; run prepare.py --overwrite")
     return table
 

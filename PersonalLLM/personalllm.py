@@ -13,12 +13,12 @@ import torch
 from pydantic import AllowInfNan, Field, StrictStr, create_model
 
 import lore.scripts
-from lore.checkpoint import PLAIN_FORMATS
+from lore.checkpoint import PLAIN_FORMATS, is_plain_table
 from lore.embedding_files import find_reward_head
 from lore.files import atomic_write, load_tensors
 from lore.normal_forms import prompt_key
 from lore.rows import LocatedRow, as_conversation, hub_rows, parse_rows, read_rows, split_files
-from lore.study import PARTS, Study
+from lore.study import Study, no_earlier_answers
 from utils import (
     InputError,
     Pairs,
@@ -286,9 +286,8 @@ def read_embeddings(
 
 def _check_split(path: Path, embeddings: torch.Tensor, scores: torch.Tensor) -> None:
     """Raise InputError unless there are finite scores for finite embeddings."""
-    are_numbers = {embeddings.dtype, scores.dtype} <= set(PLAIN_FORMATS.values())
-    is_table = are_numbers and embeddings.ndim == 2 and embeddings.numel() > 0
-    if not is_table or scores.shape != (len(embeddings) / RESPONSES, RESPONSES, len(SCORERS)):
+    are_tables = is_plain_table(embeddings) and scores.dtype in PLAIN_FORMATS.values()
+    if not are_tables or scores.shape != (len(embeddings) / RESPONSES, RESPONSES, len(SCORERS)):
         raise InputError(
             f"{path}: embeddings of shape {tuple(embeddings.shape)} in {embeddings.dtype} and "
             f"scores of shape {tuple(scores.shape)} in {scores.dtype}, where each prompt has "
@@ -335,7 +334,6 @@ def simulate_study(
             texts[part] = texts_of_pairs(features[part], list(itertools.chain(*known.responses)))
     if "train" not in prompts:
         prompts["train"] = [(pairs.chosen // RESPONSES).tolist() for pairs in features["train"]]
-    no_earlier_turns = {part: [[()] * len(pairs) for pairs in features[part]] for part in PARTS}
     return SimulatedStudy(
         title=title,
         seen=[f"seen_{i}" for i in range(population.N)],
@@ -344,7 +342,7 @@ def simulate_study(
         reward_head=reward_head,
         prompts=prompts,
         texts=texts,
-        earlier_answers=no_earlier_turns,
+        earlier_answers=no_earlier_answers(features),
         provenance=provenance,
         population=population,
         mixtures=mixtures,

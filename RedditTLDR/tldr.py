@@ -33,7 +33,7 @@ from lore.rows import (
     read_rows,
     split_files,
 )
-from lore.study import Features, Study
+from lore.study import Features, Study, no_earlier_answers
 from utils import InputError, check_whole, is_finite
 
 DATASET = "openai/summarize_from_feedback"
@@ -342,10 +342,7 @@ def load_embeddings(
     if _have_texts(drawn):
         prompts = {part: _prompts_of(users) for part, users in drawn.items()}
         texts = {part: _texts_of(users) for part, users in drawn.items()}
-        # A post is the first message: there is no earlier one.
-        earlier_answers = {
-            part: [[()] * len(user) for user in users] for part, users in drawn.items()
-        }
+        earlier_answers = no_earlier_answers(drawn)
     return WorkerStudy(
         title=title,
         seen=seen,

@@ -72,6 +72,11 @@ PLAIN_FORMATS = {
 LFS_POINTER = b"version https://git-lfs"  # how the file begins that git keeps for a large one
 
 
+def is_plain_table(tensor: torch.Tensor) -> bool:
+    """Whether this is a matrix `[n, d]` of numbers that can be computed with as they are."""
+    return tensor.dtype in PLAIN_FORMATS.values() and tensor.ndim == 2 and tensor.numel() > 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """What lies in a checkpoint, and what of it `from_pretrained` reads."""

@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from lore.batching import Shard, last_states
 from lore.batching_trial import known_batching
-from lore.checkpoint import PLAIN_FORMATS
+from lore.checkpoint import is_plain_table
 from lore.conversations import (
     TEMPLATE_DATE,
     Conversation,
@@ -225,9 +225,7 @@ def load_shard_states(path: Path, count: int) -> torch.Tensor | None:
     with contextlib.suppress(InputError):
         tensors, _ = load_tensors(path)
         states = tensors.get("embeddings", torch.zeros(0))
-        are_numbers = states.dtype in PLAIN_FORMATS.values()
-        is_table = are_numbers and states.ndim == 2 and states.numel() > 0
-        if is_table and len(states) == count and is_finite(states):
+        if is_plain_table(states) and len(states) == count and is_finite(states):
             return states
     return None
 

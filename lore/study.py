@@ -1,7 +1,7 @@
 """A study: the people, their preference pairs, and what is known of both."""
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,16 @@ from utils import Pairs, pair_scores, shared_out
 Features = list[torch.Tensor | Pairs]
 
 PARTS = ("train", "test", "train_unseen", "test_unseen")
+
+EarlierAnswers = dict[str, list[list[tuple[int, ...]]]]
+
+
+def no_earlier_answers(parts: dict[str, Iterable[Sized]]) -> EarlierAnswers:
+    """`Study.earlier_answers` of prompts that are the first message: there is no earlier one.
+
+    parts: name -> the pairs of each user, of which only the numbers matter.
+    """
+    return {part: [[()] * len(pairs) for pairs in users] for part, users in parts.items()}
 
 
 @dataclass
@@ -48,7 +58,7 @@ class Study:
     conversations: dict[str, list[list[Hashable]]] = field(default_factory=dict)
     # Of each pair the answers that are in its prompt, from earlier turns: of each the
     # `lore.normal_forms.answer_digest`.
-    earlier_answers: dict[str, list[list[tuple[int, ...]]]] = field(default_factory=dict)
+    earlier_answers: EarlierAnswers = field(default_factory=dict)
     # What is known of a person, by user id: {column: value}, such as {"age": 31}. People of whom
     # nothing is known are missing.
     about_users: dict[str, dict[str, Any]] = field(default_factory=dict)
