@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+import studies
 import torch
 from helpers import random_users
 from matplotlib.figure import Figure
@@ -72,17 +73,7 @@ def study_of(title: str) -> Study:
 
 
 def fits_of(study: Study, K_list) -> list[utils.Fit]:
-    return utils.sweep(
-        list(K_list),
-        [0],
-        study.reward_head,
-        *study.features().values(),
-        len(study.seen),
-        len(study.unseen),
-        "cpu",
-        seed=[0],
-        num_iterations=2,
-    )
+    return studies.swept(study, K_list, num_iterations=2)
 
 
 @pytest.fixture(scope="module")

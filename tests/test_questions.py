@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import studies
 import torch
 from helpers import input_error, planted_basis, planted_pairs, planted_weights
 from hypothesis import given, settings
@@ -14,7 +15,6 @@ from hypothesis import strategies as st
 import lore.evidence
 import lore.questions
 import lore.results
-import utils
 from lore.questions import (
     fit_new_user,
     question_curves,
@@ -53,17 +53,7 @@ def study_of(V, seen, unseen, counts):
 
 def trained(study, K_list, seeds=(0,), num_iterations=200):
     """A fit of each rank and seed, trained on the seen users."""
-    return utils.sweep(
-        K_list,
-        [0],
-        study.reward_head,
-        *study.features().values(),
-        len(study.seen),
-        len(study.unseen),
-        "cpu",
-        seed=list(seeds),
-        num_iterations=num_iterations,
-    )
+    return studies.swept(study, K_list, seeds, num_iterations=num_iterations)
 
 
 # ---- A new user

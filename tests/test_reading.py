@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+import studies
 import torch
 from helpers import planted_weights
 
@@ -131,17 +132,7 @@ def made_study(
 
 
 def swept(study: Study, K_list=(3,), seeds=(0,), num_iterations=200) -> list[Fit]:
-    return utils.sweep(
-        list(K_list),
-        [0],
-        study.reward_head,
-        *study.features().values(),
-        len(study.seen),
-        len(study.unseen),
-        "cpu",
-        seed=list(seeds),
-        num_iterations=num_iterations,
-    )
+    return studies.swept(study, K_list, seeds, num_iterations=num_iterations)
 
 
 def found_attributes(reading: dict) -> list[list[str]]:

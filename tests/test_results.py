@@ -9,6 +9,7 @@ import statistics
 import numpy as np
 import pandas as pd
 import pytest
+import studies
 import torch
 from helpers import fresh_process, outcome, random_users
 from matplotlib.figure import Figure
@@ -63,17 +64,7 @@ def study():
 
 
 def swept(study, K_list=(0, 1, 3), alpha_list=(0,), seeds=(0,), num_iterations=10):
-    return utils.sweep(
-        list(K_list),
-        list(alpha_list),
-        study.reward_head,
-        *study.features().values(),
-        len(study.seen),
-        len(study.unseen),
-        "cpu",
-        seed=list(seeds),
-        num_iterations=num_iterations,
-    )
+    return studies.swept(study, K_list, seeds, alpha_list, num_iterations)
 
 
 @pytest.fixture(scope="module")
