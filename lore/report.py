@@ -180,12 +180,24 @@ def reading_section(results: Results) -> str:
             "can tell these apart, so they count as predicted wrong."
         )
     learned = counts["train pairs"] - counts["validation pairs"]
+    fitted = counts["train unseen pairs"]
+    tested = counts["test unseen pairs"]
+    if results["users"] == results["unseen_users"]:
+        people = f"{counts['seen users']} users"
+        fit = (
+            "No user is unseen: the weights of the same users were fitted once more with the basis "
+            f"frozen, to {fitted:,} of their training pairs, and tested on {tested:,} others."
+        )
+    else:
+        people = f"{counts['seen users']} seen users"
+        fit = (
+            f"{counts['unseen users']} unseen users had no part in this: only their weights were "
+            f"fitted, to {fitted:,} of their pairs, and tested on {tested:,} others."
+        )
     return paragraphs(
         "## What the verdict rests on",
         f"The verdict is about {subject}. The basis was learned from {learned:,} pairs of "
-        f"{counts['seen users']} seen users{validation}. {counts['unseen users']} unseen users had "
-        f"no part in this: only their weights were fitted, to {counts['train unseen pairs']:,} of "
-        f"their pairs, and tested on {counts['test unseen pairs']:,} others.{equal_sides}",
+        f"{people}{validation}. {fit}{equal_sides}",
         bullets(
             *marks,
             "**K** is the rank. `ref` (K = 0) is the reference, the pretrained reward head. K = 1 "

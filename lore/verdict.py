@@ -52,6 +52,12 @@ class UnseenTest:
     leaks: Shares  # of these pairs that repeat training pairs
     tossed: Interval | None  # of the control on tossed choices; None if it was not trained
     equal_pairs: int = 0  # how many of the pairs have the same embedding on both sides
+    all_are_seen: bool = False  # the users are those of the training, fitted once more
+
+    @property
+    def users_in_words(self) -> str:
+        """Such as `20 unseen users`; only `20 users` if the training has seen them."""
+        return f"{self.users} users" if self.all_are_seen else f"{self.users} unseen users"
 
     @property
     def has_many_equal_pairs(self) -> bool:
@@ -131,7 +137,7 @@ def judge(models: list[ModelEvidence], chosen: ModelEvidence | None, test: Unsee
     if chosen is None:
         return Judgement("undecided", "Undecided: no model with user weights was trained.", model)
     if test.users < FEWEST_USERS:
-        return Judgement("undecided", answer_on_few_users(test.users), model)
+        return Judgement("undecided", answer_on_few_users(test), model)
     return Judgement(
         "no", f"No: validation chose {model.name}, which is one reward for everybody.", model
     )
@@ -155,7 +161,7 @@ def judge_personal_parts(models: list[ModelEvidence], test: UnseenTest) -> Judge
     best = max(positive or range(len(models)), key=lambda m: mean[m].round(9))
     if N < FEWEST_USERS:
         personal = "undecided"
-        answer = answer_on_few_users(N)
+        answer = answer_on_few_users(test)
     elif positive and test.repeats_could_explain(low[best]):
         personal = "undecided"
         answer = f"Undecided: {flaw_in_words(test)}, which could explain the whole result."
@@ -170,20 +176,20 @@ def judge_personal_parts(models: list[ModelEvidence], test: UnseenTest) -> Judge
         )
     elif test.repeats_could_explain(NEGLIGIBLE):
         personal = "undecided"
-        answer = f"Undecided: {N} unseen users cannot tell, and {flaw_in_words(test)}."
+        answer = f"Undecided: {test.users_in_words} cannot tell, and {flaw_in_words(test)}."
     else:
         personal = "undecided"
         users = users_that_decide(N, mean[best], (high[best] - low[best]) / 2)
         answer = (
-            f"Undecided: {N} unseen users cannot tell, about {users:,.0f} could if the difference "
-            "stays as it is."
+            f"Undecided: {test.users_in_words} cannot tell, about {users:,.0f} could if the "
+            "difference stays as it is."
         )
     return Judgement(personal, answer, models[best], low[best], high[best], len(models))
 
 
-def answer_on_few_users(users: int) -> str:
+def answer_on_few_users(test: UnseenTest) -> str:
     """The answer if there are fewer than FEWEST_USERS."""
-    return f"Undecided: {users} unseen users cannot tell, at least {FEWEST_USERS} are needed."
+    return f"Undecided: {test.users_in_words} cannot tell, at least {FEWEST_USERS} are needed."
 
 
 def users_that_decide(N: int, mean: float, half_width: float) -> float:
@@ -202,7 +208,8 @@ def users_that_decide(N: int, mean: float, half_width: float) -> float:
 
 def sentence_on_test(test: UnseenTest) -> str:
     """Who was tested on how many pairs, and whether many of these are equal on both sides."""
-    tested = f"Tested: {test.users} unseen users, on their {test.pairs:,} test pairs"
+    seen = ", all of them seen in the training" if test.all_are_seen else ""
+    tested = f"Tested: {test.users_in_words}{seen}, on their {test.pairs:,} test pairs"
     if test.has_many_equal_pairs:
         return (
             f"{tested}; {test.equal_pairs:,} of these are equal on both sides, so no reward can "

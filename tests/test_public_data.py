@@ -259,3 +259,8 @@ def test_every_user_of_personal_reward_bench_is_seen_and_its_splits_stay(
     assert "3 users (every user is seen: " in capsys.readouterr().out
     results = results_in(tmp_path)
     assert results["users"] == results["unseen_users"]
+    report = (tmp_path / "results" / "report.md").read_text()
+    assert "unseen" not in results["verdict"]["text"]
+    assert "had no part" not in report
+    assert "No user is unseen: the weights of the same users were fitted once more" in report
+    assert "Tested: 3 users, all of them seen in the training, on their 18 test pairs." in report
