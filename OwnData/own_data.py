@@ -84,6 +84,7 @@ EMPTY_TURN = "turns without a prompt before others, with the turns after them"
 NO_OPINION = "annotations without a preference"
 TIE = "ties"
 OTHER_LANGUAGE = "pairs in other languages"
+NO_LANGUAGE = "pairs whose language is not given"
 
 Conversation = list[dict[str, str]]
 
@@ -366,8 +367,11 @@ def read_comparisons(
     languages: keep only comparisons in these; None: all. about_users: the columns that say who a
     user is, as patterns such as "annotator_*". hub_split: the one to read of a data set of the hub
     that is not split into train and test. limit: only the first rows of each split.
-    Raises InputError that names file, row and field.
+    Raises InputError that names file, row and field, or a setting that is no list of texts.
     """
+    for name, setting in (("languages", languages), ("about_users", about_users)):
+        if setting is not None and not is_list_of_texts(setting):
+            raise InputError(f"{name}: {setting!r}; give None, or a list of texts")
     source = open_source(data, about_users or [], hub_split)
     reading = Reading(source.kind, [], notes=source.notes)
     without_split = None  # the place of the first row without a split
@@ -398,6 +402,11 @@ def read_comparisons(
     return reading
 
 
+def is_list_of_texts(value: Any) -> bool:
+    """Whether this is a list; a text is none, though Python takes it for a list of letters."""
+    return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
+
+
 def comparisons_in(
     row: Row, split: str | None, languages: list[str] | None
 ) -> tuple[list[Comparison], Counter[str]]:
@@ -411,7 +420,7 @@ def comparisons_in(
         if isinstance(part, LeftOut):
             left_out[part.reason] += 1
         elif languages is not None and part.language not in languages:
-            left_out[OTHER_LANGUAGE] += 1
+            left_out[OTHER_LANGUAGE if part.language else NO_LANGUAGE] += 1
         else:
             comparisons.append(part._replace(split=split or part.split))
     return comparisons, left_out

@@ -108,6 +108,22 @@ def test_only_the_languages_that_are_asked_for_are_kept(tmp_path):
     assert reading.left_out == {own_data.OTHER_LANGUAGE: 3}
 
 
+def test_a_pair_whose_language_is_not_given_is_not_said_to_be_in_another(tmp_path):
+    rows = [community_row(n, "a1", 1, lang) for n, lang in enumerate(["en", None, "", "fr"])]
+    reading = read(tmp_path / "a.parquet", rows, languages=["en"])
+    assert len(reading.comparisons) == 3
+    assert reading.left_out == {own_data.OTHER_LANGUAGE: 3, own_data.NO_LANGUAGE: 6}
+
+
+@pytest.mark.parametrize("setting", ["languages", "about_users"])
+@pytest.mark.parametrize("value", ["en", [3]])
+def test_a_setting_that_is_no_list_of_texts_is_named(tmp_path, setting, value):
+    row = community_row(7, "a1", 1, None)
+    expected = f"{setting}: {value!r}; give None, or a list of texts"
+    with input_error(expected):
+        read(tmp_path / "a.parquet", [row], **{setting: value})
+
+
 def test_columns_about_annotators_are_kept_and_nothing_is_kept_of_others(tmp_path):
     rows = [community_row(0, "a1"), community_row(1, "a2", annotator_age=None)]
     reading = read(tmp_path / "a.parquet", rows, about_users=["annotator_*"])
