@@ -666,9 +666,10 @@ def users_to_keep(
     }
     notes = [f"{count:,} users {reason} are left out" for reason, count in reasons.items() if count]
     if len(kept) < 2:
+        reasons = f" ({'; '.join(notes)})" if notes else ""
         raise InputError(
             f"users with pairs in train and in test: {len(kept)} of {len(pairs)}, and at least 2 "
-            f"are needed ({'; '.join(notes)}); give more rows of the same people"
+            f"are needed{reasons}; give rows of more people, and more rows of the same people"
         )
     return kept, notes
 

@@ -323,6 +323,15 @@ def test_users_who_are_left_out_are_counted_with_the_reason(tmp_path):
     ]
 
 
+def test_one_person_alone_is_too_few_and_nothing_more_is_said():
+    rows = [
+        Comparison("a", f"question {n}?", "Yes.", "No.", split="test" if n % 2 else "train")
+        for n in range(6)
+    ]
+    with input_error("1 of 1, and at least 2 are needed; give rows of more people"):
+        own_data.users_to_keep(rows, np.arange(len(rows)), 2)
+
+
 def test_without_data_prepare_says_what_it_takes(monkeypatch, capsys, tmp_path):
     arguments = ["--model", "unread", "--dir", tmp_path]
     refused(monkeypatch, capsys, script("prepare"), arguments, "--data", "allenai/multipref")
