@@ -78,7 +78,7 @@ SPLIT_WORDS = {  # split -> its names, in rows and in the names of files
 SEEN_SHARE = 0.5  # of the users, as released
 
 # Why something is left out, as `prepare.py` counts it
-NO_TEXT = "pairs without a prompt or an answer"
+NO_TEXT = "pairs without a prompt or an answer, or with an empty message"
 NO_PREFERENCE = "turns without a preferred response, with the turns after them"
 EMPTY_TURN = "turns without a prompt before others, with the turns after them"
 NO_OPINION = "annotations without a preference"
@@ -186,17 +186,14 @@ class OwnRow(Row):
     @pydantic.model_validator(mode="after")
     def check_roles(self) -> Self:
         """Raise ValueError unless the assistant answers the prompt."""
-        error = ValueError(
-            "the prompt must end before, and each answer begin and end with, an assistant's message"
-        )
         if isinstance(self.prompt, list) and self.prompt[-1]["role"] == "assistant":
-            raise error
+            raise ValueError("the prompt ends with an assistant's message, which is no question")
         for answer in self.answers():
             if not answer:  # such a row is left out later
                 continue
             messages = as_messages("assistant", answer)
             if not messages[0]["role"] == messages[-1]["role"] == "assistant":
-                raise error
+                raise ValueError("an answer must begin and end with an assistant's message")
         return self
 
     def comparisons(self) -> Iterator[Comparison | LeftOut]:

@@ -330,21 +330,29 @@ SAID = {role: [{"role": role, "content": "Go on."}] for role in ("user", "assist
 
 
 @pytest.mark.parametrize(
-    "changes",
+    "changes, said",
     [
-        {"chosen": SAID["user"]},
-        {"chosen": SAID["tool"]},
-        {"chosen": SAID["assistant"] + SAID["user"]},
-        {"prompt": SAID["user"] + SAID["assistant"]},
-        {"rejected": [{"role": "user", "content": "question 0 of many ? "}, *SAID["assistant"]]},
+        ({"chosen": SAID["user"]}, "an answer must begin and end with"),
+        ({"chosen": SAID["tool"]}, "chosen"),
+        ({"chosen": SAID["assistant"] + SAID["user"]}, "an answer must begin and end with"),
+        ({"prompt": SAID["user"] + SAID["assistant"]}, "the prompt ends with an assistant's"),
+        (
+            {
+                "rejected": [
+                    {"role": "user", "content": "question 0 of many ? "},
+                    *SAID["assistant"],
+                ]
+            },
+            "an answer must begin and end with",
+        ),
     ],
 )
 def test_messages_that_are_no_answer_to_the_prompt_are_refused(
-    monkeypatch, capsys, rows, tmp_path, changes
+    monkeypatch, capsys, rows, tmp_path, changes, said
 ):
     rows[3].update(changes)
     path = write_rows(tmp_path / "mine.jsonl", rows)
-    is_refused(monkeypatch, capsys, path, tmp_path / "out", "row 4")
+    is_refused(monkeypatch, capsys, path, tmp_path / "out", "row 4", said)
 
 
 @pytest.mark.parametrize("text_of", [json.dumps, repr])
