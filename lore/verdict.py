@@ -338,7 +338,10 @@ def sentence_on_next_step(
 ) -> str:
     """The one thing to do next: first what spoils the answer, then what the sweep has left out."""
     if test.repeats_could_explain(NEGLIGIBLE):
-        return "Next: keep all copies of a pair on one side of the split, and run again."
+        return (
+            "Next: keep whole conversations, and all copies of a pair, on one side of the split, "
+            "and run again."
+        )
     if test.has_many_equal_pairs:
         return (
             "Next: leave out pairs with equal sides, or mend what makes them equal (the cut to "

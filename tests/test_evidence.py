@@ -383,7 +383,7 @@ def test_a_leak_without_tastes_is_no_yes_and_is_said(kind, share):
     assert "Signs of an artefact: a leak, as test pairs repeat training pairs, " in text
     assert f"{100 * share:.1f} % by {kind}" in text
     assert "none in these checks" not in text
-    assert text.endswith("Next: keep all copies of a pair on one side of the split, and run again.")
+    assert text.endswith("copies of a pair, on one side of the split, and run again.")
 
 
 def test_without_a_leak_all_checks_are_said_to_find_nothing():

@@ -434,7 +434,10 @@ TWO_ALPHAS = [model(1), model(2, LARGE), model(2, LARGE, alpha=0.01)]
 
 
 def test_a_test_that_repeats_the_training_is_to_be_cleaned_first():
-    cleaned = "keep all copies of a pair on one side of the split, and run again."
+    cleaned = (
+        "keep whole conversations, and all copies of a pair, on one side of the split, and run "
+        "again."
+    )
     for options in (dict(leaks={"by_answers": 0.01}), dict(tossed=ABOVE_CHANCE)):
         for models in ([model(1)], [model(2, LARGE)], TWO_ALPHAS):
             assert next_step(models, **options) == cleaned
