@@ -956,7 +956,7 @@ def load_embeddings(
 
 def users_in_words(study: Study) -> str:
     """How many seen and unseen users there are."""
-    if study.seen == study.unseen:
+    if study.everybody_is_seen:
         return f"{len(study.seen)} users ({EVERYBODY_IS_SEEN})"
     return f"{len(study.seen)} seen and {len(study.unseen)} unseen users"
 

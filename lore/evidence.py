@@ -241,7 +241,7 @@ def evidence(fits: list[Fit], study: Study, tossed: TossedControl | None = None)
         leaks=leaks[UNSEEN_TEST],
         tossed=tossed.interval if tossed else None,
         equal_pairs=study.equal_pair_counts["test_unseen"],
-        all_are_seen=study.seen == study.unseen,
+        everybody_is_seen=study.everybody_is_seen,
     )
     return {
         "evidence": [model.entry for model in models],

@@ -185,8 +185,9 @@ def reading_section(results: Results) -> str:
     if results["users"] == results["unseen_users"]:
         people = f"{counts['seen users']} users"
         fit = (
-            "No user is unseen: the weights of the same users were fitted once more with the basis "
-            f"frozen, to {fitted:,} of their training pairs, and tested on {tested:,} others."
+            "No user is unseen: what this report says of unseen users is about the same people. "
+            "Their weights were fitted once more, with the basis frozen, to "
+            f"{fitted:,} of their training pairs, and tested on {tested:,} others."
         )
     else:
         people = f"{counts['seen users']} seen users"

@@ -438,9 +438,10 @@ def parse_rows(
             # Of a union, the alternative that came furthest says best what is wrong.
             problem = max(error.errors(), key=lambda problem: len(problem["loc"]))
             field = ".".join(map(str, problem["loc"])) or "the row"
+            reason = problem["msg"].removeprefix("Value error, ")
             value = repr(problem["input"])[:40]
             raise InputError(
-                f"{place}: {field}: {problem['msg']}, and it is {value}; expected is the schema of "
+                f"{place}: {field}: {reason}, and it is {value}; expected is the schema of "
                 f"{dataset}, repair the row or leave it out"
             ) from None
         yield place, parsed

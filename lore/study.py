@@ -69,6 +69,11 @@ class Study:
         """The four parts by name, in the order of `PARTS`."""
         return {part: getattr(self, part) for part in PARTS}
 
+    @property
+    def everybody_is_seen(self) -> bool:
+        """Whether the unseen users are the seen ones, with weights that are fitted once more."""
+        return self.seen == self.unseen
+
     def pair_count(self, part: str) -> int:
         """How many pairs all users of a part have together."""
         return sum(map(len, getattr(self, part)))

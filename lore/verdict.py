@@ -52,12 +52,13 @@ class UnseenTest:
     leaks: Shares  # of these pairs that repeat training pairs
     tossed: Interval | None  # of the control on tossed choices; None if it was not trained
     equal_pairs: int = 0  # how many of the pairs have the same embedding on both sides
-    all_are_seen: bool = False  # the users are those of the training, fitted once more
+    everybody_is_seen: bool = False  # the basis was learned from the same users, on other pairs
 
     @property
     def users_in_words(self) -> str:
         """Such as `20 unseen users`; only `20 users` if the training has seen them."""
-        return f"{self.users} users" if self.all_are_seen else f"{self.users} unseen users"
+        noun = "user" if self.users == 1 else "users"
+        return f"{self.users} {noun}" if self.everybody_is_seen else f"{self.users} unseen {noun}"
 
     @property
     def has_many_equal_pairs(self) -> bool:
@@ -208,7 +209,7 @@ def users_that_decide(N: int, mean: float, half_width: float) -> float:
 
 def sentence_on_test(test: UnseenTest) -> str:
     """Who was tested on how many pairs, and whether many of these are equal on both sides."""
-    seen = ", all of them seen in the training" if test.all_are_seen else ""
+    seen = ", all of them seen in the training" if test.everybody_is_seen else ""
     tested = f"Tested: {test.users_in_words}{seen}, on their {test.pairs:,} test pairs"
     if test.has_many_equal_pairs:
         return (

@@ -666,8 +666,8 @@ def test_splits_are_told_by_whole_words_and_whole_sets_of_shards(
         ({"worker": True}, "worker"),
         ({"worker": float("nan")}, "worker"),
         ({"worker": None}, "worker"),
-        ({"worker": 2.0**53}, "worker: Value error, an id that went through a float"),
-        ({"worker": "1e+16"}, "worker: Value error, an id that went through a float"),
+        ({"worker": 2.0**53}, "worker: an id that went through a float"),
+        ({"worker": "1e+16"}, "worker: an id that went through a float"),
     ],
 )
 def test_a_spoilt_row_is_named(monkeypatch, capsys, rows, tmp_path, changes, named):

@@ -209,6 +209,20 @@ def test_users_and_pairs_of_the_test_are_counted():
     )
 
 
+@pytest.mark.parametrize("users", [1, 5, USERS])
+@pytest.mark.parametrize("part", [0.0, 0.2])
+def test_nobody_is_called_unseen_if_everybody_is_seen(users, part):
+    test = UnseenTest(users, 25 * users, NO_LEAKS, AT_CHANCE, everybody_is_seen=True)
+    sentences = write_verdict([model(2, np.full(users, part))], None, test)["text"].splitlines()
+    count = "1 user" if users == 1 else f"{users} users"
+    assert sentences[1] == (
+        f"Tested: {count}, all of them seen in the training, on their {25 * users:,} test pairs."
+    )
+    assert "unseen user" not in " ".join(sentences)
+    if users < 6:
+        assert sentences[0] == f"Undecided: {count} cannot tell, at least 6 are needed."
+
+
 MANY, FEW = 101, 100  # of 1,000 test pairs
 
 
@@ -435,8 +449,8 @@ TWO_ALPHAS = [model(1), model(2, LARGE), model(2, LARGE, alpha=0.01)]
 
 def test_a_test_that_repeats_the_training_is_to_be_cleaned_first():
     cleaned = (
-        "keep whole conversations, and all copies of a pair, on one side of the split, and run "
-        "again."
+        "keep whole conversations, and all copies of a pair, on one side of the split, "
+        "and run again."
     )
     for options in (dict(leaks={"by_answers": 0.01}), dict(tossed=ABOVE_CHANCE)):
         for models in ([model(1)], [model(2, LARGE)], TWO_ALPHAS):
