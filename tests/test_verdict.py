@@ -105,13 +105,47 @@ def test_undecided_says_about_how_many_users_would_decide():
     noise = NOISE[:20] - NOISE[:20].mean()
     personal, sentence = answer(0.02 + noise)
     assert personal == "undecided"
-    users = re.fullmatch(
-        r"Undecided: 20 unseen users cannot tell, about ([\d,]+) could if .+", sentence
-    )[1]
-    half_width = 1.96 * noise.std() / 20**0.5
-    users = int(users.replace(",", ""))
-    assert users == pytest.approx(20 * (half_width / 0.02) ** 2, rel=0.2)
+    assert sentence.startswith("Undecided: 20 unseen users cannot tell, about ")
+    assert sentence.endswith(" probably could if the true difference is +0.020.")
+    users = users_that_could(sentence)
+    # As many as a test needs to be at 5 % with a power of 80 %, after any textbook.
+    assert users == pytest.approx(((1.96 + 0.84) * noise.std() / 0.02) ** 2, rel=0.2)
     assert answer(np.tile(0.02 + noise, users // 20 + 2))[0] == "yes"
+
+
+def users_that_could(sentence):
+    """How many users could tell, by the first sentence of an undecided verdict."""
+    return int(re.search(r"about ([\d,]+) probably could", sentence)[1].replace(",", ""))
+
+
+def test_of_several_models_the_median_tells_how_many_users_would_decide():
+    noise = NOISE[:20] - NOISE[:20].mean()
+    differences = (0.002, 0.012, 0.022)
+    models = [model(K, mean + noise) for K, mean in enumerate(differences, 2)]
+    sentence = verdict(models, users=20)[1][0]
+    assert sentence.endswith("if the true difference is +0.012, the median of the 3 models.")
+    by_the_largest = users_that_could(answer(0.022 + noise)[1])
+    assert users_that_could(sentence) > 2 * by_the_largest
+
+
+def test_so_many_users_mostly_do_decide():
+    """Five models that are equally good: the one that looks best is not."""
+    decided = undecided = 0
+    for seed in range(200):
+        chance = np.random.default_rng(seed)
+        first = verdict_of_draws(chance, users=20)
+        if first[0] == "undecided":
+            undecided += 1
+            decided += verdict_of_draws(chance, users_that_could(first[1][0]))[0] == "yes"
+        if undecided == 40:
+            break
+    assert decided > 0.7 * undecided == 28
+
+
+def verdict_of_draws(chance, users):
+    """The verdict on five models with a true difference of 0.03."""
+    parts = 0.03 + 0.1 * chance.standard_normal((5, users))
+    return verdict([model(K, part) for K, part in enumerate(parts, 2)], users=users)
 
 
 @pytest.mark.parametrize("part", [LARGE, NONE, LARGE[:5]])
@@ -228,7 +262,7 @@ MANY, FEW = 101, 100  # of 1,000 test pairs
 
 def test_many_pairs_of_equal_sides_are_named_as_the_cause():
     said = (
-        "Tested: 40 unseen users, on their 1,000 test pairs; 101 of these are equal on both sides, "
+        "Tested: 40 unseen users, on their 1,000 test pairs; in 101 of these both sides are equal, "
         "so no reward can tell them apart, and they count as wrong."
     )
     for part in (LARGE, NONE, UNCLEAR):
@@ -324,6 +358,15 @@ def test_of_equal_personal_parts_the_smallest_rank_is_named():
     for parts in ([values, values[::-1]], [values[::-1], values]):  # added up in another order
         models = [model(K, part) for K, part in enumerate(parts, 2)]
         assert result_of(models).startswith("At K = 2 ")
+
+
+def test_one_user_and_one_pair_are_counted_as_one():
+    test = UnseenTest(1, 1, NO_LEAKS, AT_CHANCE)
+    sentences = write_verdict([model(2, LARGE[:1])], None, test)["text"].splitlines()
+    assert sentences[:2] == [
+        "Undecided: 1 unseen user cannot tell, at least 6 are needed.",
+        "Tested: 1 unseen user, on their 1 test pair.",
+    ]
 
 
 # ---- Comparisons
@@ -475,14 +518,17 @@ def test_ranks_from_2_on_are_to_be_tried_if_there_are_none():
     assert "K_list" not in next_step([model(1), model(2, LARGE)], chosen=0)
 
 
-@pytest.mark.parametrize("part", [LARGE, NONE, UNCLEAR])
-def test_if_one_alpha_was_tried_a_list_of_them_is_named_and_validation(part):
+MORE_USERS = ", and collect the choices of more users."
+
+
+@pytest.mark.parametrize("part, end", [(LARGE, "."), (NONE, "."), (UNCLEAR, MORE_USERS)])
+def test_if_one_alpha_was_tried_a_list_of_them_is_named_and_validation(part, end):
     models = [model(0), model(2, part)]
     alphas = "try alpha_list = [0, 0.0001, 0.001, 0.01, 0.1]"
     assert next_step(models) == (
-        f"{alphas} with validation_share = 0.2, as only alpha 0 was tried."
+        f"{alphas} with validation_share = 0.2, as only alpha 0 was tried{end}"
     )
-    assert next_step(models, chosen=1) == f"{alphas}, as only alpha 0 was tried."
+    assert next_step(models, chosen=1) == f"{alphas}, as only alpha 0 was tried{end}"
     assert "only alpha 0.1 was" in next_step([model(2, part, alpha=0.1)])
     for options in ({}, dict(chosen=1)):
         assert "alpha_list" not in next_step(TWO_ALPHAS, **options)
@@ -492,6 +538,8 @@ def test_if_several_alphas_were_tried_validation_is_to_choose():
     said = "set validation_share = 0.2, so that held-out pairs choose K and alpha."
     assert next_step(TWO_ALPHAS) == said
     assert "validation_share" not in next_step(TWO_ALPHAS, chosen=1)
+    unclear = [model(2, UNCLEAR), model(2, UNCLEAR, alpha=0.01)]
+    assert next_step(unclear) == said.removesuffix(".") + MORE_USERS
 
 
 def test_a_basis_that_has_collapsed_needs_smaller_penalties():
@@ -526,6 +574,13 @@ def test_if_all_was_tried_and_the_answer_is_open_more_users_are_needed():
     models = [model(2, UNCLEAR), model(2, LARGE, alpha=0.01)]
     assert next_step(models, chosen=0) == "collect the choices of more users."
     assert "more users" not in next_step(models, chosen=1)
+
+
+def test_too_few_users_need_no_other_settings():
+    for models in ([model(2, LARGE[:5])], [model(2, LARGE[:5]), model(2, LARGE[:5], alpha=0.01)]):
+        assert next_step(models, users=5) == "collect the choices of more users."
+        assert next_step(models, users=5, chosen=0) == "collect the choices of more users."
+    assert next_step([model(1)], users=5) == "put ranks from 2 on into K_list."
 
 
 def test_if_all_was_tried_and_nothing_is_personal_the_mean_weights_will_do():
