@@ -4,7 +4,8 @@
 
     Attributes      do people who weigh a column more choose longer texts, more questions, ..?
     What is known   do the weights go with what is known of the people, such as their age?
-    Examples        the pairs on which a column contradicts everybody's mean reward most
+    Examples        pairs of those who weigh a column most, on which it contradicts everybody's
+                    mean reward most
     People          how many weigh it most, how well they are served, and whether the training
                     finds the column again from other seeds
 
@@ -31,7 +32,7 @@ from lore.evidence import kept_fit
 from lore.files import printable
 from lore.leaks import identities
 from lore.study import Study
-from lore.verdict import FEWEST_USERS
+from lore.verdict import FEWEST_USERS, counted, unseen_users
 from utils import SEEN_TEST, UNSEEN_TEST, Fit, fits_per_model, pair_scores
 
 FOUND = 0.05  # a correlation with a smaller p is reported
@@ -403,21 +404,31 @@ def unit_variance(scores: np.ndarray) -> np.ndarray:
 
 
 def strongest_contradictions(
-    column: np.ndarray, mean: np.ndarray, pairs: TestedPairs
-) -> list[Entry]:
-    """The pairs on which a column contradicts everybody's mean reward most, at most one a prompt.
+    scores: np.ndarray, mean: np.ndarray, columns: np.ndarray, pairs: TestedPairs
+) -> list[list[Entry]]:
+    """For each column the pairs on which it contradicts everybody's mean reward most.
 
-    column, mean: what they say of the pairs, `(M,)`, in standard deviations. A contradiction is
-    as strong as the weaker of the two. Returns an `example` for each.
+    A pair is only looked at for the column that its user weighs most. A contradiction is as strong
+    as the weaker of the two, and the strongest are taken first. Of a column there is at most one
+    pair a prompt, and no two texts are compared twice.
+
+    scores, mean: what columns and mean say of the pairs, `(M, K)` and `(M,)`, in standard
+    deviations. columns: `(M,)`, that of each pair. Returns an `example` for each pair.
     """
-    strength = np.where(column * mean < 0, np.minimum(np.abs(column), np.abs(mean)), 0)
-    shown: dict[Any, Entry] = {}  # by prompt
+    column_scores = scores[np.arange(len(scores)), columns]  # (M,)
+    weaker = np.minimum(np.abs(column_scores), np.abs(mean))
+    strength = np.where(column_scores * mean < 0, weaker, 0)
+    shown: list[dict[Any, Entry]] = [{} for _ in scores.T]  # by prompt
+    compared = set()  # texts that are shown already
     for i in (-strength).argsort(kind="stable"):
-        if len(shown) == EXAMPLES or strength[i] == 0:
+        if strength[i] == 0:
             break
-        if pairs.prompts[i] not in shown:
-            shown[pairs.prompts[i]] = example(i, column[i], mean[i], pairs)
-    return list(shown.values())
+        prompt, texts = pairs.prompts[i], frozenset(pairs.texts[i])
+        of_column = shown[columns[i]]
+        if len(of_column) < EXAMPLES and prompt not in of_column and texts not in compared:
+            of_column[prompt] = example(i, column_scores[i], mean[i], pairs)
+            compared.add(texts)
+    return [list(of_column.values()) for of_column in shown]
 
 
 def example(i: int, column: float, mean: float, pairs: TestedPairs) -> Entry:
@@ -512,12 +523,13 @@ def read_attributes(fit: Fit, others: list[Fit], study: Study) -> Part:
     repeated = sum(int((~mask).sum()) for mask in is_new)
     if repeated:
         notes.append(
-            f"{repeated:,} test pairs are left out of the attributes, because the user's weights "
-            "were fitted from the same two texts."
+            f"The attributes leave out {counted(repeated, 'test pair')}, because the user's "
+            "weights were fitted from the same two texts."
         )
     users = [i for i, mask in enumerate(is_new) if mask.any()]
     if len(users) < FEWEST_USERS:
-        return Part(None, nothing, [*notes, too_few("unseen users", len(users))])
+        too_few = few_people(unseen_users(len(users), study.everybody_is_seen))
+        return Part(None, nothing, [*notes, too_few])
 
     tested = study.texts["test_unseen"]
     choices = count_choices([list(compress(tested[i], is_new[i].tolist())) for i in users])
@@ -527,20 +539,23 @@ def read_attributes(fit: Fit, others: list[Fit], study: Study) -> Part:
     association = Association(
         everything.correlation[:columns], everything.p[:columns], everything.threshold
     )
-    notes.append(
-        f"With {len(users)} unseen users, a correlation of weights and attributes must be above "
-        f"{association.threshold:.2f} or below -{association.threshold:.2f} to be told from chance."
-    )
-    weighed_most = weights[:, :columns].argmax(1)
+    if association.threshold > 0:  # else users do not differ in any attribute
+        notes.append(
+            f"With {unseen_users(len(users), study.everybody_is_seen)}, a correlation of weights "
+            f"and attributes must be above {association.threshold:.2f} or below "
+            f"-{association.threshold:.2f} to be told from chance."
+        )
+    largest = weighed_most(fit.W_unseen)[users]
     found = [
-        attributes_found(association.correlation[k], association.p[k], choices, weighed_most == k)
+        attributes_found(association.correlation[k], association.p[k], choices, largest == k)
         for k in range(columns)
     ]
     return Part(association_table(association, ATTRIBUTES, len(users)), found, notes)
 
 
-def too_few(who: str, count: int) -> str:
-    return f"{count} {who} are too few to tell what weights go with: {FEWEST_USERS} are needed."
+def few_people(people: str) -> str:
+    """The note if there are fewer than FEWEST_USERS; people: how many, in words."""
+    return f"{people} cannot tell what weights go with: {FEWEST_USERS} are needed."
 
 
 def attributes_found(
@@ -602,7 +617,8 @@ def read_known(fit: Fit, study: Study) -> Part:
     table = weights_of_people(fit, study).drop_duplicates("user")  # all may be seen and unseen
     table = table[table["user"].isin(list(about))]
     if len(table) < FEWEST_USERS:
-        return Part(None, nothing, [too_few("people of whom something is known", len(table))])
+        people = counted(len(table), "user")
+        return Part(None, nothing, [few_people(f"{people} of whom something is known")])
 
     answers = known_answers([about[user] for user in table["user"]])
     if not answers:
@@ -639,9 +655,10 @@ def read_examples(fit: Fit, scores: np.ndarray, study: Study) -> list[list[Entry
     """
     if "test_unseen" not in study.texts:
         return [[] for _ in scores.T]
-    pairs = tested_pairs(study)
     mean = unit_variance(everybodys_scores(scores, fit))
-    return [strongest_contradictions(column, mean, pairs) for column in unit_variance(scores).T]
+    pairs_of_user = list(map(len, study.test_unseen))
+    columns = np.repeat(weighed_most(fit.W_unseen), pairs_of_user)  # (M,)
+    return strongest_contradictions(unit_variance(scores), mean, columns, tested_pairs(study))
 
 
 def read_seeds(
@@ -673,12 +690,17 @@ def who_weigh_most(fit: Fit) -> list[Entry]:
     groups = {"seen": (fit.W, SEEN_TEST), "unseen": (fit.W_unseen, UNSEEN_TEST)}
     columns: list[Entry] = [{} for _ in range(fit.V.shape[1])]
     for group, (W, setting) in groups.items():
-        weighed_most = W.argmax(1).cpu().numpy()
+        largest = weighed_most(W)
         accuracies = np.asarray(fit.accuracies[setting], float)
         for k, column in enumerate(columns):
-            column[group] = int((weighed_most == k).sum())
-            column[f"{group}_accuracy"] = known_mean(accuracies[weighed_most == k])
+            column[group] = int((largest == k).sum())
+            column[f"{group}_accuracy"] = known_mean(accuracies[largest == k])
     return columns
+
+
+def weighed_most(W: torch.Tensor) -> np.ndarray:
+    """The column that each user gives the largest weight: `(N,)`; W: `(N, K)`."""
+    return W.argmax(1).cpu().numpy()
 
 
 # ---- The whole reading, and a table of the people
@@ -738,7 +760,8 @@ def read_directions(fits: list[Fit], study: Study, model: tuple[int, float]) -> 
             "examples": examples[k],
             "found_again": found_again[k],
         }
-        column["text"] = column_text(column, len(study.unseen), attributes.table is not None)
+        users = unseen_users(len(study.unseen), study.everybody_is_seen)
+        column["text"] = column_text(column, users, attributes.table is not None)
         columns.append(column)
     return reading | {
         "notes": attributes.notes + known.notes,
@@ -767,10 +790,13 @@ def read_named_model(fits: list[Fit], study: Study, findings: Entry) -> Entry | 
         return None
 
 
-def column_text(column: Entry, users: int, is_told: bool) -> str:
-    """A sentence on what a column prefers. is_told: whether attributes could be told at all."""
+def column_text(column: Entry, users: str, is_told: bool) -> str:
+    """A sentence on what a column prefers.
+
+    users: how many there are, in words. is_told: whether attributes could be told at all.
+    """
     count = column["weigh_most"]["unseen"]
-    text = f"Column {column['column']}, weighed most by {count} of {users} unseen users: "
+    text = f"Column {column['column']}, weighed most by {count} of {users}: "
     if not is_told:
         return text + "what it prefers could not be told."
     if not column["attributes"]:
