@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,7 +12,15 @@ import pandas as pd
 
 from lore.files import atomic_write, escape, printable, replace_files_in
 from lore.reading import FOUND
-from lore.tables import REFERENCE, Entry, Results, model_name, shown_rows
+from lore.tables import (
+    REFERENCE,
+    Entry,
+    Results,
+    everybody_is_seen,
+    model_name,
+    shown_rows,
+)
+from lore.verdict import counted, unseen_users
 from utils import SETTINGS, UNSEEN_TEST
 
 if TYPE_CHECKING:  # matplotlib takes a second to load, and only a picture needs it
@@ -23,7 +32,9 @@ if TYPE_CHECKING:  # matplotlib takes a second to load, and only a picture needs
 RELEASED_BAND = False
 
 RANK = "rank K"  # the x axis that has a place for each rank, whatever its value
-PERSONAL_PART = "personal part: own minus mean"  # the row of panels in which 0 is the baseline
+# The row of panels in which 0 is the baseline.
+PERSONAL_PART = "accuracy with own weights\nminus that with mean weights"
+PANELS_ABREAST = 2  # if there is a single row of panels; more would be too small on a phone
 CURVES_WITH_BANDS = 3  # in a panel with more curves bands would hide each other: they have bars
 
 STYLE = {
@@ -63,6 +74,8 @@ def small_multiples(
 ) -> "Figure":
     """A picture with a panel for each row and column, and in it a curve for each line.
 
+    A single row is broken into lines of PANELS_ABREAST panels.
+
     results: its `config`, `counts` and `seeds` are named above the panels.
     points: dicts with `row`, `column` and `line` (texts), `mean`, `low` and `high`, and a number
         under the key that `x` names. Panels and curves are in the order of the points.
@@ -73,28 +86,61 @@ def small_multiples(
     frame = pd.DataFrame(points)
     ranks = frame[x].unique()
     frame["x"] = pd.factorize(frame[x])[0] if x == RANK else frame[x]
-    rows = frame["row"].unique()
-    columns = frame["column"].unique()
+    lines = lines_of_panels(frame)
     colors = line_colors(matplotlib, list(frame["line"].unique()))
 
     with matplotlib.rc_context(STYLE):
-        size = (2.2 * len(columns) + 2.4, 2.4 * len(rows) + 0.5)  # inches
-        figure = matplotlib.figure.Figure(size, layout="constrained")
-        figure.suptitle(describe_study(results, band) + note, fontsize=9)
+        columns = len(lines[0])
+        longest_name = max(map(len, [*colors, CHANCE.name]))
+        width = max(2.0 * columns + 0.5 + 0.07 * longest_name, 4.0)  # inches
+        figure = matplotlib.figure.Figure((width, 2.3 * len(lines) + 0.7), layout="constrained")
+        figure.suptitle(fitted(describe_study(results, band) + note, width), fontsize=9)
         figure.supxlabel(x, fontsize=9)
-        grid = figure.subplots(len(rows), len(columns), sharex=True, sharey="row", squeeze=False)
-        for row, panels in zip(rows, grid):
-            panels[0].set_ylabel(row)
-            baseline = NOTHING_PERSONAL if row == PERSONAL_PART else CHANCE
-            for column, axes in zip(columns, panels):
-                draw_panel(axes, curves_in(frame, row, column), baseline, colors)
+        shared = "all" if is_one_row(frame) else "row"
+        grid = figure.subplots(len(lines), columns, sharex=True, sharey=shared, squeeze=False)
+        for line, panels in zip(lines, grid):
+            for (row, column), axes in zip(line, panels):
+                curves = curves_in(frame, row, column)
+                baseline = NOTHING_PERSONAL if row == PERSONAL_PART else CHANCE
+                draw_panel(axes, curves, baseline, colors)
+                if line is lines[0] or is_one_row(frame):
+                    axes.set_title(column)
+                axes.tick_params(labelbottom=True)
                 if x == RANK:
                     axes.set_xticks(range(len(ranks)), [K or REFERENCE for K in ranks])
-            label_right_end(panels[-1], curves_in(frame, row, columns[-1]), baseline, colors)
-        for column, axes in zip(columns, grid[0]):
-            axes.set_title(column)
+            # Of the last panel of the line.
+            label_right_end(axes, curves, baseline, colors)
+            panels[0].set_ylabel(row)
+            for empty in panels[len(line) :]:
+                empty.set_visible(False)
         escape_missing_glyphs(matplotlib, figure)
     return figure
+
+
+def is_one_row(frame: pd.DataFrame) -> bool:
+    """Whether all points belong to a single row of panels."""
+    return frame["row"].nunique() == 1
+
+
+def lines_of_panels(frame: pd.DataFrame) -> list[list[tuple[str, str]]]:
+    """The (row, column) of each panel, by the lines that they are drawn in.
+
+    frame: a table of points, see `small_multiples`.
+    """
+    rows = frame["row"].unique()
+    columns = frame["column"].unique()
+    abreast = PANELS_ABREAST if is_one_row(frame) else len(columns)
+    return [
+        [(row, column) for column in columns[start : start + abreast]]
+        for row in rows
+        for start in range(0, len(columns), abreast)
+    ]
+
+
+def fitted(text: str, width: float) -> str:
+    """A title of font size 9 with its lines broken so that they fit a width in inches."""
+    characters = int(14 * width)
+    return "\n".join(textwrap.fill(line, characters) for line in text.split("\n"))
 
 
 def import_matplotlib() -> Any:
@@ -143,19 +189,21 @@ def available_fonts(matplotlib: Any) -> list[Any]:
 
 def describe_study(results: Results, band: str) -> str:
     """The title of pictures with curves: the data, how many users and seeds, what the bands are."""
-    seeds = len(results["seeds"])
     return (
-        f"{describe_users(results)}, {seeds} {'seed' if seeds == 1 else 'seeds'}\n"
+        f"{printable(results['config']['data'])}\n"
+        f"{describe_users(results)}; {counted(len(results['seeds']), 'seed')}\n"
         f"band or bar: {band} over users"
     )
 
 
 def describe_users(results: Results) -> str:
-    """The first words of every title: the data, and how many users."""
+    """How many users there are, and how many test pairs of the unseen ones."""
     counts = results["counts"]
+    everybody = everybody_is_seen(results)
+    seen = "" if everybody else f"{counts['seen users']:,} seen, "
     return (
-        f"{printable(results['config']['data'])}: {counts['seen users']} seen, "
-        f"{counts['unseen users']} unseen users"
+        f"{seen}{unseen_users(counts['unseen users'], everybody)} "
+        f"({counted(counts['test unseen pairs'], 'test pair')})"
     )
 
 
@@ -317,13 +365,12 @@ def draw_personal_part(results: Results) -> "Figure":
                     **interval,
                 }
             )
-    return small_multiples(results, points, RANK, note=f"; {UNSEEN_TEST}")
+    return small_multiples(results, points, RANK, note=f"\n{UNSEEN_TEST}")
 
 
 # ---- What the directions mean
 
 SHOWN_DIRECTIONS = 12  # the columns that most users weigh most; more would not be legible
-FULL_COLOR = 0.5  # a correlation that has the darkest colour, if none is larger
 
 
 def draw_reading(results: Results, reading: Entry) -> "Figure":
@@ -342,21 +389,25 @@ def draw_reading(results: Results, reading: Entry) -> "Figure":
     names = [name for name, v in zip(reading["attributes"]["names"], varies) if v]
     correlation = correlation[varies][:, shown]
     is_found = np.array(reading["attributes"]["p"]).T[varies][:, shown] < FOUND
-    limit = max(FULL_COLOR, float(np.abs(correlation).max()))
     with matplotlib.rc_context(STYLE | {"axes.grid": False, "hatch.linewidth": 0.5}):
-        size = (0.72 * len(shown) + 3.0, 0.26 * len(names) + 1.5)  # inches
-        figure = matplotlib.figure.Figure(size, layout="constrained")
-        figure.suptitle(describe_reading(results, reading, len(shown)), fontsize=9)
+        width = max(0.48 * len(shown) + 1.8, 4.5)  # inches
+        figure = matplotlib.figure.Figure((width, 0.27 * len(names) + 2.2), layout="constrained")
+        title = describe_reading(results, reading, len(shown))
+        figure.suptitle(fitted(title, width), fontsize=9)
         axes = figure.subplots()
-        fields = axes.imshow(correlation, "PuOr", aspect="auto", vmin=-limit, vmax=limit)
+        fields = axes.imshow(correlation, "PuOr", aspect="auto", vmin=-1, vmax=1)
         axes.set_yticks(range(len(names)), names)
         axes.set_xticks(range(len(shown)), [column_label(reading["columns"][k]) for k in shown])
+        axes.set_xlabel("column, and below it how many users weigh it most", fontsize=8)
         axes.tick_params(length=0, labelsize=8)
         axes.spines[:].set_visible(False)
         for (j, k), value in np.ndenumerate(correlation):
             color = fields.cmap(fields.norm(value))
             draw_field(matplotlib, axes, (k, j), value, color, is_found[j, k])
-        figure.colorbar(fields, ax=axes, label="correlation", shrink=0.7)
+        ticks = [-1, -0.5, 0, 0.5, 1]
+        figure.colorbar(
+            fields, ax=axes, label="correlation", location="bottom", aspect=40, ticks=ticks
+        )
         escape_missing_glyphs(matplotlib, figure)
     return figure
 
@@ -371,9 +422,8 @@ def columns_to_draw(reading: Entry) -> list[int]:
 
 
 def column_label(column: Entry) -> str:
-    """The number of a column, and how many users weigh it most."""
-    users = column["weigh_most"]["unseen"]
-    return f"column {column['column']}\n{users} {'user' if users == 1 else 'users'}"
+    """The number of a column, and below it how many users weigh it most."""
+    return f"{column['column']}\n({column['weigh_most']['unseen']})"
 
 
 def describe_reading(results: Results, reading: Entry, shown: int) -> str:
@@ -383,7 +433,8 @@ def describe_reading(results: Results, reading: Entry, shown: int) -> str:
     if shown < columns:
         model += f", {shown} of {columns} columns"
     return (
-        f"{describe_users(results)}; {model}\n"
+        f"{printable(results['config']['data'])}; {model}\n"
+        f"{describe_users(results)}\n"
         "how a column's weight goes with choosing more of an attribute\n"
         f"framed: p < {FOUND:g}, corrected for all fields; hatched: below 0"
     )
@@ -419,7 +470,7 @@ def draw_field(
         f"{value:+.2f}".replace("0.", ".").replace("-", "−"),
         ha="center",
         va="center",
-        fontsize=7,
+        fontsize=8,
         color="white" if is_dark else "black",
         fontweight="bold" if found else "normal",
     )

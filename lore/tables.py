@@ -26,6 +26,11 @@ def shown_rows(results: Results) -> list[Entry]:
     return [entry for entry in entries if entry["K"] > 0 or entry["alpha"] == first_alpha]
 
 
+def everybody_is_seen(results: Results) -> bool:
+    """Whether the unseen users are the seen ones, as in `lore.study.Study`."""
+    return results["users"] == results["unseen_users"]
+
+
 def model_name(K: int, alpha: float) -> str:
     """The name of a model in tables and pictures: `K = 3, alpha 0.5`, or `ref`."""
     if K == 0:

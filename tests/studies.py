@@ -46,6 +46,18 @@ def study_without_tastes(seed=0):
     return planted_study(equal, equal, seed)
 
 
+def described_results(title, users=(3, 2), pairs=36, seeds=1):
+    """What the titles of pictures take from results.json; users: seen, unseen."""
+    seen, unseen = users
+    return {
+        "config": {"data": title},
+        "counts": {"seen users": seen, "unseen users": unseen, "test unseen pairs": pairs},
+        "users": [f"seen {i}" for i in range(seen)],
+        "unseen_users": [f"unseen {i}" for i in range(unseen)],
+        "seeds": list(range(seeds)),
+    }
+
+
 def small_study(counts=(5, 2), **known):
     """A few seen users with so many training pairs each; the other parts do not matter."""
     users = random_users(counts, 4)

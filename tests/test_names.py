@@ -126,7 +126,7 @@ def test_a_name_is_plain_text_in_every_file_of_results(tmp_path, fits, titles, n
     assert rf"\caption{{{in_latex}: Unseen" in (tmp_path / "vary_fewshot.tex").read_text()
     assert len(titles) == 6  # three pictures, each as PNG and PDF
     for title in titles:
-        assert title.startswith(f"{in_picture}: 3 seen, 2 unseen users")
+        assert title.startswith(f"{in_picture}\n3 seen, 2 unseen users (36 test pairs);")
     # What programs read has the name as it is.
     assert load_json(tmp_path / "results.json")["config"]["data"] == name
     assert load_json(tmp_path / "vary_fewshot.json")["config"]["model"] == name
@@ -148,11 +148,7 @@ def test_escaped_names_in_markdown_have_no_sign_of_markdown_left():
 
 def test_a_picture_whose_user_asks_for_formulas_and_latex_has_plain_text(tmp_path):
     matplotlib = lore.pictures.import_matplotlib()
-    results = {
-        "config": {"data": r"$\frac{$"},
-        "counts": {"seen users": 3, "unseen users": 2},
-        "seeds": [0],
-    }
+    results = studies.described_results(r"$\frac{$")
     point = {"row": "$a_", "column": "%b", "line": "$^$", "x_1$": 2}
     point |= {"mean": 0.5, "low": 0.4, "high": 0.75}
     with matplotlib.rc_context({"text.parse_math": True, "text.usetex": True}):

@@ -21,6 +21,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
+from studies import described_results
 
 import lore.pickles
 import utils
@@ -499,10 +500,7 @@ def test_a_picture_can_have_any_name(folder, name):
     from lore.pictures import save_picture, small_multiples
 
     point = {"row": name, "column": name, "line": name, "x": 1, "mean": 0.5, "low": 0, "high": 1}
-    counts = {"seen users": 3, "unseen users": 2}
-    figure = small_multiples(
-        {"config": {"data": name}, "counts": counts, "seeds": [0]}, [point], "x"
-    )
+    figure = small_multiples(described_results(name), [point], "x")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         save_picture(folder, "a", figure)
