@@ -22,6 +22,8 @@ from lore.files import printable
 from lore.tables import Results
 
 TEMPLATE = "report.html.jinja"  # beside this module
+PIXELS = 2  # of a picture, in one of the page, so that its text is about as large as the page's
+SMALLEST = 0.6  # of this size, on a phone; a picture that is wider yet scrolls
 
 
 class Section(NamedTuple):
@@ -107,6 +109,11 @@ def render_picture(
     path = env["folder"] / Path(str(token.attrs["src"])).name
     if path.suffix != ".png" or not path.exists():
         return f'<span class="picture missing">No picture. {description}</span>'
-    content = base64.b64encode(path.read_bytes()).decode()
-    image = f'<img src="data:image/png;base64,{content}" alt="{description}">'
+    content = path.read_bytes()
+    width = int.from_bytes(content[16:20]) / PIXELS  # a PNG file has its width there
+    source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    image = (
+        f'<img src="{source}" alt="{description}" width="{width:.0f}" '
+        f'style="min-width: {SMALLEST * width:.0f}px">'
+    )
     return f'<span class="picture" tabindex="0">{image}</span>'

@@ -8,12 +8,14 @@ from lore.tables import (
     CHOSEN_MARK,
     Entry,
     Results,
+    everybody_is_seen,
     markdown_text,
     model_cells,
     model_name,
     shown_rows,
     text_table,
 )
+from lore.verdict import counted
 from utils import FEW_SHOT_TRAIN, SEEN_TEST, TRAIN, UNSEEN_TEST
 
 
@@ -131,14 +133,14 @@ FILE = Column("file", "The basis and the weights of this seed.")
 LOSS = Column("training loss", "The loss at the end of the training, without the penalty.")
 
 
-def report(results: Results, directions: str = "") -> str:
+def report(results: Results, tastes: str = "", directions: str = "") -> str:
     """The text of report.md, in Markdown.
 
-    results: what results.json holds. directions: of `lore.report_directions.directions_section`;
-    empty: the report has no such section.
+    results: what results.json holds. tastes: of `lore.report_directions.tastes_sentence`.
+    directions: of `lore.report_directions.directions_section`. Either may be empty.
     """
     sections = [
-        verdict_section(results),
+        verdict_section(results, tastes),
         reading_section(results),
         data_section(results),
         directions,
@@ -150,55 +152,72 @@ def report(results: Results, directions: str = "") -> str:
     return paragraphs(*sections) + "\n"
 
 
-def verdict_section(results: Results) -> str:
-    """The title and the verdict, its first line in bold."""
+def verdict_section(results: Results, tastes: str) -> str:
+    """The title and the verdict, its first line in bold; tastes: how many people like what."""
     first, *further = results["verdict"]["text"].splitlines()
     data = markdown_text(results["config"]["data"])
-    return paragraphs(f"# {data}: is the reward personal?", f"**{first}**", *further)
+    synthetic = ""
+    if results["demo"]:
+        synthetic = (
+            "*These data are synthetic: they were made up to try the scripts, and say nothing "
+            "about people.*"
+        )
+    title = f"# {data}: is the reward personal?"
+    return paragraphs(title, synthetic, f"**{first}**", tastes, *further)
 
 
 def reading_section(results: Results) -> str:
     """What the verdict is about, which data it rests on, and how to read the tables."""
     counts = results["counts"]
     chosen = results["chosen"]
-    if chosen["by"] == "none":
+    marks = []
+    if chosen["by"] == "none" and not any(entry["personal_part"] for entry in results["evidence"]):
         subject = (
-            f"all ranks from K = 2 on at once ({choice_in_words(results)}), and names the one with "
-            "the largest personal part"
+            "No model has user weights, so the verdict can only name one reward for everybody "
+            f"({choice_in_words(results)})."
         )
-        marks = []
+    elif chosen["by"] == "none":
+        subject = (
+            f"The verdict is about all ranks from K = 2 on at once ({choice_in_words(results)}), "
+            "and names the one with the largest personal part."
+        )
     else:
-        subject = f"one model ({choice_in_words(results)}); its basis is in `{chosen['file']}`"
+        subject = (
+            f"The verdict is about one model ({choice_in_words(results)}); its basis is in "
+            f"`{chosen['file']}`."
+        )
         marks = [f"`{CHOSEN_MARK.strip()}` marks the model that was chosen by validation."]
     validation = ""
     if counts["validation pairs"] > 0:
-        validation = f", and {counts['validation pairs']:,} others of theirs were held out"
+        held_out = counted(counts["validation pairs"], "other pair")
+        validation = f" Validation had {held_out} of theirs."
     equal_sides = ""
     if counts["pairs with equal sides"] > 0:
         equal_sides = (
-            f" Of all pairs {counts['pairs with equal sides']:,} have two equal sides. No reward "
-            "can tell these apart, so they count as predicted wrong."
+            f" In {counted(counts['pairs with equal sides'], 'pair')} both sides are equal. No "
+            "reward can tell them apart, so such a pair counts as predicted wrong."
         )
-    learned = counts["train pairs"] - counts["validation pairs"]
-    fitted = counts["train unseen pairs"]
-    tested = counts["test unseen pairs"]
-    if results["users"] == results["unseen_users"]:
-        people = f"{counts['seen users']} users"
+    learned = counted(counts["train pairs"] - counts["validation pairs"], "pair")
+    fitted = counted(counts["train unseen pairs"], "pair")
+    tested = counted(counts["test unseen pairs"], "other pair")
+    if everybody_is_seen(results):
+        people = counted(counts["seen users"], "user")
         fit = (
             "No user is unseen: what this report says of unseen users is about the same people. "
             "Their weights were fitted once more, with the basis frozen, to "
-            f"{fitted:,} of their training pairs, and tested on {tested:,} others."
+            f"{fitted} of their training, and tested on {tested}."
         )
     else:
-        people = f"{counts['seen users']} seen users"
+        people = counted(counts["seen users"], "seen user")
+        unseen = counted(counts["unseen users"], "unseen user")
         fit = (
-            f"{counts['unseen users']} unseen users had no part in this: only their weights were "
-            f"fitted, to {fitted:,} of their pairs, and tested on {tested:,} others."
+            f"{unseen} had no part in this: only their weights were fitted, to {fitted} of theirs, "
+            f"and tested on {tested}."
         )
     return paragraphs(
         "## What the verdict rests on",
-        f"The verdict is about {subject}. The basis was learned from {learned:,} pairs of "
-        f"{people}{validation}. {fit}{equal_sides}",
+        f"{subject} The basis was learned from {learned} of {people}.{validation} {fit}"
+        f"{equal_sides}",
         bullets(
             *marks,
             "**K** is the rank. `ref` (K = 0) is the reference, the pretrained reward head. K = 1 "
@@ -232,8 +251,8 @@ def data_section(results: Results) -> str:
     points = [markdown_text(note) for note in notes or []]
     for file, counts in equal_pairs.items():
         points.append(
-            f"{markdown_text(file)}: {counts['equal']:,} of {counts['pairs']:,} pairs have two "
-            "sides of equal token ids"
+            f"{markdown_text(file)}: in {counts['equal']:,} of {counted(counts['pairs'], 'pair')} "
+            "both sides have equal token ids"
         )
     if points:
         content = bullets(*points)
@@ -264,14 +283,18 @@ def accuracy_section(results: Results) -> str:
 def controls_section(results: Results) -> str:
     """What the accuracy on unseen users' unseen prompts would be without anything personal."""
     trained = trained_models(results["evidence"])
+    names = [model_cells(entry, results["chosen"]) for entry in trained]
+    controls = [with_headings(CONTROLS, entry["controls"]) for entry in trained]
+    comparisons = [comparison_cells(entry) for entry in trained]
     section = paragraphs(
         f"## Controls and comparisons, on {UNSEEN_TEST}",
-        "Controls are accuracies that can be reached without knowing what the user likes. The "
-        "other columns compare models, and users with one another.",
-        explain([*CONTROLS.values(), *WORST.values(), *DIFFERENCES.values()]),
-        markdown_table(
-            [model_cells(entry, results["chosen"]) | control_cells(entry) for entry in trained]
-        ),
+        "The first table has other ways to predict the same choices. Most of them know nothing of "
+        "what the user likes.",
+        explain(list(CONTROLS.values())),
+        markdown_table([name | cells for name, cells in zip(names, controls)]),
+        "The second table compares models, and users with one another.",
+        explain([*WORST.values(), *DIFFERENCES.values()]),
+        markdown_table([name | cells for name, cells in zip(names, comparisons)]),
     )
     if any(entry["personal_part"] for entry in trained):
         parts = [entry for entry in trained if entry["personal_part"]]
@@ -279,7 +302,10 @@ def controls_section(results: Results) -> str:
             f"{model_name(entry['K'], entry['alpha'])} {entry['personal_part']['mean']:+.3f}"
             for entry in parts
         )
-        picture = f"![Personal part by rank, own minus mean weights. {means}.](personal_part.png)"
+        picture = (
+            "![Personal part by rank: the accuracy with own weights minus that with everybody's "
+            f"mean weights. {means}.](personal_part.png)"
+        )
         section = paragraphs(section, picture)
     return section
 
@@ -293,18 +319,14 @@ def on_unseen_prompts(entries: list[Entry]) -> str:
     return f"{UNSEEN_TEST}: {means}"
 
 
-def control_cells(entry: Entry) -> dict[str, Any]:
-    """The controls of one model and what it gains, by their headings."""
+def comparison_cells(entry: Entry) -> dict[str, Any]:
+    """Whom one model serves worst and what it gains, by the headings of the columns."""
     gains = {
         "personal_part": entry["personal_part"],
         "minus_reference": entry["minus_reference"][UNSEEN_TEST],
         "minus_pooled": entry["minus_pooled"][UNSEEN_TEST],
     }
-    return (
-        with_headings(CONTROLS, entry["controls"])
-        | with_headings(WORST, entry)
-        | with_headings(DIFFERENCES, gains)
-    )
+    return with_headings(WORST, entry) | with_headings(DIFFERENCES, gains)
 
 
 def basis_section(results: Results) -> str:

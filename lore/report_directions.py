@@ -1,14 +1,106 @@
-"""The section of report.md on what the directions mean."""
+"""What report.md says of the directions: a sentence beside the verdict, and a section."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
+from lore.reading import phrase
 from lore.report import bullets, markdown_table, paragraphs
-from lore.tables import Entry, Results, markdown_text, model_name
+from lore.tables import Entry, Results, everybody_is_seen, markdown_text, model_name
+from lore.verdict import counted, unseen_users
 
 SHOWN_COLUMNS = 6  # examples are shown of so many columns, those that most users weigh most
 SHOWN_EXAMPLES = 3  # of each of them
 
 PICTURE = "directions"  # the name of the picture's files
+
+
+# ---- What people differ in
+
+
+class Taste(NamedTuple):
+    """What a column goes with, or several columns that go with the same."""
+
+    phrase: str  # such as "longer texts or more words, and more digits"
+    columns: list[int]
+    users: int  # how many unseen users weigh one of these columns most
+    is_chosen_more: bool  # whether these users chose it more often than the others did
+    contrary: str  # what the others choose, such as "shorter texts"; empty if that is not known
+
+
+def tastes_of(reading: Entry) -> list[Taste]:
+    """What the columns go with, in the order of the columns."""
+    alike: dict[tuple[str, ...], list[Entry]] = {}  # the columns by what they go with
+    for column in reading["columns"]:
+        if column["attributes"]:
+            alike.setdefault(tuple(phrases_of(column)), []).append(column)
+    return [taste_of(columns) for columns in alike.values()]
+
+
+def taste_of(columns: list[Entry]) -> Taste:
+    """The taste of columns that go with the same attributes."""
+    findings = list(zip(*(column["attributes"] for column in columns)))  # each of all columns
+    known_shares = [oriented_shares(entry) for entries in findings for entry in entries]
+    contrary = ""
+    if len(columns) > 1 and all(shares and shares[1] < 0.5 for shares in known_shares):
+        firsts = [entries[0] for entries in findings]
+        contrary = ", and ".join(
+            phrase(entry["attribute"], -entry["correlation"]) for entry in firsts
+        )
+    return Taste(
+        phrase=", and ".join(map(alternatives, findings)),
+        columns=[column["column"] for column in columns],
+        users=sum(column["weigh_most"]["unseen"] for column in columns),
+        is_chosen_more=all(shares and shares[0] > shares[1] for shares in known_shares),
+        contrary=contrary,
+    )
+
+
+def alternatives(entries: list[Entry]) -> str:
+    """All attributes that a finding may be about, such as "longer texts or more words".
+
+    entries: the same finding, of each column that has it.
+    """
+    names = {}  # as keys, so that each is named once
+    for entry in entries:
+        names[entry["phrase"]] = None
+        for other in entry["with"]:
+            names[phrase(other["attribute"], other["correlation"])] = None
+    *before, last = names
+    return f"{', '.join(before)} or {last}" if before else last
+
+
+def oriented_shares(entry: Entry) -> tuple[float, float] | None:
+    """How often those who weigh a column most, and the others, choose what it goes with.
+
+    None if there is nobody of either kind.
+    """
+    own, others = entry["share_of_its_users"], entry["share_of_others"]
+    if own is None or others is None:
+        return None
+    if entry["correlation"] < 0:  # the shares are those of the text with more of the attribute
+        return 1 - own, 1 - others
+    return own, others
+
+
+def tastes_sentence(results: Results, reading: Entry | None) -> str:
+    """How many people like what; empty if the rewards are not personal, or nothing was found.
+
+    results, reading: as `directions_section` takes them.
+    """
+    if reading is None or results["verdict"]["personal"] != "yes":
+        return ""
+    tastes = [taste for taste in tastes_of(reading) if taste.users > 0 and taste.is_chosen_more]
+    if not tastes:
+        return ""
+    first, *further = tastes
+    people = unseen_users(reading["users"], everybody_is_seen(results))
+    clauses = [
+        f"{first.users} of {people} chose {first.phrase}",
+        *(f"{taste.users} chose {taste.phrase}" for taste in further),
+    ]
+    return f"More often than the others, {'; '.join(clauses)}."
+
+
+# ---- The section
 
 
 def directions_section(results: Results, reading: Entry | None) -> str:
@@ -23,23 +115,24 @@ def directions_section(results: Results, reading: Entry | None) -> str:
         return paragraphs(heading, *reading["notes"])
     return paragraphs(
         heading,
-        *first_line(results["verdict"]["personal"], reading),
+        *first_line(results, reading),
         subject(reading),
         *reading["notes"],
         *attributes_part(reading),
         *known_part(reading),
         "For each column: how many users give it their largest weight, how well these users are "
-        "predicted, and how similar the nearest column of each other seed is.",
+        "predicted, and the correlation with the most similar column of each other seed.",
         markdown_table([people_row(column) for column in reading["columns"]]),
-        *examples_part(reading),
+        *examples_part(results, reading),
     )
 
 
-def first_line(personal: str, reading: Entry) -> list[str]:
+def first_line(results: Results, reading: Entry) -> list[str]:
     """What the people differ in, in a line; under another verdict than "yes" that nothing is known.
 
     Empty if it cannot be told.
     """
+    personal = results["verdict"]["personal"]
     if personal != "yes":
         return [
             f"**The verdict is “{personal}”: the directions describe nothing that is known to be "
@@ -47,17 +140,22 @@ def first_line(personal: str, reading: Entry) -> list[str]:
         ]
     if reading["attributes"] is None:
         return []
-    tastes = [
-        f"some choose {', '.join(phrases_of(column))} (column {column['column']})"
-        for column in reading["columns"]
-        if column["attributes"]
-    ]
+    tastes = tastes_of(reading)
     if not tastes:
+        people = unseen_users(reading["users"], everybody_is_seen(results))
         return [
-            f"**The rewards are personal, but {reading['users']} unseen users do not tell in which "
-            "attribute of texts they differ.**"
+            f"**The rewards are personal, but {people} cannot tell in which attribute of texts "
+            "they differ.**"
         ]
-    return [f"**What people differ in, as far as it was found: {'; '.join(tastes)}.**"]
+    clauses = "; ".join(map(taste_in_words, tastes))
+    return [f"**What some choose more often than others, as far as it was found: {clauses}.**"]
+
+
+def taste_in_words(taste: Taste) -> str:
+    """Such as "longer texts (columns 1, 4), while others choose shorter texts"."""
+    noun = "column" if len(taste.columns) == 1 else "columns"
+    text = f"{taste.phrase} ({noun} {', '.join(map(str, taste.columns))})"
+    return f"{text}, while others choose {taste.contrary}" if taste.contrary else text
 
 
 def phrases_of(column: Entry) -> list[str]:
@@ -107,16 +205,24 @@ def attributes_part(reading: Entry) -> list[str]:
             "Nothing can be told of these attributes, as the texts lack them or all users choose "
             f"them alike: {', '.join(alike)}."
         )
-    return [*parts, f"![{picture_in_words(reading)}]({PICTURE}.png)"]
+    if has_picture(reading):
+        parts.append(f"![{picture_in_words(reading)}]({PICTURE}.png)")
+    return parts
+
+
+def has_picture(reading: Entry | None) -> bool:
+    """Whether there is any correlation of weights and attributes that could be drawn."""
+    if reading is None or reading["attributes"] is None:
+        return False
+    return any(map(any, reading["attributes"]["correlation"]))
 
 
 def shares_in_words(entry: Entry) -> str:
     """How often what the column goes with is chosen; empty if that is not known."""
-    own, others = entry["share_of_its_users"], entry["share_of_others"]
-    if own is None or others is None:
+    shares = oriented_shares(entry)
+    if shares is None:
         return ""
-    if entry["correlation"] < 0:  # the shares are those of the text with more of the attribute
-        own, others = 1 - own, 1 - others
+    own, others = shares
     return (
         f"; those who weigh it most choose {entry['phrase']} in {100 * own:.0f} % of the pairs "
         f"that differ in this, the others in {100 * others:.0f} %"
@@ -147,11 +253,11 @@ def known_part(reading: Entry) -> list[str]:
         for entry in column["known"]
     ]
     compared = (
-        f"The weights of {table['users']} people were also compared with {len(table['names'])} "
-        "answers that are known of them."
+        f"The weights of {table['users']} people were also compared with "
+        f"{counted(len(table['names']), 'answer')} of theirs."
     )
     if not found:
-        return [f"{compared} They go with none of these."]
+        return [f"{compared} No correlation can be told from chance."]
     return [f"{compared} A p holds for all columns and answers together.", bullets(*found)]
 
 
@@ -164,12 +270,12 @@ def people_row(column: Entry) -> dict[str, Any]:
     correlations = [f"{again['correlation']:.2f}" for again in column["found_again"]]
     return {
         "column": column["column"],
-        "goes with": phrases_of(column) or None,
+        "goes with": [alternatives([entry]) for entry in column["attributes"]] or None,
         "unseen users": most["unseen"],
         "accuracy of the unseen": accuracy_cell(most["unseen_accuracy"]),
         "seen users": most["seen"],
         "accuracy of the seen": accuracy_cell(most["seen_accuracy"]),
-        "correlation with the nearest column of other seeds": correlations or None,
+        "other seeds": correlations or None,
     }
 
 
@@ -180,21 +286,25 @@ def accuracy_cell(accuracy: float | None) -> str | None:
 # ---- Examples
 
 
-def examples_part(reading: Entry) -> list[str]:
-    """Pairs of the columns that most unseen users weigh most; empty without texts."""
-    columns = [
-        column
-        for column in reading["columns"]
-        if column["examples"] and column["weigh_most"]["unseen"] > 0
-    ]
-    if not columns:
+def examples_part(results: Results, reading: Entry) -> list[str]:
+    """Pairs of the columns that most unseen users weigh most.
+
+    Empty without texts, and if the verdict is not "yes": then they would be examples of noise.
+    """
+    columns = [column for column in reading["columns"] if column["examples"]]
+    if not columns or results["verdict"]["personal"] != "yes":
         return []
     columns.sort(key=lambda column: -column["weigh_most"]["unseen"])
+    shown = columns[:SHOWN_COLUMNS]
+    left_out = ""
+    if len(shown) < len(columns):
+        left_out = f" Shown are the {SHOWN_COLUMNS} columns that most users weigh most."
     parts = [
-        "For each column that some unseen user gives the largest weight: the test pairs on which "
-        "it contradicts everybody's mean reward most. Long texts are shortened."
+        "The examples of a column are test pairs of the users who weigh it most: those on which it "
+        "contradicts everybody's mean reward most, one a prompt. No pair is shown twice. "
+        f"Long texts are shortened.{left_out}"
     ]
-    for column in sorted(columns[:SHOWN_COLUMNS], key=lambda column: column["column"]):
+    for column in sorted(shown, key=lambda column: column["column"]):
         parts.append(f"### Examples of column {column['column']}")
         parts.append(bullets(*map(example_point, column["examples"][:SHOWN_EXAMPLES])))
     return parts

@@ -23,7 +23,7 @@ from lore.pictures import (
 from lore.reading import weights_table
 from lore.report import choice_in_words, rank_remarks, report
 from lore.report_directions import PICTURE as DIRECTIONS
-from lore.report_directions import directions_section
+from lore.report_directions import directions_section, has_picture, tastes_sentence
 from lore.study import PARTS, Features, Study
 from lore.tables import (
     CHOSEN_MARK,
@@ -62,7 +62,8 @@ def run_info(study: Study, config: dict[str, Any]) -> dict[str, Any]:
     """What every result carries, in JSON values.
 
     `config` (with the names of data and model), the `identity` of model and data, the ids of
-    `users` and `unseen_users` in the order of the rows of W and W_unseen, `versions`, `counts`.
+    `users` and `unseen_users` in the order of the rows of W and W_unseen, `versions`, `counts`, and
+    whether the data are those of the synthetic `demo`.
     config: the settings that a reader set.
     """
     names = {"data": study.title, "model": study.provenance.get("model")}
@@ -76,6 +77,7 @@ def run_info(study: Study, config: dict[str, Any]) -> dict[str, Any]:
         "unseen_users": study.unseen,
         "versions": versions,
         "counts": count_study(study),
+        "demo": bool(study.provenance.get("demo")),
     }
 
 
@@ -136,13 +138,13 @@ def save_results(
     drawings = {"accuracy_by_rank": lambda: draw_accuracy_by_rank(results)}
     if any(entry["personal_part"] for entry in results["evidence"]):
         drawings["personal_part"] = lambda: draw_personal_part(results)
-    if reading and reading["attributes"]:
+    if has_picture(reading):
         drawings[DIRECTIONS] = lambda: draw_reading(results, reading)
     earlier = [
         *("K_*.safetensors", "accuracy_by_rank.*", "personal_part.*"),
         *("reading.json", f"{DIRECTIONS}.*", "report.html"),
     ]
-    text = report(results, directions_section(results, reading))
+    text = report(results, tastes_sentence(results, reading), directions_section(results, reading))
     people = weights_table(fits, study, (results["verdict"]["K"], results["verdict"]["alpha"]))
     with replace_files_in(folder, earlier) as new:
         for name, fit in fit_in_file.items():
@@ -435,7 +437,7 @@ def draw_question_curves(results: Results, named: pd.DataFrame) -> "Figure":
         {**row, "row": "accuracy", "column": row["model"], "line": row["fit"], x: row["questions"]}
         for row in named.to_dict("records")
     ]
-    return small_multiples(results, points, x, note=f"; {UNSEEN_TEST}")
+    return small_multiples(results, points, x, note=f"\n{UNSEEN_TEST}")
 
 
 def with_model_names(frame: pd.DataFrame) -> pd.DataFrame:

@@ -8,11 +8,13 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 
+import matplotlib.figure
 import pytest
 from test_reading import made_study, swept
 
 from lore.evidence import evidence
 from lore.html_report import report_html
+from lore.pictures import save_picture
 from lore.reading import read_named_model
 from lore.results import save_results
 
@@ -202,7 +204,10 @@ window.onload = () => {
       element => view.getComputedStyle(element)[name])[0];
     return {
       overflow: root.scrollWidth - root.clientWidth,
-      scrolling: all(".table, .picture").filter(box => box.scrollWidth > box.clientWidth).length,
+      scrolling: all(".table").filter(box => box.scrollWidth > box.clientWidth).length,
+      cut: all(".picture").filter(box => box.scrollWidth > box.clientWidth).length,
+      scale: Math.min(...all("img").map(image => image.width / image.naturalWidth)),
+      hint: all(".narrow").map(hint => hint.offsetHeight > 0),
       broken: all("img").filter(image => !image.naturalWidth).length,
       asked: view.performance.getEntriesByType("resource").map(entry => entry.name),
       text: color("body", "color"), page: color("body", "backgroundColor"),
@@ -257,7 +262,29 @@ def test_the_page_fits_a_phone_and_a_desktop_and_is_silent(html, tmp_path, schem
         assert contrast(found["muted"], found["page"]) > 4.5
         assert (contrast("rgb(0, 0, 0)", found["page"]) < 5) == (scheme == "dark")
         assert found["picture"] == "rgb(255, 255, 255)"
-    assert phone_and_desktop[0]["scrolling"] >= 5  # of four tables and three pictures
+    assert phone_and_desktop[0]["scrolling"] >= 5  # of six tables
+
+
+@needs_chromium
+def test_a_phone_shows_whole_pictures_with_legible_text_and_that_tables_scroll(html, tmp_path):
+    (phone, desktop), _ = look(html, tmp_path)
+    points_per_inch, dots_per_inch = 72, 200
+    for found, smallest in ((phone, 7), (desktop, 10)):
+        assert found["cut"] == 0
+        text = 8 / points_per_inch * dots_per_inch * found["scale"]  # pixels; it has 8 points
+        assert text >= smallest
+    assert phone["hint"] == [True] and desktop["hint"] == [False]
+
+
+@needs_chromium
+def test_a_picture_that_would_be_too_small_on_a_phone_scrolls(html, folder, tmp_path):
+    results = json.loads((folder / "results.json").read_text())
+    wide = matplotlib.figure.Figure((12, 3))
+    save_picture(tmp_path, "wide", wide)
+    page = report_html("# T\n\nNo.\n\n## A\n\n![A](wide.png)\n", results, tmp_path)
+    (phone, _), _ = look(page, tmp_path)
+    assert phone["cut"] == 1 and phone["overflow"] == 0
+    assert phone["scale"] >= 0.3
 
 
 @needs_chromium

@@ -1,6 +1,7 @@
 """What report.md and the picture say of the directions, and which model they are about."""
 
 import dataclasses
+import itertools
 import json
 import re
 
@@ -10,13 +11,14 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.patches import Rectangle
+from studies import described_results
 from test_reading import made_study, swept
 
 import lore.reading
 from lore.evidence import evidence, hold_out, judge_held_out
 from lore.pictures import SHOWN_DIRECTIONS, draw_reading
 from lore.reading import ATTRIBUTES, read_directions, read_named_model, weights_table
-from lore.report_directions import SHOWN_EXAMPLES, directions_section
+from lore.report_directions import SHOWN_EXAMPLES, directions_section, tastes_sentence
 from lore.results import save_results
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,6 +87,22 @@ def test_a_sweep_without_user_weights_has_nothing_to_compare(study, tmp_path):
     assert "directions.png" not in report
 
 
+def test_if_users_differ_in_no_attribute_there_is_no_picture(fits, study, tmp_path):
+    numbers = itertools.count(10_000)  # as texts they differ in nothing that is counted
+    same = {
+        part: [[(str(next(numbers)), str(next(numbers))) for _ in user] for user in users]
+        for part, users in study.texts.items()
+    }
+    same = dataclasses.replace(study, texts=same)
+    found = evidence(fits, same)
+    reading = read_named_model(fits, same, found)
+    save_results(tmp_path, fits, same, {}, 1.0, found, reading=reading)
+    report = (tmp_path / "report.md").read_text()
+    assert "No correlation of weights and attributes can be told from chance." in report
+    assert "directions.png" not in report and "must be above" not in report
+    assert not list(tmp_path.glob("directions.*"))
+
+
 def test_an_error_of_the_reading_costs_no_result(
     fits, study, findings, tmp_path, monkeypatch, capsys
 ):
@@ -129,6 +147,7 @@ def test_the_files_hold_the_reading_and_everybodys_weights(fits, study, findings
 
 
 def column(number, attributes=(), unseen=4, examples=0):
+    """attributes: (name, correlation, phrase), and behind these the names of its alternatives."""
     return {
         "column": number,
         "weigh_most": {
@@ -142,13 +161,13 @@ def column(number, attributes=(), unseen=4, examples=0):
                 "attribute": name,
                 "correlation": r,
                 "p": 0.004,
-                "with": [],
-                "share_of_its_users": 0.91,
-                "share_of_others": 0.3,
+                "with": [{"attribute": other, "correlation": r} for other in others],
+                "share_of_its_users": 0.91 if r > 0 else 0.09,
+                "share_of_others": 0.3 if r > 0 else 0.7,
                 "phrase": phrase,
                 "text": f"{phrase}, correlation {r:+.2f}, p 0.004",
             }
-            for name, r, phrase in attributes
+            for name, r, phrase, *others in attributes
         ],
         "known": [],
         "examples": [
@@ -192,33 +211,120 @@ def reading_of(*columns, users=15, notes=("A note.",), attributes=True):
 TASTES = [
     column(0, [("length", 0.9, "longer texts")], examples=5),
     column(1, [("questions", -0.85, "fewer questions")], unseen=6, examples=5),
-    column(2, unseen=0, examples=5),
+    column(2, unseen=0),
 ]
 
 
-def section(reading, personal="yes"):
-    return directions_section({"verdict": {"personal": personal}}, reading)
+def results_of(personal, unseen=("unseen 0",)):
+    """What a report says of the study: its verdict, and whether everybody is seen."""
+    users = {"users": ["seen 0"], "unseen_users": list(unseen)}
+    return {"verdict": {"personal": personal}, **users}
+
+
+EVERYBODY_IS_SEEN = dict(unseen=["seen 0"])
+
+
+def section(reading, personal="yes", **users):
+    return directions_section(results_of(personal, **users), reading)
+
+
+def first_line(*columns):
+    return section(reading_of(*columns)).split("\n\n")[1]
 
 
 def test_the_first_line_says_what_people_differ_in():
     first, second = section(reading_of(*TASTES)).split("\n\n")[1:3]
     assert first == (
-        "**What people differ in, as far as it was found: some choose longer texts (column 0); "
-        "some choose fewer questions (column 1).**"
+        "**What some choose more often than others, as far as it was found: longer texts (column "
+        "0); fewer questions (column 1).**"
     )
     assert "K = 3, alpha 0.5, seed 2" in second
+
+
+def test_the_first_line_and_the_table_name_all_that_cannot_be_told_apart():
+    unclear = ("length", 0.9, "longer texts", "words", "questions")
+    columns = (
+        column(0, [unclear, ("code", -0.8, "less code")]),
+        column(1, [("emoji", 0.8, "more emoji", "digits")]),
+    )
+    said = "longer texts, more words or more questions, and less code"
+    assert f": {said} (column 0); more emoji or more digits (column 1).**" in first_line(*columns)
+    assert f"| 0 | {said.replace(', and', ',')} | 4 |" in section(reading_of(*columns))
+    assert "4 of 15 unseen users chose " + said in tastes_sentence(
+        results_of("yes"), reading_of(*columns)
+    )
+
+
+LONG, SHORT = ("length", 0.9, "longer texts"), ("length", -0.9, "shorter texts")
+
+
+def test_columns_that_go_with_the_same_are_named_together_with_what_others_choose():
+    line = first_line(column(0, [(*LONG, "words")]), column(1), column(2, [(*LONG, "code")]))
+    assert line.endswith(
+        ": longer texts, more words or more code (columns 0, 2), while others choose shorter "
+        "texts.**"
+    )
+    assert "(columns 0, 1), while others choose longer texts.**" in first_line(
+        column(0, [SHORT]), column(1, [SHORT])
+    )
+    assert "while" not in first_line(column(0, [LONG]), column(1, [SHORT]))
+
+
+def test_others_are_not_said_to_choose_the_contrary_if_they_do_not():
+    alike = [column(0, [LONG]), column(1, [LONG])]
+    for share in (0.5, None):
+        alike[0]["attributes"][0]["share_of_others"] = share
+        assert first_line(*alike).endswith(": longer texts (columns 0, 1).**")
+
+
+# ---- The sentence beside the verdict
+
+
+def test_the_sentence_says_how_many_people_like_what():
+    columns = [*TASTES, column(3, [("length", 0.8, "longer texts")], unseen=1)]
+    assert tastes_sentence(results_of("yes"), reading_of(*columns)) == (
+        "More often than the others, 5 of 15 unseen users chose longer texts; 6 chose fewer "
+        "questions."
+    )
+    everybody = tastes_sentence(results_of("yes", **EVERYBODY_IS_SEEN), reading_of(*columns))
+    assert "5 of 15 users chose longer texts" in everybody
+
+
+def test_there_is_no_sentence_if_nothing_is_personal_or_found():
+    for personal in ("no", "undecided"):
+        assert tastes_sentence(results_of(personal), reading_of(*TASTES)) == ""
+    assert tastes_sentence(results_of("yes"), None) == ""
+    assert tastes_sentence(results_of("yes"), reading_of(column(0), column(1))) == ""
+
+
+@pytest.mark.parametrize("own, others", [(0.3, 0.4), (None, 0.4), (0.9, None)])
+def test_nobody_is_said_to_like_what_they_did_not_choose_more_often(own, others):
+    unlike = column(0, [LONG])
+    unlike["attributes"][0] |= {"share_of_its_users": own, "share_of_others": others}
+    assert tastes_sentence(results_of("yes"), reading_of(unlike)) == ""
+    both = tastes_sentence(results_of("yes"), reading_of(unlike, TASTES[1]))
+    assert both == "More often than the others, 6 of 15 unseen users chose fewer questions."
+    nobody = column(0, [LONG], unseen=0)
+    assert tastes_sentence(results_of("yes"), reading_of(nobody)) == ""
+
+
+# ---- Further lines of the section
 
 
 @pytest.mark.parametrize("personal", ["no", "undecided"])
 def test_under_another_verdict_nothing_is_known_to_be_personal(personal):
     first = section(reading_of(*TASTES), personal).split("\n\n")[1]
     assert f"“{personal}”" in first and "nothing that is known to be personal" in first
-    assert "What people differ in" not in section(reading_of(*TASTES), personal)
+    assert "more often than others" not in section(reading_of(*TASTES), personal)
+    assert "xamples" not in section(reading_of(*TASTES), personal)
 
 
 def test_personal_rewards_without_a_finding_are_said_to_be_untold():
     text = section(reading_of(column(0), column(1)))
-    assert "15 unseen users do not tell in which attribute of texts they differ" in text
+    said = "unseen users cannot tell in which attribute of texts they differ"
+    assert f"15 {said}" in text
+    seen = section(reading_of(column(0), column(1)), **EVERYBODY_IS_SEEN)
+    assert f"15 {said.removeprefix('unseen ')}" in seen
     assert "No correlation of weights and attributes can be told from chance." in text
 
 
@@ -226,7 +332,7 @@ def test_a_finding_has_its_shares_and_the_attributes_without_a_difference_are_na
     text = section(reading_of(*TASTES))
     assert (
         "- **Column 1** goes with fewer questions, correlation -0.85, p 0.004; those who weigh it "
-        "most choose fewer questions in 9 % of the pairs that differ in this, the others in 70 %."
+        "most choose fewer questions in 91 % of the pairs that differ in this, the others in 30 %."
         in text
     )
     assert "or all users choose them alike: code." in text
@@ -234,16 +340,17 @@ def test_a_finding_has_its_shares_and_the_attributes_without_a_difference_are_na
 
 
 def test_without_texts_or_with_few_people_the_note_says_so_and_there_is_no_picture():
-    note = "5 unseen users are too few to tell what weights go with: 6 are needed."
+    note = "5 unseen users cannot tell what weights go with: 6 are needed."
     text = section(reading_of(column(0), column(1), notes=[note], attributes=False))
     assert note in text
-    assert "What people differ" not in text and "go with none" not in text
+    assert "more often than others" not in text and "told from chance" not in text
     assert "directions.png" not in text and "Examples" not in text
     assert "| 0 | - | 4 | 0.750 | 0 | - | 0.99 |" in text
 
 
-def test_examples_are_of_columns_that_somebody_weighs_most():
+def test_columns_with_examples_have_them_in_the_report():
     text = section(reading_of(*TASTES))
+    assert "Shown are" not in text
     assert re.findall(r"^### Examples of column (\d)", text, re.MULTILINE) == ["0", "1"]
     assert text.count("**The column prefers** good 1") == SHOWN_EXAMPLES
     assert r"User u\_1 chose as the column does." in text
@@ -256,12 +363,15 @@ def test_of_many_columns_the_six_with_most_users_have_examples():
         entry["column"] = number
     shown = re.findall(r"Examples of column (\d)", section(reading_of(*columns)))
     assert shown == ["3", "4", "5", "6", "7", "8"]
+    assert "Shown are the 6 columns that most users weigh most." in section(reading_of(*columns))
 
 
 def test_answers_that_weights_go_with_are_listed():
     reading = reading_of(*TASTES)
     reading["known"] = {"names": ["age", "country: <b>"], "users": 30}
-    assert "with 2 answers that are known of them. They go with none" in section(reading)
+    assert "with 2 answers of theirs. No correlation can be told from chance." in section(reading)
+    one = reading | {"known": {"names": ["age"], "users": 30}}
+    assert "with 1 answer of theirs." in section(one)
     columns = [dict(entry) for entry in reading["columns"]]
     columns[1]["known"] = [{"text": "country: <b>, correlation +0.40, p 0.01"}]
     text = section(reading | {"columns": columns})
@@ -271,7 +381,7 @@ def test_answers_that_weights_go_with_are_listed():
 
 # ---- The picture
 
-RESULTS = {"config": {"data": "Data"}, "counts": {"seen users": 3, "unseen users": 15}}
+RESULTS = described_results("Data", users=(3, 15))
 
 
 def random_reading(columns, seed=0):
@@ -324,6 +434,15 @@ def luminance(color):
     return float(linear @ [0.2126, 0.7152, 0.0722])
 
 
+def test_the_colours_mean_the_same_in_every_picture():
+    weak = random_reading(5)
+    table = weak["attributes"]
+    table["correlation"] = (0.1 * np.array(table["correlation"])).tolist()
+    for reading in (weak, random_reading(5)):
+        _, axes, _, _ = drawn(reading)
+        assert axes.images[0].get_clim() == (-1, 1)
+
+
 def test_every_number_is_legible_on_its_field():
     reading = random_reading(12, seed=1)
     _, axes, _, _ = drawn(reading)
@@ -341,7 +460,7 @@ def test_of_many_columns_those_that_most_users_weigh_most_are_drawn():
     users = [entry["weigh_most"]["unseen"] for entry in reading["columns"]]
     figure, axes, _, _ = drawn(reading)
     labels = [label.get_text() for label in axes.get_xticklabels()]
-    shown = [int(re.match(r"column (\d+)", label)[1]) for label in labels]
+    shown = [int(re.match(r"(\d+)\n", label)[1]) for label in labels]
     assert len(shown) == SHOWN_DIRECTIONS and shown == sorted(shown)
     others = set(range(40)) - set(shown)
     assert min(users[k] for k in shown) >= max(users[k] for k in others)
@@ -363,6 +482,8 @@ def test_the_picture_of_the_made_data_names_data_model_and_users(fits, study, fi
     torch.manual_seed(0)
     results = save_results(tmp_path, fits, study, {}, 1.0, findings, reading=reading)
     title = draw_reading(results, reading).get_suptitle()
-    for words in ("made: 10 seen, 10 unseen users", f"K = {reading['K']}, alpha 0", "p < 0.05"):
-        assert words in title
+    assert title.startswith(
+        f"made; K = {reading['K']}, alpha 0\n10 seen, 10 unseen users (500 test pairs)\n"
+    )
+    assert "p < 0.05" in title
     assert (tmp_path / "directions.png").read_bytes().startswith(b"\x89PNG")

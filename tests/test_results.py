@@ -502,27 +502,29 @@ def test_the_report_explains_every_column_of_its_tables(saved):
     text = (saved / "report.md").read_text()
     explained = set(re.findall(r"^- \*\*(.+?)\*\*", text, re.MULTILINE))
     tables = markdown_tables(text)
-    assert len(tables) == 4
+    assert len(tables) == 5
     for head, *_ in tables:
         assert set(head) <= explained
 
 
 def test_the_tables_of_the_report_have_the_numbers_of_the_results(tmp_path, study):
     results = save_results(tmp_path, swept(study, [0, 1, 2], [0, 0.5], [0, 1]), study, {})
-    accuracy, controls, basis, seeds = markdown_tables((tmp_path / "report.md").read_text())
+    text = (tmp_path / "report.md").read_text()
+    accuracy, controls, comparisons, basis, seeds = markdown_tables(text)
     trained = [entry for entry in results["evidence"] if entry["K"]]
     models = [[str(entry["K"]), f"{entry['alpha']:g}"] for entry in trained]
 
     assert [row[:2] for row in accuracy[1:]] == [["ref", "-"], *models]
-    assert [row[:2] for row in controls[1:]] == models
-    assert [row[:2] for row in basis[1:]] == models
+    for table in (controls, comparisons, basis):
+        assert [row[:2] for row in table[1:]] == models
     for row, entry in zip(accuracy[2:], trained, strict=True):
         assert row[2:] == [format_cell(entry["accuracy"][setting]) for setting in SETTINGS]
     for row, entry in zip(controls[1:], trained, strict=True):
+        assert row[2:] == [format_cell(entry["controls"][key]) for key in CONTROLS]
+    for row, entry in zip(comparisons[1:], trained, strict=True):
         gains = [entry[name][UNSEEN_TEST] for name in ("minus_reference", "minus_pooled")]
-        controls_of_entry = [entry["controls"][key] for key in CONTROLS]
         worst = [entry["worst_served"], entry["served_worse"]]
-        expected = [*controls_of_entry, *worst, entry["personal_part"], *gains]
+        expected = [*worst, entry["personal_part"], *gains]
         assert row[2:] == [format_cell(value) for value in expected]
     for row, entry in zip(basis[1:], trained, strict=True):
         assert row[2:] == [format_cell(value) for value in entry["basis"].values()]
@@ -542,14 +544,13 @@ def test_the_report_counts_the_data_and_says_how_the_model_was_chosen(saved):
     results = strict_json(saved / "results.json")
     text = report(results)
     assert "learned from 36 pairs of 3 seen users" in text
-    assert "fitted, to 13 of their pairs, and tested on 36 others. Of all" in text
-    assert "Of all pairs 3 have two equal sides" in text
+    assert "fitted, to 13 pairs of theirs, and tested on 36 other pairs. In 3 pairs both" in text
     assert (
         "about all ranks from K = 2 on at once (none chosen by validation, as validation_share"
         in text
     )
     assert "the lowest training loss" in text
-    assert "held out" not in text
+    assert "Validation had" not in text
 
     for entry in results["evidence"]:
         entry["accuracy"][VALIDATION] = entry["accuracy"][TRAIN]
@@ -559,11 +560,63 @@ def test_the_report_counts_the_data_and_says_how_the_model_was_chosen(saved):
     share = results["evidence"][2]["accuracy"][TRAIN]["mean"]
     assert (
         f"about one model (chosen by validation: K = 3, alpha 0, {share:.3f}); its basis is in "
-        "`K_3.safetensors`. The basis was learned from 30 pairs of 3 seen users, and 6 others of "
-        "theirs were held out."
+        "`K_3.safetensors`. The basis was learned from 30 pairs of 3 seen users. Validation had 6 "
+        "other pairs of theirs."
     ) in text
     assert "the best accuracy in validation" in text
     assert f"- **{VALIDATION}**" in text
+
+
+def test_the_report_of_the_demo_says_at_its_top_that_the_data_are_synthetic(tmp_path, study, fits):
+    demo = dataclasses.replace(study, provenance=study.provenance | {"demo": True})
+    for data, is_said in ((demo, True), (study, False)):
+        results = save_results(tmp_path, fits, data, {})
+        assert results["demo"] == is_said
+        assert strict_json(tmp_path / "results.json")["demo"] == is_said
+        for name in ("report.md", "report.html"):
+            before, verdict, _ = (tmp_path / name).read_text().partition("Undecided: ")
+            assert verdict and ("These data are synthetic: " in before) == is_said
+
+
+def test_the_report_says_how_many_people_like_what_below_the_answer(saved):
+    results = strict_json(saved / "results.json")
+    answer = results["verdict"]["text"].splitlines()[0]
+    text = report(results, "5 of 9 users chose this.")
+    assert f"**{answer}**\n\n5 of 9 users chose this.\n\nTested: " in text
+    assert f"**{answer}**\n\nTested: " in report(results)
+
+
+def test_a_report_on_one_seen_and_one_unseen_user_with_a_pair_each_counts_in_the_singular(tmp_path):
+    pair = [torch.ones(1, d)]
+    study = studies.study_of(dict(train=pair, test=pair, train_unseen=pair, test_unseen=pair))
+    save_results(tmp_path, swept(study, [0, 1, 2]), study, {})
+    text = (tmp_path / "report.md").read_text()
+    assert "The basis was learned from 1 pair of 1 seen user. 1 unseen user had no part in" in text
+    assert "fitted, to 1 pair of theirs, and tested on 1 other pair." in text
+    assert not re.search(r"\b1 (\w+ )?(users|pairs)\b", text)
+
+
+def test_if_everybody_is_seen_the_report_and_the_pictures_call_nobody_unseen_beside_the_count(
+    tmp_path, study, drawn
+):
+    seen = dataclasses.replace(
+        study, unseen=study.seen, train_unseen=study.train, test_unseen=study.test
+    )
+    save_results(tmp_path, swept(seen, [0, 1, 2]), seen, {})
+    text = (tmp_path / "report.md").read_text()
+    assert "36 pairs of 3 users. No user is unseen: " in text
+    assert "Tested: 3 users, all of them seen in the training, on their 21 test pairs." in text
+    assert not re.search(r"\d unseen user", text)
+    assert f"{TITLE}\n3 users (21 test pairs); 1 seed\n" in drawn[0].get_suptitle()
+
+
+def test_without_user_weights_no_rank_is_said_to_be_judged(tmp_path, study):
+    save_results(tmp_path, swept(study, [0, 1]), study, {})
+    text = (tmp_path / "report.md").read_text()
+    assert (
+        "No model has user weights, so the verdict can only name one reward for everybody" in text
+    )
+    assert "all ranks from K = 2 on" not in text
 
 
 NOTES = ["a user is called 'nan', with 1 rows", "rows of train: 3 | *are* <there> already"]
@@ -585,7 +638,7 @@ def test_report_and_results_say_what_is_odd_in_the_data(tmp_path, study, fits):
     assert odd_section((tmp_path / "report.md").read_text()) == [
         "- a user is called 'nan', with 1 rows",
         r"- rows of train: 3 &#124; \*are\* &lt;there&gt; already",
-        r"- a\_\[b\].pkl: 1,200 of 2,000 pairs have two sides of equal token ids",
+        r"- a\_\[b\].pkl: in 1,200 of 2,000 pairs both sides have equal token ids",
     ]
 
 
@@ -639,7 +692,7 @@ def test_the_picture_shows_the_mean_and_the_band_of_every_setting(
         assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     title = drawn[0].get_suptitle()
     assert TITLE in title
-    assert "3 seen, 2 unseen users, 1 seed" in title
+    assert "3 seen, 2 unseen users (36 test pairs); 1 seed\n" in title
     for setting, axes in zip(SETTINGS, drawn[0].axes, strict=True):
         assert axes.get_title() == setting
         per_user = np.array([fit.accuracies[setting] for fit in fits])  # (models, users)
@@ -693,6 +746,31 @@ def test_without_K_1_the_picture_has_no_model_per_user(tmp_path, study, drawn):
     assert "a model per user" not in names
 
 
+def test_four_settings_are_two_by_two_and_a_fifth_panel_leaves_its_neighbour_out(study, drawn):
+    point = {"row": "accuracy", "line": "b", "x": 1, "mean": 0.5, "low": 0.4, "high": 0.75}
+    for panels in (4, 5):
+        points = [point | {"column": str(i)} for i in range(panels)]
+        points += [point | {"x": 2} for point in points]
+        figure = lore.pictures.small_multiples(studies.described_results("planted"), points, "x")
+        figure.draw_without_rendering()
+        shown = [axes for axes in figure.axes if axes.get_visible()]
+        assert [axes.get_title() for axes in shown] == [str(i) for i in range(panels)]
+        corners = np.array([axes.get_position().p0 for axes in shown]).round(3)
+        assert len(set(corners[:, 0])) == 2 and len(set(corners[:, 1])) == -(-panels // 2)
+        assert [bool(axes.texts) for axes in shown] == [False, True, False, True, True][:panels]
+        assert figure.get_figwidth() < 5.5
+        for axes in shown:
+            assert any(label.get_window_extent().width for label in axes.get_xticklabels())
+
+
+def test_several_rows_of_panels_have_a_column_for_each_penalty():
+    point = {"line": "b", "x": 1, "mean": 0.5, "low": 0.4, "high": 0.75}
+    points = [point | {"row": row, "column": column} for row in "ab" for column in "cde"]
+    figure = lore.pictures.small_multiples(studies.described_results("planted"), points, "x")
+    assert [axes.get_title() for axes in figure.axes] == ["c", "d", "e", "", "", ""]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["a", "", "", "b", "", ""]
+
+
 def test_every_penalty_has_its_own_curve_named_at_its_end(tmp_path, study, drawn):
     save_results(tmp_path, swept(study, [1, 2], [0, 0.5]), study, {})
     names = {text.get_text() for text in drawn[0].axes[3].texts}
@@ -703,11 +781,7 @@ def test_every_penalty_has_its_own_curve_named_at_its_end(tmp_path, study, drawn
 
 def picture_of(*means):
     """A picture with a level curve of each mean."""
-    results = {
-        "config": {"data": "planted"},
-        "counts": {"seen users": 3, "unseen users": 2},
-        "seeds": [0],
-    }
+    results = studies.described_results("planted")
     points = [
         {
             "row": "accuracy",
@@ -761,7 +835,9 @@ for name in ("module://of_a_notebook", "no backend"):
         os.environ["MPLBACKEND"] = name
         results = {
             "config": {"data": "planted"},
-            "counts": {"seen users": 3, "unseen users": 2},
+            "counts": {"seen users": 3, "unseen users": 2, "test unseen pairs": 36},
+            "users": ["a", "b", "c"],
+            "unseen_users": ["d", "e"],
             "seeds": [0],
         }
         point = {"row": "accuracy", "column": "a", "line": "b", "rank K": 2}
