@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-WINDOW = (1280, 2130)  # pixels: the page down to the picture of the directions
+WINDOW = (1280, 2290)  # pixels: the page down to the picture of the directions
 WIDTH = 760  # of the picture
 COLORS = 256
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
