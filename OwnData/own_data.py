@@ -60,6 +60,7 @@ from lore.rows import (
     files_of_splits,
     hub_rows,
     parse_rows,
+    print_unread,
     read_rows,
 )
 from lore.study import PARTS, Study
@@ -435,6 +436,8 @@ def open_source(data: Path, about_users: list[str], hub_split: str) -> Source:
         return Source(kind, {None: splits[hub_split]}, [])
 
     files_of = {None: [data]} if data.is_file() else files_of_splits(data, **SPLIT_WORDS)
+    if data.is_dir():
+        print_unread(data, files_of)
     first = next(iter(files_of.values()))[0]
     names = column_names(first)
     kind = kind_of(data, names)

@@ -27,7 +27,14 @@ from lore.files import (
 )
 from lore.normal_forms import Id, answer_digest, prompt_key
 from lore.reading import is_missing, is_number
-from lore.rows import LocatedRow, are_messages, parse_rows, read_rows, split_files
+from lore.rows import (
+    LocatedRow,
+    are_messages,
+    parse_rows,
+    print_unread,
+    read_rows,
+    split_files,
+)
 from lore.study import PARTS, Study
 from utils import InputError, create_dataset_prism, group_by_dialog, is_finite, turn_pairs
 
@@ -151,6 +158,8 @@ def read_conversations(
     """
     survey = source_files(folder, "survey")
     conversations = source_files(folder, "conversations")
+    if folder is not None:
+        print_unread(folder, {"survey": survey, "conversations": conversations})
 
     surveyed = set()
     active = []

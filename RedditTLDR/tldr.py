@@ -30,6 +30,7 @@ from lore.rows import (
     data_files,
     hub_rows,
     parse_rows,
+    print_unread,
     read_rows,
     split_files,
 )
@@ -105,6 +106,7 @@ def read_comparisons(data: Path | None) -> dict[str, Iterator[Comparison]]:
             f"python OwnData/prepare.py --data {data}"
         )
     files_of = split_files(data, train=["train"], val=["validation", "test"])
+    print_unread(data, files_of)
     return {
         split: _parsed(itertools.chain.from_iterable(read_rows(path, Comparison) for path in files))
         for split, files in files_of.items()
