@@ -8,7 +8,6 @@ The parts of this module, in their order:
 
 import functools
 import itertools
-import unicodedata
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from lore.normal_forms import answer_digest, key_of
+from lore.normal_forms import answer_digest, as_read, key_of
 from lore.study import Features, Study
 from utils import (
     SEEN_TEST,
@@ -71,17 +70,6 @@ def identities(
     return {part: identify(users_of_part[part]) for part in parts}
 
 
-def plain_text(text: str) -> str:
-    """The text as a reader sees it: equal for texts that look alike."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
-
-
-def ordered_answers(texts: tuple[str, str]) -> tuple[str, str]:
-    """The two answers of a pair in alphabetical order, equal for a pair that is turned round."""
-    first, second = sorted(map(plain_text, texts))
-    return first, second
-
-
 def identities_of_texts(users: list[list[tuple[str, str]]]) -> list[Identity]:
     """The identity of the pairs of each user, by their texts."""
     return [identity_of_texts(texts) for texts in users]
@@ -101,10 +89,11 @@ def identity_of_answers(texts: tuple[str, str]) -> tuple[int, bool]:
 
     Kept, because hundreds of users may compare the same answers.
     """
-    first, second = ordered_answers(texts)
+    chosen, rejected = map(as_read, texts)
+    first, second = sorted((chosen, rejected))  # the same if the pair is turned round
     # The length is there because ("ab", "c") and ("a", "bc") are not equal.
     key = key_of(f"{len(first)} {first}{second}".encode(errors="surrogatepass"))
-    return key, plain_text(texts[0]) != first
+    return key, chosen != first
 
 
 def identities_of_features(features: Features) -> list[Identity]:
