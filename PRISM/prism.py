@@ -25,7 +25,7 @@ from lore.files import (
     replace_files_in,
     save_json,
 )
-from lore.normal_forms import Id, answer_digest, prompt_key
+from lore.normal_forms import Id, prompt_key
 from lore.reading import is_missing, is_number
 from lore.rows import (
     LocatedRow,
@@ -496,14 +496,10 @@ def load_embeddings(folder: Path | str, model_name: str) -> Study:
         pairs[part] = [_user_pairs(conversations) for conversations in users[part].values()]
     prompts = {}
     texts = {}
-    earlier_answers = {}
     if texts_are_known:
         for part in PARTS:
             prompts[part] = [[pair.prompt for pair in user_pairs] for user_pairs in pairs[part]]
             texts[part] = [[pair.texts for pair in user_pairs] for user_pairs in pairs[part]]
-            earlier_answers[part] = [
-                [pair.earlier_answers for pair in user] for user in pairs[part]
-            ]
     conversations = {
         part: [[pair.dialog for pair in user] for user in pairs[part]] for part in PARTS
     }
@@ -522,7 +518,6 @@ def load_embeddings(folder: Path | str, model_name: str) -> Study:
         texts=texts,
         groups=groups,
         conversations=conversations,
-        earlier_answers=earlier_answers,
         about_users=load_about_users(folder / SPLIT_FOLDER),
         provenance=provenance,
     )
@@ -636,15 +631,6 @@ class PairSource(NamedTuple):
     def dialog(self) -> str:
         """The id of the conversation."""
         return self.row["extra_info"]["dialog_id"]
-
-    @property
-    def earlier_answers(self) -> tuple[int, ...]:
-        """The digests of the responses in the prompt."""
-        return tuple(
-            answer_digest(message["content"])
-            for message in self.row["prompt"]
-            if message["role"] == "assistant"
-        )
 
     @property
     def texts(self) -> tuple[str, str]:

@@ -26,7 +26,7 @@ from lore.rows import (
     read_rows,
     split_files,
 )
-from lore.study import Study, no_earlier_answers
+from lore.study import Study
 from utils import (
     InputError,
     Pairs,
@@ -351,7 +351,6 @@ def simulate_study(
         reward_head=reward_head,
         prompts=prompts,
         texts=texts,
-        earlier_answers=no_earlier_answers(features),
         provenance=provenance,
         population=population,
         mixtures=mixtures,

@@ -99,14 +99,16 @@ def files_of_splits(folder: Path | str, **words: list[str]) -> dict[str | None, 
     """As `split_files`, but of the splits only those that have a file.
 
     If these are fewer than two, the folder is not split: it holds one file, or all shards of one,
-    which are given under None.
+    which are given under None. Else data files that are of no split are named in a line.
     """
     folder = Path(folder)
     paths = data_files(folder)
     words_of_paths = set().union(*(_words_in(path.name) for path in paths))
     present = {split: names for split, names in words.items() if words_of_paths & set(names)}
     if len(present) > 1:
-        return split_files(folder, **present)
+        files_of = split_files(folder, **present)
+        print_unread(folder, files_of)
+        return files_of
     if not _is_whole(paths):
         raise InputError(
             f"{folder}: one file is needed, or all its shards, or a file for each of "

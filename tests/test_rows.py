@@ -359,11 +359,11 @@ def test_files_of_a_folder_that_are_not_read_are_named_in_one_line(tmp_path, cap
     for name in [*read_ones, *no_data]:
         (tmp_path / name).touch()
     words = dict(train=["train"], test=["test"])
-    lore.rows.print_unread(tmp_path, lore.rows.files_of_splits(tmp_path, **words))
+    lore.rows.files_of_splits(tmp_path, **words)
     assert capsys.readouterr().out == ""
     for name in ("more.jsonl", "extra-00000-of-00001.parquet"):
         (tmp_path / name).touch()
-    lore.rows.print_unread(tmp_path, lore.rows.files_of_splits(tmp_path, **words))
+    lore.rows.files_of_splits(tmp_path, **words)
     expected = f"{tmp_path}: not read: extra-00000-of-00001.parquet, more.jsonl\n"
     assert capsys.readouterr().out == expected
 
