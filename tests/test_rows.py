@@ -784,6 +784,20 @@ TRAIN, TEST = ordinary(0), ordinary(12)
             TEST,
             "rows of train: 2 are there already",
         ),
+        (
+            [
+                *TRAIN,
+                Judged("u0", "half of \ud83d", "a", "b"),
+                Judged("u0", "half of \ud83d ", "a", "b"),
+            ],
+            TEST,
+            "rows of train: 1 are there already",
+        ),
+        (
+            [*TRAIN, Judged("u0", said("?", "a", "!"), "b", "c")],
+            [*TEST, Judged("u0", said("? ", " a", "!"), "b", "c"), Judged("u0", "? a !", "b", "c")],
+            "1 of 14 rows of test are also in train",
+        ),
         (TRAIN, [*TEST, TRAIN[4], TRAIN[5]], "2 of 14 rows of test are also in train"),
         (
             [*TRAIN, TRAIN[1]._replace(chosen=TRAIN[1].rejected, rejected=said("", "Yes, 1.")[1:])],
