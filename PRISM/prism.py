@@ -27,14 +27,7 @@ from lore.files import (
 )
 from lore.normal_forms import Id, prompt_key
 from lore.reading import is_missing, is_number
-from lore.rows import (
-    LocatedRow,
-    are_messages,
-    parse_rows,
-    print_unread,
-    read_rows,
-    split_files,
-)
+from lore.rows import LocatedRow, are_messages, parse_rows, print_unread, read_rows, split_files
 from lore.study import PARTS, Study
 from utils import InputError, create_dataset_prism, group_by_dialog, is_finite, turn_pairs
 

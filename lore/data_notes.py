@@ -45,8 +45,8 @@ def notes_on_comparisons(splits: dict[str, list[Judged]]) -> list[str]:
     for split, rows in splits.items():
         alike = [
             (row.chosen, row.rejected)
-            for row, of_row in zip(rows, numbered[split])
-            if of_row.chosen == of_row.rejected
+            for row, numbered_row in zip(rows, numbered[split])
+            if numbered_row.chosen == numbered_row.rejected
         ]
         notes += notes_on_repeats(f"rows of {split}", numbered[split])
         notes += notes_on_likeness(split, alike)

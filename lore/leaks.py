@@ -162,7 +162,7 @@ def leaks_of(study: Study) -> dict[str, Shares]:
       users, or the conversation is one that the same user was trained on. For the latter the test
       parts of `study.groups` must number a user's conversations as the training parts do.
     - by_answers: the two answers are those of a training pair of anybody among these users, either
-      way round.
+      way round and under whatever prompt: a model may know by heart which of the two is preferred.
     - by_answer_in_prompt: the prompt of a training pair of anybody among these users goes on with
       the tested conversation: it begins with the prompt of the test pair and then one of its two
       answers, as an earlier turn. So the training has shown what was chosen. The same answer in
