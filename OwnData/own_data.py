@@ -45,7 +45,6 @@ from lore.normal_forms import (
     Asked,
     Id,
     Turns,
-    answer_digest,
     as_read,
     prompt_key,
     without_messages,
@@ -919,7 +918,7 @@ def load_embeddings(
     rows = rows_of_parts(pairs, seen, unseen, train_pairs, unseen_pairs, generator)
     if seen == unseen:
         provenance["data_notes"] = [*provenance["data_notes"], EVERYBODY_IS_SEEN]
-    prompts = describe_prompts(pairs.prompt)
+    prompts = prompt_values(pairs.prompt)
     return Study(
         title=provenance["data"],
         seen=seen,
@@ -931,8 +930,7 @@ def load_embeddings(
         reward_head=head,
         prompts={
             part: [
-                [prompts.texts[number] for number in pairs.prompt.numbers[user]]
-                for user in rows[part]
+                [prompts[number] for number in pairs.prompt.numbers[user]] for user in rows[part]
             ]
             for part in PARTS
         },
@@ -942,13 +940,6 @@ def load_embeddings(
             for part in ("train", "train_unseen")
         },
         conversations={part: [pairs.group[user].tolist() for user in rows[part]] for part in PARTS},
-        earlier_answers={
-            part: [
-                [prompts.earlier_answers[number] for number in pairs.prompt.numbers[user]]
-                for user in rows[part]
-            ]
-            for part in PARTS
-        },
         about_users=load_users(folder),
         provenance=provenance,
     )
@@ -1011,24 +1002,13 @@ def draw(rows: np.ndarray, most: int | None, generator: random.Random) -> np.nda
     return np.array(sorted(generator.sample(rows.tolist(), most)))
 
 
-class Prompts(NamedTuple):
-    """What is known of each distinct prompt."""
+def prompt_values(prompt: Column) -> list[str]:
+    """What the study tells prompts apart by: of each distinct prompt its messages as JSON.
 
-    texts: list[str]  # its messages as JSON, the same text for prompts that are equal to a reader
-    earlier_answers: list[tuple[int, ...]]  # the digests of the answers that each holds
-
-
-def describe_prompts(prompt: Column) -> Prompts:
-    """What a study knows of the prompts in pairs.parquet."""
+    Prompts that are equal to a reader have the same text.
+    """
     text_of_key: dict[str, str] = {}
-    texts = []
-    earlier_answers = []
-    for text in prompt.values:
-        messages = json.loads(text)
-        texts.append(text_of_key.setdefault(prompt_key(messages), text))
-        answers = [message["content"] for message in messages if message["role"] == "assistant"]
-        earlier_answers.append(tuple(map(answer_digest, answers)))
-    return Prompts(texts, earlier_answers)
+    return [text_of_key.setdefault(prompt_key(json.loads(text)), text) for text in prompt.values]
 
 
 def texts_of(pairs: PairTable, rows: np.ndarray) -> list[tuple[str, str]]:

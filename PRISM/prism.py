@@ -25,9 +25,9 @@ from lore.files import (
     replace_files_in,
     save_json,
 )
-from lore.normal_forms import Id, answer_digest, prompt_key
+from lore.normal_forms import Id, prompt_key
 from lore.reading import is_missing, is_number
-from lore.rows import LocatedRow, are_messages, parse_rows, read_rows, split_files
+from lore.rows import LocatedRow, are_messages, parse_rows, print_unread, read_rows, split_files
 from lore.study import PARTS, Study
 from utils import InputError, create_dataset_prism, group_by_dialog, is_finite, turn_pairs
 
@@ -151,6 +151,8 @@ def read_conversations(
     """
     survey = source_files(folder, "survey")
     conversations = source_files(folder, "conversations")
+    if folder is not None:
+        print_unread(folder, {"survey": survey, "conversations": conversations})
 
     surveyed = set()
     active = []
@@ -487,14 +489,10 @@ def load_embeddings(folder: Path | str, model_name: str) -> Study:
         pairs[part] = [_user_pairs(conversations) for conversations in users[part].values()]
     prompts = {}
     texts = {}
-    earlier_answers = {}
     if texts_are_known:
         for part in PARTS:
             prompts[part] = [[pair.prompt for pair in user_pairs] for user_pairs in pairs[part]]
             texts[part] = [[pair.texts for pair in user_pairs] for user_pairs in pairs[part]]
-            earlier_answers[part] = [
-                [pair.earlier_answers for pair in user] for user in pairs[part]
-            ]
     conversations = {
         part: [[pair.dialog for pair in user] for user in pairs[part]] for part in PARTS
     }
@@ -513,7 +511,6 @@ def load_embeddings(folder: Path | str, model_name: str) -> Study:
         texts=texts,
         groups=groups,
         conversations=conversations,
-        earlier_answers=earlier_answers,
         about_users=load_about_users(folder / SPLIT_FOLDER),
         provenance=provenance,
     )
@@ -627,15 +624,6 @@ class PairSource(NamedTuple):
     def dialog(self) -> str:
         """The id of the conversation."""
         return self.row["extra_info"]["dialog_id"]
-
-    @property
-    def earlier_answers(self) -> tuple[int, ...]:
-        """The digests of the responses in the prompt."""
-        return tuple(
-            answer_digest(message["content"])
-            for message in self.row["prompt"]
-            if message["role"] == "assistant"
-        )
 
     @property
     def texts(self) -> tuple[str, str]:

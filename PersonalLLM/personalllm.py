@@ -17,8 +17,16 @@ from lore.checkpoint import PLAIN_FORMATS, is_plain_table
 from lore.embedding_files import find_reward_head
 from lore.files import atomic_write, load_tensors
 from lore.normal_forms import prompt_key
-from lore.rows import LocatedRow, as_conversation, hub_rows, parse_rows, read_rows, split_files
-from lore.study import Study, no_earlier_answers
+from lore.rows import (
+    LocatedRow,
+    as_conversation,
+    hub_rows,
+    parse_rows,
+    print_unread,
+    read_rows,
+    split_files,
+)
+from lore.study import Study
 from utils import (
     InputError,
     Pairs,
@@ -94,6 +102,7 @@ def read_prompts(folder: Path | None = None) -> dict[str, Iterable[LocatedRow]]:
         splits = hub_rows(DATASET, Row)
         return {split: splits[split] for split in SPLITS}
     files_of = split_files(folder, train=["train"], test=["test", "validation"])
+    print_unread(folder, files_of)
     return {
         split: itertools.chain.from_iterable(read_rows(path, Row) for path in files)
         for split, files in files_of.items()
@@ -342,7 +351,6 @@ def simulate_study(
         reward_head=reward_head,
         prompts=prompts,
         texts=texts,
-        earlier_answers=no_earlier_answers(features),
         provenance=provenance,
         population=population,
         mixtures=mixtures,

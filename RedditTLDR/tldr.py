@@ -30,10 +30,11 @@ from lore.rows import (
     data_files,
     hub_rows,
     parse_rows,
+    print_unread,
     read_rows,
     split_files,
 )
-from lore.study import Features, Study, no_earlier_answers
+from lore.study import Features, Study
 from utils import InputError, check_whole, is_finite
 
 DATASET = "openai/summarize_from_feedback"
@@ -105,6 +106,7 @@ def read_comparisons(data: Path | None) -> dict[str, Iterator[Comparison]]:
             f"python OwnData/prepare.py --data {data}"
         )
     files_of = split_files(data, train=["train"], val=["validation", "test"])
+    print_unread(data, files_of)
     return {
         split: _parsed(itertools.chain.from_iterable(read_rows(path, Comparison) for path in files))
         for split, files in files_of.items()
@@ -338,11 +340,9 @@ def load_embeddings(
     seen, unseen, drawn = draw_comparisons(train, validation, train_pairs, unseen_pairs, split_seed)
     prompts = {}
     texts = {}
-    earlier_answers = {}
     if _have_texts(drawn):
         prompts = {part: _prompts_of(users) for part, users in drawn.items()}
         texts = {part: _texts_of(users) for part, users in drawn.items()}
-        earlier_answers = no_earlier_answers(drawn)
     return WorkerStudy(
         title=title,
         seen=seen,
@@ -351,7 +351,6 @@ def load_embeddings(
         reward_head=head,
         prompts=prompts,
         texts=texts,
-        earlier_answers=earlier_answers,
         provenance=provenance,
         left_out=len(train.keys() | validation.keys()) - len(seen) - len(unseen),
     )

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from lore.normal_forms import Asked, Turns, answer_key, prompt_key, repeated_answers
+from lore.normal_forms import Asked, Turns, answer_key, as_read, repeated_answers
 from lore.rows import as_messages
 
 # What other programs write as the id of nobody.
@@ -28,32 +28,33 @@ class Judged(NamedTuple):
     rejected: Turns
 
 
-class _Digests(NamedTuple):
-    """A comparison in little memory. Texts that are equal to a reader have equal digests."""
+class _Numbered(NamedTuple):
+    """A comparison in little memory: prompts and answers that are equal to a reader are numbers."""
 
     user: str
-    prompt: bytes
-    chosen: bytes
-    rejected: bytes
+    prompt: int
+    chosen: int
+    rejected: int
 
 
 def notes_on_comparisons(splits: dict[str, list[Judged]]) -> list[str]:
     """What is odd in the comparisons of each split, a line each."""
-    digests = {split: [_digests_of(row) for row in rows] for split, rows in splits.items()}
+    numbers = _Numbers()
+    numbered = {split: [numbers.of_row(row) for row in rows] for split, rows in splits.items()}
     notes = []
     for split, rows in splits.items():
         alike = [
             (row.chosen, row.rejected)
-            for row, digest in zip(rows, digests[split])
-            if digest.chosen == digest.rejected
+            for row, numbered_row in zip(rows, numbered[split])
+            if numbered_row.chosen == numbered_row.rejected
         ]
-        notes += notes_on_repeats(f"rows of {split}", digests[split])
+        notes += notes_on_repeats(f"rows of {split}", numbered[split])
         notes += notes_on_likeness(split, alike)
         notes += _notes_on_kept_prompts(split, rows)
         for name, texts in zip(("prompts", "chosen answers", "rejected answers"), _columns(rows)):
             notes += notes_on_texts(f"{name} of the pairs in {split}", texts)
-    notes += notes_on_overlap("rows", digests)
-    notes += _notes_on_turned_pairs(digests)
+    notes += notes_on_overlap("rows", numbered)
+    notes += _notes_on_turned_pairs(numbered)
     notes += _notes_on_users({split: [row.user for row in rows] for split, rows in splits.items()})
     return notes
 
@@ -150,7 +151,7 @@ def _notes_on_kept_prompts(label: str, rows: list[Judged]) -> list[str]:
     ]
 
 
-def _notes_on_turned_pairs(splits: dict[str, list[_Digests]]) -> list[str]:
+def _notes_on_turned_pairs(splits: dict[str, list[_Numbered]]) -> list[str]:
     """Of a pair that one person chose both ways round, one is wrong under every reward."""
     rows = {row for of_split in splits.values() for row in of_split}
     turned = sum(
@@ -197,11 +198,35 @@ def _columns(rows: list[Judged]) -> list[list[Turns]]:
     return [[row[column] for row in rows] for column in (1, 2, 3)]
 
 
-def _digests_of(row: Judged) -> _Digests:
-    keys = (prompt_key(row.prompt), answer_key(row.chosen), answer_key(row.rejected))
-    return _Digests(
-        row.user, *(hashlib.blake2b(key.encode(), digest_size=16).digest() for key in keys)
-    )
+class _Numbers:
+    """Numbers of prompts and answers, which are equal if these are equal to a reader.
+
+    A text recurs in several pairs, and in prompts that hold earlier turns: it is read once.
+    """
+
+    def __init__(self) -> None:
+        self.digest_of: dict[str, bytes] = {}  # text -> digest of how it is read, to save memory
+        self.number_of: dict[tuple, int] = {}  # roles and digests of messages -> number
+
+    def of_row(self, row: Judged) -> _Numbered:
+        """A comparison by its numbers."""
+        return _Numbered(
+            row.user,
+            self.of_turns("user", row.prompt),
+            self.of_turns("assistant", row.chosen),
+            self.of_turns("assistant", row.rejected),
+        )
+
+    def of_turns(self, role: str, turns: Turns) -> int:
+        """The number of a prompt or an answer; a text is one message of this role."""
+        key = []
+        for message in as_messages(role, turns or ""):
+            text = message["content"]
+            if text not in self.digest_of:
+                content = as_read(text).encode(errors="surrogatepass")
+                self.digest_of[text] = hashlib.blake2b(content, digest_size=16).digest()
+            key += [message["role"], self.digest_of[text]]
+        return self.number_of.setdefault(tuple(key), len(self.number_of))
 
 
 def _exact_key(answer: Turns) -> str:

@@ -98,7 +98,7 @@ def without_training_pairs(study: Study, held: list[torch.Tensor]) -> Study:
     """The study without some training pairs of the seen users; held: bool `[m_i]` for each user."""
     kept = [~rows for rows in held]
     changes = {"train": [X[rows] for X, rows in zip(study.train, kept)]}
-    for name in ("prompts", "texts", "conversations", "earlier_answers"):
+    for name in ("prompts", "texts", "conversations"):
         known = getattr(study, name)
         if "train" in known:
             train = [

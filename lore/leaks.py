@@ -6,9 +6,9 @@ The parts of this module, in their order:
     Leaks       the shares of test pairs that repeat the training, by kinds of repeats
 """
 
+import bisect
 import functools
 import itertools
-import unicodedata
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from lore.normal_forms import answer_digest, key_of
+from lore.normal_forms import as_read, key_of, message_texts
 from lore.study import Features, Study
 from utils import (
     SEEN_TEST,
@@ -33,7 +33,6 @@ from utils import (
 MOST_KNOWN_PAIRS = 2**17  # whose keys by their texts are kept
 HASHED_ROWS = 1024  # of a table's pairs are made at once, to be hashed
 
-FEWEST_WORDS = 3  # an answer of fewer, such as "Yes.", may be in a prompt by chance
 NEARLY_EQUAL = 0.99  # pairs whose features have a larger |cosine| repeat each other
 SKETCH = 128  # columns; cosines of wider features are estimated from so many random projections
 
@@ -71,17 +70,6 @@ def identities(
     return {part: identify(users_of_part[part]) for part in parts}
 
 
-def plain_text(text: str) -> str:
-    """The text as a reader sees it: equal for texts that look alike."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
-
-
-def ordered_answers(texts: tuple[str, str]) -> tuple[str, str]:
-    """The two answers of a pair in alphabetical order, equal for a pair that is turned round."""
-    first, second = sorted(map(plain_text, texts))
-    return first, second
-
-
 def identities_of_texts(users: list[list[tuple[str, str]]]) -> list[Identity]:
     """The identity of the pairs of each user, by their texts."""
     return [identity_of_texts(texts) for texts in users]
@@ -101,10 +89,11 @@ def identity_of_answers(texts: tuple[str, str]) -> tuple[int, bool]:
 
     Kept, because hundreds of users may compare the same answers.
     """
-    first, second = ordered_answers(texts)
+    chosen, rejected = map(as_read, texts)
+    first, second = sorted((chosen, rejected))  # the same if the pair is turned round
     # The length is there because ("ab", "c") and ("a", "bc") are not equal.
     key = key_of(f"{len(first)} {first}{second}".encode(errors="surrogatepass"))
-    return key, plain_text(texts[0]) != first
+    return key, chosen != first
 
 
 def identities_of_features(features: Features) -> list[Identity]:
@@ -173,15 +162,16 @@ def leaks_of(study: Study) -> dict[str, Shares]:
       users, or the conversation is one that the same user was trained on. For the latter the test
       parts of `study.groups` must number a user's conversations as the training parts do.
     - by_answers: the two answers are those of a training pair of anybody among these users, either
-      way round.
-    - by_answer_in_prompt: one of the two answers is in the prompt of a training pair of anybody
-      among these users, as the answer of an earlier turn. Short answers do not count, as they are
-      there by chance, see FEWEST_WORDS.
+      way round and under whatever prompt: a model may know by heart which of the two is preferred.
+    - by_answer_in_prompt: the prompt of a training pair of anybody among these users goes on with
+      the tested conversation: it begins with the prompt of the test pair and then one of its two
+      answers, as an earlier turn. So the training has shown what was chosen. The same answer in
+      another conversation shows nothing: stock answers, such as "Yes, of course.", are in many.
     - by_features: the features are nearly those of a training pair of the same user, or their
       negative, see `repeats_by_features`.
 
-    None is a share that is not known, because the study does not know prompts, conversations,
-    earlier answers or texts.
+    None is a share that is not known, because the study does not know prompts, conversations or
+    texts.
     Every process of torchrun must call this. Each takes its own users' features, and the first one
     all texts, as a text is looked up among those of all users.
     """
@@ -241,23 +231,44 @@ def share_by_answers(study: Study, train: str, test: str) -> float | None:
 
 
 def share_by_answer_in_prompt(study: Study, train: str, test: str) -> float | None:
-    """The share of the test pairs with an answer that is in a training prompt."""
-    if train not in study.earlier_answers or test not in study.texts:
+    """The share of the test pairs whose prompt and an answer are how a training prompt begins.
+
+    Texts are compared as a reader sees them, all messages of a prompt in a row, so that prompts
+    which hold earlier turns as one plain text count, too.
+    """
+    if train not in study.prompts or test not in study.prompts or test not in study.texts:
         return None
-    in_prompts = set()
-    for user in study.earlier_answers[train]:
-        in_prompts.update(*user)
-    if not in_prompts:  # no prompt has an earlier turn, so no text needs to be read
-        return 0.0
-    pairs = list(itertools.chain.from_iterable(study.texts[test]))
+    trained = set(itertools.chain.from_iterable(study.prompts[train]))
+    tested = list(itertools.chain.from_iterable(study.prompts[test]))
+    if not all(isinstance(prompt, str) for prompt in trained.union(tested)):
+        return None
+    training_texts = sorted(map(prompt_as_read, trained))
+    # Most prompts are never gone on with: of these no answer needs to be read.
+    text_of = {}
+    for prompt in set(tested):
+        text = prompt_as_read(prompt)
+        if begins_one_of(training_texts, text):
+            text_of[prompt] = text
+    pairs = itertools.chain.from_iterable(study.texts[test])
     repeats = [
-        any(
-            len(answer.split()) >= FEWEST_WORDS and answer_digest(answer) in in_prompts
-            for answer in pair
+        prompt in text_of
+        and any(
+            begins_one_of(training_texts, f"{text_of[prompt]} {as_read(answer)}") for answer in pair
         )
-        for pair in pairs
+        for prompt, pair in zip(tested, pairs)
     ]
     return sum(repeats) / len(repeats)
+
+
+def prompt_as_read(prompt: str) -> str:
+    """The messages of a prompt of `Study.prompts` in a row, as a reader sees them."""
+    return as_read(" ".join(message_texts(prompt)))
+
+
+def begins_one_of(texts: list[str], beginning: str) -> bool:
+    """Whether one of the texts, which are sorted, begins like this."""
+    place = bisect.bisect_left(texts, beginning)  # what begins with a text comes right behind it
+    return place < len(texts) and texts[place].startswith(beginning)
 
 
 def are_known(

@@ -102,9 +102,24 @@ def answer_key(answer: Turns) -> str:
     return _turns_key(as_messages("assistant", answer or ""))
 
 
-def answer_digest(answer: str) -> int:
-    """64 bits of an answer that are equal for answers that are equal to a reader."""
-    return key_of(as_read(answer).encode(errors="surrogatepass"))  # half a surrogate pair, too
+def message_texts(prompt: str) -> list[str]:
+    """The texts of the messages in a prompt of `Study.prompts`.
+
+    It is the JSON of its messages, each `[role, content]` or `{"role": role, "content": content}`,
+    or else a text, which is one message.
+    """
+    try:
+        messages = json.loads(prompt)
+    except (ValueError, RecursionError):
+        return [prompt]
+    texts = []
+    for message in messages if isinstance(messages, list) else []:
+        match message:
+            case {"content": str(text)} | [str(), str(text)]:
+                texts.append(text)
+            case _:
+                return [prompt]
+    return texts or [prompt]
 
 
 def key_of(content: bytes) -> int:

@@ -14,7 +14,6 @@ people, and hold for all columns and attributes (or answers) together. `weights_
 for each person.
 """
 
-import json
 import os.path
 import re
 from collections import Counter
@@ -31,6 +30,7 @@ from scipy.special import stdtrit
 from lore.evidence import kept_fit
 from lore.files import printable
 from lore.leaks import identities
+from lore.normal_forms import message_texts
 from lore.study import Study
 from lore.verdict import FEWEST_USERS, counted, unseen_users
 from utils import SEEN_TEST, UNSEEN_TEST, Fit, fits_per_model, pair_scores
@@ -474,19 +474,10 @@ def excerpt(text: str, start: int = 0) -> str:
 
 
 def prompt_text(prompt: Any) -> str | None:
-    """The beginning of a prompt, or of the last of its messages; None if it is no text.
-
-    Some studies tell prompts apart by the JSON of their messages, each `[role, content]` or
-    `{"role": role, "content": content}`.
-    """
+    """The beginning of a prompt, or of the last of its messages; None if it is no text."""
     if not isinstance(prompt, str):
         return None
-    try:
-        last = json.loads(prompt)[-1]
-        content = str(last["content"] if isinstance(last, dict) else last[1])
-    except (ValueError, TypeError, LookupError, RecursionError):
-        content = prompt
-    return excerpt(one_line(content))
+    return excerpt(one_line(message_texts(prompt)[-1]))
 
 
 # ---- The four ways to read

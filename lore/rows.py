@@ -19,12 +19,17 @@ from utils import InputError
 
 DATA_FILE = re.compile(r"^[^.].*\.(parquet|jsonl|csv|jsonl\.gz|csv\.gz)$")
 SHARD = re.compile(r"(\d+)-of-(\d+)")  # train-00000-of-00002.parquet
-PARQUET_BATCH = 1024  # rows in memory at a time
+BATCH = 1024  # rows of a parquet file or of the hub, in memory at a time
+SHORT_FLOAT = re.compile(r"\b(halffloat|float)\b")  # of 16 and 32 bits, as pyarrow calls them
 
 DAMAGED_FILE = (
-    "the file is cut short, of another format or encoding, an error page, or closed to you; "
-    "download or write it again"
+    "the file is cut short, of another format, in another encoding than UTF-8, an error page, or "
+    "closed to you; download or write it again"
 )
+
+# A quote that a backslash escapes: in a CSV file that writes quotes twice, a backslash and a single
+# quote can only be the end of a field.
+ESCAPED_QUOTE = re.compile(r'\\"[^",\r\n]')
 
 # How a CSV cell begins that holds messages as Python, JSON or numpy print them, and a key of one.
 PRINTED_OBJECTS = re.compile(r"""(\s|\[|\(|array|list)*\{\s*['"]""")
@@ -94,20 +99,33 @@ def files_of_splits(folder: Path | str, **words: list[str]) -> dict[str | None, 
     """As `split_files`, but of the splits only those that have a file.
 
     If these are fewer than two, the folder is not split: it holds one file, or all shards of one,
-    which are given under None.
+    which are given under None. Else data files that are of no split are named in a line.
     """
     folder = Path(folder)
     paths = data_files(folder)
     words_of_paths = set().union(*(_words_in(path.name) for path in paths))
     present = {split: names for split, names in words.items() if words_of_paths & set(names)}
     if len(present) > 1:
-        return split_files(folder, **present)
+        files_of = split_files(folder, **present)
+        print_unread(folder, files_of)
+        return files_of
     if not _is_whole(paths):
         raise InputError(
             f"{folder}: one file is needed, or all its shards, or a file for each of "
             f"{', '.join(words)}; it holds {_names_in(paths)}; give one of them"
         )
     return {None: sorted(paths, key=_shard_number)}
+
+
+def print_unread(folder: Path | str, files_of: dict[Any, list[Path]]) -> None:
+    """Print which data files in a folder are not among those that are read; nothing if all are.
+
+    files_of: the files that are read, as of `split_files`.
+    """
+    read = set().union(*files_of.values())
+    unread = [path for path in data_files(Path(folder)) if path not in read]
+    if unread:
+        print(f"{folder}: not read: {_names_in(unread)}")
 
 
 def _names_in(paths: list[Path]) -> str:
@@ -253,14 +271,22 @@ def hub_rows(
         ) from None
     located = {}
     for split, rows in splits.items():
-        names = getattr(rows, "column_names", None)
-        if schema is not None and names is not None:
-            columns = columns_of(schema)
-            rows = rows.select_columns([name for name in names if name in columns])
+        if hasattr(rows, "with_format"):
+            rows = _dataset_rows(rows, None if schema is None else columns_of(schema))
         located[split] = _located(
             f"{dataset}, {split}", rows, "download the data set again, or give a copy with --data"
         )
     return located
+
+
+def _dataset_rows(dataset: Any, columns: Columns | None) -> Iterator[dict[str, Any]]:
+    """The rows of a `datasets.Dataset`, of which only some columns are read (None: all)."""
+    if columns is not None:
+        names = [name for name in dataset.column_names if name in columns]
+        dataset = dataset.select_columns(names)
+    # As tables of pyarrow, which know how many bits a float had.
+    for table in dataset.with_format("arrow").iter(BATCH):
+        yield from _python_rows(table)
 
 
 def _located(source: str, rows: Iterable[Any], remedy: str) -> Iterator[LocatedRow]:
@@ -327,8 +353,8 @@ def _json_object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
 def _csv_rows(lines: Iterable[str], columns: Columns | None) -> Iterator[dict[str, str]]:
     """The rows of an open CSV file, of which only some columns are read (None: all).
 
-    Raises ValueError: the header names a column twice; a row has not as many fields as the header;
-    the last line has no end.
+    Raises ValueError: the header names a column twice, or is there once more, as in files that were
+    joined; a row has not as many fields as the header; and what `_whole_lines` raises.
     """
     csv.field_size_limit(2**31 - 1)  # a text may be long
     table = (fields for fields in csv.reader(_whole_lines(lines), strict=True) if fields)
@@ -340,15 +366,23 @@ def _csv_rows(lines: Iterable[str], columns: Columns | None) -> Iterator[dict[st
     for fields in table:
         if len(fields) != len(header):
             raise ValueError(f"its header names {len(header)} fields, and it has {len(fields)}")
+        if [fields[0].lstrip("\ufeff"), *fields[1:]] == header:
+            raise ValueError("it is the header once more, of a file that was added; remove it")
         yield {name: fields[place] for name, place in place_of.items()}
 
 
 def _whole_lines(lines: Iterable[str]) -> Iterator[str]:
-    """The lines of a CSV file. Raises ValueError: the last one has no end.
+    """The lines of a CSV file. Raises ValueError: the last one has no end; quotes are escaped.
 
-    Its last field may then have been cut short, which nothing else in the file would show.
+    Without its end the last field may have been cut short, which nothing else in the file would
+    show. If a quote is escaped, all backslashes are, which would be read as they are.
     """
     for line in lines:
+        if '\\"' in line and ESCAPED_QUOTE.search(line):  # the first is quicker, and mostly enough
+            raise ValueError(
+                'it escapes quotes with backslashes, \\"; write them twice, "", as pandas and most '
+                "programs do by themselves, or write JSON lines"
+            )
         if not line.endswith(("\n", "\r")):
             raise ValueError(
                 "no line break at the end of the file; if nothing is missing, add one there"
@@ -369,7 +403,7 @@ def _parquet_rows(path: Path, columns: Columns | None) -> Iterator[dict[str, Any
     if columns is not None:
         names = [name for name in names if name in columns]
     _check_named_once(names)
-    for batch in file.iter_batches(PARQUET_BATCH, columns=names):
+    for batch in file.iter_batches(BATCH, columns=names):
         if columns is not None and names:
             batch = batch.select(names)  # "a" has selected a column "a.b", too
             fields = [
@@ -402,26 +436,36 @@ def _narrowed(kind: Any, fields: Columns) -> Any:
 
 
 def _python_rows(batch: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a batch of pyarrow as Python has them.
+    """The rows of a batch or a table of pyarrow as Python has them.
 
     A float of less than 64 bits is numpy's, so that it tells how exact an id in it can be.
     """
-    import pyarrow
-
     try:
         rows = batch.to_pylist()
     except Exception:  # such as a date that Python has not: one by one, to tell which row has it
         rows = (batch.slice(i, 1).to_pylist()[0] for i in range(len(batch)))
     short_floats = {
-        field.name: field.type.to_pandas_dtype()
-        for field in batch.schema
-        if field.type in (pyarrow.float16(), pyarrow.float32())
+        field.name: field.type for field in batch.schema if SHORT_FLOAT.search(str(field.type))
     }
     for row in rows:
-        for name, float_type in short_floats.items():
-            if row[name] is not None:
-                row[name] = float_type(row[name])
+        for name, kind in short_floats.items():
+            row[name] = _with_short_floats(row[name], kind)
         yield row
+
+
+def _with_short_floats(value: Any, kind: Any) -> Any:
+    """A value of this type of pyarrow, in which each float of less than 64 bits is numpy's."""
+    import pyarrow
+
+    if value is None:
+        return None
+    if kind in (pyarrow.float16(), pyarrow.float32()):
+        return kind.to_pandas_dtype()(value)
+    if pyarrow.types.is_struct(kind):
+        return {field.name: _with_short_floats(value[field.name], field.type) for field in kind}
+    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+        return [_with_short_floats(element, kind.value_type) for element in value]
+    return value
 
 
 def parse_rows(

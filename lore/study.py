@@ -1,7 +1,7 @@
 """A study: the people, their preference pairs, and what is known of both."""
 
 import functools
-from collections.abc import Hashable, Iterable, Sized
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,16 +13,6 @@ Features = list[torch.Tensor | Pairs]
 
 PARTS = ("train", "test", "train_unseen", "test_unseen")
 
-EarlierAnswers = dict[str, list[list[tuple[int, ...]]]]
-
-
-def no_earlier_answers(parts: dict[str, Iterable[Sized]]) -> EarlierAnswers:
-    """`Study.earlier_answers` of prompts that are the first message: there is no earlier one.
-
-    parts: name -> the pairs of each user, of which only the numbers matter.
-    """
-    return {part: [[()] * len(pairs) for pairs in users] for part, users in parts.items()}
-
 
 @dataclass
 class Study:
@@ -32,9 +22,9 @@ class Study:
     chosen minus rejected. `train` and `test` are those of the seen users, in the order of `seen`;
     `train_unseen` (the few shots) and `test_unseen` those of the unseen users, in that of `unseen`.
 
-    prompts, texts, groups, conversations and earlier_answers are dicts from a part's name to a list
-    with one entry per user, which has one value for each of the user's pairs. A part that is
-    missing there is not known.
+    prompts, texts, groups and conversations are dicts from a part's name to a list with one entry
+    per user, which has one value for each of the user's pairs. A part that is missing there is not
+    known.
     """
 
     title: str  # for people: the name of the data
@@ -46,7 +36,8 @@ class Study:
     test_unseen: Features
     reward_head: torch.Tensor  # (d, 1), float32
 
-    # Of each pair a value that is equal for equal prompts: a text, a digest or a number.
+    # Of each pair a value that is equal for equal prompts: the prompt as a text, the JSON of its
+    # messages (see `lore.normal_forms.message_texts`), or a number.
     prompts: dict[str, list[list[Hashable]]] = field(default_factory=dict)
     # Of each pair the two answers: chosen, rejected.
     texts: dict[str, list[list[tuple[str, str]]]] = field(default_factory=dict)
@@ -56,9 +47,6 @@ class Study:
     # Of each pair a value that is equal for pairs of one conversation, of whichever user. The test
     # repeats the training if both have pairs of one conversation.
     conversations: dict[str, list[list[Hashable]]] = field(default_factory=dict)
-    # Of each pair the answers that are in its prompt, from earlier turns: of each the
-    # `lore.normal_forms.answer_digest`.
-    earlier_answers: EarlierAnswers = field(default_factory=dict)
     # What is known of a person, by user id: {column: value}, such as {"age": 31}. People of whom
     # nothing is known are missing.
     about_users: dict[str, dict[str, Any]] = field(default_factory=dict)

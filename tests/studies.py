@@ -132,8 +132,7 @@ def with_repeats(study, share, kind="features", seed=0):
         part: [[(f"{name} chosen", f"{name} rejected") for name in user] for user in users]
         for part, users in names.items()
     }
-    no_answers = {part: [[()] * len(user) for user in users] for part, users in names.items()}
-    return dataclasses.replace(study, prompts=questions, texts=texts, earlier_answers=no_answers)
+    return dataclasses.replace(study, prompts=questions, texts=texts)
 
 
 def names_of_pairs(users, part):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+import itertools
+import json
 import unicodedata
 
 import pytest
@@ -14,7 +16,7 @@ import lore.files
 import lore.leaks
 import prism
 from lore.leaks import SKETCH, identities, leaks_of
-from lore.normal_forms import answer_digest
+from lore.normal_forms import prompt_key
 from lore.study import PARTS
 from utils import SEEN_TEST, UNSEEN_TEST, Pairs
 
@@ -52,8 +54,9 @@ def test_pairs_are_equal_if_their_texts_are_whichever_way_round():
 def test_texts_are_equal_if_they_look_alike():
     composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
     assert composed != decomposed
-    identity = identity_of([(composed, "a b"), (f" {decomposed}\n", "a  b "), ("cafe", "a b")])
-    assert identity.keys[0] == identity.keys[1] != identity.keys[2]
+    texts = [(composed, "a b"), (f" {decomposed}\n", "a  b "), ("caf\u200be\u0301", "\ufeffa b")]
+    keys = identity_of([*texts, ("cafe", "a b")]).keys.tolist()
+    assert keys[0] == keys[1] == keys[2] != keys[3]
 
 
 def test_texts_that_run_together_alike_are_not_equal():
@@ -221,22 +224,70 @@ def test_conversations_of_prism_that_are_on_both_sides_leak(tmp_path):
 # ---- Answers
 
 
-def test_an_answer_leaks_if_it_is_in_a_training_prompt_of_anybody_among_these_users():
-    said = {
-        text: answer_digest(text) for text in ("It is so.", "Go on with it.", "Yes.", "Not at all.")
-    }
-    earlier = {
-        "train": [[(), (said["It is so."],)], [(said["Go on with it."], said["Yes."])]],
-        "test": [[(said["Not at all."],)] * 4],
-        "train_unseen": [[(said["Not at all."],)]],
+def messages(*texts):
+    """The JSON of the user's and the assistant's messages in turn, as data sets write it."""
+    roles = itertools.cycle(("user", "assistant"))
+    return json.dumps([{"role": role, "content": text} for role, text in zip(roles, texts)])
+
+
+def keyed(*texts):
+    """The same, as PRISM's studies have it."""
+    return prompt_key(json.loads(messages(*texts)))
+
+
+def transcript(*texts):
+    """The same as one plain text, which ends where the assistant is to answer."""
+    speakers = itertools.cycle(("Human:", "Assistant:"))
+    turns = [f"{speaker} {text}" for speaker, text in zip(speakers, texts)]
+    return "\n\n".join([*turns, "Assistant:"])
+
+
+FORMS = [messages, keyed, transcript, lambda *texts: messages(transcript(*texts))]
+forms = pytest.mark.parametrize("form", FORMS, ids=["messages", "key", "text", "one message"])
+
+
+@forms
+def test_an_answer_leaks_if_a_training_prompt_goes_on_with_its_conversation(form):
+    prompts = {
+        "train": [[form("Why?", "It is so.", "And?")], [form("Who?"), form("How?", "Yes.", "So?")]],
+        "test": [[form(" Why?\n")] * 3, [form("How?"), form("Who?")]],
+        "train_unseen": [[form("Where?", "At the\u00a0pier.", "When?", "Late.", "Really?")]],
+        "test_unseen": [[form("Where?"), form("Where?", "At the pier.", "When?"), form("When?")]],
     }
     texts = {
-        "test": [[("Other words here.", "It  is so.\n"), ("Go on with it.", "x")], [("Yes.", "x")]],
-        "test_unseen": [[("It is so.", "x"), ("Not at all.", "x"), ("x", "Not at"), ("x", "y")]],
+        "test": [
+            [("It  is so.\n", "x"), ("x", "It is so."), ("Is it so.", "x")],
+            [("Yes.", "No."), ("Yes.", "No.")],
+        ],
+        "test_unseen": [[("x", "At the pier."), ("Late.", "x"), ("Late.", "At the pier.")]],
     }
-    study = small_study(earlier_answers=earlier, texts=texts)
-    # "Yes." is in a training prompt, and too short to say anything.
-    assert leaks_by("by_answer_in_prompt", study) == (2 / 3, 1 / 4)
+    study = small_study(prompts=prompts, texts=texts)
+    assert leaks_by("by_answer_in_prompt", study) == (3 / 5, 2 / 3)
+
+
+@forms
+def test_a_stock_answer_in_other_conversations_is_no_leak(form):
+    stock = ["Yes, of course.", "That is a good idea.", "Ask me again later on."]
+    asked = [[f"question {user} {n}" for n in range(40)] for user in range(2)]
+
+    def parts(first, last):
+        users = [user[first:last] for user in asked]
+        first_turns = [[form(question) for question in user] for user in users]
+        second_turns = [
+            [form(q, stock[n % 3], "And then?") for n, q in enumerate(user)] for user in users
+        ]
+        return [first + second for first, second in zip(first_turns, second_turns)]
+
+    prompts = {"train": parts(0, 30), "test": parts(30, 40)}
+    texts = {"test": [[(stock[n % 3], stock[(n + 1) % 3]) for n in range(20)]] * 2}
+    study = small_study(prompts=prompts, texts=texts)
+    assert leaks_by("by_answer_in_prompt", study) == (0.0, None)
+
+
+def test_prompts_that_are_numbers_tell_nothing_of_answers():
+    numbers = {part: [[1, 2]] for part in PARTS}
+    study = small_study(prompts=numbers, texts={part: [[("a", "b")] * 2] for part in PARTS})
+    assert leaks_by("by_answer_in_prompt", study) == (None, None)
 
 
 def test_answers_leak_under_whatever_prompt_and_either_way_round():

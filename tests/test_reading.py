@@ -631,6 +631,7 @@ def test_a_prompt_is_shown_if_it_is_a_text():
     assert prompt_text(json.dumps([{"role": "user", "content": "A song!"}])) == "A song!"
     assert prompt_text(json.dumps([])) == "[]"
     assert prompt_text("[" * 100_000).startswith("[[[")
+    assert prompt_text('{"question": "Why?"}') == '{"question": "Why?"}'
     assert prompt_text(7) is None
 
 

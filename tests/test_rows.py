@@ -2,12 +2,15 @@
 
 import csv
 import datetime
+import gzip
 import json
+import shutil
 import sys
 import types
 from decimal import Decimal
 from typing import Literal
 
+import datasets
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -15,11 +18,15 @@ import pyarrow.parquet as pq
 import pydantic
 import pytest
 import typing_extensions
-from helpers import input_error
+from helpers import ROOT, input_error
 
 import lore.data_notes
 import lore.normal_forms
 import lore.rows
+import own_data
+import personalllm
+import prism
+import tldr
 from lore.data_notes import Judged
 from lore.normal_forms import Asked
 
@@ -127,9 +134,10 @@ def write_twice(folder, name):
     """A file of each format that names one column twice."""
     others = {"user": "a", "note": "n"}
     columns = [*others, name]
-    table = pa.Table.from_arrays([pa.array([column]) for column in columns], columns)
+    values = [f"a {column}" for column in columns]
+    table = pa.Table.from_arrays([pa.array([value]) for value in values], columns)
     pq.write_table(table, folder / "a.parquet")
-    (folder / "a.csv").write_text(f"{','.join(columns)}\n{','.join(columns)}\n")
+    (folder / "a.csv").write_text(f"{','.join(columns)}\n{','.join(values)}\n")
     return [folder / "a.parquet", folder / "a.csv"]
 
 
@@ -138,7 +146,7 @@ def test_two_columns_of_one_name_are_refused_if_the_schema_names_it(tmp_path):
         with input_error(str(path), "'user' twice"):
             read(path)
     for path in write_twice(tmp_path, "note"):
-        assert users_in(path) == ["user"]
+        assert users_in(path) == ["a user"]
         with input_error(str(path), "'note' twice"):
             list(lore.rows.read_rows(path))
 
@@ -187,26 +195,16 @@ def test_the_columns_of_a_file_are_known_without_its_values(tmp_path):
             lore.rows.column_names(tmp_path / name)
 
 
-class FakeDataset(list):
-    """What `datasets` loads: rows whose columns are selected before they are decoded."""
-
-    column_names = ["user", "picture"]
-
-    def select_columns(self, names):
-        return [{name: row[name] for name in names} for row in self]
+def served(monkeypatch, table):
+    """The rows of a split of the hub that is this table of pyarrow."""
+    splits = {"train": datasets.Dataset(table)}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: splits)
+    return lore.rows.hub_rows("some/dataset", Row)["train"]
 
 
 def test_of_the_hubs_rows_only_the_named_columns_are_decoded(monkeypatch):
-    class Undecoded(dict):
-        def __getitem__(self, name):
-            assert name != "picture"
-            return super().__getitem__(name)
-
-    splits = {"train": FakeDataset([Undecoded(user="a", picture=None)])}
-    served = types.SimpleNamespace(load_dataset=lambda name, **options: splits)
-    monkeypatch.setitem(sys.modules, "datasets", served)
-    rows = lore.rows.hub_rows("some/dataset", Row)
-    assert list(rows["train"]) == [("some/dataset, train, row 1", {"user": "a"})]
+    rows = list(served(monkeypatch, table_with(other=DATES)))
+    assert rows == [(f"some/dataset, train, row {i + 1}", {"user": str(i)}) for i in range(3)]
 
 
 def test_a_row_of_the_hub_that_cannot_be_decoded_is_named(monkeypatch):
@@ -214,8 +212,8 @@ def test_a_row_of_the_hub_that_cannot_be_decoded_is_named(monkeypatch):
         yield {"user": "a"}
         raise OverflowError("date value out of range")
 
-    served = types.SimpleNamespace(load_dataset=lambda name, **options: {"train": rows()})
-    monkeypatch.setitem(sys.modules, "datasets", served)
+    hub = types.SimpleNamespace(load_dataset=lambda name, **options: {"train": rows()})
+    monkeypatch.setitem(sys.modules, "datasets", hub)
     found = lore.rows.hub_rows("some/dataset", Row)["train"]
     assert next(found)[1] == {"user": "a"}
     with input_error("some/dataset, train, row 2: cannot be read (date value out of range)"):
@@ -251,6 +249,65 @@ def test_a_csv_file_may_end_its_lines_as_any_system_does_and_have_empty_ones(tmp
     lines = ["\ufeffuser,prompt", "", "a,b", 'c,"d\ne"', "", ""]
     (tmp_path / "a.csv").write_bytes(end.join(lines).encode())
     assert read(tmp_path / "a.csv") == [Row(user="a", prompt="b"), Row(user="c", prompt="d\ne")]
+
+
+QUOTES = ['He said "no" twice.', 'He said "no", twice.', 'a\\b "c"\n d', '{"a": "b\\"c"}']
+
+
+@pytest.mark.parametrize("text", QUOTES)
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+def test_a_csv_file_that_escapes_quotes_with_backslashes_is_refused(tmp_path, text, quoting):
+    frame = pd.DataFrame([{"user": "a", "prompt": "?"}, {"user": "b", "prompt": text}])
+    options = dict(escapechar="\\", doublequote=False, quoting=quoting)
+    frame.to_csv(tmp_path / "a.csv", index=False, **options)
+    with input_error("a.csv, row 2: cannot be read", "escapes quotes with backslashes", "twice"):
+        read(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *QUOTES,
+        json.dumps({"quote": 'He said "no"', "path": "C:\\"}),
+        'print("\\"a\\", b") \\',
+        '\\"',
+        '\\"a\\"\n\\"\n\\',
+        '\\"{o}sterreich, \\LaTeX',
+        "C:\\folder\\",
+    ],
+)
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+def test_a_backslash_before_a_quote_is_text_if_the_file_writes_quotes_twice(
+    tmp_path, text, quoting
+):
+    rows = [{"user": "a", "prompt": text}, {"prompt": text, "user": "a"}]
+    for number, row in enumerate(rows):  # in the last column, and before another
+        path = tmp_path / f"{number}.csv"
+        pd.DataFrame([row, row]).to_csv(path, index=False, quoting=quoting)
+        assert [row.prompt for row in read(path)] == [text, text]
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_the_header_of_a_file_that_was_added_is_no_row(tmp_path, mark):
+    table = "user,prompt\na,user\n"
+    (tmp_path / "a.csv").write_text(table + mark + table, encoding="utf-8")
+    with input_error("a.csv, row 2", "the header once more"):
+        read(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252"])
+def test_a_file_in_another_encoding_is_refused_with_the_one_to_write(tmp_path, encoding):
+    row = {"user": "a", "prompt": "Café?"}
+    contents = {
+        "a.jsonl": json.dumps(row, ensure_ascii=False) + "\n",
+        "a.csv": pd.DataFrame([row]).to_csv(index=False),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content.encode(encoding))
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode(encoding)))
+        for path in (tmp_path / name, tmp_path / f"{name}.gz"):
+            with input_error(f"{path}, row 1: cannot be read", "UTF-8"):
+                read(path)
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
@@ -294,6 +351,45 @@ def test_shards_come_in_the_order_of_their_numbers_not_of_their_names(tmp_path):
         (tmp_path / name).touch()
     found = lore.rows.split_files(tmp_path, train=["train"])["train"]
     assert [path.name for path in found] == names
+
+
+def test_files_of_a_folder_that_are_not_read_are_named_in_one_line(tmp_path, capsys):
+    read_ones = ["train.jsonl", "test.jsonl.gz"]
+    no_data = ["README.md", "LICENSE", ".gitattributes", "._train.jsonl", "dataset_infos.json"]
+    for name in [*read_ones, *no_data]:
+        (tmp_path / name).touch()
+    words = dict(train=["train"], test=["test"])
+    lore.rows.files_of_splits(tmp_path, **words)
+    assert capsys.readouterr().out == ""
+    for name in ("more.jsonl", "extra-00000-of-00001.parquet"):
+        (tmp_path / name).touch()
+    lore.rows.files_of_splits(tmp_path, **words)
+    expected = f"{tmp_path}: not read: extra-00000-of-00001.parquet, more.jsonl\n"
+    assert capsys.readouterr().out == expected
+
+
+READERS = {
+    "OwnData": own_data.read_comparisons,
+    "RedditTLDR": tldr.read_comparisons,
+    "PersonalLLM": personalllm.read_prompts,
+    "PRISM": prism.read_conversations,
+}
+# Of the files in demo/ another script reads this one.
+OTHER_FILES = {"PRISM": ["rewardbench_test.jsonl.gz"]}
+
+
+@pytest.mark.parametrize("data_set", READERS)
+def test_each_data_set_names_the_files_that_it_does_not_read(tmp_path, capsys, data_set):
+    for path in (ROOT / data_set / "demo").glob("*.gz"):
+        shutil.copy(path, tmp_path)
+    if data_set == "OwnData":  # its demo is one file, so a further one is refused
+        rows = tmp_path / "comparisons.jsonl.gz"
+        shutil.copy(rows, tmp_path / "train.jsonl.gz")
+        rows.rename(tmp_path / "test.jsonl.gz")
+    (tmp_path / "more.jsonl").touch()
+    READERS[data_set](tmp_path)
+    unread = ", ".join(["more.jsonl", *OTHER_FILES.get(data_set, [])])
+    assert capsys.readouterr().out.splitlines() == [f"{tmp_path}: not read: {unread}"]
 
 
 # ---- Messages in a CSV file
@@ -483,6 +579,41 @@ def test_a_column_of_floats_has_ids_as_far_as_its_numbers_are_exact(tmp_path, bi
             users_in(path)
 
 
+class ByPeople(pydantic.BaseModel):
+    by: list[Row] | None
+
+
+@pytest.mark.parametrize("kind", [pa.list_, pa.large_list])
+@pytest.mark.parametrize("bits, first_inexact", [(16, 2**11), (32, 2**24)])
+def test_ids_in_objects_are_as_exact_as_their_floats(tmp_path, kind, bits, first_inexact):
+    people = kind(pa.struct([("user", pa.from_numpy_dtype(f"float{bits}"))]))
+    float_type = np.dtype(f"float{bits}").type
+    path = tmp_path / "a.parquet"
+
+    def write(*users):
+        objects = [{"user": float_type(user)} for user in users]
+        pq.write_table(pa.table({"by": pa.array([None, [], objects], people)}), path)
+
+    write(7, first_inexact - 1)
+    assert [row.by for row in read(path, ByPeople)][:2] == [None, []]
+    assert [row.user for row in read(path, ByPeople)[2].by] == ["7", str(first_inexact - 1)]
+    write(7, first_inexact)
+    with input_error("a.parquet, row 3: by.1.user", "went through a float"):
+        read(path, ByPeople)
+
+
+@pytest.mark.parametrize("bits, first_inexact", [(16, 2**11), (32, 2**24), (64, 2**53)])
+def test_ids_of_the_hub_are_as_exact_as_their_floats(monkeypatch, bits, first_inexact):
+    def users_of(*users):
+        column = pa.array(np.array(users, f"float{bits}"))
+        rows = served(monkeypatch, pa.table({"user": column}))
+        return [row.user for _, row in lore.rows.parse_rows(rows, Row, "these tests")]
+
+    assert users_of(7, first_inexact - 1) == ["7", str(first_inexact - 1)]
+    with input_error("some/dataset, train, row 2: user", "went through a float"):
+        users_of(7, first_inexact)
+
+
 def test_short_floats_are_numbers_where_no_ids_are_needed(tmp_path):
     class Scored(pydantic.BaseModel):
         score: float
@@ -652,6 +783,20 @@ TRAIN, TEST = ordinary(0), ordinary(12)
             [*TRAIN, TRAIN[3], TRAIN[3]._replace(prompt=" Question  3?")],
             TEST,
             "rows of train: 2 are there already",
+        ),
+        (
+            [
+                *TRAIN,
+                Judged("u0", "half of \ud83d", "a", "b"),
+                Judged("u0", "half of \ud83d ", "a", "b"),
+            ],
+            TEST,
+            "rows of train: 1 are there already",
+        ),
+        (
+            [*TRAIN, Judged("u0", said("?", "a", "!"), "b", "c")],
+            [*TEST, Judged("u0", said("? ", " a", "!"), "b", "c"), Judged("u0", "? a !", "b", "c")],
+            "1 of 14 rows of test are also in train",
         ),
         (TRAIN, [*TEST, TRAIN[4], TRAIN[5]], "2 of 14 rows of test are also in train"),
         (

@@ -10,13 +10,13 @@ beyond that of the imports.
 
 Measured at full size, 0.92 GB of text, 676,047 comparisons (Python 3.11, an AMD EPYC):
 
-    read                                             15.1 s     1.65 GB
-    group                                             0.9 s     1.65 GB
-    split                                             1.9 s     1.65 GB
-    conversations                                     7.5 s     2.21 GB
-    digest                                            8.8 s     2.21 GB
-    equal conversations, as embedding looks           9.8 s     2.83 GB
-    notes on what is odd                             29.7 s     2.83 GB
+    read                                             17.4 s     1.64 GB
+    group                                             1.2 s     1.64 GB
+    split                                             2.1 s     1.64 GB
+    conversations                                     9.3 s     2.21 GB
+    digest                                           10.3 s     2.21 GB
+    equal conversations, as embedding looks          12.6 s     2.83 GB
+    notes on what is odd                             16.8 s     2.83 GB
 """
 
 import multiprocessing
