@@ -25,7 +25,10 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import numpy as np
 import torch
 
-import own_data
+import own_files
+import own_reading
+import own_rows
+import own_split
 from lore.data_notes import notes_on_comparisons, notes_on_removed_prompts, print_notes
 from lore.rows import warn_of_equal_sides
 from lore.scripts import EmbeddingFile, embed_files, prepare_arguments, run_script
@@ -51,29 +54,29 @@ about_users = ["annotator_*", "age", "gender", "education*", "politic*", "ethnic
 hub_split = "train"
 
 
-def read(data: Path, limit: int | None) -> tuple[own_data.Reading, np.ndarray, list[str]]:
+def read(data: Path, limit: int | None) -> tuple[own_reading.Reading, np.ndarray, list[str]]:
     """What was read, with a split; the group of each comparison, int64 `[m]`; notes.
 
     Prints what was read, what was left out, and the notes: what is odd in it.
     Raises InputError if it could not be trained on.
     """
-    reading = own_data.read_comparisons(
+    reading = own_reading.read_comparisons(
         data, languages=languages, about_users=about_users, hub_split=hub_split, limit=limit
     )
     kind = reading.kind
     users = len({comparison.user for comparison in reading.comparisons})
     print(
         f"{reading.rows:,} rows, {len(reading.comparisons):,} comparisons by {users:,} users; "
-        f"{own_data.counted(reading)}"
+        f"{own_reading.counted(reading)}"
     )
     if kind.full_size not in (None, reading.rows) and limit is None:
         print(f"a full copy of {kind.dataset} has {kind.full_size:,} rows")
 
-    groups = own_data.group_numbers(reading.comparisons)
-    comparisons, split_notes = own_data.split_comparisons(
+    groups = own_split.group_numbers(reading.comparisons)
+    comparisons, split_notes = own_split.split_comparisons(
         reading.comparisons, groups, test_share, test_seed
     )
-    kept, user_notes = own_data.users_to_keep(comparisons, groups, min_pairs)
+    kept, user_notes = own_split.users_to_keep(comparisons, groups, min_pairs)
     is_kept = [comparison.user in kept for comparison in comparisons]
     reading.comparisons = [c for c, keep in zip(comparisons, is_kept) if keep]
     reading.about_users = {
@@ -81,51 +84,51 @@ def read(data: Path, limit: int | None) -> tuple[own_data.Reading, np.ndarray, l
     }
     for note in user_notes:
         print(note)
-    equal = sum(map(own_data.has_equal_sides, reading.comparisons))
+    equal = sum(map(own_files.has_equal_sides, reading.comparisons))
     warn_of_equal_sides("all", equal, len(reading.comparisons))
 
     notes = [
         *reading.notes,
         *split_notes,
         *notes_on_removed_prompts("all", reading.repeats),
-        *notes_on_comparisons(own_data.judged_of(reading.comparisons)),
+        *notes_on_comparisons(own_split.judged_of(reading.comparisons)),
     ]
     print_notes(notes)
     return reading, groups[is_kept], notes
 
 
-def files_to_write(reading: own_data.Reading, groups: np.ndarray) -> list[EmbeddingFile]:
+def files_to_write(reading: own_reading.Reading, groups: np.ndarray) -> list[EmbeddingFile]:
     """The three files. The conversations are those of the pairs, each distinct one once."""
     comparisons = reading.comparisons
-    conversations, numbers = own_data.number_conversations(comparisons)
+    conversations, numbers = own_files.number_conversations(comparisons)
 
     def write_table(path: Path, table: torch.Tensor, rows: torch.Tensor) -> None:
-        own_data.save_table(path, table)
+        own_files.save_table(path, table)
 
     def write_pairs(path: Path, table: torch.Tensor, rows: torch.Tensor) -> None:
         chosen, rejected = rows.numpy()[numbers].T
-        own_data.save_pairs(path, comparisons, groups, chosen, rejected)
+        own_files.save_pairs(path, comparisons, groups, chosen, rejected)
 
     def write_users(path: Path, table: torch.Tensor, rows: torch.Tensor) -> None:
-        own_data.save_users(path, reading.about_users)
+        own_files.save_users(path, reading.about_users)
 
     users = len({comparison.user for comparison in comparisons})
     return [
         EmbeddingFile(
-            own_data.EMBEDDINGS_FILE,
+            own_files.EMBEDDINGS_FILE,
             f"{len(conversations):,} conversations",
             [],
             write_table,
         ),
         EmbeddingFile(
-            own_data.PAIRS_FILE,
+            own_files.PAIRS_FILE,
             f"{len(comparisons):,} pairs of {users:,} users",
             conversations,
             write_pairs,
             pairs=list(map(tuple, numbers.tolist())),
         ),
         EmbeddingFile(
-            own_data.USERS_FILE,
+            own_files.USERS_FILE,
             f"something is known of {len(reading.about_users):,} users",
             [],
             write_users,
@@ -138,7 +141,7 @@ def main() -> None:
     if args.data is None:
         raise InputError(
             "no data: give --data a file, a folder or one of "
-            f"{', '.join(own_data.PUBLIC)}; or try --demo"
+            f"{', '.join(own_rows.PUBLIC)}; or try --demo"
         )
     reading, groups, notes = read(args.data, args.limit)
     files = files_to_write(reading, groups)
@@ -150,7 +153,7 @@ def main() -> None:
         checkpoint=args.model,
         model="stand-in" if args.demo else args.model,
         data=args.label,
-        data_digest=own_data.digest_of_data(reading.comparisons, groups, reading.about_users),
+        data_digest=own_files.digest_of_data(reading.comparisons, groups, reading.about_users),
         token_budget=TOKEN_BUDGET,
         shard_size=SHARD_SIZE,
         overwrite=args.overwrite,

@@ -28,7 +28,10 @@ import lore.embedding_files
 import lore.files
 import lore.scripts
 import own_data
-from own_data import Comparison
+import own_files
+import own_reading
+import own_split
+from own_rows import Comparison
 from utils import UNSEEN_TEST
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -83,7 +86,7 @@ def test_groups_are_what_ids_and_openings_link_directly_or_through_others(seed):
         prompt = rng.choice([opening, messages(opening), messages(opening, "So.", "And then?")])
         conversation = rng.choice([None, *(f"c{n}" for n in range(60))])
         comparisons.append(Comparison("ada", prompt, "Yes.", "No.", conversation))
-    groups = own_data.group_numbers(comparisons)
+    groups = own_split.group_numbers(comparisons)
     expected = groups_by_spreading(comparisons)
     assert len(set(expected)) > 5
     assert len(set(zip(groups, expected))) == len(set(groups)) == len(set(expected))
@@ -94,7 +97,7 @@ def test_a_system_message_is_no_opening():
     comparisons = [
         Comparison("ada", [system, *messages(text)], "Yes.", "No.") for text in ("One?", "Two?")
     ]
-    assert len(set(own_data.group_numbers(comparisons))) == 2
+    assert len(set(own_split.group_numbers(comparisons))) == 2
 
 
 def test_turns_that_prompts_hold_as_plain_text_are_of_one_group():
@@ -107,7 +110,7 @@ def test_turns_that_prompts_hold_as_plain_text_are_of_one_group():
         "Hi you",
         "Hi you there, where do we eat?",
     ]
-    groups = own_data.group_numbers([Comparison("a", text, "Yes.", "No.") for text in prompts])
+    groups = own_split.group_numbers([Comparison("a", text, "Yes.", "No.") for text in prompts])
     assert groups[0] == groups[1] == groups[2]
     assert len(set(groups)) == 4
 
@@ -116,7 +119,7 @@ def test_the_order_of_the_rows_does_not_change_the_split():
     comparisons = [Comparison("ada", f"question {n}?", "Yes.", "No.") for n in range(50)]
     in_test = []
     for rows in (comparisons, comparisons[::-1]):
-        split, _ = own_data.split_comparisons(rows, own_data.group_numbers(rows), 0.3, 1)
+        split, _ = own_split.split_comparisons(rows, own_split.group_numbers(rows), 0.3, 1)
         in_test.append({row.prompt for row in split if row.split == "test"})
     assert in_test[0] == in_test[1]
     assert len(in_test[0]) == 15
@@ -165,7 +168,7 @@ def test_without_tastes_nothing_leaks_and_a_split_of_pairs_is_called_a_leak(
     rng = random.Random(0)
     rows = conversations_without_tastes(rng)
     results = trained(monkeypatch, model, write_rows(tmp_path / "mine.jsonl", rows), tmp_path)
-    pairs = pd.read_parquet(tmp_path / own_data.PAIRS_FILE)
+    pairs = pd.read_parquet(tmp_path / own_files.PAIRS_FILE)
     in_train = pairs.split == "train"
     train_prompts = "\n".join(pairs.prompt[in_train])
     for answer in itertools.chain(pairs.chosen_text[~in_train], pairs.rejected_text[~in_train]):
@@ -193,8 +196,8 @@ def test_without_tastes_nothing_leaks_and_a_split_of_pairs_is_called_a_leak(
 
 
 def test_the_files_hold_each_conversation_once_and_the_texts_as_they_were(ran):
-    pairs = pd.read_parquet(ran.folder / own_data.PAIRS_FILE)
-    table = own_data.load_table(ran.folder)
+    pairs = pd.read_parquet(ran.folder / own_files.PAIRS_FILE)
+    table = own_files.load_table(ran.folder)
     assert table.dtype == torch.bfloat16
     assert len(table.unique(dim=0)) == len(table)
     row_of = {}
@@ -215,12 +218,12 @@ def test_a_study_shares_one_table_that_is_not_copied(ran):
     assert len(tables) == 1
     maps = Path("/proc/self/maps")  # which only Linux has
     if maps.exists():
-        assert str(ran.folder / own_data.EMBEDDINGS_FILE) in maps.read_text()
+        assert str(ran.folder / own_files.EMBEDDINGS_FILE) in maps.read_text()
     assert all(len(X) <= 5 for X in study.train_unseen)
-    pairs = pd.read_parquet(ran.folder / own_data.PAIRS_FILE)
+    pairs = pd.read_parquet(ran.folder / own_files.PAIRS_FILE)
     user = study.seen[0]
     own = pairs[(pairs.user == user) & (pairs.split == "train")]
-    table = own_data.load_table(ran.folder).float()
+    table = own_files.load_table(ran.folder).float()
     expected = table[own.chosen.tolist()] - table[own.rejected.tolist()]
     assert torch.equal(study.train[0].dense(), expected)
     assert study.texts["train"][0] == list(zip(own.chosen_text, own.rejected_text))
@@ -230,7 +233,7 @@ def test_a_study_shares_one_table_that_is_not_copied(ran):
 
 def test_users_are_halved_by_a_seed_and_a_share_of_one_sees_everybody(ran):
     halves = [own_data.load_embeddings(ran.folder, split_seed=seed) for seed in (0, 0, 1)]
-    users = set(pd.read_parquet(ran.folder / own_data.PAIRS_FILE).user)
+    users = set(pd.read_parquet(ran.folder / own_files.PAIRS_FILE).user)
     for study in halves:
         assert set(study.seen) | set(study.unseen) == users
         assert not set(study.seen) & set(study.unseen)
@@ -244,7 +247,7 @@ def test_users_are_halved_by_a_seed_and_a_share_of_one_sees_everybody(ran):
             own_data.load_embeddings(ran.folder, **{setting: known})
 
 
-@pytest.mark.parametrize("name", own_data.FILES)
+@pytest.mark.parametrize("name", own_files.FILES)
 def test_a_file_that_is_missing_damaged_or_of_another_run_is_named(embeddings, name):
     path = embeddings / name
     whole = path.read_bytes()
@@ -255,7 +258,7 @@ def test_a_file_that_is_missing_damaged_or_of_another_run_is_named(embeddings, n
     with input_error(str(path)):
         own_data.load_embeddings(embeddings)
     sign_again(embeddings)
-    if name != own_data.EMBEDDINGS_FILE:
+    if name != own_files.EMBEDDINGS_FILE:
         with input_error(str(path), "write it again"):
             own_data.load_embeddings(embeddings)
 
@@ -273,12 +276,12 @@ def test_a_killed_prepare_goes_on_from_its_cache(monkeypatch, capsys, ran, tmp_p
         def stop(*_, **__):
             raise KeyboardInterrupt
 
-        patch.setattr(own_data, "save_pairs", stop)
+        patch.setattr(own_files, "save_pairs", stop)
         interrupted(patch, capsys, script("prepare"), *arguments)
     assert {path.name for path in tmp_path.iterdir()} == {".embedding_cache"}
     without_forward(monkeypatch)
     call(monkeypatch, script("prepare"), *arguments)
-    for name in own_data.FILES:
+    for name in own_files.FILES:
         assert (tmp_path / name).read_bytes() == (ran.folder / name).read_bytes()
 
 
@@ -302,7 +305,7 @@ def test_columns_that_are_not_known_are_named_with_the_nearest(monkeypatch, caps
     arguments = ["--data", path, "--model", "unread", "--dir", tmp_path]
     refused(monkeypatch, capsys, script("prepare"), arguments, *named)
     row = {"user": "ada", "prompt": "Why?", "chosen": "So.", "rejected": "No.", "conversaton": 3}
-    reading = own_data.read_comparisons(write_rows(tmp_path / "mine.jsonl", [row]))
+    reading = own_reading.read_comparisons(write_rows(tmp_path / "mine.jsonl", [row]))
     assert reading.notes == ["columns that are not read: 'conversaton' (is it 'conversation'?)"]
 
 
@@ -314,7 +317,7 @@ def test_users_who_are_left_out_are_counted_with_the_reason(tmp_path):
             row = Comparison(user, f"question {n}?", "Yes.", "No.", f"{user} {n}", split=split)
             rows.append(row)
     groups = np.arange(len(rows))
-    kept, notes = own_data.users_to_keep(rows, groups, 3)
+    kept, notes = own_split.users_to_keep(rows, groups, 3)
     assert kept == {"a", "b"}
     assert notes == [
         "1 users with one conversation only are left out",
@@ -329,7 +332,7 @@ def test_one_person_alone_is_too_few_and_nothing_more_is_said():
         for n in range(6)
     ]
     with input_error("1 of 1, and at least 2 are needed; give rows of more people"):
-        own_data.users_to_keep(rows, np.arange(len(rows)), 2)
+        own_split.users_to_keep(rows, np.arange(len(rows)), 2)
 
 
 def test_without_data_prepare_says_what_it_takes(monkeypatch, capsys, tmp_path):
@@ -373,7 +376,7 @@ def test_two_processes_write_the_files_of_one_and_find_the_same(ran, tmp_path):
     first, second = two_processes(ran.folder, "prepare", *arguments)
     assert "distinct conversations to embed" in first
     assert second == ""
-    for name in own_data.FILES:
+    for name in own_files.FILES:
         assert (tmp_path / name).read_bytes() == (ran.folder / name).read_bytes()
     short = dict(K_list=[0, 2], seeds=[0], num_iterations=30, controls=False)
     two_processes(ran.folder, "train_basis", "--dir", tmp_path, **short)

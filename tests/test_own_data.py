@@ -24,6 +24,10 @@ import lore.files
 import lore.reward_model
 import lore.rows
 import own_data
+import own_files
+import own_reading
+import own_rows
+import own_split
 import utils
 from lore.normal_forms import prompt_key
 
@@ -65,7 +69,7 @@ def prepared(monkeypatch, model, data, folder, **constants):
     """The table of pairs that prepare.py makes of data."""
     module = quick(monkeypatch, script("prepare"), **constants)
     call(monkeypatch, module, "--data", data, "--model", model, "--dir", folder)
-    return pd.read_parquet(folder / own_data.PAIRS_FILE)
+    return pd.read_parquet(folder / own_files.PAIRS_FILE)
 
 
 def is_refused(monkeypatch, capsys, data, folder, *named, **constants):
@@ -83,14 +87,14 @@ def prompts_of(pairs):
 
 def parsed(path):
     """Who said what in the rows of a file: (user, prompt, chosen, rejected) each."""
-    return [comparison[:4] for comparison in own_data.read_comparisons(path).comparisons]
+    return [comparison[:4] for comparison in own_reading.read_comparisons(path).comparisons]
 
 
 def split_of(rows, folder, share=0.2, seed=0):
     """The comparisons of these rows, with a split by conversation."""
-    comparisons = own_data.read_comparisons(write_rows(folder / "mine.jsonl", rows)).comparisons
-    groups = own_data.group_numbers(comparisons)
-    return own_data.split_comparisons(comparisons, groups, share, seed)[0]
+    comparisons = own_reading.read_comparisons(write_rows(folder / "mine.jsonl", rows)).comparisons
+    groups = own_split.group_numbers(comparisons)
+    return own_split.split_comparisons(comparisons, groups, share, seed)[0]
 
 
 def prompts_of_sides(comparisons):
@@ -178,7 +182,7 @@ def test_messages_are_embedded_as_conversations_and_may_repeat_the_prompt(
     ]
     pairs = prepared(monkeypatch, model, write_rows(tmp_path / "mine.jsonl", rows), tmp_path)
     train = pairs[(pairs.user == "a") & (pairs.split == "train")]
-    table = own_data.load_table(tmp_path).float()
+    table = own_files.load_table(tmp_path).float()
     backbone, tokenizer = lore.reward_model.load_reward_model(str(model), "cpu")
     conversations = [said("One?", "Two.", "Three?", "Four.")] * 2 + [said("One?", "Two.")]
     for pair, conversation in zip(train.itertuples(), conversations, strict=True):
@@ -205,7 +209,7 @@ def test_a_text_is_not_taken_for_the_messages_whose_json_it_is(monkeypatch, mode
         for prompt, chosen in (messages, map(json.dumps, messages))
     ]
     pairs = prepared(monkeypatch, model, write_rows(tmp_path / "mine.jsonl", rows), tmp_path)
-    table = own_data.load_table(tmp_path).float()
+    table = own_files.load_table(tmp_path).float()
     as_messages, as_text = table[pairs.chosen[(pairs.user == "a") & (pairs.split == "train")]]
     assert (as_messages - as_text).norm() > 0.1 * as_text.norm()
 
@@ -249,14 +253,14 @@ def test_a_study_of_own_data_is_named_after_them_and_holds_the_contents_of_messa
 def test_each_row_is_validated_once(monkeypatch, model, rows, tmp_path):
     validated = Counter()
 
-    class Counted(own_data.OwnRow):
+    class Counted(own_rows.OwnRow):
         @classmethod
         def model_validate(cls, row):
             validated[json.dumps(row, default=str)] += 1
             return super().model_validate(row)
 
-    monkeypatch.setattr(own_data, "KINDS", (Counted,))
-    reading = own_data.read_comparisons(write_rows(tmp_path / "mine.jsonl", rows))
+    monkeypatch.setattr(own_reading, "KINDS", (Counted,))
+    reading = own_reading.read_comparisons(write_rows(tmp_path / "mine.jsonl", rows))
     assert len(reading.comparisons) == len(rows) == len(validated)
     assert set(validated.values()) == {1}
 
@@ -487,8 +491,8 @@ def test_a_text_and_the_assistants_message_of_this_text_are_equal_sides():
         ("So. ", False),
         ([*SAID["assistant"], *SAID["user"], {"role": "assistant", "content": "So."}], False),
     ):
-        comparison = own_data.Comparison("ada", "Why?", "So.", rejected)
-        assert own_data.has_equal_sides(comparison) is expected
+        comparison = own_rows.Comparison("ada", "Why?", "So.", rejected)
+        assert own_files.has_equal_sides(comparison) is expected
 
 
 def test_data_with_nothing_odd_say_nothing(monkeypatch, capsys, model, rows, tmp_path):
@@ -501,9 +505,9 @@ def test_an_answer_that_is_its_prompt_and_nothing_else_is_no_answer(tmp_path):
     asked = "Where do we eat?"
     row = {"user": "a", "prompt": asked, "chosen": f"{asked} Here.", "rejected": asked}
     rows = [row, {**row, "rejected": "No."}]
-    reading = own_data.read_comparisons(write_rows(tmp_path / "mine.jsonl", rows))
+    reading = own_reading.read_comparisons(write_rows(tmp_path / "mine.jsonl", rows))
     assert (len(reading.comparisons), reading.repeats) == (1, 1)
-    assert reading.left_out == {own_data.NO_TEXT: 1}
+    assert reading.left_out == {own_reading.NO_TEXT: 1}
 
 
 # ---- The files of others: the same comparisons as each program writes them
@@ -554,7 +558,7 @@ def test_a_date_beyond_pythons_in_a_column_that_is_not_needed_does_no_harm(tmp_p
     pq.write_table(table, tmp_path / "b" / "test.parquet")
     assert len(parsed(tmp_path / "a" / "a.parquet")) == 12
     for data in (tmp_path / "a" / "a.parquet", tmp_path / "a", tmp_path / "b"):
-        assert own_data.read_comparisons(data).rows in (12, 24)
+        assert own_reading.read_comparisons(data).rows in (12, 24)
 
 
 def test_people_whose_ids_a_float_has_mixed_up_are_refused(monkeypatch, capsys, rows, tmp_path):

@@ -1,0 +1,143 @@
+"""The split into train and test, so that no conversation is on both sides; who takes part in it."""
+
+from collections import Counter
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from lore.data_notes import Judged
+from lore.normal_forms import FEWEST_WORDS_REPEATED, Turns, as_read
+from lore.rows import as_messages
+from own_rows import Comparison
+from utils import InputError, check_number, check_whole
+
+
+def group_numbers(comparisons: list[Comparison]) -> np.ndarray:
+    """The number of the group of each comparison, int64 `[m]`.
+
+    Comparisons that share the id of a conversation, or its opening, are of one group, and so are
+    those that others link: groups are the connected components.
+    """
+    texts = [opening_of(comparison.prompt) for comparison in comparisons]
+    read = {text: as_read(text) for text in set(texts)}
+    beginning = shortest_beginnings(set(read.values()))
+    opening_number = {text: n for n, text in enumerate(sorted(set(beginning.values())))}
+    openings = np.array([opening_number[beginning[read[text]]] for text in texts])
+
+    ids = {c.conversation for c in comparisons if c.conversation is not None}
+    id_number = {name: len(opening_number) + n for n, name in enumerate(sorted(ids))}
+    # A comparison without an id is linked to its opening alone.
+    conversations = np.array(
+        [id_number.get(c.conversation, opening) for c, opening in zip(comparisons, openings)]
+    )
+    nodes = len(opening_number) + len(id_number)
+    links = coo_array(
+        (np.ones(len(comparisons), bool), (openings, conversations)), shape=(nodes, nodes)
+    )
+    _, component = connected_components(links, directed=False)
+    return np.unique(component[openings], return_inverse=True)[1]
+
+
+def opening_of(prompt: Turns) -> str:
+    """The first message of the user."""
+    messages = as_messages("user", prompt)
+    users = (message["content"] for message in messages if message["role"] == "user")
+    return next(users, messages[0]["content"])
+
+
+def shortest_beginnings(texts: set[str]) -> dict[str, str]:
+    """For each text the shortest one of them that it begins with, which may be itself.
+
+    So the turns of a conversation meet, too, if each prompt holds the turns before it as one plain
+    text. Beginnings of fewer than FEWEST_WORDS_REPEATED words do not count.
+    texts: as `as_read` gives them, with one space between two words.
+    """
+    beginnings = {}
+    beginning = None
+    for text in sorted(texts):  # what begins with a text comes right behind it
+        if beginning is None or not text.startswith(beginning + " "):
+            long_enough = len(text.split()) >= FEWEST_WORDS_REPEATED
+            beginning = text if long_enough else None
+        beginnings[text] = beginning or text
+    return beginnings
+
+
+def split_comparisons(
+    comparisons: list[Comparison], groups: np.ndarray, test_share: float, test_seed: int
+) -> tuple[list[Comparison], list[str]]:
+    """The comparisons with a split, and notes: lines about it.
+
+    A split that is given stays, also if it cuts a group; that is a leak, and is noted. Else a share
+    of the groups, drawn by `test_seed`, is for the test.
+    groups: of `group_numbers`. test_share: from 0.01 to 0.99.
+    Raises InputError: all comparisons are on one side.
+    """
+    check_number("test_share", test_share, 0.01, 0.99)
+    check_whole("test_seed", test_seed)
+    count = int(groups.max()) + 1
+    notes = []
+    if comparisons[0].split is None:
+        drawn = np.random.default_rng(test_seed).permutation(count)
+        drawn = drawn[: max(1, round(test_share * count))]
+        in_test = np.isin(groups, drawn)
+        print(f"split by conversation: {len(drawn):,} of {count:,} groups drawn for the test")
+        comparisons = [
+            comparison._replace(split="test" if is_test else "train")
+            for comparison, is_test in zip(comparisons, in_test)
+        ]
+    else:
+        in_test = np.array([comparison.split != "train" for comparison in comparisons])
+        cut = np.intersect1d(groups[in_test], groups[~in_test])
+        if len(cut):
+            notes.append(
+                f"the given split cuts {len(cut):,} of {count:,} groups of conversations, which "
+                "have rows in train and in test: a leak, as test answers may be in training prompts"
+            )
+    if in_test.all() or not in_test.any():
+        raise InputError(
+            f"{len(comparisons):,} comparisons of {count:,} groups of conversations on one side "
+            "only; training and test need conversations of their own, give more rows, or a split "
+            "of both kinds"
+        )
+    return comparisons, notes
+
+
+def users_to_keep(
+    comparisons: list[Comparison], groups: np.ndarray, min_pairs: int
+) -> tuple[set[str], list[str]]:
+    """The users with pairs on both sides and `min_pairs` or more, and lines about the others.
+
+    Raises InputError: fewer than two are left.
+    """
+    check_whole("min_pairs", min_pairs, 1)
+    pairs = Counter(comparison.user for comparison in comparisons)
+    sides = {(comparison.user, comparison.split == "train") for comparison in comparisons}
+    user_groups = {(c.user, group) for c, group in zip(comparisons, groups.tolist())}
+    conversations = Counter(user for user, _ in user_groups)
+
+    with_both = {user for user in pairs if {(user, True), (user, False)} <= sides}
+    kept = {user for user in with_both if pairs[user] >= min_pairs}
+    lone = sum(conversations[user] == 1 for user in pairs.keys() - with_both)
+    reasons = {
+        "with one conversation only": lone,
+        "with pairs on one side of the split only": len(pairs) - len(with_both) - lone,
+        f"with fewer than {min_pairs} pairs": len(with_both) - len(kept),
+    }
+    notes = [f"{count:,} users {reason} are left out" for reason, count in reasons.items() if count]
+    if len(kept) < 2:
+        reasons = f" ({'; '.join(notes)})" if notes else ""
+        raise InputError(
+            f"users with pairs in train and in test: {len(kept)} of {len(pairs)}, and at least 2 "
+            f"are needed{reasons}; give rows of more people, and more rows of the same people"
+        )
+    return kept, notes
+
+
+def judged_of(comparisons: list[Comparison]) -> dict[str, list[Judged]]:
+    """The comparisons on each side of the split: {"train": .., "test": ..}."""
+    sides: dict[str, list[Judged]] = {"train": [], "test": []}
+    for comparison in comparisons:
+        side = "train" if comparison.split == "train" else "test"
+        sides[side].append(Judged(*comparison[:4]))
+    return sides
