@@ -1,6 +1,7 @@
 """The split into train and test, so that no conversation is on both sides; who takes part in it."""
 
 from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -11,6 +12,10 @@ from lore.normal_forms import FEWEST_WORDS_REPEATED, Turns, as_read
 from lore.rows import as_messages
 from own_rows import Comparison
 from utils import InputError, check_number, check_whole
+
+DRAWS = (
+    20  # of a test, at most, if people who share their conversations cannot all be on both sides
+)
 
 
 def group_numbers(comparisons: list[Comparison]) -> np.ndarray:
@@ -63,13 +68,25 @@ def shortest_beginnings(texts: set[str]) -> dict[str, str]:
     return beginnings
 
 
+class People:
+    """Who has comparisons in which groups."""
+
+    def __init__(self, comparisons: list[Comparison], groups: np.ndarray) -> None:
+        """groups: of `group_numbers`."""
+        pairs = {(c.user, group) for c, group in zip(comparisons, groups.tolist())}
+        self.groups_of = Counter(user for user, _ in pairs)  # user -> how many groups
+        self.in_group: list[list[str]] = [[] for _ in range(int(groups.max()) + 1)]
+        for user, group in pairs:
+            self.in_group[group].append(user)
+
+
 def split_comparisons(
     comparisons: list[Comparison], groups: np.ndarray, test_share: float, test_seed: int
 ) -> tuple[list[Comparison], list[str]]:
     """The comparisons with a split, and notes: lines about it.
 
-    A split that is given stays, also if it cuts a group; that is a leak, and is noted. Else a share
-    of the groups, drawn by `test_seed`, is for the test.
+    A split that is given stays, also if it cuts a group; that is a leak, and is noted. Else the
+    test is drawn, see `draw_test`.
     groups: of `group_numbers`. test_share: from 0.01 to 0.99.
     Raises InputError: all comparisons are on one side.
     """
@@ -78,10 +95,9 @@ def split_comparisons(
     count = int(groups.max()) + 1
     notes = []
     if comparisons[0].split is None:
-        drawn = np.random.default_rng(test_seed).permutation(count)
-        drawn = drawn[: max(1, round(test_share * count))]
-        in_test = np.isin(groups, drawn)
-        print(f"split by conversation: {len(drawn):,} of {count:,} groups drawn for the test")
+        drawn = draw_test(People(comparisons, groups), test_share, test_seed)
+        in_test = drawn[groups]
+        print(f"split by conversation: {drawn.sum():,} of {count:,} groups drawn for the test")
         comparisons = [
             comparison._replace(split="test" if is_test else "train")
             for comparison, is_test in zip(comparisons, in_test)
@@ -103,6 +119,63 @@ def split_comparisons(
     return comparisons, notes
 
 
+def draw_test(people: People, test_share: float, test_seed: int) -> np.ndarray:
+    """Which groups are for the test, bool `[groups]`: about a share of them, drawn by `test_seed`.
+
+    A person with two or more groups has some on both sides, if one of them is that person's alone.
+    People who share all their groups may still have one side only, as it may be impossible for all
+    at once: think of three people, each with another two of three groups. Then a few draws are
+    tried, and that with the fewest such people is taken.
+    The share is larger if people have few groups: of two groups one is for the test.
+    """
+    generator = np.random.default_rng(test_seed)
+    draws = []
+    for _ in range(DRAWS):
+        in_test, one_sided = draw_once(people, test_share, generator)
+        draws.append((one_sided, in_test))
+        if one_sided == 0:
+            break
+    return min(draws, key=lambda draw: draw[0])[1]
+
+
+def draw_once(
+    people: People, test_share: float, generator: np.random.Generator
+) -> tuple[np.ndarray, int]:
+    """A draw of groups for the test, bool `[groups]`, and how many people have one side only.
+
+    First a share of the groups is drawn. Then groups change sides, one by one, as long as this
+    leaves fewer people with one side only. People who have one group do not count.
+    """
+    count = len(people.in_group)
+    order = generator.permutation(count)
+    in_test = np.zeros(count, bool)
+    in_test[order[: max(1, round(test_share * count))]] = True
+    tested: Counter[str] = Counter()  # user -> how many groups in the test
+    for group in np.flatnonzero(in_test):
+        tested.update(people.in_group[group])
+
+    def one_sided(users: Iterable[str], change: int = 0) -> int:
+        """How many of these users have one side only, if `change` is added to their tests."""
+        return sum(
+            tested[user] + change in (0, people.groups_of[user])
+            for user in users
+            if people.groups_of[user] > 1
+        )
+
+    has_changed = True
+    while has_changed:
+        has_changed = False
+        for group in order:
+            users = people.in_group[group]
+            change = -1 if in_test[group] else 1
+            if one_sided(users, change) < one_sided(users):
+                in_test[group] = not in_test[group]
+                for user in users:
+                    tested[user] += change
+                has_changed = True
+    return in_test, one_sided(people.groups_of)
+
+
 def users_to_keep(
     comparisons: list[Comparison], groups: np.ndarray, min_pairs: int
 ) -> tuple[set[str], list[str]]:
@@ -113,8 +186,7 @@ def users_to_keep(
     check_whole("min_pairs", min_pairs, 1)
     pairs = Counter(comparison.user for comparison in comparisons)
     sides = {(comparison.user, comparison.split == "train") for comparison in comparisons}
-    user_groups = {(c.user, group) for c, group in zip(comparisons, groups.tolist())}
-    conversations = Counter(user for user, _ in user_groups)
+    conversations = People(comparisons, groups).groups_of
 
     with_both = {user for user in pairs if {(user, True), (user, False)} <= sides}
     kept = {user for user in with_both if pairs[user] >= min_pairs}

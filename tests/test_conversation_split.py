@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ from demos import (
     write_rows,
 )
 from helpers import ROOT, call, input_error, load_script, refused, sign_again
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 import lore.embedding_files
 import lore.files
@@ -115,14 +118,117 @@ def test_turns_that_prompts_hold_as_plain_text_are_of_one_group():
     assert len(set(groups)) == 4
 
 
-def test_the_order_of_the_rows_does_not_change_the_split():
-    comparisons = [Comparison("ada", f"question {n}?", "Yes.", "No.") for n in range(50)]
-    in_test = []
-    for rows in (comparisons, comparisons[::-1]):
-        split, _ = own_split.split_comparisons(rows, own_split.group_numbers(rows), 0.3, 1)
-        in_test.append({row.prompt for row in split if row.split == "test"})
-    assert in_test[0] == in_test[1]
-    assert len(in_test[0]) == 15
+# ---- Who has conversations on both sides
+
+
+def asked(user, groups):
+    """A comparison of this user in each of these groups."""
+    return [Comparison(user, f"question {group}?", "Yes.", "No.") for group in groups]
+
+
+def sides_of(comparisons, share=0.2, seed=0):
+    """Draws a split -> user -> the groups in train and those in the test; the share of the test."""
+    groups = own_split.group_numbers(comparisons)
+    split, notes = own_split.split_comparisons(comparisons, groups, share, seed)
+    assert notes == []
+    sides = {row.user: {"train": set(), "test": set()} for row in split}
+    for row in split:
+        sides[row.user][row.split].add(row.prompt)
+    in_test = {row.prompt for row in split if row.split == "test"}
+    return sides, len(in_test) / len({row.prompt for row in split})
+
+
+def one_sided(sides):
+    """The users who have several groups, all of them on one side."""
+    return {
+        user
+        for user, of_user in sides.items()
+        if len(of_user["train"] | of_user["test"]) > 1
+        if not (of_user["train"] and of_user["test"])
+    }
+
+
+@pytest.mark.parametrize("prompts", [2, 3, 4, 10])
+@pytest.mark.parametrize("people", [2, 12])
+def test_nobody_who_has_several_prompts_is_left_out_whatever_the_seed(prompts, people):
+    rows = [
+        row
+        for user in range(people)
+        for row in asked(f"user {user}", [f"{user} {n}" for n in range(prompts)])
+    ]
+    groups = own_split.group_numbers(rows)
+    for seed in range(60):
+        split, _ = own_split.split_comparisons(rows, groups, 0.2, seed)
+        kept, notes = own_split.users_to_keep(split, groups, 2)
+        assert (len(kept), notes) == (people, [])
+
+
+@st.composite
+def shared_groups(draw):
+    """The comparisons of a few people, whose groups may be those of others."""
+    people = st.lists(st.sets(st.integers(0, 12), min_size=1, max_size=8), min_size=2, max_size=8)
+    rows = []
+    for user, groups in enumerate(draw(people)):
+        rows += asked(f"user {user}", sorted(groups)) * draw(st.integers(1, 2))
+    return rows
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=200)
+@given(shared_groups(), st.sampled_from([0.01, 0.2, 0.5, 0.9, 0.99]), st.integers(0, 99))
+def test_a_group_is_never_cut_and_who_has_one_alone_has_both_sides(rows, share, seed):
+    assume(any(len({row.prompt for row in rows if row.user == user}) > 1 for user, *_ in rows))
+    sides, _ = sides_of(rows, share, seed)
+    train = set().union(*(of_user["train"] for of_user in sides.values()))
+    test = set().union(*(of_user["test"] for of_user in sides.values()))
+    assert not train & test
+    people_in = Counter(group for _, group in {(row.user, row.prompt) for row in rows})
+    for user in one_sided(sides):
+        assert all(people_in[group] > 1 for group in sides[user]["train"] | sides[user]["test"])
+    assert sides_of(rows[::-1], share, seed)[0] == sides
+
+
+def fewest_one_sided(rows):
+    """How many users must have one side only, found by trying all splits."""
+    places = {group: place for place, group in enumerate({row.prompt for row in rows})}
+    groups_of = {}  # user -> a bit for each group
+    for row in rows:
+        groups_of[row.user] = groups_of.get(row.user, 0) | 1 << places[row.prompt]
+    several = [bits for bits in groups_of.values() if bits.bit_count() > 1]
+    return min(
+        sum(split & bits in (0, bits) for bits in several) for split in range(2 ** len(places))
+    )
+
+
+def test_people_who_share_all_their_groups_have_both_sides_whenever_that_is_possible():
+    fewest = []
+    for number in range(100):
+        rng = random.Random(number)
+        count = rng.randrange(3, 8)
+        rows = [
+            row
+            for user in range(rng.randrange(2, 9))
+            for row in asked(f"user {user}", rng.sample(range(count), rng.randrange(2, 4)))
+        ]
+        fewest.append(fewest_one_sided(rows))
+        assert len(one_sided(sides_of(rows, seed=number)[0])) == fewest[-1]
+    assert fewest.count(0) > 50 and sum(fewest) > 10  # some cannot all have both
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.5])
+def test_the_share_is_kept_if_people_have_many_groups(share):
+    own = [row for n in range(30) for row in asked(f"user {n}", [f"{n} {m}" for m in range(20)])]
+    shared = [row for n in range(30) for row in asked(f"user {n}", range(n, n + 40))]
+    for rows in (own, shared):
+        for seed in range(5):
+            assert sides_of(rows, share, seed)[1] == pytest.approx(share, abs=0.02)
+
+
+def test_the_order_of_the_rows_does_not_change_the_split_and_the_seed_does():
+    rows = asked("ada", range(50))
+    splits = [sides_of(rows, 0.3, 1), sides_of(rows[::-1], 0.3, 1), sides_of(rows, 0.3, 2)]
+    assert splits[0] == splits[1]
+    assert [len(sides["ada"]["test"]) for sides, _ in splits] == [15, 15, 15]
+    assert splits[0] != splits[2]
 
 
 # ---- Conversations without tastes
