@@ -8,7 +8,16 @@ from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import pydantic
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, StrictStr
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictStr,
+    Tag,
+)
 from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 from lore.normal_forms import Id, Turns, without_messages
@@ -50,10 +59,25 @@ def split_called(name: Any) -> Any:
     return none_if_blank(name)
 
 
-# A prompt or an answer in a row: a text, messages, one message, or nothing.
-TurnsOfRow = Annotated[
-    StrictStr | Annotated[list[Message], Field(min_length=1)] | None, BeforeValidator(as_list)
+def form_of_turns(turns: Any) -> str | None:
+    """The tag of the form below that this has; None: it has neither."""
+    if isinstance(turns, str):
+        return "text"
+    return "messages" if isinstance(turns, list | tuple) else None
+
+
+Text = Annotated[StrictStr, Tag("text")]
+Messages = Annotated[list[Message], Field(min_length=1), Tag("messages")]
+TextOrMessages = Annotated[
+    Text | Messages,
+    Discriminator(
+        form_of_turns,
+        custom_error_type="turns",
+        custom_error_message="Input should be a text, a message or a list of messages",
+    ),
 ]
+# A prompt or an answer in a row; one message is a list of one.
+TurnsOfRow = Annotated[TextOrMessages | None, BeforeValidator(as_list)]
 OptionalId = Annotated[Id | None, BeforeValidator(none_if_blank)]
 OptionalText = Annotated[StrictStr | None, BeforeValidator(none_if_blank)]
 
@@ -154,6 +178,7 @@ class PersonalRewardBenchRow(OwnRow):
 
 TURNS = ("first", "second", "third", "fourth")
 RESPONSES = ("response_a", "response_b", "response_c", "response_d")
+OptionalResponse = Annotated[Literal[*RESPONSES] | None, BeforeValidator(none_if_blank)]
 END_OF_TEXT = "<|end_of_text|>"
 
 # Such as first_turn_prompt: may be missing or null, as not every conversation has four turns
@@ -163,8 +188,9 @@ TurnColumns = pydantic.create_model(
     **{
         f"{turn}_turn_{part}": (OptionalText, None)
         for turn in TURNS
-        for part in ("prompt", *RESPONSES, "preferred_response")
+        for part in ("prompt", *RESPONSES)
     },
+    **{f"{turn}_turn_preferred_response": (OptionalResponse, None) for turn in TURNS},
 )
 
 
@@ -193,7 +219,7 @@ class CommunityAlignmentRow(TurnColumns):
                     yield LeftOut(EMPTY_TURN)
                 return
             preferred = getattr(self, f"{turn}_turn_preferred_response")
-            chosen = self.text_of(turn, preferred) if preferred in RESPONSES else ""
+            chosen = self.text_of(turn, preferred) if preferred else ""
             if not chosen:
                 yield LeftOut(NO_PREFERENCE)
                 return
@@ -217,11 +243,17 @@ class CommunityAlignmentRow(TurnColumns):
         return text.removesuffix(END_OF_TEXT).rstrip() if text.strip() else ""
 
 
+A_IS_BETTER = ("A-is-clearly-better", "A-is-slightly-better")
+B_IS_BETTER = ("B-is-clearly-better", "B-is-slightly-better")
+NEITHER_IS_BETTER = "Tie"
+Preference = Literal[*A_IS_BETTER, NEITHER_IS_BETTER, *B_IS_BETTER]
+
+
 class Annotation(BaseModel):
     """What one annotator says of the two completions of a row of MultiPref."""
 
     evaluator: Id
-    overall_pref: OptionalText = None
+    overall_pref: Annotated[Preference | None, BeforeValidator(none_if_blank)] = None
 
 
 class MultiPrefRow(Row):
@@ -242,15 +274,19 @@ class MultiPrefRow(Row):
         normal = self.normal_worker_annotations or []
         expert = self.expert_worker_annotations or []
         for annotation in normal + expert:
-            preferred = annotation.overall_pref or ""
-            if preferred.startswith("A-is-"):
-                answers = self.completion_a, self.completion_b
-            elif preferred.startswith("B-is-"):
-                answers = self.completion_b, self.completion_a
-            else:
-                yield LeftOut(TIE if preferred == "Tie" else NO_OPINION)
-                continue
-            yield Comparison(annotation.evaluator, self.text, *answers)
+            preferred = annotation.overall_pref
+            if preferred is None:
+                yield LeftOut(NO_OPINION)
+            elif preferred == NEITHER_IS_BETTER:
+                yield LeftOut(TIE)
+            elif preferred in A_IS_BETTER:
+                yield Comparison(
+                    annotation.evaluator, self.text, self.completion_a, self.completion_b
+                )
+            elif preferred in B_IS_BETTER:
+                yield Comparison(
+                    annotation.evaluator, self.text, self.completion_b, self.completion_a
+                )
 
 
 KINDS = (CommunityAlignmentRow, MultiPrefRow, OwnRow)

@@ -283,11 +283,13 @@ def test_rows_without_text_are_dropped_and_counted(monkeypatch, capsys, model, r
         ({"rejected": ...}, "rejected"),
         ({"user": None}, "user"),
         ({"user": " "}, "user"),
-        ({"prompt": 3}, "prompt"),
-        ({"prompt": []}, "prompt"),
-        ({"chosen": [{"role": "assistant"}]}, "chosen"),
+        ({"prompt": 3}, "prompt: Input should be a text, a message or a list of messages, and it"),
+        ({"prompt": []}, "prompt.messages"),
+        ({"chosen": [{"role": "assistant"}]}, "chosen.messages.0.content"),
+        ({"chosen": {"role": "assistant"}}, "chosen.messages.0.content"),
+        ({"chosen": ["So." * 20]}, "chosen.messages.0"),
         ({"split": "trian"}, "split"),
-        ({"prompt": [{"role": "user", "content": None}]}, "prompt"),
+        ({"prompt": [{"role": "user", "content": None}]}, "prompt.messages.0.content"),
     ],
 )
 def test_a_spoilt_row_is_named_with_the_schema(monkeypatch, capsys, rows, tmp_path, changes, named):

@@ -78,8 +78,17 @@ def test_a_turn_gives_the_preferred_answer_against_each_other_one(tmp_path):
     assert not reading.left_out
 
 
-@pytest.mark.parametrize("preferred", ["response_e", "prompt", "B", None])
-def test_a_preferred_response_that_is_none_of_the_four_ends_the_conversation(tmp_path, preferred):
+@pytest.mark.parametrize("preferred", ["response_e", "prompt", "B"])
+def test_a_preferred_response_that_is_none_of_the_four_is_refused(tmp_path, preferred):
+    row = community_row(7, "a1", turns=3, second_turn_preferred_response=preferred)
+    with input_error(
+        "a.parquet, row 2: second_turn_preferred_response", *own_rows.RESPONSES, repr(preferred)
+    ):
+        read(tmp_path / "a.parquet", [community_row(6, "a1"), row])
+
+
+@pytest.mark.parametrize("preferred", ["", None])
+def test_a_turn_without_a_preferred_response_ends_the_conversation(tmp_path, preferred):
     row = community_row(7, "a1", turns=3, second_turn_preferred_response=preferred)
     reading = read(tmp_path / "a.parquet", [row])
     assert {comparison.chosen for comparison in reading.comparisons} == {"c7 first b"}
@@ -202,7 +211,7 @@ def test_each_annotator_of_multipref_gives_a_comparison_and_ties_are_counted(tmp
     row = multipref_row(
         3,
         [("n1", "A-is-slightly-better"), ("n2", "Tie"), ("n1", None)],
-        [("e1", "B-is-clearly-better"), ("e2", "A-is-clearly-better")],
+        [("e1", "B-is-clearly-better"), ("e2", "A-is-clearly-better"), ("e3", "")],
     )
     path = write_rows(tmp_path / "a.jsonl", [row])
     in_parquet = tmp_path / "a.parquet"
@@ -214,7 +223,22 @@ def test_each_annotator_of_multipref_gives_a_comparison_and_ties_are_counted(tmp
             Comparison("e1", "question 3", b, a),
             Comparison("e2", "question 3", a, b),
         ]
-        assert reading.left_out == {own_rows.TIE: 1, own_rows.NO_OPINION: 1}
+        assert reading.left_out == {own_rows.TIE: 1, own_rows.NO_OPINION: 2}
+
+
+@pytest.mark.parametrize("preference", ["A-is-bad", "C-is-better", "tie", "B-is-", 1])
+def test_a_preference_of_multipref_that_is_not_known_is_refused(tmp_path, preference):
+    rows = [
+        multipref_row(3, [("n1", "A-is-slightly-better")], []),
+        multipref_row(4, [("n1", "Tie"), ("n2", preference)], []),
+    ]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    with input_error(
+        "a.jsonl, row 2: normal_worker_annotations.1.overall_pref: Input should be "
+        "'A-is-clearly-better', 'A-is-slightly-better', 'Tie', 'B-is-clearly-better' or "
+        f"'B-is-slightly-better', and it is {preference!r}"
+    ):
+        own_reading.read_comparisons(path)
 
 
 def test_multipref_says_how_many_rows_a_full_copy_has(monkeypatch, capsys, model, tmp_path):

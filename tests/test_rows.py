@@ -117,6 +117,16 @@ def test_a_file_without_any_column_of_the_schema_lacks_the_first_that_it_must_ha
             read(tmp_path / name)
 
 
+def test_a_long_value_that_is_refused_is_shown_with_one_ellipsis(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for value in ("all the words of a long answer " * 9, ["word"] * 99, {"a": ["word " * 99]}):
+        path.write_text(json.dumps({"user": [value]}))
+        with input_error("a.jsonl, row 1: user: ", "...", "; expected is") as line:
+            read(path)
+        assert line().count("...") == 1
+        assert len(line().split("and it is ")[1]) < 150
+
+
 def test_a_column_whose_name_goes_on_behind_a_point_is_another_column(tmp_path):
     columns = {"user.id": [7, 8], "user": ["a", "b"], "post.text": ["c", "d"]}
     pd.DataFrame(columns).to_parquet(tmp_path / "a.parquet")
