@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pydantic
 from pydantic import Field
 
+from lore.data_notes import notes_on_conversations
 from lore.normal_forms import Asked, Turns, without_repeated_prompts
 from lore.rows import (
     LocatedRow,
@@ -27,6 +28,7 @@ from lore.rows import (
     parse_rows,
     read_rows,
 )
+from lore.words import count_of
 from own_rows import (
     KINDS,
     PUBLIC,
@@ -42,7 +44,7 @@ from utils import InputError
 
 # Why a comparison is left out, as `prepare.py` counts it
 NO_TEXT = "pairs without a prompt or an answer, or with an empty message"
-OTHER_LANGUAGE = "pairs in other languages"
+OTHER_LANGUAGE = "pairs in the language {!r}"
 NO_LANGUAGE = "pairs whose language is not given"
 
 
@@ -77,9 +79,10 @@ def read_comparisons(
 ) -> Reading:
     """Read all comparisons of a file, a folder, or a data set of PUBLIC.
 
-    languages: keep only comparisons in these; None: all. about_users: the columns that say who a
-    user is, as patterns such as "annotator_*". hub_split: the one to read of a data set of the hub
-    that is not split into train and test. limit: only the first rows of each split.
+    languages: keep only comparisons in these, as the rows write them; None: all. about_users: the
+    columns that say who a user is, as patterns such as "annotator_*". hub_split: the one to read of
+    a data set of the hub that is not split into train and test. limit: only the first rows of each
+    split.
     Raises InputError that names file, row and field, or a setting that is no list of texts.
     """
     for name, setting in (("languages", languages), ("about_users", about_users)):
@@ -109,9 +112,10 @@ def read_comparisons(
     keep_usable(reading)
     if not reading.comparisons:
         raise InputError(
-            f"{data}: no comparison in {reading.rows:,} rows ({counted(reading)}); give rows with "
-            "a prompt and two answers, in one of the languages"
+            f"{data}: no comparison in {count_of(reading.rows, 'row')} ({counted(reading)}); give "
+            "rows with a prompt and two answers, in one of the languages"
         )
+    reading.notes += notes_on_conversations(c.conversation for c in reading.comparisons)
     return reading
 
 
@@ -133,7 +137,8 @@ def comparisons_in(
         if isinstance(part, LeftOut):
             left_out[part.reason] += 1
         elif languages is not None and part.language not in languages:
-            left_out[OTHER_LANGUAGE if part.language else NO_LANGUAGE] += 1
+            language = part.language
+            left_out[OTHER_LANGUAGE.format(language) if language else NO_LANGUAGE] += 1
         else:
             comparisons.append(part._replace(split=split or part.split))
     return comparisons, left_out
@@ -259,5 +264,5 @@ def has_text(turns: Turns) -> bool:
 
 def counted(reading: Reading) -> str:
     """What was left out, in words."""
-    counts = [f"{count:,} {reason}" for reason, count in sorted(reading.left_out.items())]
-    return f"left out: {', '.join(counts) or 'nothing'}"
+    counts = [f"{reason} ({count:,})" for reason, count in sorted(reading.left_out.items())]
+    return f"left out: {'; '.join(counts) or 'nothing'}"

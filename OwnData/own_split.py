@@ -10,6 +10,7 @@ from scipy.sparse.csgraph import connected_components
 from lore.data_notes import Judged
 from lore.normal_forms import FEWEST_WORDS_REPEATED, Turns, as_read
 from lore.rows import as_messages
+from lore.words import count_of
 from own_rows import Comparison
 from utils import InputError, check_number, check_whole
 
@@ -112,9 +113,9 @@ def split_comparisons(
             )
     if in_test.all() or not in_test.any():
         raise InputError(
-            f"{len(comparisons):,} comparisons of {count:,} groups of conversations on one side "
-            "only; training and test need conversations of their own, give more rows, or a split "
-            "of both kinds"
+            f"{count_of(len(comparisons), 'comparison')} of {count_of(count, 'group')} of "
+            "conversations on one side only; training and test need conversations of their own, "
+            "give more rows, or a split of both kinds"
         )
     return comparisons, notes
 
@@ -194,9 +195,13 @@ def users_to_keep(
     reasons = {
         "with one conversation only": lone,
         "with pairs on one side of the split only": len(pairs) - len(with_both) - lone,
-        f"with fewer than {min_pairs} pairs": len(with_both) - len(kept),
+        f"with fewer than {count_of(min_pairs, 'pair')}": len(with_both) - len(kept),
     }
-    notes = [f"{count:,} users {reason} are left out" for reason, count in reasons.items() if count]
+    notes = [
+        f"left out: {count_of(count, 'user')} {reason}"
+        for reason, count in reasons.items()
+        if count > 0
+    ]
     if len(kept) < 2:
         reasons = f" ({'; '.join(notes)})" if notes else ""
         raise InputError(

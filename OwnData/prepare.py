@@ -32,6 +32,7 @@ import own_split
 from lore.data_notes import notes_on_comparisons, notes_on_removed_prompts, print_notes
 from lore.rows import warn_of_equal_sides
 from lore.scripts import EmbeddingFile, embed_files, prepare_arguments, run_script
+from lore.words import count_of
 from utils import InputError
 
 # ---- Settings
@@ -40,8 +41,8 @@ MODEL_NAME = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"
 TOKEN_BUDGET = None  # tokens in a batch; None: as the device takes
 SHARD_SIZE = 1024  # conversations per file of the cache, the most that an interruption loses
 
-languages = None  # keep only comparisons in these, such as ["en"]; None: all
-min_pairs = 2  # of a user, to take part
+languages = None  # keep only comparisons in these, as the rows write them: ["en"]; None: all
+min_pairs = 2  # how many pairs a user needs to take part
 
 # Of data without a split of their own:
 test_share = 0.2  # of the groups of conversations, for the test
@@ -66,9 +67,10 @@ def read(data: Path, limit: int | None) -> tuple[own_reading.Reading, np.ndarray
     kind = reading.kind
     users = len({comparison.user for comparison in reading.comparisons})
     print(
-        f"{reading.rows:,} rows, {len(reading.comparisons):,} comparisons by {users:,} users; "
-        f"{own_reading.counted(reading)}"
+        f"{count_of(reading.rows, 'row')}, {count_of(len(reading.comparisons), 'comparison')} by "
+        f"{count_of(users, 'user')}; {own_reading.counted(reading)}"
     )
+    print_notes(reading.notes)  # now, as they may say why the split is refused
     if kind.full_size not in (None, reading.rows) and limit is None:
         print(f"a full copy of {kind.dataset} has {kind.full_size:,} rows")
 
@@ -88,13 +90,12 @@ def read(data: Path, limit: int | None) -> tuple[own_reading.Reading, np.ndarray
     warn_of_equal_sides("all", equal, len(reading.comparisons))
 
     notes = [
-        *reading.notes,
         *split_notes,
         *notes_on_removed_prompts("all", reading.repeats),
         *notes_on_comparisons(own_split.judged_of(reading.comparisons)),
     ]
     print_notes(notes)
-    return reading, groups[is_kept], notes
+    return reading, groups[is_kept], reading.notes + notes
 
 
 def files_to_write(reading: own_reading.Reading, groups: np.ndarray) -> list[EmbeddingFile]:
@@ -113,23 +114,26 @@ def files_to_write(reading: own_reading.Reading, groups: np.ndarray) -> list[Emb
         own_files.save_users(path, reading.about_users)
 
     users = len({comparison.user for comparison in comparisons})
+    known_users = "nothing is known of users"
+    if reading.about_users:
+        known_users = f"something is known of {count_of(len(reading.about_users), 'user')}"
     return [
         EmbeddingFile(
             own_files.EMBEDDINGS_FILE,
-            f"{len(conversations):,} conversations",
+            count_of(len(conversations), "conversation"),
             [],
             write_table,
         ),
         EmbeddingFile(
             own_files.PAIRS_FILE,
-            f"{len(comparisons):,} pairs of {users:,} users",
+            f"{count_of(len(comparisons), 'pair')} of {count_of(users, 'user')}",
             conversations,
             write_pairs,
             pairs=list(map(tuple, numbers.tolist())),
         ),
         EmbeddingFile(
             own_files.USERS_FILE,
-            f"something is known of {len(reading.about_users):,} users",
+            known_users,
             [],
             write_users,
         ),
@@ -148,7 +152,7 @@ def main() -> None:
     count = sum(len(file.conversations) for file in files)
     embed_files(
         files,
-        f"{count:,} distinct conversations to embed",
+        f"{count_of(count, 'distinct conversation')} to embed",
         folder=args.dir,
         checkpoint=args.model,
         model="stand-in" if args.demo else args.model,

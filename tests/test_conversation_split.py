@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import random
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -33,6 +34,7 @@ import lore.scripts
 import own_data
 import own_files
 import own_reading
+import own_rows
 import own_split
 from own_rows import Comparison
 from utils import UNSEEN_TEST
@@ -426,9 +428,9 @@ def test_users_who_are_left_out_are_counted_with_the_reason(tmp_path):
     kept, notes = own_split.users_to_keep(rows, groups, 3)
     assert kept == {"a", "b"}
     assert notes == [
-        "1 users with one conversation only are left out",
-        "1 users with pairs on one side of the split only are left out",
-        "1 users with fewer than 3 pairs are left out",
+        "left out: 1 user with one conversation only",
+        "left out: 1 user with pairs on one side of the split only",
+        "left out: 1 user with fewer than 3 pairs",
     ]
 
 
@@ -439,6 +441,44 @@ def test_one_person_alone_is_too_few_and_nothing_more_is_said():
     ]
     with input_error("1 of 1, and at least 2 are needed; give rows of more people"):
         own_split.users_to_keep(rows, np.arange(len(rows)), 2)
+
+
+@pytest.mark.parametrize("name", ["nan", "None", "null"])
+def test_a_conversation_that_is_called_nothing_is_said_before_the_split_is_refused(
+    monkeypatch, capsys, tmp_path, name
+):
+    rows = [
+        dict(user=f"user {n % 3}", prompt=f"{n}?", chosen="Yes.", rejected="No.", conversation=name)
+        for n in range(12)
+    ]
+    path = write_rows(tmp_path / "mine.jsonl", rows)
+    arguments = ["--data", path, "--model", "unread", "--dir", tmp_path]
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, arguments)])
+    with input_error("12 comparisons of 1 group of conversations on one side only"):
+        script("prepare").main()
+    note = f"a conversation is called {name!r}, with 12 rows, which stay together"
+    assert f"odd in these data:\n  - {note}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("nothing", ["", None])
+def test_an_empty_id_of_a_conversation_is_none(tmp_path, nothing):
+    row = dict(user="ada", prompt="Why?", chosen="Yes.", rejected="No.", conversation=nothing)
+    reading = own_reading.read_comparisons(write_rows(tmp_path / "mine.jsonl", [row]))
+    assert reading.comparisons[0].conversation is None
+    assert reading.notes == []
+
+
+@pytest.mark.parametrize(
+    "known, said", [(0, "nothing is known of users"), (1, "something is known of 1 user")]
+)
+def test_what_is_known_of_users_is_counted(known, said):
+    rows = asked("ada", range(3))
+    about_users = {f"user {n}": {"age": "30"} for n in range(known)}
+    reading = own_reading.Reading(own_rows.OwnRow, rows, about_users=about_users)
+    files = script("prepare").files_to_write(reading, np.arange(3))
+    contents = {file.name: file.contents for file in files}
+    assert contents[own_files.USERS_FILE] == said
+    assert contents[own_files.PAIRS_FILE] == "3 pairs of 1 user"
 
 
 def test_without_data_prepare_says_what_it_takes(monkeypatch, capsys, tmp_path):

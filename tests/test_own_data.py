@@ -273,8 +273,9 @@ def test_rows_without_text_are_dropped_and_counted(monkeypatch, capsys, model, r
     write_rows(tmp_path / "data" / "train.jsonl", rows)
     write_rows(tmp_path / "data" / "test.jsonl", rows[4:])
     prepared(monkeypatch, model, tmp_path / "data", tmp_path)
-    said = "1,196 rows, 1,192 comparisons by 20 users; left out: 4 pairs without a prompt or an"
-    assert said in capsys.readouterr().out
+    counts = "1,196 rows, 1,192 comparisons by 20 users; left out: "
+    reason = "pairs without a prompt or an answer, or with an empty message (4)"
+    assert f"{counts}{reason}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -436,14 +437,14 @@ def test_prompts_that_are_equal_to_a_reader_are_on_one_side_and_stay_as_they_are
 
 NOTES = [
     "all: both answers of 2 pairs began with the text of their prompt, which is left out of them",
-    "rows of train: 1 are there already, word for word",
-    "train: 1 answers look the same as another one to their prompt: they differ only in white "
-    "space or in how Unicode writes them",
-    "rejected answers of the pairs in train: 1 are lists or objects printed as text, and are taken "
-    "as texts",
-    "1 pairs were chosen both ways round by the same user: one way of each is wrong under every "
+    "rows of train that repeat an earlier one word for word: 1",
+    "train: 1 answer looks the same as another one to the same prompt: only white space differs, "
+    "or how Unicode writes it",
+    "rejected answers of the pairs in train: 1 is a list or object printed as text, and is taken "
+    "as a text",
+    "1 pair was chosen both ways round by the same user: one way of each is wrong under every "
     "reward",
-    "a user is called 'nan', with 25 rows: are these rows of nobody?",
+    "a user is called 'nan', with 25 rows: is this nobody?",
 ]
 
 
@@ -475,7 +476,7 @@ def test_what_is_odd_is_said_once_and_kept_with_the_embeddings(
     out = capsys.readouterr().out
     assert "odd in these data:\n" + "".join(f"  - {note}\n" for note in NOTES) in out
     assert [out.count(note) for note in NOTES] == [1] * len(NOTES)
-    assert "1 users with one conversation only are left out" in out
+    assert "left out: 1 user with one conversation only\n" in out
     assert own_data.load_embeddings(tmp_path).provenance["data_notes"] == NOTES
     answers = pairs[pairs.user == "0"][["chosen_text", "rejected_text"]]
     assert list(answers.itertuples(index=False, name=None))[-4:] == [

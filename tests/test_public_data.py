@@ -117,14 +117,21 @@ def test_only_the_languages_that_are_asked_for_are_kept(tmp_path):
     rows = [community_row(n, "a1", 1, lang) for n, lang in enumerate(["en", "hi", "en", "fr"])]
     reading = read(tmp_path / "a.parquet", rows, languages=["en", "fr"])
     assert {comparison.language for comparison in reading.comparisons} == {"en", "fr"}
-    assert reading.left_out == {own_reading.OTHER_LANGUAGE: 3}
+    assert reading.left_out == {"pairs in the language 'hi'": 3}
 
 
 def test_a_pair_whose_language_is_not_given_is_not_said_to_be_in_another(tmp_path):
     rows = [community_row(n, "a1", 1, lang) for n, lang in enumerate(["en", None, "", "fr"])]
     reading = read(tmp_path / "a.parquet", rows, languages=["en"])
     assert len(reading.comparisons) == 3
-    assert reading.left_out == {own_reading.OTHER_LANGUAGE: 3, own_reading.NO_LANGUAGE: 6}
+    assert reading.left_out == {"pairs in the language 'fr'": 3, own_reading.NO_LANGUAGE: 6}
+
+
+def test_languages_that_match_nothing_are_refused_and_those_of_the_data_are_named(tmp_path):
+    rows = [community_row(n, "a1", 1, lang) for n, lang in enumerate(["en", "hi", "en"])]
+    found = "left out: pairs in the language 'en' (6); pairs in the language 'hi' (3)"
+    with input_error("no comparison in 3 rows", found, "in one of the languages"):
+        read(tmp_path / "a.parquet", rows, languages=["EN"])
 
 
 @pytest.mark.parametrize("setting", ["languages", "about_users"])
@@ -168,7 +175,7 @@ def test_it_goes_from_the_hub_to_a_report(monkeypatch, capsys, model, tmp_path):
     call(monkeypatch, prepare, "--data", COMMUNITY, "--model", model, "--dir", tmp_path)
     printed = capsys.readouterr().out
     assert "a full copy of facebook/community-alignment-dataset has 90,256 rows" in printed
-    assert "1 users with one conversation only are left out" in printed
+    assert "left out: 1 user with one conversation only\n" in printed
 
     study = own_data.load_embeddings(tmp_path)
     assert len(study.seen) == len(study.unseen) == 4
