@@ -20,6 +20,7 @@ import torch
 from lore.embedding_files import HEAD_FILE, find_reward_head
 from lore.normal_forms import answer_digest, prompt_key
 from lore.study import PARTS, Study
+from lore.words import count_of
 from own_files import (
     EMBEDDINGS_FILE,
     FILES,
@@ -114,8 +115,8 @@ def load_embeddings(
 def users_in_words(study: Study) -> str:
     """How many seen and unseen users there are."""
     if study.everybody_is_seen:
-        return f"{len(study.seen)} users ({EVERYBODY_IS_SEEN})"
-    return f"{len(study.seen)} seen and {len(study.unseen)} unseen users"
+        return f"{count_of(len(study.seen), 'user')} ({EVERYBODY_IS_SEEN})"
+    return f"{len(study.seen)} seen and {count_of(len(study.unseen), 'unseen user')}"
 
 
 def split_users(

@@ -14,9 +14,8 @@ from lore.words import count_of
 from own_rows import Comparison
 from utils import InputError, check_number, check_whole
 
-DRAWS = (
-    20  # of a test, at most, if people who share their conversations cannot all be on both sides
-)
+# The most draws of a test. More than one is tried for people who share all their conversations.
+DRAWS = 20
 
 
 def group_numbers(comparisons: list[Comparison]) -> np.ndarray:

@@ -503,7 +503,7 @@ def test_the_demo_ends_in_a_yes_with_intervals_and_without_a_leak(ran):
     assert "synthetic" in ran.printed["prepare"]
     assert "Yes: the reward is personal." in ran.printed["train_basis"]
     assert "95 % interval" in ran.printed["train_basis"]
-    assert len(ran.results["users"] + ran.results["unseen_users"]) >= 24
+    assert len(ran.results["users"] + ran.results["unseen_users"]) == 36  # all of the demo
     for leaks in ran.results["leaks"].values():
         assert leaks["by_prompt"] == leaks["by_answer_in_prompt"] == leaks["by_answers"] == 0
 
