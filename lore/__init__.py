@@ -2,6 +2,7 @@
 
 A module imports only utils.py and modules above it in this list.
 
+    words             counts in words
     pickles           pickles of others, read without running code
     files             whole files, JSON, safetensors, torch.save, checkpoints of trainings
     rows              rows of other people's files, and the messages in them

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 from lore.normal_forms import Asked, Turns, answer_key, as_read, repeated_answers
 from lore.rows import as_messages
+from lore.words import count_of
 
-# What other programs write as the id of nobody.
+# What other programs write as the id of nobody, or of nothing.
 NOBODY = {"nan", "none", "null", "na", "n/a", "<na>", "nat", "undefined"}
 # A text that is the whole of a list or an object, as Python, JSON or numpy print it.
 PRINTED = re.compile(r"""\s*(\[\s*['"{\[]|\{\s*['"]).*['"}\]]\s*[\]}]\s*""", re.DOTALL)
@@ -77,7 +78,7 @@ def notes_on_repeats(label: str, keys: Iterable) -> list[str]:
     """
     keys = list(keys)
     repeats = len(keys) - len(set(keys))
-    return [f"{label}: {repeats:,} are there already, word for word"] if repeats else []
+    return [f"{label} that repeat an earlier one word for word: {repeats:,}"] if repeats else []
 
 
 def notes_on_overlap(things: str, splits: dict[str, list]) -> list[str]:
@@ -105,8 +106,8 @@ def notes_on_likeness(label: str, answers: Iterable[Sequence[Turns]]) -> list[st
     if not alike:
         return []
     return [
-        f"{label}: {alike:,} answers look the same as another one to their prompt: they differ "
-        "only in white space or in how Unicode writes them"
+        f"{label}: {count_of(alike, 'answer looks', 'answers look')} the same as another one to "
+        "the same prompt: only white space differs, or how Unicode writes it"
     ]
 
 
@@ -123,11 +124,17 @@ def notes_on_texts(label: str, texts: Iterable[Turns]) -> list[str]:
             printed += text.lstrip()[:1] in ("[", "{") and bool(PRINTED.fullmatch(text))
     notes = []
     if blank:
-        notes.append(f"{label}: {blank:,} are blank, and stay as they are")
-    if printed:
-        notes.append(
-            f"{label}: {printed:,} are lists or objects printed as text, and are taken as texts"
+        are_blank = count_of(
+            blank, "is blank, and stays as it is", "are blank, and stay as they are"
         )
+        notes.append(f"{label}: {are_blank}")
+    if printed:
+        are_printed = count_of(
+            printed,
+            "is a list or object printed as text, and is taken as a text",
+            "are lists or objects printed as text, and are taken as texts",
+        )
+        notes.append(f"{label}: {are_printed}")
     return notes
 
 
@@ -136,8 +143,18 @@ def notes_on_removed_prompts(label: str, count: int) -> list[str]:
     if not count:
         return []
     return [
-        f"{label}: both answers of {count:,} pairs began with the text of their prompt, which is "
-        "left out of them"
+        f"{label}: both answers of {count_of(count, 'pair')} began with the text of their prompt, "
+        "which is left out of them"
+    ]
+
+
+def notes_on_conversations(ids: Iterable[str | None]) -> list[str]:
+    """Ids of conversations that other programs write for none; None: no id is given."""
+    counts = Counter(name for name in ids if name is not None)
+    return [
+        f"a conversation is called {name!r}, with {count_of(counts[name], 'row')}, which stay "
+        "together: is this none? Then leave the id empty"
+        for name in sorted(filter(_is_nobody, counts))
     ]
 
 
@@ -146,8 +163,8 @@ def _notes_on_kept_prompts(label: str, rows: list[Judged]) -> list[str]:
     if not count:
         return []
     return [
-        f"{label}: in {count:,} pairs an answer begins with the text of its prompt, and stays as "
-        "it is"
+        f"{label}: in {count_of(count, 'pair')} an answer begins with the text of its prompt, and "
+        "stays as it is"
     ]
 
 
@@ -161,8 +178,8 @@ def _notes_on_turned_pairs(splits: dict[str, list[_Numbered]]) -> list[str]:
     if not turned:
         return []
     return [
-        f"{turned:,} pairs were chosen both ways round by the same user: one way of each is wrong "
-        "under every reward"
+        f"{count_of(turned, 'pair was', 'pairs were')} chosen both ways round by the same user: "
+        "one way of each is wrong under every reward"
     ]
 
 
@@ -174,11 +191,10 @@ def _notes_on_users(splits: dict[str, list[str]]) -> list[str]:
     notes = []
     counts = Counter(user for users in splits.values() for user in users)
     rows = sum(counts.values())
-    for user in sorted(counts):
-        if user.casefold() in NOBODY:
-            notes.append(
-                f"a user is called {user!r}, with {counts[user]:,} rows: are these rows of nobody?"
-            )
+    for user in sorted(filter(_is_nobody, counts)):
+        notes.append(
+            f"a user is called {user!r}, with {count_of(counts[user], 'row')}: is this nobody?"
+        )
     for user, count in counts.most_common(1):
         if count > rows / 2 and len(counts) > 1:
             notes.append(f"user {user!r} has {count:,} of the {rows:,} rows")
@@ -186,11 +202,16 @@ def _notes_on_users(splits: dict[str, list[str]]) -> list[str]:
         others = {user for name in splits if name != split for user in splits[name]}
         lone = set(users) - others
         if lone and others:
-            notes.append(f"{len(lone):,} users are in {split} only, and take no part")
+            are_lone = count_of(len(lone), "user is", "users are")
+            notes.append(f"{are_lone} in {split} only, and so left out")
     return notes
 
 
 # ---- Helpers
+
+
+def _is_nobody(name: str) -> bool:
+    return name.casefold() in NOBODY
 
 
 def _columns(rows: list[Judged]) -> list[list[Turns]]:

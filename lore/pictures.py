@@ -20,7 +20,8 @@ from lore.tables import (
     model_name,
     shown_rows,
 )
-from lore.verdict import counted, unseen_users
+from lore.verdict import unseen_users
+from lore.words import count_of
 from utils import SETTINGS, UNSEEN_TEST
 
 if TYPE_CHECKING:  # matplotlib takes a second to load, and only a picture needs it
@@ -191,7 +192,7 @@ def describe_study(results: Results, band: str) -> str:
     """The title of pictures with curves: the data, how many users and seeds, what the bands are."""
     return (
         f"{printable(results['config']['data'])}\n"
-        f"{describe_users(results)}; {counted(len(results['seeds']), 'seed')}\n"
+        f"{describe_users(results)}; {count_of(len(results['seeds']), 'seed')}\n"
         f"band or bar: {band} over users"
     )
 
@@ -203,7 +204,7 @@ def describe_users(results: Results) -> str:
     seen = "" if everybody else f"{counts['seen users']:,} seen, "
     return (
         f"{seen}{unseen_users(counts['unseen users'], everybody)} "
-        f"({counted(counts['test unseen pairs'], 'test pair')})"
+        f"({count_of(counts['test unseen pairs'], 'test pair')})"
     )
 
 

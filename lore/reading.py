@@ -32,7 +32,8 @@ from lore.files import printable
 from lore.leaks import identities
 from lore.normal_forms import message_texts
 from lore.study import Study
-from lore.verdict import FEWEST_USERS, counted, unseen_users
+from lore.verdict import FEWEST_USERS, unseen_users
+from lore.words import count_of
 from utils import SEEN_TEST, UNSEEN_TEST, Fit, fits_per_model, pair_scores
 
 FOUND = 0.05  # a correlation with a smaller p is reported
@@ -514,7 +515,7 @@ def read_attributes(fit: Fit, others: list[Fit], study: Study) -> Part:
     repeated = sum(int((~mask).sum()) for mask in is_new)
     if repeated:
         notes.append(
-            f"The attributes leave out {counted(repeated, 'test pair')}, because the user's "
+            f"The attributes leave out {count_of(repeated, 'test pair')}, because the user's "
             "weights were fitted from the same two texts."
         )
     users = [i for i, mask in enumerate(is_new) if mask.any()]
@@ -608,7 +609,7 @@ def read_known(fit: Fit, study: Study) -> Part:
     table = weights_of_people(fit, study).drop_duplicates("user")  # all may be seen and unseen
     table = table[table["user"].isin(list(about))]
     if len(table) < FEWEST_USERS:
-        people = counted(len(table), "user")
+        people = count_of(len(table), "user")
         return Part(None, nothing, [few_people(f"{people} of whom something is known")])
 
     answers = known_answers([about[user] for user in table["user"]])

@@ -15,7 +15,7 @@ from lore.tables import (
     shown_rows,
     text_table,
 )
-from lore.verdict import counted
+from lore.words import count_of
 from utils import FEW_SHOT_TRAIN, SEEN_TEST, TRAIN, UNSEEN_TEST
 
 
@@ -189,27 +189,27 @@ def reading_section(results: Results) -> str:
         marks = [f"`{CHOSEN_MARK.strip()}` marks the model that was chosen by validation."]
     validation = ""
     if counts["validation pairs"] > 0:
-        held_out = counted(counts["validation pairs"], "other pair")
+        held_out = count_of(counts["validation pairs"], "other pair")
         validation = f" Validation had {held_out} of theirs."
     equal_sides = ""
     if counts["pairs with equal sides"] > 0:
         equal_sides = (
-            f" In {counted(counts['pairs with equal sides'], 'pair')} both sides are equal. No "
+            f" In {count_of(counts['pairs with equal sides'], 'pair')} both sides are equal. No "
             "reward can tell them apart, so such a pair counts as predicted wrong."
         )
-    learned = counted(counts["train pairs"] - counts["validation pairs"], "pair")
-    fitted = counted(counts["train unseen pairs"], "pair")
-    tested = counted(counts["test unseen pairs"], "other pair")
+    learned = count_of(counts["train pairs"] - counts["validation pairs"], "pair")
+    fitted = count_of(counts["train unseen pairs"], "pair")
+    tested = count_of(counts["test unseen pairs"], "other pair")
     if everybody_is_seen(results):
-        people = counted(counts["seen users"], "user")
+        people = count_of(counts["seen users"], "user")
         fit = (
             "No user is unseen: what this report says of unseen users is about the same people. "
             "Their weights were fitted once more, with the basis frozen, to "
             f"{fitted} of their training, and tested on {tested}."
         )
     else:
-        people = counted(counts["seen users"], "seen user")
-        unseen = counted(counts["unseen users"], "unseen user")
+        people = count_of(counts["seen users"], "seen user")
+        unseen = count_of(counts["unseen users"], "unseen user")
         fit = (
             f"{unseen} had no part in this: only their weights were fitted, to {fitted} of theirs, "
             f"and tested on {tested}."
@@ -251,7 +251,7 @@ def data_section(results: Results) -> str:
     points = [markdown_text(note) for note in notes or []]
     for file, counts in equal_pairs.items():
         points.append(
-            f"{markdown_text(file)}: in {counts['equal']:,} of {counted(counts['pairs'], 'pair')} "
+            f"{markdown_text(file)}: in {counts['equal']:,} of {count_of(counts['pairs'], 'pair')} "
             "both sides have equal token ids"
         )
     if points:

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 from lore.reading import phrase
 from lore.report import bullets, markdown_table, paragraphs
 from lore.tables import Entry, Results, everybody_is_seen, markdown_text, model_name
-from lore.verdict import counted, unseen_users
+from lore.verdict import unseen_users
+from lore.words import count_of
 
 SHOWN_COLUMNS = 6  # examples are shown of so many columns, those that most users weigh most
 SHOWN_EXAMPLES = 3  # of each of them
@@ -254,7 +255,7 @@ def known_part(reading: Entry) -> list[str]:
     ]
     compared = (
         f"The weights of {table['users']} people were also compared with "
-        f"{counted(len(table['names']), 'answer')} of theirs."
+        f"{count_of(len(table['names']), 'answer')} of theirs."
     )
     if not found:
         return [f"{compared} No correlation can be told from chance."]

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import re
+import reprlib
 import typing
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -483,7 +484,7 @@ def parse_rows(
             problem = max(error.errors(), key=lambda problem: len(problem["loc"]))
             field = ".".join(map(str, problem["loc"])) or "the row"
             reason = problem["msg"].removeprefix("Value error, ")
-            value = repr(problem["input"])[:40]
+            value = reprlib.repr(problem["input"])
             raise InputError(
                 f"{place}: {field}: {reason}, and it is {value}; expected is the schema of "
                 f"{dataset}, repair the row or leave it out"

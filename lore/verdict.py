@@ -12,6 +12,7 @@ import numpy as np
 
 from lore.intervals import Interval, joint_intervals
 from lore.leaks import Shares
+from lore.words import count_of
 from utils import UNSEEN_TEST
 
 NEGLIGIBLE = 0.01  # of accuracy: a personal part that is surely smaller counts as none
@@ -26,14 +27,9 @@ ALPHAS_TO_TRY = [0, 0.0001, 0.001, 0.01, 0.1]
 SHARE_TO_TRY = "validation_share = 0.2"
 
 
-def counted(count: int, noun: str) -> str:
-    """Such as `1 user` or `1,200 users`."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
 def unseen_users(count: int, everybody_is_seen: bool) -> str:
     """Such as `20 unseen users`; only `20 users` if the training has seen them."""
-    return counted(count, "user" if everybody_is_seen else "unseen user")
+    return count_of(count, "user" if everybody_is_seen else "unseen user")
 
 
 @dataclass
@@ -252,7 +248,7 @@ def users_that_decide(
 def sentence_on_test(test: UnseenTest) -> str:
     """Who was tested on how many pairs, and whether many of these are equal on both sides."""
     seen = ", all of them seen in the training" if test.everybody_is_seen else ""
-    pairs = counted(test.pairs, "test pair")
+    pairs = count_of(test.pairs, "test pair")
     tested = f"Tested: {test.users_in_words}{seen}, on their {pairs}"
     if test.has_many_equal_pairs:
         return (

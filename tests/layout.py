@@ -9,12 +9,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# Folder of each data set -> the module in it that knows its files.
+# Folder of each data set -> the modules in it that its scripts import. Each imports only modules
+# before it.
 DATA_SETS = {
-    "RedditTLDR": "tldr",
-    "PRISM": "prism",
-    "PersonalLLM": "personalllm",
-    "OwnData": "own_data",
+    "RedditTLDR": ["tldr"],
+    "PRISM": ["prism"],
+    "PersonalLLM": ["personalllm"],
+    "OwnData": ["own_rows", "own_reading", "own_split", "own_files", "own_data"],
 }
 
 

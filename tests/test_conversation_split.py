@@ -4,6 +4,8 @@ import functools
 import itertools
 import json
 import random
+import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +25,18 @@ from demos import (
     write_rows,
 )
 from helpers import ROOT, call, input_error, load_script, refused, sign_again
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 import lore.embedding_files
 import lore.files
 import lore.scripts
 import own_data
-from own_data import Comparison
+import own_files
+import own_reading
+import own_rows
+import own_split
+from own_rows import Comparison
 from utils import UNSEEN_TEST
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -83,7 +91,7 @@ def test_groups_are_what_ids_and_openings_link_directly_or_through_others(seed):
         prompt = rng.choice([opening, messages(opening), messages(opening, "So.", "And then?")])
         conversation = rng.choice([None, *(f"c{n}" for n in range(60))])
         comparisons.append(Comparison("ada", prompt, "Yes.", "No.", conversation))
-    groups = own_data.group_numbers(comparisons)
+    groups = own_split.group_numbers(comparisons)
     expected = groups_by_spreading(comparisons)
     assert len(set(expected)) > 5
     assert len(set(zip(groups, expected))) == len(set(groups)) == len(set(expected))
@@ -94,7 +102,7 @@ def test_a_system_message_is_no_opening():
     comparisons = [
         Comparison("ada", [system, *messages(text)], "Yes.", "No.") for text in ("One?", "Two?")
     ]
-    assert len(set(own_data.group_numbers(comparisons))) == 2
+    assert len(set(own_split.group_numbers(comparisons))) == 2
 
 
 def test_turns_that_prompts_hold_as_plain_text_are_of_one_group():
@@ -107,19 +115,122 @@ def test_turns_that_prompts_hold_as_plain_text_are_of_one_group():
         "Hi you",
         "Hi you there, where do we eat?",
     ]
-    groups = own_data.group_numbers([Comparison("a", text, "Yes.", "No.") for text in prompts])
+    groups = own_split.group_numbers([Comparison("a", text, "Yes.", "No.") for text in prompts])
     assert groups[0] == groups[1] == groups[2]
     assert len(set(groups)) == 4
 
 
-def test_the_order_of_the_rows_does_not_change_the_split():
-    comparisons = [Comparison("ada", f"question {n}?", "Yes.", "No.") for n in range(50)]
-    in_test = []
-    for rows in (comparisons, comparisons[::-1]):
-        split, _ = own_data.split_comparisons(rows, own_data.group_numbers(rows), 0.3, 1)
-        in_test.append({row.prompt for row in split if row.split == "test"})
-    assert in_test[0] == in_test[1]
-    assert len(in_test[0]) == 15
+# ---- Who has conversations on both sides
+
+
+def asked(user, groups):
+    """A comparison of this user in each of these groups."""
+    return [Comparison(user, f"question {group}?", "Yes.", "No.") for group in groups]
+
+
+def sides_of(comparisons, share=0.2, seed=0):
+    """Draws a split -> user -> the groups in train and those in the test; the share of the test."""
+    groups = own_split.group_numbers(comparisons)
+    split, notes = own_split.split_comparisons(comparisons, groups, share, seed)
+    assert notes == []
+    sides = {row.user: {"train": set(), "test": set()} for row in split}
+    for row in split:
+        sides[row.user][row.split].add(row.prompt)
+    in_test = {row.prompt for row in split if row.split == "test"}
+    return sides, len(in_test) / len({row.prompt for row in split})
+
+
+def one_sided(sides):
+    """The users who have several groups, all of them on one side."""
+    return {
+        user
+        for user, of_user in sides.items()
+        if len(of_user["train"] | of_user["test"]) > 1
+        if not (of_user["train"] and of_user["test"])
+    }
+
+
+@pytest.mark.parametrize("prompts", [2, 3, 4, 10])
+@pytest.mark.parametrize("people", [2, 12])
+def test_nobody_who_has_several_prompts_is_left_out_whatever_the_seed(prompts, people):
+    rows = [
+        row
+        for user in range(people)
+        for row in asked(f"user {user}", [f"{user} {n}" for n in range(prompts)])
+    ]
+    groups = own_split.group_numbers(rows)
+    for seed in range(60):
+        split, _ = own_split.split_comparisons(rows, groups, 0.2, seed)
+        kept, notes = own_split.users_to_keep(split, groups, 2)
+        assert (len(kept), notes) == (people, [])
+
+
+@st.composite
+def shared_groups(draw):
+    """The comparisons of a few people, whose groups may be those of others."""
+    people = st.lists(st.sets(st.integers(0, 12), min_size=1, max_size=8), min_size=2, max_size=8)
+    rows = []
+    for user, groups in enumerate(draw(people)):
+        rows += asked(f"user {user}", sorted(groups)) * draw(st.integers(1, 2))
+    return rows
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=200)
+@given(shared_groups(), st.sampled_from([0.01, 0.2, 0.5, 0.9, 0.99]), st.integers(0, 99))
+def test_a_group_is_never_cut_and_who_has_one_alone_has_both_sides(rows, share, seed):
+    assume(any(len({row.prompt for row in rows if row.user == user}) > 1 for user, *_ in rows))
+    sides, _ = sides_of(rows, share, seed)
+    train = set().union(*(of_user["train"] for of_user in sides.values()))
+    test = set().union(*(of_user["test"] for of_user in sides.values()))
+    assert not train & test
+    people_in = Counter(group for _, group in {(row.user, row.prompt) for row in rows})
+    for user in one_sided(sides):
+        assert all(people_in[group] > 1 for group in sides[user]["train"] | sides[user]["test"])
+    assert sides_of(rows[::-1], share, seed)[0] == sides
+
+
+def fewest_one_sided(rows):
+    """How many users must have one side only, found by trying all splits."""
+    places = {group: place for place, group in enumerate({row.prompt for row in rows})}
+    groups_of = {}  # user -> a bit for each group
+    for row in rows:
+        groups_of[row.user] = groups_of.get(row.user, 0) | 1 << places[row.prompt]
+    several = [bits for bits in groups_of.values() if bits.bit_count() > 1]
+    return min(
+        sum(split & bits in (0, bits) for bits in several) for split in range(2 ** len(places))
+    )
+
+
+def test_people_who_share_all_their_groups_have_both_sides_whenever_that_is_possible():
+    fewest = []
+    for number in range(100):
+        rng = random.Random(number)
+        count = rng.randrange(3, 8)
+        rows = [
+            row
+            for user in range(rng.randrange(2, 9))
+            for row in asked(f"user {user}", rng.sample(range(count), rng.randrange(2, 4)))
+        ]
+        fewest.append(fewest_one_sided(rows))
+        assert len(one_sided(sides_of(rows, seed=number)[0])) == fewest[-1]
+    assert fewest.count(0) > 50 and sum(fewest) > 10  # some cannot all have both
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.5])
+def test_the_share_is_kept_if_people_have_many_groups(share):
+    own = [row for n in range(30) for row in asked(f"user {n}", [f"{n} {m}" for m in range(20)])]
+    shared = [row for n in range(30) for row in asked(f"user {n}", range(n, n + 40))]
+    for rows in (own, shared):
+        for seed in range(5):
+            assert sides_of(rows, share, seed)[1] == pytest.approx(share, abs=0.02)
+
+
+def test_the_order_of_the_rows_does_not_change_the_split_and_the_seed_does():
+    rows = asked("ada", range(50))
+    splits = [sides_of(rows, 0.3, 1), sides_of(rows[::-1], 0.3, 1), sides_of(rows, 0.3, 2)]
+    assert splits[0] == splits[1]
+    assert [len(sides["ada"]["test"]) for sides, _ in splits] == [15, 15, 15]
+    assert splits[0] != splits[2]
 
 
 # ---- Conversations without tastes
@@ -165,7 +276,7 @@ def test_without_tastes_nothing_leaks_and_a_split_of_pairs_is_called_a_leak(
     rng = random.Random(0)
     rows = conversations_without_tastes(rng)
     results = trained(monkeypatch, model, write_rows(tmp_path / "mine.jsonl", rows), tmp_path)
-    pairs = pd.read_parquet(tmp_path / own_data.PAIRS_FILE)
+    pairs = pd.read_parquet(tmp_path / own_files.PAIRS_FILE)
     in_train = pairs.split == "train"
     train_prompts = "\n".join(pairs.prompt[in_train])
     for answer in itertools.chain(pairs.chosen_text[~in_train], pairs.rejected_text[~in_train]):
@@ -193,8 +304,8 @@ def test_without_tastes_nothing_leaks_and_a_split_of_pairs_is_called_a_leak(
 
 
 def test_the_files_hold_each_conversation_once_and_the_texts_as_they_were(ran):
-    pairs = pd.read_parquet(ran.folder / own_data.PAIRS_FILE)
-    table = own_data.load_table(ran.folder)
+    pairs = pd.read_parquet(ran.folder / own_files.PAIRS_FILE)
+    table = own_files.load_table(ran.folder)
     assert table.dtype == torch.bfloat16
     assert len(table.unique(dim=0)) == len(table)
     row_of = {}
@@ -215,12 +326,12 @@ def test_a_study_shares_one_table_that_is_not_copied(ran):
     assert len(tables) == 1
     maps = Path("/proc/self/maps")  # which only Linux has
     if maps.exists():
-        assert str(ran.folder / own_data.EMBEDDINGS_FILE) in maps.read_text()
+        assert str(ran.folder / own_files.EMBEDDINGS_FILE) in maps.read_text()
     assert all(len(X) <= 5 for X in study.train_unseen)
-    pairs = pd.read_parquet(ran.folder / own_data.PAIRS_FILE)
+    pairs = pd.read_parquet(ran.folder / own_files.PAIRS_FILE)
     user = study.seen[0]
     own = pairs[(pairs.user == user) & (pairs.split == "train")]
-    table = own_data.load_table(ran.folder).float()
+    table = own_files.load_table(ran.folder).float()
     expected = table[own.chosen.tolist()] - table[own.rejected.tolist()]
     assert torch.equal(study.train[0].dense(), expected)
     assert study.texts["train"][0] == list(zip(own.chosen_text, own.rejected_text))
@@ -230,7 +341,7 @@ def test_a_study_shares_one_table_that_is_not_copied(ran):
 
 def test_users_are_halved_by_a_seed_and_a_share_of_one_sees_everybody(ran):
     halves = [own_data.load_embeddings(ran.folder, split_seed=seed) for seed in (0, 0, 1)]
-    users = set(pd.read_parquet(ran.folder / own_data.PAIRS_FILE).user)
+    users = set(pd.read_parquet(ran.folder / own_files.PAIRS_FILE).user)
     for study in halves:
         assert set(study.seen) | set(study.unseen) == users
         assert not set(study.seen) & set(study.unseen)
@@ -244,7 +355,7 @@ def test_users_are_halved_by_a_seed_and_a_share_of_one_sees_everybody(ran):
             own_data.load_embeddings(ran.folder, **{setting: known})
 
 
-@pytest.mark.parametrize("name", own_data.FILES)
+@pytest.mark.parametrize("name", own_files.FILES)
 def test_a_file_that_is_missing_damaged_or_of_another_run_is_named(embeddings, name):
     path = embeddings / name
     whole = path.read_bytes()
@@ -255,7 +366,7 @@ def test_a_file_that_is_missing_damaged_or_of_another_run_is_named(embeddings, n
     with input_error(str(path)):
         own_data.load_embeddings(embeddings)
     sign_again(embeddings)
-    if name != own_data.EMBEDDINGS_FILE:
+    if name != own_files.EMBEDDINGS_FILE:
         with input_error(str(path), "write it again"):
             own_data.load_embeddings(embeddings)
 
@@ -273,12 +384,12 @@ def test_a_killed_prepare_goes_on_from_its_cache(monkeypatch, capsys, ran, tmp_p
         def stop(*_, **__):
             raise KeyboardInterrupt
 
-        patch.setattr(own_data, "save_pairs", stop)
+        patch.setattr(own_files, "save_pairs", stop)
         interrupted(patch, capsys, script("prepare"), *arguments)
     assert {path.name for path in tmp_path.iterdir()} == {".embedding_cache"}
     without_forward(monkeypatch)
     call(monkeypatch, script("prepare"), *arguments)
-    for name in own_data.FILES:
+    for name in own_files.FILES:
         assert (tmp_path / name).read_bytes() == (ran.folder / name).read_bytes()
 
 
@@ -302,7 +413,7 @@ def test_columns_that_are_not_known_are_named_with_the_nearest(monkeypatch, caps
     arguments = ["--data", path, "--model", "unread", "--dir", tmp_path]
     refused(monkeypatch, capsys, script("prepare"), arguments, *named)
     row = {"user": "ada", "prompt": "Why?", "chosen": "So.", "rejected": "No.", "conversaton": 3}
-    reading = own_data.read_comparisons(write_rows(tmp_path / "mine.jsonl", [row]))
+    reading = own_reading.read_comparisons(write_rows(tmp_path / "mine.jsonl", [row]))
     assert reading.notes == ["columns that are not read: 'conversaton' (is it 'conversation'?)"]
 
 
@@ -314,12 +425,12 @@ def test_users_who_are_left_out_are_counted_with_the_reason(tmp_path):
             row = Comparison(user, f"question {n}?", "Yes.", "No.", f"{user} {n}", split=split)
             rows.append(row)
     groups = np.arange(len(rows))
-    kept, notes = own_data.users_to_keep(rows, groups, 3)
+    kept, notes = own_split.users_to_keep(rows, groups, 3)
     assert kept == {"a", "b"}
     assert notes == [
-        "1 users with one conversation only are left out",
-        "1 users with pairs on one side of the split only are left out",
-        "1 users with fewer than 3 pairs are left out",
+        "left out: 1 user with one conversation only",
+        "left out: 1 user with pairs on one side of the split only",
+        "left out: 1 user with fewer than 3 pairs",
     ]
 
 
@@ -329,7 +440,45 @@ def test_one_person_alone_is_too_few_and_nothing_more_is_said():
         for n in range(6)
     ]
     with input_error("1 of 1, and at least 2 are needed; give rows of more people"):
-        own_data.users_to_keep(rows, np.arange(len(rows)), 2)
+        own_split.users_to_keep(rows, np.arange(len(rows)), 2)
+
+
+@pytest.mark.parametrize("name", ["nan", "None", "null"])
+def test_a_conversation_that_is_called_nothing_is_said_before_the_split_is_refused(
+    monkeypatch, capsys, tmp_path, name
+):
+    rows = [
+        dict(user=f"user {n % 3}", prompt=f"{n}?", chosen="Yes.", rejected="No.", conversation=name)
+        for n in range(12)
+    ]
+    path = write_rows(tmp_path / "mine.jsonl", rows)
+    arguments = ["--data", path, "--model", "unread", "--dir", tmp_path]
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, arguments)])
+    with input_error("12 comparisons of 1 group of conversations on one side only"):
+        script("prepare").main()
+    note = f"a conversation is called {name!r}, with 12 rows, which stay together"
+    assert f"odd in these data:\n  - {note}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("nothing", ["", None])
+def test_an_empty_id_of_a_conversation_is_none(tmp_path, nothing):
+    row = dict(user="ada", prompt="Why?", chosen="Yes.", rejected="No.", conversation=nothing)
+    reading = own_reading.read_comparisons(write_rows(tmp_path / "mine.jsonl", [row]))
+    assert reading.comparisons[0].conversation is None
+    assert reading.notes == []
+
+
+@pytest.mark.parametrize(
+    "known, said", [(0, "nothing is known of users"), (1, "something is known of 1 user")]
+)
+def test_what_is_known_of_users_is_counted(known, said):
+    rows = asked("ada", range(3))
+    about_users = {f"user {n}": {"age": "30"} for n in range(known)}
+    reading = own_reading.Reading(own_rows.OwnRow, rows, about_users=about_users)
+    files = script("prepare").files_to_write(reading, np.arange(3))
+    contents = {file.name: file.contents for file in files}
+    assert contents[own_files.USERS_FILE] == said
+    assert contents[own_files.PAIRS_FILE] == "3 pairs of 1 user"
 
 
 def test_without_data_prepare_says_what_it_takes(monkeypatch, capsys, tmp_path):
@@ -354,7 +503,7 @@ def test_the_demo_ends_in_a_yes_with_intervals_and_without_a_leak(ran):
     assert "synthetic" in ran.printed["prepare"]
     assert "Yes: the reward is personal." in ran.printed["train_basis"]
     assert "95 % interval" in ran.printed["train_basis"]
-    assert len(ran.results["users"] + ran.results["unseen_users"]) >= 24
+    assert len(ran.results["users"] + ran.results["unseen_users"]) == 36  # all of the demo
     for leaks in ran.results["leaks"].values():
         assert leaks["by_prompt"] == leaks["by_answer_in_prompt"] == leaks["by_answers"] == 0
 
@@ -373,7 +522,7 @@ def test_two_processes_write_the_files_of_one_and_find_the_same(ran, tmp_path):
     first, second = two_processes(ran.folder, "prepare", *arguments)
     assert "distinct conversations to embed" in first
     assert second == ""
-    for name in own_data.FILES:
+    for name in own_files.FILES:
         assert (tmp_path / name).read_bytes() == (ran.folder / name).read_bytes()
     short = dict(K_list=[0, 2], seeds=[0], num_iterations=30, controls=False)
     two_processes(ran.folder, "train_basis", "--dir", tmp_path, **short)

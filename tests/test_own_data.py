@@ -24,6 +24,10 @@ import lore.files
 import lore.reward_model
 import lore.rows
 import own_data
+import own_files
+import own_reading
+import own_rows
+import own_split
 import utils
 from lore.normal_forms import prompt_key
 
@@ -65,7 +69,7 @@ def prepared(monkeypatch, model, data, folder, **constants):
     """The table of pairs that prepare.py makes of data."""
     module = quick(monkeypatch, script("prepare"), **constants)
     call(monkeypatch, module, "--data", data, "--model", model, "--dir", folder)
-    return pd.read_parquet(folder / own_data.PAIRS_FILE)
+    return pd.read_parquet(folder / own_files.PAIRS_FILE)
 
 
 def is_refused(monkeypatch, capsys, data, folder, *named, **constants):
@@ -83,14 +87,14 @@ def prompts_of(pairs):
 
 def parsed(path):
     """Who said what in the rows of a file: (user, prompt, chosen, rejected) each."""
-    return [comparison[:4] for comparison in own_data.read_comparisons(path).comparisons]
+    return [comparison[:4] for comparison in own_reading.read_comparisons(path).comparisons]
 
 
 def split_of(rows, folder, share=0.2, seed=0):
     """The comparisons of these rows, with a split by conversation."""
-    comparisons = own_data.read_comparisons(write_rows(folder / "mine.jsonl", rows)).comparisons
-    groups = own_data.group_numbers(comparisons)
-    return own_data.split_comparisons(comparisons, groups, share, seed)[0]
+    comparisons = own_reading.read_comparisons(write_rows(folder / "mine.jsonl", rows)).comparisons
+    groups = own_split.group_numbers(comparisons)
+    return own_split.split_comparisons(comparisons, groups, share, seed)[0]
 
 
 def prompts_of_sides(comparisons):
@@ -178,7 +182,7 @@ def test_messages_are_embedded_as_conversations_and_may_repeat_the_prompt(
     ]
     pairs = prepared(monkeypatch, model, write_rows(tmp_path / "mine.jsonl", rows), tmp_path)
     train = pairs[(pairs.user == "a") & (pairs.split == "train")]
-    table = own_data.load_table(tmp_path).float()
+    table = own_files.load_table(tmp_path).float()
     backbone, tokenizer = lore.reward_model.load_reward_model(str(model), "cpu")
     conversations = [said("One?", "Two.", "Three?", "Four.")] * 2 + [said("One?", "Two.")]
     for pair, conversation in zip(train.itertuples(), conversations, strict=True):
@@ -205,7 +209,7 @@ def test_a_text_is_not_taken_for_the_messages_whose_json_it_is(monkeypatch, mode
         for prompt, chosen in (messages, map(json.dumps, messages))
     ]
     pairs = prepared(monkeypatch, model, write_rows(tmp_path / "mine.jsonl", rows), tmp_path)
-    table = own_data.load_table(tmp_path).float()
+    table = own_files.load_table(tmp_path).float()
     as_messages, as_text = table[pairs.chosen[(pairs.user == "a") & (pairs.split == "train")]]
     assert (as_messages - as_text).norm() > 0.1 * as_text.norm()
 
@@ -249,14 +253,14 @@ def test_a_study_of_own_data_is_named_after_them_and_holds_the_contents_of_messa
 def test_each_row_is_validated_once(monkeypatch, model, rows, tmp_path):
     validated = Counter()
 
-    class Counted(own_data.OwnRow):
+    class Counted(own_rows.OwnRow):
         @classmethod
         def model_validate(cls, row):
             validated[json.dumps(row, default=str)] += 1
             return super().model_validate(row)
 
-    monkeypatch.setattr(own_data, "KINDS", (Counted,))
-    reading = own_data.read_comparisons(write_rows(tmp_path / "mine.jsonl", rows))
+    monkeypatch.setattr(own_reading, "KINDS", (Counted,))
+    reading = own_reading.read_comparisons(write_rows(tmp_path / "mine.jsonl", rows))
     assert len(reading.comparisons) == len(rows) == len(validated)
     assert set(validated.values()) == {1}
 
@@ -269,8 +273,9 @@ def test_rows_without_text_are_dropped_and_counted(monkeypatch, capsys, model, r
     write_rows(tmp_path / "data" / "train.jsonl", rows)
     write_rows(tmp_path / "data" / "test.jsonl", rows[4:])
     prepared(monkeypatch, model, tmp_path / "data", tmp_path)
-    said = "1,196 rows, 1,192 comparisons by 20 users; left out: 4 pairs without a prompt or an"
-    assert said in capsys.readouterr().out
+    counts = "1,196 rows, 1,192 comparisons by 20 users; left out: "
+    reason = "pairs without a prompt or an answer, or with an empty message (4)"
+    assert f"{counts}{reason}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -279,11 +284,13 @@ def test_rows_without_text_are_dropped_and_counted(monkeypatch, capsys, model, r
         ({"rejected": ...}, "rejected"),
         ({"user": None}, "user"),
         ({"user": " "}, "user"),
-        ({"prompt": 3}, "prompt"),
-        ({"prompt": []}, "prompt"),
-        ({"chosen": [{"role": "assistant"}]}, "chosen"),
+        ({"prompt": 3}, "prompt: Input should be a text, a message or a list of messages, and it"),
+        ({"prompt": []}, "prompt.messages"),
+        ({"chosen": [{"role": "assistant"}]}, "chosen.messages.0.content"),
+        ({"chosen": {"role": "assistant"}}, "chosen.messages.0.content"),
+        ({"chosen": ["So." * 20]}, "chosen.messages.0"),
         ({"split": "trian"}, "split"),
-        ({"prompt": [{"role": "user", "content": None}]}, "prompt"),
+        ({"prompt": [{"role": "user", "content": None}]}, "prompt.messages.0.content"),
     ],
 )
 def test_a_spoilt_row_is_named_with_the_schema(monkeypatch, capsys, rows, tmp_path, changes, named):
@@ -430,14 +437,14 @@ def test_prompts_that_are_equal_to_a_reader_are_on_one_side_and_stay_as_they_are
 
 NOTES = [
     "all: both answers of 2 pairs began with the text of their prompt, which is left out of them",
-    "rows of train: 1 are there already, word for word",
-    "train: 1 answers look the same as another one to their prompt: they differ only in white "
-    "space or in how Unicode writes them",
-    "rejected answers of the pairs in train: 1 are lists or objects printed as text, and are taken "
-    "as texts",
-    "1 pairs were chosen both ways round by the same user: one way of each is wrong under every "
+    "rows of train that repeat an earlier one word for word: 1",
+    "train: 1 answer looks the same as another one to the same prompt: only white space differs, "
+    "or how Unicode writes it",
+    "rejected answers of the pairs in train: 1 is a list or object printed as text, and is taken "
+    "as a text",
+    "1 pair was chosen both ways round by the same user: one way of each is wrong under every "
     "reward",
-    "a user is called 'nan', with 25 rows: are these rows of nobody?",
+    "a user is called 'nan', with 25 rows: is this nobody?",
 ]
 
 
@@ -469,7 +476,7 @@ def test_what_is_odd_is_said_once_and_kept_with_the_embeddings(
     out = capsys.readouterr().out
     assert "odd in these data:\n" + "".join(f"  - {note}\n" for note in NOTES) in out
     assert [out.count(note) for note in NOTES] == [1] * len(NOTES)
-    assert "1 users with one conversation only are left out" in out
+    assert "left out: 1 user with one conversation only\n" in out
     assert own_data.load_embeddings(tmp_path).provenance["data_notes"] == NOTES
     answers = pairs[pairs.user == "0"][["chosen_text", "rejected_text"]]
     assert list(answers.itertuples(index=False, name=None))[-4:] == [
@@ -487,8 +494,8 @@ def test_a_text_and_the_assistants_message_of_this_text_are_equal_sides():
         ("So. ", False),
         ([*SAID["assistant"], *SAID["user"], {"role": "assistant", "content": "So."}], False),
     ):
-        comparison = own_data.Comparison("ada", "Why?", "So.", rejected)
-        assert own_data.has_equal_sides(comparison) is expected
+        comparison = own_rows.Comparison("ada", "Why?", "So.", rejected)
+        assert own_files.has_equal_sides(comparison) is expected
 
 
 def test_data_with_nothing_odd_say_nothing(monkeypatch, capsys, model, rows, tmp_path):
@@ -501,9 +508,9 @@ def test_an_answer_that_is_its_prompt_and_nothing_else_is_no_answer(tmp_path):
     asked = "Where do we eat?"
     row = {"user": "a", "prompt": asked, "chosen": f"{asked} Here.", "rejected": asked}
     rows = [row, {**row, "rejected": "No."}]
-    reading = own_data.read_comparisons(write_rows(tmp_path / "mine.jsonl", rows))
+    reading = own_reading.read_comparisons(write_rows(tmp_path / "mine.jsonl", rows))
     assert (len(reading.comparisons), reading.repeats) == (1, 1)
-    assert reading.left_out == {own_data.NO_TEXT: 1}
+    assert reading.left_out == {own_reading.NO_TEXT: 1}
 
 
 # ---- The files of others: the same comparisons as each program writes them
@@ -554,7 +561,7 @@ def test_a_date_beyond_pythons_in_a_column_that_is_not_needed_does_no_harm(tmp_p
     pq.write_table(table, tmp_path / "b" / "test.parquet")
     assert len(parsed(tmp_path / "a" / "a.parquet")) == 12
     for data in (tmp_path / "a" / "a.parquet", tmp_path / "a", tmp_path / "b"):
-        assert own_data.read_comparisons(data).rows in (12, 24)
+        assert own_reading.read_comparisons(data).rows in (12, 24)
 
 
 def test_people_whose_ids_a_float_has_mixed_up_are_refused(monkeypatch, capsys, rows, tmp_path):

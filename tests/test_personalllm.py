@@ -577,7 +577,7 @@ def test_two_equal_responses_are_counted_and_warned_about(monkeypatch, capsys, r
     train, test = capsys.readouterr().out.split("test: ", 1)
     assert "equal" not in train and "1 of 32" in test and "warning" in test
     assert "blank" not in train
-    assert "prompts of test: 1 are blank" in test and "responses of test: 1 are blank" in test
+    assert "prompts of test: 1 is blank" in test and "responses of test: 1 is blank" in test
 
 
 def test_what_is_odd_in_prompts_and_responses_is_said_once_and_kept(
@@ -593,10 +593,10 @@ def test_what_is_odd_in_prompts_and_responses_is_said_once_and_kept(
     write_rows(data / "test.jsonl", test)
     prepare(monkeypatch, data, ran.model, tmp_path)
     notes = [
-        "prompts of train: 1 are there already, word for word",
-        "test: 1 answers look the same as another one to their prompt: they differ only in white "
-        "space or in how Unicode writes them",
-        "responses of test: 1 are lists or objects printed as text, and are taken as texts",
+        "prompts of train that repeat an earlier one word for word: 1",
+        "test: 1 answer looks the same as another one to the same prompt: only white space "
+        "differs, or how Unicode writes it",
+        "responses of test: 1 is a list or object printed as text, and is taken as a text",
         "1 of 4 prompts of test are also in train: they test nothing new",
     ]
     block = "odd in these data:\n" + "".join(f"  - {note}\n" for note in notes)

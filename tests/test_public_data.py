@@ -10,7 +10,10 @@ from demos import build_model, quick, results_in, serve_hub, write_rows
 from helpers import call, input_error, load_script, refused
 
 import own_data
-from own_data import Comparison
+import own_files
+import own_reading
+import own_rows
+from own_rows import Comparison
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 script = functools.partial(load_script, "OwnData")
@@ -45,10 +48,10 @@ def community_row(number, annotator, turns=2, lang="en", **changes):
         "annotator_age": "31-45",
         "annotator_country": "India" if annotator == "a1" else None,
     }
-    for place, turn in enumerate(own_data.TURNS):
+    for place, turn in enumerate(own_rows.TURNS):
         is_there = place < turns
         row[f"{turn}_turn_prompt"] = f"c{number} {turn} question" if is_there else None
-        for response in own_data.RESPONSES:
+        for response in own_rows.RESPONSES:
             text = f"c{number} {turn} {response[-1]}<|end_of_text|>"
             row[f"{turn}_turn_{response}"] = text if is_there else None
         row[f"{turn}_turn_preferred_response"] = "response_b" if is_there else None
@@ -59,7 +62,7 @@ def community_row(number, annotator, turns=2, lang="en", **changes):
 def read(path, rows, **options):
     """What is read of a parquet file with these rows."""
     pd.DataFrame(rows).to_parquet(path)
-    return own_data.read_comparisons(path, **options)
+    return own_reading.read_comparisons(path, **options)
 
 
 def test_a_turn_gives_the_preferred_answer_against_each_other_one(tmp_path):
@@ -75,12 +78,21 @@ def test_a_turn_gives_the_preferred_answer_against_each_other_one(tmp_path):
     assert not reading.left_out
 
 
-@pytest.mark.parametrize("preferred", ["response_e", "prompt", "B", None])
-def test_a_preferred_response_that_is_none_of_the_four_ends_the_conversation(tmp_path, preferred):
+@pytest.mark.parametrize("preferred", ["response_e", "prompt", "B"])
+def test_a_preferred_response_that_is_none_of_the_four_is_refused(tmp_path, preferred):
+    row = community_row(7, "a1", turns=3, second_turn_preferred_response=preferred)
+    with input_error(
+        "a.parquet, row 2: second_turn_preferred_response", *own_rows.RESPONSES, repr(preferred)
+    ):
+        read(tmp_path / "a.parquet", [community_row(6, "a1"), row])
+
+
+@pytest.mark.parametrize("preferred", ["", None])
+def test_a_turn_without_a_preferred_response_ends_the_conversation(tmp_path, preferred):
     row = community_row(7, "a1", turns=3, second_turn_preferred_response=preferred)
     reading = read(tmp_path / "a.parquet", [row])
     assert {comparison.chosen for comparison in reading.comparisons} == {"c7 first b"}
-    assert reading.left_out == {own_data.NO_PREFERENCE: 1}
+    assert reading.left_out == {own_rows.NO_PREFERENCE: 1}
 
 
 @pytest.mark.parametrize("empty", ["", " ", None])
@@ -92,7 +104,7 @@ def test_an_empty_turn_in_the_middle_ends_the_conversation(tmp_path, empty):
     ]
     reading = read(tmp_path / "a.parquet", rows)
     assert len(reading.comparisons) == 9
-    assert reading.left_out == {own_data.EMPTY_TURN: 1, own_data.NO_PREFERENCE: 1}
+    assert reading.left_out == {own_rows.EMPTY_TURN: 1, own_rows.NO_PREFERENCE: 1}
 
 
 def test_an_empty_response_is_no_rejected_one(tmp_path):
@@ -105,14 +117,21 @@ def test_only_the_languages_that_are_asked_for_are_kept(tmp_path):
     rows = [community_row(n, "a1", 1, lang) for n, lang in enumerate(["en", "hi", "en", "fr"])]
     reading = read(tmp_path / "a.parquet", rows, languages=["en", "fr"])
     assert {comparison.language for comparison in reading.comparisons} == {"en", "fr"}
-    assert reading.left_out == {own_data.OTHER_LANGUAGE: 3}
+    assert reading.left_out == {"pairs in the language 'hi'": 3}
 
 
 def test_a_pair_whose_language_is_not_given_is_not_said_to_be_in_another(tmp_path):
     rows = [community_row(n, "a1", 1, lang) for n, lang in enumerate(["en", None, "", "fr"])]
     reading = read(tmp_path / "a.parquet", rows, languages=["en"])
     assert len(reading.comparisons) == 3
-    assert reading.left_out == {own_data.OTHER_LANGUAGE: 3, own_data.NO_LANGUAGE: 6}
+    assert reading.left_out == {"pairs in the language 'fr'": 3, own_reading.NO_LANGUAGE: 6}
+
+
+def test_languages_that_match_nothing_are_refused_and_those_of_the_data_are_named(tmp_path):
+    rows = [community_row(n, "a1", 1, lang) for n, lang in enumerate(["en", "hi", "en"])]
+    found = "left out: pairs in the language 'en' (6); pairs in the language 'hi' (3)"
+    with input_error("no comparison in 3 rows", found, "in one of the languages"):
+        read(tmp_path / "a.parquet", rows, languages=["EN"])
 
 
 @pytest.mark.parametrize("setting", ["languages", "about_users"])
@@ -156,7 +175,7 @@ def test_it_goes_from_the_hub_to_a_report(monkeypatch, capsys, model, tmp_path):
     call(monkeypatch, prepare, "--data", COMMUNITY, "--model", model, "--dir", tmp_path)
     printed = capsys.readouterr().out
     assert "a full copy of facebook/community-alignment-dataset has 90,256 rows" in printed
-    assert "1 users with one conversation only are left out" in printed
+    assert "left out: 1 user with one conversation only\n" in printed
 
     study = own_data.load_embeddings(tmp_path)
     assert len(study.seen) == len(study.unseen) == 4
@@ -199,19 +218,34 @@ def test_each_annotator_of_multipref_gives_a_comparison_and_ties_are_counted(tmp
     row = multipref_row(
         3,
         [("n1", "A-is-slightly-better"), ("n2", "Tie"), ("n1", None)],
-        [("e1", "B-is-clearly-better"), ("e2", "A-is-clearly-better")],
+        [("e1", "B-is-clearly-better"), ("e2", "A-is-clearly-better"), ("e3", "")],
     )
     path = write_rows(tmp_path / "a.jsonl", [row])
     in_parquet = tmp_path / "a.parquet"
     pd.DataFrame([row]).to_parquet(in_parquet)
-    for reading in map(own_data.read_comparisons, (path, in_parquet)):
+    for reading in map(own_reading.read_comparisons, (path, in_parquet)):
         a, b = "answer a 3", "answer b 3"
         assert reading.comparisons == [
             Comparison("n1", "question 3", a, b),
             Comparison("e1", "question 3", b, a),
             Comparison("e2", "question 3", a, b),
         ]
-        assert reading.left_out == {own_data.TIE: 1, own_data.NO_OPINION: 1}
+        assert reading.left_out == {own_rows.TIE: 1, own_rows.NO_OPINION: 2}
+
+
+@pytest.mark.parametrize("preference", ["A-is-bad", "C-is-better", "tie", "B-is-", 1])
+def test_a_preference_of_multipref_that_is_not_known_is_refused(tmp_path, preference):
+    rows = [
+        multipref_row(3, [("n1", "A-is-slightly-better")], []),
+        multipref_row(4, [("n1", "Tie"), ("n2", preference)], []),
+    ]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    with input_error(
+        "a.jsonl, row 2: normal_worker_annotations.1.overall_pref: Input should be "
+        "'A-is-clearly-better', 'A-is-slightly-better', 'Tie', 'B-is-clearly-better' or "
+        f"'B-is-slightly-better', and it is {preference!r}"
+    ):
+        own_reading.read_comparisons(path)
 
 
 def test_multipref_says_how_many_rows_a_full_copy_has(monkeypatch, capsys, model, tmp_path):
@@ -257,7 +291,7 @@ def test_every_user_of_personal_reward_bench_is_seen_and_its_splits_stay(
         for split, rows in splits.items():
             pd.DataFrame(rows).to_parquet(data / f"{split}-00000-of-00001.parquet")
     call(monkeypatch, script("prepare"), "--data", data, "--model", model, "--dir", tmp_path)
-    pairs = pd.read_parquet(tmp_path / own_data.PAIRS_FILE)
+    pairs = pd.read_parquet(tmp_path / own_files.PAIRS_FILE)
     assert pairs.split.value_counts().to_dict() == {"train": 9, "validation": 9, "test": 9}
     assert json.loads(pairs.prompt[0])[1] == assistant("Well.")
 

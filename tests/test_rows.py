@@ -23,12 +23,13 @@ from helpers import ROOT, input_error
 import lore.data_notes
 import lore.normal_forms
 import lore.rows
-import own_data
+import own_reading
 import personalllm
 import prism
 import tldr
 from lore.data_notes import Judged
 from lore.normal_forms import Asked
+from lore.words import count_of
 
 TOO_LATE = 2**60  # microseconds: some 36,000 years after Python's last date
 
@@ -122,6 +123,16 @@ def test_a_file_without_any_column_of_the_schema_lacks_the_first_that_it_must_ha
     for name in ("a.parquet", "a.csv"):
         with input_error(f"{name}, row 1: user: Field required"):
             read(tmp_path / name)
+
+
+def test_a_long_value_that_is_refused_is_shown_with_one_ellipsis(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for value in ("all the words of a long answer " * 9, ["word"] * 99, {"a": ["word " * 99]}):
+        path.write_text(json.dumps({"user": [value]}))
+        with input_error("a.jsonl, row 1: user: ", "...", "; expected is") as line:
+            read(path)
+        assert line().count("...") == 1
+        assert len(line().split("and it is ")[1]) < 150
 
 
 def test_a_column_whose_name_goes_on_behind_a_point_is_another_column(tmp_path):
@@ -369,7 +380,7 @@ def test_files_of_a_folder_that_are_not_read_are_named_in_one_line(tmp_path, cap
 
 
 READERS = {
-    "OwnData": own_data.read_comparisons,
+    "OwnData": own_reading.read_comparisons,
     "RedditTLDR": tldr.read_comparisons,
     "PersonalLLM": personalllm.read_prompts,
     "PRISM": prism.read_conversations,
@@ -782,7 +793,7 @@ TRAIN, TEST = ordinary(0), ordinary(12)
         (
             [*TRAIN, TRAIN[3], TRAIN[3]._replace(prompt=" Question  3?")],
             TEST,
-            "rows of train: 2 are there already",
+            "rows of train that repeat an earlier one word for word: 2",
         ),
         (
             [
@@ -791,7 +802,7 @@ TRAIN, TEST = ordinary(0), ordinary(12)
                 Judged("u0", "half of \ud83d ", "a", "b"),
             ],
             TEST,
-            "rows of train: 1 are there already",
+            "rows of train that repeat an earlier one word for word: 1",
         ),
         (
             [*TRAIN, Judged("u0", said("?", "a", "!"), "b", "c")],
@@ -817,12 +828,12 @@ TRAIN, TEST = ordinary(0), ordinary(12)
         (
             [*TRAIN, Judged("u0", LONG, LONG + " Yes.", "No.")],
             TEST,
-            "train: in 1 pairs an answer begins with the text of its prompt",
+            "train: in 1 pair an answer begins with the text of its prompt",
         ),
         (
             [*TRAIN, Judged("u1", "?", " ", "a")],
             TEST,
-            "chosen answers of the pairs in train: 1 are blank",
+            "chosen answers of the pairs in train: 1 is blank, and stays as it is",
         ),
         (
             [*TRAIN, TRAIN[0]._replace(user="NaN"), TRAIN[1]._replace(user="NaN")],
@@ -834,14 +845,30 @@ TRAIN, TEST = ordinary(0), ordinary(12)
             [*TEST, *(row._replace(user="u2") for row in ordinary(24, 20))],
             "user 'u2' has 28 of the 44 rows",
         ),
-        ([*TRAIN, Judged("v", "?", "a", "b")], TEST, "1 users are in train only"),
-        (TRAIN, [*TEST, Judged("v", "?", "a", "b")], "1 users are in test only"),
+        ([*TRAIN, Judged("v", "?", "a", "b")], TEST, "1 user is in train only"),
+        (TRAIN, [*TEST, Judged("v", "?", "a", "b")], "1 user is in test only"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
 def test_each_oddity_is_counted_once_and_nothing_else_is_said(train, test, note):
     (found,) = notes_on(train, test)
     assert note in found and "\n" not in found
+
+
+def test_a_conversation_that_is_called_nothing_is_said_and_one_without_a_name_is_not():
+    ids = ["NaN", "c1", None, "nan", "nan", "None", "null", "nancy"]
+    notes = lore.data_notes.notes_on_conversations(ids)
+    expected = [("NaN", "1 row"), ("None", "1 row"), ("nan", "2 rows"), ("null", "1 row")]
+    for note, (name, rows) in zip(notes, expected, strict=True):
+        assert note.startswith(f"a conversation is called {name!r}, with {rows}, which stay toge")
+
+
+@pytest.mark.parametrize(
+    "count, said", [(0, "0 users are"), (1, "1 user is"), (2, "2 users are"), (1200, "1,200 users")]
+)
+def test_a_count_has_the_word_that_follows_it(count, said):
+    assert count_of(count, "user is", "users are").startswith(said)
+    assert count_of(count, "user") == said.removesuffix(" is").removesuffix(" are")
 
 
 def test_ordinary_data_have_no_notes_and_no_block(capsys):

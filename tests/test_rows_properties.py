@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import lore.normal_forms
 import lore.rows
-import own_data
+import own_rows
 from utils import InputError
 
 # The same examples in each run, so that a failure is one of the code. They take some seconds.
@@ -38,7 +38,7 @@ message = st.fixed_dictionaries({"role": roles, "content": texts})
 other_message = st.fixed_dictionaries({"turn": st.integers(), "content": texts, "role": roles})
 messages = st.lists(st.one_of(message, other_message), min_size=1, max_size=6)
 
-Cell = pydantic.StrictStr | list[own_data.Message] | None
+Cell = pydantic.StrictStr | list[own_rows.Message] | None
 
 
 class Row(pydantic.BaseModel):

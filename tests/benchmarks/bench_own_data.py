@@ -34,7 +34,10 @@ import pyarrow.parquet as pq
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "OwnData")]
-import own_data
+import own_files
+import own_reading
+import own_rows
+import own_split
 from lore.conversations import group_equal
 from lore.data_notes import notes_on_comparisons
 
@@ -61,15 +64,15 @@ def made_row(rng: random.Random, vocabulary: list[str], openings: list[str], num
         "assigned_lang": rng.choice(["en", "fr", "it", "pt", "hi"]),
         "annotator_age": rng.choice(["18-30", "31-45", "46-60"]),
     }
-    turns = rng.randint(1, len(own_data.TURNS))
-    for place, turn in enumerate(own_data.TURNS):
+    turns = rng.randint(1, len(own_rows.TURNS))
+    for place, turn in enumerate(own_rows.TURNS):
         is_there = place < turns
         prompt = rng.choice(openings) if place == 0 else words(rng, vocabulary, PROMPT_WORDS)
         row[f"{turn}_turn_prompt"] = prompt if is_there else None
-        for response in own_data.RESPONSES:
+        for response in own_rows.RESPONSES:
             text = words(rng, vocabulary, RESPONSE_WORDS) if is_there else None
             row[f"{turn}_turn_{response}"] = text
-        preferred = rng.choice(own_data.RESPONSES) if is_there else None
+        preferred = rng.choice(own_rows.RESPONSES) if is_there else None
         row[f"{turn}_turn_preferred_response"] = preferred
     return row
 
@@ -107,16 +110,16 @@ def measure(path: Path) -> None:
         print(f"{name:45} {seconds:7.1f} s   {peak() - at_start:6.2f} GB")
         return outcome
 
-    reading = step("read", own_data.read_comparisons, path, about_users=["annotator_*"])
+    reading = step("read", own_reading.read_comparisons, path, about_users=["annotator_*"])
     comparisons = reading.comparisons
-    groups = step("group", own_data.group_numbers, comparisons)
-    comparisons, _ = step("split", own_data.split_comparisons, comparisons, groups, 0.2, 0)
-    step("keep users", own_data.users_to_keep, comparisons, groups, 2)
+    groups = step("group", own_split.group_numbers, comparisons)
+    comparisons, _ = step("split", own_split.split_comparisons, comparisons, groups, 0.2, 0)
+    step("keep users", own_split.users_to_keep, comparisons, groups, 2)
     reading.comparisons = comparisons
-    conversations, _ = step("conversations", own_data.number_conversations, comparisons)
-    step("digest", own_data.digest_of_data, comparisons, groups, reading.about_users)
+    conversations, _ = step("conversations", own_files.number_conversations, comparisons)
+    step("digest", own_files.digest_of_data, comparisons, groups, reading.about_users)
     step("equal conversations, as embedding looks", group_equal, conversations)
-    step("notes on what is odd", notes_on_comparisons, own_data.judged_of(comparisons))
+    step("notes on what is odd", notes_on_comparisons, own_split.judged_of(comparisons))
     print(
         f"{reading.rows:,} rows, {len(comparisons):,} comparisons, {len(conversations):,} "
         f"conversations, {int(groups.max()) + 1:,} groups"

@@ -1,0 +1,9 @@
+"""Counts in words."""
+
+
+def count_of(count: int, one: str, many: str | None = None) -> str:
+    """Such as "1 user" and "1,200 users"; many: what else than an s follows another number than 1.
+
+    The words may go on: count_of(n, "user is", "users are").
+    """
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
