@@ -91,6 +91,7 @@ def read_comparisons(
     source = open_source(data, about_users or [], hub_split)
     reading = Reading(source.kind, [], notes=source.notes)
     without_split = None  # the place of the first row without a split
+    contradictions: Counter[tuple[str, str]] = Counter()  # of the file's split and the row's own
     for split, rows in source.rows.items():
         located = parse_rows(itertools.islice(rows, limit), source.kind, source.kind.dataset)
         for place, row in located:
@@ -98,6 +99,9 @@ def read_comparisons(
             reading.rows += 1
             reading.comparisons += comparisons
             reading.left_out.update(left_out)
+            split_of_row = getattr(row, "split", None)
+            if split and split_of_row and split_of_row != split:
+                contradictions[split, split_of_row] += 1
             if comparisons and comparisons[0].split is None:
                 without_split = without_split or place
             users = {comparison.user for comparison in comparisons}
@@ -115,6 +119,11 @@ def read_comparisons(
             f"{data}: no comparison in {count_of(reading.rows, 'row')} ({counted(reading)}); give "
             "rows with a prompt and two answers, in one of the languages"
         )
+    reading.notes += [
+        f"{count_of(count, 'row says', 'rows say')} {split_of_row!r} in a file of {split}, whose "
+        "name counts"
+        for (split, split_of_row), count in contradictions.items()
+    ]
     reading.notes += notes_on_conversations(c.conversation for c in reading.comparisons)
     return reading
 
@@ -172,9 +181,15 @@ def open_source(data: Path, about_users: list[str], hub_split: str) -> Source:
 def kind_of(data: Path, columns: set[str]) -> type[Row]:
     """The kind of rows that files with these columns have.
 
-    PersonalRewardBench has the columns of own data, so a copy is known by the name of its folder.
+    PersonalRewardBench has the columns of own data, so a copy is known by the name of a folder that
+    it is in. The name may have more before it, as in the hub's cache.
     """
-    named = [kind for name, kind in PUBLIC.items() if Path(name).name == data.name]
+    folders = [part.casefold() for part in data.resolve().parts]
+    named = [
+        kind
+        for name, kind in PUBLIC.items()
+        if any(folder.endswith(Path(name).name.casefold()) for folder in folders)
+    ]
     return next(kind for kind in (*named, *KINDS) if kind.telltale <= columns)
 
 

@@ -66,6 +66,8 @@ def read(data: Path, limit: int | None) -> tuple[own_reading.Reading, np.ndarray
     )
     kind = reading.kind
     users = len({comparison.user for comparison in reading.comparisons})
+    if kind is not own_rows.OwnRow:
+        print(f"these are rows of {kind.dataset}")
     print(
         f"{count_of(reading.rows, 'row')}, {count_of(len(reading.comparisons), 'comparison')} by "
         f"{count_of(users, 'user')}; {own_reading.counted(reading)}"

@@ -197,7 +197,7 @@ def prepare_arguments(
         args.model = args.dir / STANDIN_FOLDER
         _make_demo_model(args.model, args.data)
     elif args.data:
-        args.label = args.data.name
+        args.label = Path(os.path.abspath(args.data)).name  # not absolute, "." has no name
     else:
         args.label = None
 

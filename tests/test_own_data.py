@@ -159,6 +159,21 @@ def test_rows_with_a_split_two_files_and_one_file_in_a_folder_give_the_same_pair
     assert sum(pair.split == "test" for pair in found[0]) == 240
 
 
+def test_a_row_that_contradicts_the_name_of_its_file_is_noted(rows, tmp_path):
+    write_rows(tmp_path / "train.jsonl", [{**row, "split": "train"} for row in rows[:5]])
+    write_rows(tmp_path / "test.jsonl", [{**row, "split": "dev"} for row in rows[5:7]] + rows[7:9])
+    reading = own_reading.read_comparisons(tmp_path)
+    assert reading.notes == ["2 rows say 'validation' in a file of test, whose name counts"]
+    assert [c.split for c in reading.comparisons] == ["train"] * 5 + ["test"] * 4
+
+
+def test_data_in_the_present_folder_have_its_name(monkeypatch, model, rows, tmp_path):
+    write_rows(tmp_path / "mine" / "all.jsonl", rows)
+    monkeypatch.chdir(tmp_path / "mine")
+    prepared(monkeypatch, model, ".", tmp_path / "out")
+    assert own_data.load_embeddings(tmp_path / "out").title == "mine"
+
+
 def test_messages_are_embedded_as_conversations_and_may_repeat_the_prompt(
     monkeypatch, model, tmp_path
 ):

@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -277,6 +278,28 @@ def bench_rows(split, count):
     ]
 
 
+@pytest.mark.parametrize(
+    "folder, is_bench",
+    [
+        ("prism_personalized_0125", True),
+        ("PRISM_personalized_0125", True),
+        ("prism_personalized_0125/data", True),
+        ("datasets--MichaelR207--prism_personalized_0125/snapshots/0a1b", True),
+        ("prism", False),
+    ],
+)
+def test_a_copy_of_personal_reward_bench_is_known_however_its_path_is_written(
+    monkeypatch, tmp_path, folder, is_bench
+):
+    (tmp_path / folder).mkdir(parents=True)
+    for split in ("train", "test"):
+        pd.DataFrame(bench_rows(split, 9)).to_parquet(tmp_path / folder / f"{split}.parquet")
+    monkeypatch.chdir(tmp_path / folder)
+    for path in (tmp_path / folder, Path("."), Path("train.parquet")):
+        reading = own_reading.read_comparisons(path)
+        assert reading.kind.all_users_are_seen == is_bench
+
+
 @pytest.mark.parametrize("source", ["hub", "folder"])
 def test_every_user_of_personal_reward_bench_is_seen_and_its_splits_stay(
     monkeypatch, capsys, model, tmp_path, source
@@ -291,6 +314,7 @@ def test_every_user_of_personal_reward_bench_is_seen_and_its_splits_stay(
         for split, rows in splits.items():
             pd.DataFrame(rows).to_parquet(data / f"{split}-00000-of-00001.parquet")
     call(monkeypatch, script("prepare"), "--data", data, "--model", model, "--dir", tmp_path)
+    assert "these are rows of PersonalRewardBench" in capsys.readouterr().out
     pairs = pd.read_parquet(tmp_path / own_files.PAIRS_FILE)
     assert pairs.split.value_counts().to_dict() == {"train": 9, "validation": 9, "test": 9}
     assert json.loads(pairs.prompt[0])[1] == assistant("Well.")
