@@ -94,7 +94,9 @@ def check_sequences(
 
     The error counts all such conversations, so that one repair is enough.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is None or context <= 0:  # some configs have -1 for no limit
+        context = math.inf
     vocabulary = model.get_input_embeddings().weight.shape[0]
     empty = []
     too_long = []

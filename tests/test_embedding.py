@@ -1,6 +1,7 @@
 """The reward model, its head, and embeddings, against one forward pass per conversation."""
 
 import copy
+import hashlib
 import json
 import math
 import os
@@ -503,6 +504,17 @@ def test_all_conversations_beyond_the_context_are_counted(reward_model, monkeypa
     many = [conversation("again?", "x " * 200)] * 1500  # equal ones are counted, too
     with input_error("1,500 of 1,540 conversations", ": 40, 41, 42, 43, 44, ..;", "again?"):
         embed_conversations([*map(conversations.__getitem__, [0] * 40), *many], model, tokenizer)
+
+
+@pytest.mark.parametrize("unlimited", [-1, 0])
+def test_a_context_that_the_config_does_not_limit_takes_every_length(
+    reward_model, monkeypatch, unlimited
+):
+    model, tokenizer = reward_model
+    conversations = [conversation("again?", "x " * 100)]
+    expected = embed_conversations(conversations, model, tokenizer)
+    monkeypatch.setattr(model.config, "max_position_embeddings", unlimited)
+    assert torch.equal(embed_conversations(conversations, model, tokenizer), expected)
 
 
 def test_texts_beyond_context_and_vocabulary_are_counted_in_one_line(checkpoint):
@@ -1461,7 +1473,7 @@ def test_identity_is_of_the_contents_and_says_which_part_differs(checkpoint, tmp
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     known = model_identity("model")
-    assert known.keys() == {"weights", "tokenizer"}
+    assert known.keys() == {"weights", "tokenizer", "backbone"}
     assert known == model_identity(folder) == model_identity(str(checkpoint))
 
     names = ("chat_template.jinja", "tokenizer_config.json")
@@ -1505,6 +1517,22 @@ def test_a_folder_that_is_called_as_the_hubs_is_known_by_its_contents(checkpoint
     folder = tmp_path / "blobs"
     shutil.copytree(checkpoint, folder)
     assert model_identity(folder) == model_identity(checkpoint)
+
+
+def test_a_download_in_the_hubs_cache_has_the_identity_of_a_local_copy(checkpoint, tmp_path):
+    """The hub names the blob of a large file by its SHA-256, that of a small one as git does."""
+    blobs = tmp_path / "blobs"
+    snapshot = tmp_path / "snapshots" / ("0" * 40)
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for path in checkpoint.iterdir():
+        content = path.read_bytes()
+        blob = blobs / hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        if path.suffix == ".safetensors":
+            blob = blobs / hashlib.sha256(content).hexdigest()
+        blob.write_bytes(content)
+        (snapshot / path.name).symlink_to(blob)
+    assert model_identity(snapshot) == model_identity(checkpoint)
 
 
 def test_a_checkpoint_in_the_hubs_cache_is_found_offline_and_named_by_its_blobs(
