@@ -188,6 +188,8 @@ def model_fingerprint(model: "PreTrainedModel", cache_dir: str | Path | None) ->
     """A digest of what a model's states depend on, besides the tokens.
 
     The weights are a part of it only if states are kept, in `cache_dir`: reading them takes time.
+    Of transformers' version it has the first two numbers: a model's code may change between these,
+    while a release such as 5.23.1 repairs what fails, and need not cost a night's work.
     """
     checkpoint = getattr(model, "reward_checkpoint", None)
     settings = model.config.to_dict()
@@ -199,6 +201,7 @@ def model_fingerprint(model: "PreTrainedModel", cache_dir: str | Path | None) ->
         model.config._attn_implementation,
         model.device.type,
         torch.__version__,
+        transformers_version(),
         settings,
     ]
     if checkpoint and cache_dir:
@@ -213,6 +216,24 @@ def model_fingerprint(model: "PreTrainedModel", cache_dir: str | Path | None) ->
             digest.update(f"{name} {len(values)}".encode())
             digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def transformers_version() -> str:
+    """The first two numbers of transformers' version, such as "5.23"."""
+    from transformers import __version__
+
+    return ".".join(__version__.split(".")[:2])
+
+
+def say_if_nothing_is_kept(cache_dir: Path, folder: Path) -> None:
+    """Print a line if the cache has embeddings, and none for this model and way of computing."""
+    kept = {path.parent for path in cache_dir.glob("*/*.safetensors")}
+    if kept and folder not in kept and process_rank() == 0:
+        print(
+            f"note: what {cache_dir} keeps is of another model, device, setting or version than "
+            f"this run's (torch {torch.__version__}, transformers {transformers_version()}), so "
+            "all embeddings are computed"
+        )
 
 
 def shard_path(folder: Path, sequences: list[bytes]) -> Path:
@@ -344,8 +365,9 @@ def embed_distinct(
 ) -> DistinctEmbeddings:
     """As `embed_conversations`, but equal conversations share a row of what is returned.
 
-    The record is a dict of JSON values: device, torch, attention, dtype, token_budget, date (of
-    the chat template) and the fields of `lore.batching_trial.BatchingTrial`.
+    The record is a dict of JSON values: device, torch, transformers, attention, dtype,
+    token_budget, date (of the chat template) and the fields of
+    `lore.batching_trial.BatchingTrial`.
     """
     settings = dict(
         token_budget=token_budget,
@@ -377,6 +399,7 @@ def embed_distinct(
     fingerprint = model_fingerprint(model, cache_dir)
     folder = Path(cache_dir, fingerprint[:16]) if cache_dir else None
     if folder:
+        say_if_nothing_is_kept(Path(cache_dir), folder)
         check_writable(folder)
     trial = known_batching(model, sequences, fingerprint, folder)
 
@@ -393,6 +416,7 @@ def embed_distinct(
     record = dict(
         device=torch.cuda.get_device_name(model.device) if on_gpu else "cpu",
         torch=torch.__version__,
+        transformers=transformers_version(),
         attention=model.config._attn_implementation,
         dtype=str(model.dtype),
         token_budget=budget,

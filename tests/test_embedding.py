@@ -7,6 +7,7 @@ import math
 import os
 import random
 import shutil
+import sys
 import time
 
 import numpy as np
@@ -830,6 +831,28 @@ def test_a_changed_model_does_not_hit_the_cache(reward_model, checkpoint, tmp_pa
     assert batches == 0
 
 
+def test_another_minor_version_of_transformers_does_not_hit_the_cache_and_that_is_said(
+    reward_model, tmp_path, monkeypatch, capsys
+):
+    conversations = ragged_conversations(2)
+
+    def embed_as(version):
+        # transformers replaces its own module, so the one imported above may be an older object.
+        monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
+        capsys.readouterr()
+        _, batches = embed_with_cache(conversations, reward_model, tmp_path)
+        return batches, capsys.readouterr().out
+
+    batches, printed = embed_as("5.90.0")
+    assert (batches > 0, printed) == (True, "")
+    assert embed_as("5.90.1.dev0") == (0, "")
+    batches, printed = embed_as("5.91.0")
+    assert batches > 0
+    (line,) = printed.splitlines()
+    for text in (str(tmp_path), torch.__version__, "5.91"):
+        assert text in line
+
+
 def test_damaged_shard_is_made_again(reward_model, tmp_path):
     conversations = ragged_conversations(4)
     embeddings, _ = embed_with_cache(conversations, reward_model, tmp_path)
@@ -1291,6 +1314,7 @@ def test_embeddings_come_with_a_record_of_what_they_depend_on(reward_model):
     expected = {
         "device": "cpu",
         "torch": torch.__version__,
+        "transformers": ".".join(transformers.__version__.split(".")[:2]),
         "attention": "sdpa",
         "dtype": "torch.float32",
         "token_budget": 77,
