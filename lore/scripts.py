@@ -75,8 +75,8 @@ def run_script(main: Callable[[], None]) -> None:
         sys.stdout.flush()
     except KeyboardInterrupt:
         _end(
-            "interrupted: finished files and embeddings are kept, run the same command again to "
-            "resume",
+            "interrupted: finished files, finished embeddings and a training up to its last minute "
+            "are kept; run the same command again to resume",
             status=130,
         )
     except (InputError, torch.cuda.OutOfMemoryError) as error:
