@@ -76,7 +76,7 @@ def notes_on_repeats(label: str, keys: Iterable) -> list[str]:
     """
     keys = list(keys)
     repeats = len(keys) - len(set(keys))
-    return [f"{label}: {repeats:,} are there already, word for word"] if repeats else []
+    return [f"{label}: {repeats:,} repeat an earlier one word for word"] if repeats else []
 
 
 def notes_on_overlap(things: str, splits: dict[str, list]) -> list[str]:

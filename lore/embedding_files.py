@@ -46,6 +46,7 @@ EARLIER = "earlier"
 
 # How an error names the parts of an identity whose own names explain too little
 NAMES_OF_PARTS = {
+    "data": "data or another selection of them by a setting such as --limit",
     "weights": "weights or config",
     "backbone": "weights or config",  # whose digest differs then, too
     "tokenizer": "tokenizer or chat template",

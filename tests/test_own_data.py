@@ -430,7 +430,7 @@ def test_prompts_that_are_equal_to_a_reader_are_on_one_side_and_stay_as_they_are
 
 NOTES = [
     "all: both answers of 2 pairs began with the text of their prompt, which is left out of them",
-    "rows of train: 1 are there already, word for word",
+    "rows of train: 1 repeat an earlier one word for word",
     "train: 1 answers look the same as another one to their prompt: they differ only in white "
     "space or in how Unicode writes them",
     "rejected answers of the pairs in train: 1 are lists or objects printed as text, and are taken "

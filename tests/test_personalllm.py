@@ -480,7 +480,7 @@ def test_vary_fewshot_writes_curves_as_far_as_the_users_go(monkeypatch, capsys, 
     ]
     assert (embeddings / "results" / "vary_fewshot.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
-    assert "Shots : 30\n" in out and "from 61 pairs on" in out
+    assert "Shots : 30\n" in out and "has more than 60 pairs" in out
 
 
 # ---- prepare.py
@@ -593,7 +593,7 @@ def test_what_is_odd_in_prompts_and_responses_is_said_once_and_kept(
     write_rows(data / "test.jsonl", test)
     prepare(monkeypatch, data, ran.model, tmp_path)
     notes = [
-        "prompts of train: 1 are there already, word for word",
+        "prompts of train: 1 repeat an earlier one word for word",
         "test: 1 answers look the same as another one to their prompt: they differ only in white "
         "space or in how Unicode writes them",
         "responses of test: 1 are lists or objects printed as text, and are taken as texts",

@@ -651,7 +651,7 @@ TRAIN, TEST = ordinary(0), ordinary(12)
         (
             [*TRAIN, TRAIN[3], TRAIN[3]._replace(prompt=" Question  3?")],
             TEST,
-            "rows of train: 2 are there already",
+            "rows of train: 2 repeat an earlier one",
         ),
         (TRAIN, [*TEST, TRAIN[4], TRAIN[5]], "2 of 14 rows of test are also in train"),
         (
