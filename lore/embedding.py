@@ -80,7 +80,9 @@ def distinct_sequences(
 
     conversations_of = {}
     for group, numbers in enumerate(groups):
-        sequence = shares[group % ranks][group // ranks]
+        # The processes took turns: each tokenized every `ranks`-th group.
+        tokenized = shares[group % ranks]
+        sequence = tokenized[group // ranks]
         conversations_of.setdefault(sequence, []).extend(numbers)
     return dict(sorted(conversations_of.items()))
 
@@ -299,8 +301,10 @@ class EmbeddingTable:
         Raises InputError: states that are not finite.
         """
         if not is_finite(states):
-            broken = sequences[int(states.isfinite().all(1).int().argmin())]
-            conversation = self.conversations[self.conversations_of[broken][0]]
+            is_broken = ~states.isfinite().all(1)  # (len(sequences),)
+            broken = sequences[int(is_broken.nonzero()[0])]
+            first_number = self.conversations_of[broken][0]
+            conversation = self.conversations[first_number]
             raise InputError(
                 f"the model gives the conversation {quoted(conversation)} NaN or infinite values "
                 f"in {states.dtype}; leave it out, or check the model"
@@ -384,7 +388,8 @@ def embed_distinct(
     if not conversations:
         raise InputError("no conversations to embed; give at least one")
     # Processes share the work through the cache folder. Without one, each does all of it.
-    rank, ranks = (process_rank(), process_count()) if cache_dir else (0, 1)
+    rank = process_rank() if cache_dir else 0
+    ranks = process_count() if cache_dir else 1
 
     if tokenizer is None:
         tokenizer = load_tokenizer(getattr(model, "reward_checkpoint", model))
@@ -404,7 +409,9 @@ def embed_distinct(
     trial = known_batching(model, sequences, fingerprint, folder)
 
     on_gpu = model.device.type == "cuda"
-    budget = token_budget or (GPU_TOKEN_BUDGET if on_gpu else CPU_TOKEN_BUDGET)
+    budget = token_budget
+    if budget is None:
+        budget = GPU_TOKEN_BUDGET if on_gpu else CPU_TOKEN_BUDGET
     table = EmbeddingTable(conversations, conversations_of, dtype)
     parts = [sequences[n : n + shard_size] for n in range(0, len(sequences), shard_size)]
     compute_shards(parts[rank::ranks], folder, table, model, trial.batching, budget, batch_size)
