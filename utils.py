@@ -440,17 +440,16 @@ def _as_matrix(
     X: Any, what: str, rows: int | None = None, columns: int | None = None
 ) -> torch.Tensor | Pairs:
     """`check_matrix`, but for NaN and infinite values: the numbers are not looked at."""
+    given = type(X).__name__
     if isinstance(X, Pairs):
-        table = X.embeddings
+        is_real = _is_real(X.embeddings)
     else:
-        table = _as_tensor(X)
-    if table is None or table.is_complex() or table.dtype == torch.bool:
+        X = _as_float32(X)
+        is_real = X is not None
+    if not is_real:
         raise InputError(
-            f"{what}: {type(X).__name__} where a matrix of numbers should be; give a float32 tensor"
+            f"{what}: {given} where a matrix of numbers should be; give a float32 tensor"
         )
-    if not isinstance(X, Pairs):
-        table = table.float()
-        X = table
     fits = len(X.shape) == 2 and 0 not in X.shape
     if not fits or rows not in (None, X.shape[0]) or columns not in (None, X.shape[1]):
         raise InputError(
@@ -466,14 +465,40 @@ def _check_finite(features: list[torch.Tensor | Pairs], what: str) -> None:
         raise InputError(f"{what}: NaN or infinite values; leave them out, or make them again")
 
 
-def _as_tensor(values: Any) -> torch.Tensor | None:
-    """A dense tensor of the values, without a gradient; None if they are no numbers."""
+def _as_float32(values: Any) -> torch.Tensor | None:
+    """A float32 tensor of the values, dense and without a gradient; None if they are no numbers."""
     try:
-        tensor = torch.as_tensor(values).detach()
+        tensor = _tensor_of_lists(values).detach()
     except (TypeError, ValueError, RuntimeError):
         return None
-    is_dense = tensor.layout == torch.strided and not tensor.is_meta
-    return tensor if is_dense else None
+    is_dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_meta
+    if not is_dense or tensor.is_quantized or not _is_real(tensor):
+        return None
+    try:
+        return tensor.float()
+    except NotImplementedError:  # a number format that torch only stores
+        return None
+
+
+def _is_real(tensor: torch.Tensor) -> bool:
+    """Whether these are numbers, and not complex ones."""
+    return not tensor.is_complex() and tensor.dtype != torch.bool
+
+
+def _tensor_of_lists(values: Any) -> torch.Tensor:
+    """What `torch.as_tensor` makes of the values; lists in them may be in lists, but no deeper.
+
+    A few bytes of a pickle are lists in lists with billions of numbers, if each list is twice in
+    the next one. Raises TypeError: lists are nested deeper; and what torch raises.
+    """
+    depth = 0
+    first = values
+    while depth < 3 and isinstance(first, (list, tuple)) and first:
+        depth += 1
+        first = first[0]
+    if depth == 3:
+        raise TypeError("lists in lists in lists where a matrix of numbers should be")
+    return torch.as_tensor(values)
 
 
 def check_features(
@@ -2280,8 +2305,8 @@ def turn_pairs(row: dict) -> torch.Tensor:
     Raises InputError: the embeddings differ in width.
     """
     info = row["extra_info"]
-    chosen = torch.as_tensor(info["chosen_conv_embedding"]).float().reshape(1, -1)
-    rejected = torch.as_tensor(info["rejected_conv_embedding"]).float()
+    chosen = _tensor_of_lists(info["chosen_conv_embedding"]).float().reshape(1, -1)
+    rejected = _tensor_of_lists(info["rejected_conv_embedding"]).float()
     d = chosen.shape[1]
     if rejected.shape[-1:] != (d,):
         raise InputError(

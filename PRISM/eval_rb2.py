@@ -30,11 +30,11 @@ import torch
 from pydantic import BaseModel, Field, StrictStr
 
 import prism
+from lore.basis import check_same_model
 from lore.embedding import embed_conversations
 from lore.files import (
     atomic_write,
     check_writable,
-    digest_of,
     load_json,
     load_pickle,
     load_tensors,
@@ -350,14 +350,46 @@ def find_model(path: Path) -> Path:
     raise InputError(f"{path}: {problem}; give the file of a model, {folder} has {listed}")
 
 
-def read_matrix(path: Path, names: list[str], what: str) -> torch.Tensor:
-    """Read a matrix from a .pt, .npy or .safetensors file: float32, of two dimensions.
+class ModelFile(NamedTuple):
+    """What is in the file of a model, which is read once."""
+
+    path: Path
+    content: Any  # a tensor, or a dict of tensors by name; of a .pt file whatever it holds
+    provenance: dict[str, Any] | None  # None for files that say nothing of themselves
+
+
+def read_model_file(path: Path) -> ModelFile:
+    """Read a .pt, .npy or .safetensors file; only the last one says what it was learnt from.
+
+    Raises InputError: damaged, or provenance of another shape.
+    """
+    if path.suffix == ".safetensors":
+        return ModelFile(path, *load_tensors(path, identity=dict[str, Any] | None))
+    if path.suffix == ".npy":
+        return ModelFile(path, _read_array(path), None)
+    return ModelFile(path, load_pickle(path), None)
+
+
+def _read_array(path: Path) -> torch.Tensor:
+    """The numbers in a .npy file. Raises InputError: there are none."""
+    try:
+        array = np.load(path, allow_pickle=False)
+        own_order = array.dtype.newbyteorder("=")  # the file may be of a machine of another order
+        return torch.from_numpy(array.astype(own_order, copy=False))
+    except Exception as error:  # numpy has a class for each kind of damage
+        raise InputError(
+            f"{path}: no array of numbers ({error}); save it with numpy.save"
+        ) from None
+
+
+def matrix_in(file: ModelFile, names: list[str], what: str) -> torch.Tensor:
+    """The matrix in a file: float32, of two dimensions.
 
     names: of a file of several tensors take the first of these that it holds. what: "head" or
     "user weights", for messages. A vector becomes a matrix of one column.
     Raises InputError: none of the names in it, not a finite matrix of numbers.
     """
-    content = _read_content(path)
+    content = file.content
     if isinstance(content, dict):
         held_names = [name for name in names if name in content]
         if len(content) == 1:
@@ -367,105 +399,99 @@ def read_matrix(path: Path, names: list[str], what: str) -> torch.Tensor:
             if what != "head":
                 remedy = f"give a file with the {what}"
             raise InputError(
-                f"{path}: holds {', '.join(map(str, content))}, and none of {', '.join(names)}; "
-                f"{remedy}"
+                f"{file.path}: holds {', '.join(map(str, content))}, and none of "
+                f"{', '.join(names)}; {remedy}"
             )
         content = content[held_names[0]]
     if isinstance(content, torch.Tensor) and content.ndim == 1:
         content = content.reshape(-1, 1)
-    return check_matrix(content, f"{path}, {what}")
+    return check_matrix(content, f"{file.path}, {what}")
 
 
-def _read_content(path: Path) -> Any:
-    """The tensor in a file, or a dict of its tensors; of a .pt file whatever it holds."""
-    if path.suffix == ".safetensors":
-        return load_tensors(path)[0]
-    if path.suffix != ".npy":
-        return load_pickle(path)
-    try:
-        return torch.from_numpy(np.load(path, allow_pickle=False))
-    except Exception as error:  # numpy has a class for each kind of damage
-        raise InputError(
-            f"{path}: no array of numbers ({error}); save it with numpy.save"
-        ) from None
+def check_learnt_on(file: ModelFile, model_name: str) -> None:
+    """Raise InputError if the file says that it was learnt with another model's embeddings."""
+    identity = (file.provenance or {}).get("identity") or {}
+    check_same_model(str(file.path), model_name, identity, identity.get("model"))
 
 
-def read_heads(path: Path | None, key: str | None, model_name: str, d: int) -> torch.Tensor:
-    """The reward vectors to score with, float32 `[d, K]`: those in a file, or the model's own head.
+def heads_in(file: ModelFile, key: str | None, model_name: str, d: int) -> torch.Tensor:
+    """The reward vectors in a file, float32 `[d, K]`.
 
     key: the name of the tensor in the file. d: the width of the model's states.
-    Raises InputError: unreadable, of another width, or learnt from another model.
+    Raises InputError: no matrix, of another width, or learnt from another model.
     """
-    if path is None:
-        heads = load_reward_head(model_name)
-    else:
-        names = [key] if key else ["V", "reward_head", "score.weight"]
-        heads = read_matrix(path, names, "head")
-        check_same_model(path, model_name)
+    heads = matrix_in(file, [key] if key else ["V", "reward_head", "score.weight"], "head")
+    check_learnt_on(file, model_name)
     if heads.shape == (1, d):  # a score.weight
         heads = heads.T
     if heads.shape[0] != d:
         raise InputError(
-            f"{path}: a matrix of shape {tuple(heads.shape)}, and {model_name} has d = {d}; it "
-            "should be [d, K]"
+            f"{file.path}: a matrix of shape {tuple(heads.shape)}, and {model_name} has d = {d}; "
+            "it should be [d, K]"
         )
     return heads
 
 
-def read_user_weights(path: Path, model_name: str, K: int) -> torch.Tensor:
+def user_weights_in(file: ModelFile, model_name: str, K: int) -> torch.Tensor:
     """The weights of users over the K heads, float32 `[users, K]`.
 
-    Raises InputError: unreadable, not shares of 1 for K columns, or learnt from another model.
+    Raises InputError: no matrix, not shares of 1 for K columns, or learnt from another model.
     """
-    weights = read_matrix(path, ["W", "W_unseen"], "user weights")
-    check_same_model(path, model_name)
+    weights = matrix_in(file, ["W", "W_unseen"], "user weights")
+    check_learnt_on(file, model_name)
     sums = weights.sum(1)
     if weights.shape[1] != K or (weights < 0).any() or ((sums - 1).abs() > 1e-2).any():
         raise InputError(
-            f"{path}: weights of shape {tuple(weights.shape)} for {K} columns; they should be "
+            f"{file.path}: weights of shape {tuple(weights.shape)} for {K} columns; they should be "
             "[users, K], shares of 1 in each row"
         )
     return weights
 
 
-def read_provenance(path: Path) -> dict[str, Any] | None:
-    """What a safetensors file says of itself; None for other files, which say nothing."""
-    if path.suffix != ".safetensors":
-        return None
-    return load_tensors(path, identity=dict[str, Any] | None)[1]
-
-
-def check_same_model(path: Path, model_name: str) -> None:
-    """Raise InputError if the file says that it was learnt with another model's embeddings."""
-    provenance = read_provenance(path) or {}
-    identity = provenance.get("identity") or {}
-    digest = identity.get("reward_head")
-    if digest is not None and digest != digest_of(load_reward_head(model_name).tolist()):
-        raise InputError(
-            f"{path}: learnt from embeddings of {identity.get('model')}, whose reward head is not "
-            f"that of {model_name}; give --model the one it was learnt from"
-        )
-
-
-def check_same_fit(heads: torch.Tensor, heads_path: Path | None, weights_path: Path) -> None:
+def check_same_fit(heads: torch.Tensor, heads_file: ModelFile, weights_file: ModelFile) -> None:
     """Raise InputError if the weights are of another fit than the heads, as far as this shows.
 
-    heads: `[d, K]`, as read from `heads_path`.
+    heads: `[d, K]`, as read from `heads_file`.
     """
-    of_weights = read_provenance(weights_path)
-    if heads_path is None or of_weights is None:
+    if weights_file.provenance is None:
         return
     # Rank, alpha and seed are not enough, as a run on other data may have the same. A file of
     # weights holds the basis that they belong to.
-    V = load_tensors(weights_path)[0].get("V")
+    V = weights_file.content.get("V")
     differ = V is not None and not torch.equal(V.float(), heads)
-    of_heads = read_provenance(heads_path)
-    if of_heads is not None:
-        differ |= any(of_heads.get(key) != of_weights.get(key) for key in ("K", "alpha", "seed"))
+    if heads_file.provenance is not None:
+        differ |= any(
+            heads_file.provenance.get(key) != weights_file.provenance.get(key)
+            for key in ("K", "alpha", "seed")
+        )
     if differ:
         raise InputError(
-            f"{weights_path}: weights of another fit than {heads_path}; give the same file twice"
+            f"{weights_file.path}: weights of another fit than {heads_file.path}; give the same "
+            "file twice"
         )
+
+
+def read_rewards(args: argparse.Namespace, d: int) -> tuple[torch.Tensor, np.ndarray | None]:
+    """The heads to score with, float32 `[d, K]`, and users' weights, float64 `[users, K]` or None.
+
+    The heads are those of --rm_head, or the model's own head. d: the width of the model's states.
+    """
+    if args.rm_head is None:
+        heads_file = None
+        heads = load_reward_head(args.model)
+    else:
+        heads_file = read_model_file(args.rm_head)
+        heads = heads_in(heads_file, args.head_key, args.model, d)
+    if args.user_weights is None:
+        return heads, None
+
+    weights_file = heads_file
+    if args.user_weights != args.rm_head:
+        weights_file = read_model_file(args.user_weights)
+    weights = user_weights_in(weights_file, args.model, K=heads.shape[1])
+    if heads_file is not None:
+        check_same_fit(heads, heads_file, weights_file)
+    return heads, weights.double().numpy()
 
 
 def main() -> None:
@@ -490,12 +516,7 @@ def main() -> None:
         tokenizer_name=args.tokenizer,
         trust_remote_code=args.trust_remote_code,
     )
-    heads = read_heads(args.rm_head, args.head_key, args.model, model.config.hidden_size)
-    weights = None
-    if args.user_weights is not None:
-        weights = read_user_weights(args.user_weights, args.model, K=heads.shape[1])
-        check_same_fit(heads, args.rm_head, args.user_weights)
-        weights = weights.double().numpy()
+    heads, weights = read_rewards(args, model.config.hidden_size)
 
     conversations = [
         [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": answer}]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lore.checkpoint import backbone_digest, download, inspect_checkpoint
 from lore.files import digest_of, load_tensors
 from lore.reward_model import load_reward_head
 from utils import InputError, check_matrix, process_rank
@@ -45,25 +46,42 @@ def load_basis(
                 f"about: {name} = {run_info[name]!r:.100}; give the dict of results.json, or "
                 "metadata of a file results/K_<rank>.safetensors"
             )
-    _check_same_model(model_name, run_info)
+    identity = run_info.get("identity") or {}
+    if identity.get("reward_head") is None and process_rank() == 0:
+        print(
+            "note: nothing says on which model V was learnt, so this is not checked; give its "
+            "file results/K_<rank>.safetensors in place of V, or the file's metadata as about"
+        )
+    check_same_model("V", model_name, identity, (run_info.get("config") or {}).get("model"))
     return V, run_info
 
 
-def _check_same_model(model_name: str | Path, run_info: dict[str, Any]) -> None:
-    """Raise InputError if a basis was learnt on another model, by the digest of its reward head."""
-    digest = (run_info.get("identity") or {}).get("reward_head")
-    if digest is None:
-        if process_rank() == 0:
-            print(
-                "note: nothing says on which model V was learnt, so this is not checked; give its "
-                "file results/K_<rank>.safetensors in place of V, or the file's metadata as about"
-            )
-    elif digest != digest_of(load_reward_head(model_name).tolist()):
-        learnt_on = (run_info.get("config") or {}).get("model")
-        raise InputError(
-            f"V was learnt on another model than {model_name}, as the reward heads differ; give "
-            f"the model of this basis ({learnt_on!r:.200})"
-        )
+def check_same_model(
+    what: str, model_name: str | Path, identity: dict[str, Any], learnt_on: Any
+) -> None:
+    """Raise InputError if a basis was learnt on another model than the one it is used with.
+
+    Reward heads are compared first, as one can be read before a large model is downloaded. Models
+    with one head can differ below it: a checkpoint that was trained further with its head frozen,
+    or the base of a merged adapter.
+    what: begins the message: "V", or the file of the basis. learnt_on: the name of its model.
+    identity: that of the embeddings it was learnt on, see `lore.embedding_files`. What it does not
+        hold is not compared: the identities of earlier versions have no "backbone".
+    """
+    head = identity.get("reward_head")
+    backbone = identity.get("backbone")
+    if head is not None and head != digest_of(load_reward_head(model_name).tolist()):
+        different = "reward heads"
+    elif backbone is not None and backbone != backbone_digest(
+        download(inspect_checkpoint(model_name))
+    ):
+        different = "weights below equal reward heads"
+    else:
+        return
+    raise InputError(
+        f"{what} was learnt on another model than {model_name}, as the {different} differ; give "
+        f"the model of this basis ({learnt_on!r:.200})"
+    )
 
 
 def check_rank(V: torch.Tensor, run_info: dict[str, Any]) -> None:

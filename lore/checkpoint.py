@@ -19,7 +19,7 @@ from typing import Any
 import safetensors
 import torch
 
-from lore.files import ARCHIVES, READING_ERRORS, parse_json_object, printable
+from lore.files import ARCHIVES, READING_ERRORS, digest_of, parse_json_object, printable
 from utils import InputError
 
 CONFIG = "config.json"
@@ -449,11 +449,11 @@ def _check_shards_beside_are_equal(what: str, folder: Path) -> None:
     """
     try:
         files = sorted(set(_read_index(what, folder / SHARD_INDEX)["weight_map"].values()))
-        shards = _first_numbers(folder, files)
+        shards = _digest_of_sample(safetensors.safe_open(folder / file, "pt") for file in files)
     except (InputError, *READING_ERRORS):
         return
     try:
-        single = _first_numbers(folder, [SINGLE_FILE])
+        single = _digest_of_sample([safetensors.safe_open(folder / SINGLE_FILE, "pt")])
     except READING_ERRORS:
         return  # damaged: who opens it says so
     if single != shards:
@@ -463,18 +463,42 @@ def _check_shards_beside_are_equal(what: str, folder: Path) -> None:
         )
 
 
-def _first_numbers(folder: Path, files: Iterable[str]) -> dict[str, tuple[Any, ...]]:
-    """The name of each tensor -> its number format, shape and first row, up to 64 numbers."""
-    found = {}
+def backbone_digest(checkpoint: Checkpoint) -> str:
+    """A digest of all weights but the reward head, by a sample of the numbers of each tensor.
+
+    It takes no longer for large tensors, and depends on the numbers alone: a download, a local copy
+    of it, other shards or a copy in a wider number format have the same. A model that was trained
+    further has another, as training changes all rows of a matrix; a model with a few edited rows
+    may not. Config and tokenizer are no part of it.
+    checkpoint: of `download`. Raises InputError: its weights are not in safetensors format, or
+    damaged.
+    """
+    files = (open_safetensors(checkpoint, file) for file in checkpoint.weight_files)
+    return _digest_of_sample(files, with_head=False)
+
+
+def _digest_of_sample(files: Iterable[safetensors.safe_open], with_head: bool = True) -> str:
+    """A digest of the name, shape and first numbers, up to 64, of each tensor in opened files."""
+    sample = {}
     for file in files:
-        opened = safetensors.safe_open(folder / file, "pt")
-        for name in opened.keys():
-            part = opened.get_slice(name)
-            shape = tuple(part.get_shape())
-            row = part[:1] if shape else opened.get_tensor(name)
-            numbers = row.flatten()[:64].contiguous().view(torch.uint8)
-            found[name] = (part.get_dtype(), shape, tuple(numbers.tolist()))
-    return found
+        names = set(file.keys())
+        if not with_head:
+            names -= set(head_names(names))
+        for name in names:
+            tensor = file.get_slice(name)
+            shape = tensor.get_shape()
+            if not shape:
+                numbers = file.get_tensor(name).reshape(1)
+            elif len(shape) == 1:
+                numbers = tensor[:64]
+            else:
+                numbers = tensor[:1].flatten()[:64]
+            if numbers.dtype in PLAIN_FORMATS.values():
+                numbers = numbers.double()  # equal numbers are equal in all these formats
+            else:
+                numbers = numbers.contiguous().view(torch.uint8)
+            sample[name] = [shape, numbers.tolist()]
+    return digest_of(dict(sorted(sample.items())))
 
 
 # ---- Loading

@@ -167,7 +167,7 @@ def toss(features: Features, pairs: Iterable[Identity]) -> Iterator[torch.Tensor
 
 
 def tossed_deviation(pairs: list[Identity]) -> float:
-    """The most that chance makes the standard deviation of the mean accuracy on tossed test pairs.
+    """The most that chance makes the standard deviation of the mean accuracy on flipped test pairs.
 
     pairs: the identity of each user's test pairs, none of which is in the training. Whatever the
     model, it then predicts a pair with probability one half. Different pairs are independent. A

@@ -80,7 +80,9 @@ def distinct_sequences(
 
     conversations_of = {}
     for group, numbers in enumerate(groups):
-        sequence = shares[group % ranks][group // ranks]
+        # The processes took turns: each tokenized every `ranks`-th group.
+        tokenized = shares[group % ranks]
+        sequence = tokenized[group // ranks]
         conversations_of.setdefault(sequence, []).extend(numbers)
     return dict(sorted(conversations_of.items()))
 
@@ -94,7 +96,9 @@ def check_sequences(
 
     The error counts all such conversations, so that one repair is enough.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is None or context <= 0:  # some configs have -1 for no limit
+        context = math.inf
     vocabulary = model.get_input_embeddings().weight.shape[0]
     empty = []
     too_long = []
@@ -186,6 +190,8 @@ def model_fingerprint(model: "PreTrainedModel", cache_dir: str | Path | None) ->
     """A digest of what a model's states depend on, besides the tokens.
 
     The weights are a part of it only if states are kept, in `cache_dir`: reading them takes time.
+    Of transformers' version it has the first two numbers: a model's code may change between these,
+    while a release such as 5.23.1 repairs what fails, and need not cost a night's work.
     """
     checkpoint = getattr(model, "reward_checkpoint", None)
     settings = model.config.to_dict()
@@ -197,6 +203,7 @@ def model_fingerprint(model: "PreTrainedModel", cache_dir: str | Path | None) ->
         model.config._attn_implementation,
         model.device.type,
         torch.__version__,
+        transformers_version(),
         settings,
     ]
     if checkpoint and cache_dir:
@@ -211,6 +218,24 @@ def model_fingerprint(model: "PreTrainedModel", cache_dir: str | Path | None) ->
             digest.update(f"{name} {len(values)}".encode())
             digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def transformers_version() -> str:
+    """The first two numbers of transformers' version, such as "5.23"."""
+    from transformers import __version__
+
+    return ".".join(__version__.split(".")[:2])
+
+
+def say_if_nothing_is_kept(cache_dir: Path, folder: Path) -> None:
+    """Print a line if the cache has embeddings, and none for this model and way of computing."""
+    kept = {path.parent for path in cache_dir.glob("*/*.safetensors")}
+    if kept and folder not in kept and process_rank() == 0:
+        print(
+            f"note: what {cache_dir} keeps is of another model, device, setting or version than "
+            f"this run's (torch {torch.__version__}, transformers {transformers_version()}), so "
+            "all embeddings are computed"
+        )
 
 
 def shard_path(folder: Path, sequences: list[bytes]) -> Path:
@@ -276,8 +301,10 @@ class EmbeddingTable:
         Raises InputError: states that are not finite.
         """
         if not is_finite(states):
-            broken = sequences[int(states.isfinite().all(1).int().argmin())]
-            conversation = self.conversations[self.conversations_of[broken][0]]
+            is_broken = ~states.isfinite().all(1)  # (len(sequences),)
+            broken = sequences[int(is_broken.nonzero()[0])]
+            first_number = self.conversations_of[broken][0]
+            conversation = self.conversations[first_number]
             raise InputError(
                 f"the model gives the conversation {quoted(conversation)} NaN or infinite values "
                 f"in {states.dtype}; leave it out, or check the model"
@@ -342,8 +369,9 @@ def embed_distinct(
 ) -> DistinctEmbeddings:
     """As `embed_conversations`, but equal conversations share a row of what is returned.
 
-    The record is a dict of JSON values: device, torch, attention, dtype, token_budget, date (of
-    the chat template) and the fields of `lore.batching_trial.BatchingTrial`.
+    The record is a dict of JSON values: device, torch, transformers, attention, dtype,
+    token_budget, date (of the chat template) and the fields of
+    `lore.batching_trial.BatchingTrial`.
     """
     settings = dict(
         token_budget=token_budget,
@@ -360,7 +388,8 @@ def embed_distinct(
     if not conversations:
         raise InputError("no conversations to embed; give at least one")
     # Processes share the work through the cache folder. Without one, each does all of it.
-    rank, ranks = (process_rank(), process_count()) if cache_dir else (0, 1)
+    rank = process_rank() if cache_dir else 0
+    ranks = process_count() if cache_dir else 1
 
     if tokenizer is None:
         tokenizer = load_tokenizer(getattr(model, "reward_checkpoint", model))
@@ -375,11 +404,14 @@ def embed_distinct(
     fingerprint = model_fingerprint(model, cache_dir)
     folder = Path(cache_dir, fingerprint[:16]) if cache_dir else None
     if folder:
+        say_if_nothing_is_kept(Path(cache_dir), folder)
         check_writable(folder)
     trial = known_batching(model, sequences, fingerprint, folder)
 
     on_gpu = model.device.type == "cuda"
-    budget = token_budget or (GPU_TOKEN_BUDGET if on_gpu else CPU_TOKEN_BUDGET)
+    budget = token_budget
+    if budget is None:
+        budget = GPU_TOKEN_BUDGET if on_gpu else CPU_TOKEN_BUDGET
     table = EmbeddingTable(conversations, conversations_of, dtype)
     parts = [sequences[n : n + shard_size] for n in range(0, len(sequences), shard_size)]
     compute_shards(parts[rank::ranks], folder, table, model, trial.batching, budget, batch_size)
@@ -391,6 +423,7 @@ def embed_distinct(
     record = dict(
         device=torch.cuda.get_device_name(model.device) if on_gpu else "cpu",
         torch=torch.__version__,
+        transformers=transformers_version(),
         attention=model.config._attn_implementation,
         dtype=str(model.dtype),
         token_budget=budget,

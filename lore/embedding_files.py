@@ -45,7 +45,12 @@ FILES_WITH_IDENTITY = ("results.json", "vary_fewshot.json", "vary_questions.json
 EARLIER = "earlier"
 
 # How an error names the parts of an identity whose own names explain too little
-NAMES_OF_PARTS = {"weights": "weights or config", "tokenizer": "tokenizer or chat template"}
+NAMES_OF_PARTS = {
+    "data": "data or another selection of them by a setting such as --limit",
+    "weights": "weights or config",
+    "backbone": "weights or config",  # whose digest differs then, too
+    "tokenizer": "tokenizer or chat template",
+}
 
 
 def embeddings_are_finished(outputs: list[Path], identity: dict[str, Any], overwrite: bool) -> bool:
@@ -81,7 +86,8 @@ def _check_same_identity(path: Path, provenance: dict[str, Any], identity: dict[
         recorded = dict.fromkeys(identity)  # None is no digest: all parts differ
     different = _different_parts(recorded, identity)
     if different:
-        parts = ", ".join(NAMES_OF_PARTS.get(part, part) for part in different)
+        names = [NAMES_OF_PARTS.get(part, part) for part in different]
+        parts = ", ".join(dict.fromkeys(names))  # each once
         model = provenance.get("model", "unknown")
         data = provenance.get("data", "unknown")
         message = (

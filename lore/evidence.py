@@ -240,7 +240,7 @@ def evidence(fits: list[Fit], study: Study, tossed: TossedControl | None = None)
         pairs=study.pair_count("test_unseen"),
         leaks=leaks[UNSEEN_TEST],
         tossed=tossed.interval if tossed else None,
-        equal_pairs=study.equal_pair_counts["test_unseen"],
+        equal_pairs=study.count_equal_pairs()["test_unseen"],
         everybody_is_seen=study.everybody_is_seen,
     )
     return {

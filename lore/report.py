@@ -58,8 +58,8 @@ CONTROLS = {
     "model_per_user": Column(
         "a model per user",
         "The accuracy of one Bradley-Terry model for each user, fitted to the user's own pairs and "
-        "drawn to the direction of K = 1 (a ridge). How much is what does best on the seen users' "
-        "unseen prompts.",
+        "drawn to the direction of K = 1 (a ridge). It is drawn as strongly as gives the highest "
+        "accuracy on the seen users' unseen prompts.",
     ),
     "longer": Column(
         "longer answer",

@@ -86,7 +86,7 @@ def count_study(study: Study) -> dict[str, int]:
     counts = {"seen users": len(study.seen), "unseen users": len(study.unseen)}
     for part in PARTS:
         counts[f"{part.replace('_', ' ')} pairs"] = study.pair_count(part)
-    counts["pairs with equal sides"] = sum(study.equal_pair_counts.values())
+    counts["pairs with equal sides"] = sum(study.count_equal_pairs().values())
     counts["d"] = study.train[0].shape[1]
     return counts
 
@@ -305,8 +305,8 @@ def save_few_shot_curves(
     reached = [float(np.minimum(available, count).mean()) for count in shots]
     note = ""
     if max(shots) > min(available):
-        note = f"\nfrom {min(available) + 1} {unit} on not every unseen user has so many"
-        print(f"{note}: of {max(shots)} the mean user has {max(reached):.1f}")
+        note = f"\nnot every unseen user has more than {min(available)} {unit}"
+        print(f"{note}: of {max(shots)} asked for, the mean user has {max(reached):.1f}")
 
     provenance = run_info(study, config)
     for remark in rank_remarks(config["K_list"], provenance["counts"]):

@@ -17,6 +17,7 @@ from lore.checkpoint import (
     MERGE,
     PLAIN_FORMATS,
     Checkpoint,
+    backbone_digest,
     check_loadable,
     checkpoint_folder,
     damage,
@@ -41,8 +42,9 @@ DOWN_PROJECTION = re.compile(r".*layers\.(\d{1,9})\.mlp\.down_proj\.weight$")
 # The files that a tokenizer's identity depends on
 TOKENIZER_FILE = re.compile(r"token|template|vocab|merges|spiece|\.jinja$")
 
-# The name of a file in the folder blobs of the hub's cache: a digest of the file's content
-BLOB_NAME = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+# The name of a large file in the folder blobs of the hub's cache, which is its SHA-256. Small files
+# have names of 40 digits, which are digests of another kind.
+BLOB_NAME = re.compile(r"[0-9a-f]{64}")
 
 # What to do if transformers does not know a model
 OTHER_VERSION = "give a checkpoint that this version loads, or install the version that wrote it"
@@ -361,11 +363,13 @@ def _own_scorer(
 
 
 def model_identity(model_name: str | Path, folder: str | Path | None = None) -> dict[str, str]:
-    """Digests of what a checkpoint holds: {"weights": .., "tokenizer": ..}.
+    """Digests of what a checkpoint holds: {"weights": .., "tokenizer": .., "backbone": ..}.
 
-    They depend on the contents and names of the files that are read, not on where the checkpoint
-    lies or on what else lies there. The chat template is part of the tokenizer, config and code
-    are part of the weights.
+    The first two depend on the contents and names of the files that are read, not on where the
+    checkpoint lies or on what else lies there: a model on the hub and a copy of its files have the
+    same. The chat template is part of the tokenizer, config and code are part of the weights.
+    The third is what a basis is compared by, as the weights need not be read for it: see
+    `lore.checkpoint.backbone_digest`. Weights that are not in safetensors format have none.
     folder: if given, the digests of files are kept there, in digests.json, for later runs.
     Raises InputError: unknown model, an adapter, files of weights that are missing.
     """
@@ -396,7 +400,10 @@ def model_identity(model_name: str | Path, folder: str | Path | None = None) -> 
     if digests_file and digests_file.parent.exists() and process_rank() == 0:
         save_json(digests_file, _known_digests)
     weights = dict(sorted(weights.items()))  # JSON keeps the order
-    return {"weights": digest_of(weights), "tokenizer": digest_of(tokenizer)}
+    identity = {"weights": digest_of(weights), "tokenizer": digest_of(tokenizer)}
+    if checkpoint.is_safetensors:
+        identity["backbone"] = backbone_digest(download(checkpoint))
+    return identity
 
 
 def _file_digest(path: Path) -> str:

@@ -75,8 +75,8 @@ def run_script(main: Callable[[], None]) -> None:
         sys.stdout.flush()
     except KeyboardInterrupt:
         _end(
-            "interrupted: finished files and embeddings are kept, run the same command again to "
-            "resume",
+            "interrupted: finished files, finished embeddings and a training up to its last minute "
+            "are kept; run the same command again to resume",
             status=130,
         )
     except (InputError, torch.cuda.OutOfMemoryError) as error:
@@ -393,8 +393,8 @@ def finish_training(
 ) -> None:
     """What every train_basis.py does once its models are trained, up to the last line it prints.
 
-    Judges the models on the held-out pairs, trains the control on tossed choices, asks whether the
-    result is personal, writes and prints the results, and then removes the checkpoints.
+    Judges the models on the held-out pairs, trains the control on randomly flipped choices, asks
+    whether the result is personal, writes and prints the results, and then removes the checkpoints.
 
     folder: of the results. fits: of `run` or `run_regularized`, trained on `study_to_train`.
     study_to_train, held_out: what `hold_out` made of `study`.
@@ -498,7 +498,7 @@ def vary_shots(folder: Path, study: Study, config: dict[str, Any]) -> None:
         checkpoint=checkpoint,
         further_seeds=[other for other in config["question_seeds"] if other != seed],
     )
-    _ = study.equal_pair_counts  # kept: every process counts its own users' pairs
+    study.count_equal_pairs()  # by all processes, as only the first one writes the results
     if process_rank() == 0:
         table = save_few_shot_curves(folder, curves, study, config)
         print(f"\n{UNSEEN_TEST}, 95 % intervals over users:\n{table.to_string()}")

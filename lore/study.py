@@ -1,6 +1,5 @@
 """A study: the people, their preference pairs, and what is known of both."""
 
-import functools
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,6 +52,8 @@ class Study:
     # JSON values about the embeddings: the model, the data, their `identity`, how they were made.
     provenance: dict[str, Any] = field(default_factory=dict)
 
+    _equal_pair_counts: dict[str, int] | None = field(default=None, init=False, repr=False)
+
     def features(self) -> dict[str, Features]:
         """The four parts by name, in the order of `PARTS`."""
         return {part: getattr(self, part) for part in PARTS}
@@ -66,18 +67,21 @@ class Study:
         """How many pairs all users of a part have together."""
         return sum(map(len, getattr(self, part)))
 
-    @functools.cached_property
-    def equal_pair_counts(self) -> dict[str, int]:
+    def count_equal_pairs(self) -> dict[str, int]:
         """Of each part, how many pairs have the same embedding on both sides.
 
         These are the pairs that score 0 under a random direction. Comparing the sides themselves
-        would need all pairs of a table in memory. Every process of torchrun must ask for this
-        once; each counts its own users' pairs.
+        would need all pairs of a table in memory. The first call has to be made by every process
+        of torchrun, as each counts its own users' pairs; later ones return what was counted.
         """
-        d = self.train[0].shape[1]
-        direction = torch.randn(d, 1, generator=torch.Generator().manual_seed(0))
+        if self._equal_pair_counts is None:
+            d = self.train[0].shape[1]
+            direction = torch.randn(d, 1, generator=torch.Generator().manual_seed(0))
 
-        def zero_scores_of(users: Features) -> list[int]:
-            return [int((scores == 0).sum()) for scores in pair_scores(users, direction)]
+            def zero_scores_of(users: Features) -> list[int]:
+                return [int((scores == 0).sum()) for scores in pair_scores(users, direction)]
 
-        return {part: sum(shared_out(zero_scores_of, X)) for part, X in self.features().items()}
+            self._equal_pair_counts = {
+                part: sum(shared_out(zero_scores_of, X)) for part, X in self.features().items()
+            }
+        return self._equal_pair_counts

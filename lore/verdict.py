@@ -57,7 +57,7 @@ class UnseenTest:
     users: int
     pairs: int  # of all of them together
     leaks: Shares  # of these pairs that repeat training pairs
-    tossed: Interval | None  # of the control on tossed choices; None if it was not trained
+    tossed: Interval | None  # of the control on flipped choices; None if it was not trained
     equal_pairs: int = 0  # how many of the pairs have the same embedding on both sides
     everybody_is_seen: bool = False  # the basis was learned from the same users, on other pairs
 
@@ -344,7 +344,7 @@ def sentence_on_artefacts(test: UnseenTest) -> str:
 
 
 def signs_of_artefact(test: UnseenTest) -> list[str]:
-    """Test pairs that repeat training pairs, and an alarm of the control on tossed choices."""
+    """Test pairs that repeat training pairs, and an alarm of the control on flipped choices."""
     signs = []
     leaks = [
         f"{percent(share)} {in_words(repeat)}" for repeat, share in test.leaks.items() if share

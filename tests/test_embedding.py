@@ -1,11 +1,13 @@
 """The reward model, its head, and embeddings, against one forward pass per conversation."""
 
 import copy
+import hashlib
 import json
 import math
 import os
 import random
 import shutil
+import sys
 import time
 
 import numpy as np
@@ -505,6 +507,17 @@ def test_all_conversations_beyond_the_context_are_counted(reward_model, monkeypa
         embed_conversations([*map(conversations.__getitem__, [0] * 40), *many], model, tokenizer)
 
 
+@pytest.mark.parametrize("unlimited", [-1, 0])
+def test_a_context_that_the_config_does_not_limit_takes_every_length(
+    reward_model, monkeypatch, unlimited
+):
+    model, tokenizer = reward_model
+    conversations = [conversation("again?", "x " * 100)]
+    expected = embed_conversations(conversations, model, tokenizer)
+    monkeypatch.setattr(model.config, "max_position_embeddings", unlimited)
+    assert torch.equal(embed_conversations(conversations, model, tokenizer), expected)
+
+
 def test_texts_beyond_context_and_vocabulary_are_counted_in_one_line(checkpoint):
     model, tokenizer = load_reward_model(str(checkpoint), device="cpu")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
@@ -816,6 +829,28 @@ def test_a_changed_model_does_not_hit_the_cache(reward_model, checkpoint, tmp_pa
     same = load_reward_model(str(checkpoint), device="cpu")
     _, batches = embed_with_cache(conversations, same, tmp_path)
     assert batches == 0
+
+
+def test_another_minor_version_of_transformers_does_not_hit_the_cache_and_that_is_said(
+    reward_model, tmp_path, monkeypatch, capsys
+):
+    conversations = ragged_conversations(2)
+
+    def embed_as(version):
+        # transformers replaces its own module, so the one imported above may be an older object.
+        monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
+        capsys.readouterr()
+        _, batches = embed_with_cache(conversations, reward_model, tmp_path)
+        return batches, capsys.readouterr().out
+
+    batches, printed = embed_as("5.90.0")
+    assert (batches > 0, printed) == (True, "")
+    assert embed_as("5.90.1.dev0") == (0, "")
+    batches, printed = embed_as("5.91.0")
+    assert batches > 0
+    (line,) = printed.splitlines()
+    for text in (str(tmp_path), torch.__version__, "5.91"):
+        assert text in line
 
 
 def test_damaged_shard_is_made_again(reward_model, tmp_path):
@@ -1279,6 +1314,7 @@ def test_embeddings_come_with_a_record_of_what_they_depend_on(reward_model):
     expected = {
         "device": "cpu",
         "torch": torch.__version__,
+        "transformers": ".".join(transformers.__version__.split(".")[:2]),
         "attention": "sdpa",
         "dtype": "torch.float32",
         "token_budget": 77,
@@ -1461,7 +1497,7 @@ def test_identity_is_of_the_contents_and_says_which_part_differs(checkpoint, tmp
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     known = model_identity("model")
-    assert known.keys() == {"weights", "tokenizer"}
+    assert known.keys() == {"weights", "tokenizer", "backbone"}
     assert known == model_identity(folder) == model_identity(str(checkpoint))
 
     names = ("chat_template.jinja", "tokenizer_config.json")
@@ -1505,6 +1541,22 @@ def test_a_folder_that_is_called_as_the_hubs_is_known_by_its_contents(checkpoint
     folder = tmp_path / "blobs"
     shutil.copytree(checkpoint, folder)
     assert model_identity(folder) == model_identity(checkpoint)
+
+
+def test_a_download_in_the_hubs_cache_has_the_identity_of_a_local_copy(checkpoint, tmp_path):
+    """The hub names the blob of a large file by its SHA-256, that of a small one as git does."""
+    blobs = tmp_path / "blobs"
+    snapshot = tmp_path / "snapshots" / ("0" * 40)
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for path in checkpoint.iterdir():
+        content = path.read_bytes()
+        blob = blobs / hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        if path.suffix == ".safetensors":
+            blob = blobs / hashlib.sha256(content).hexdigest()
+        blob.write_bytes(content)
+        (snapshot / path.name).symlink_to(blob)
+    assert model_identity(snapshot) == model_identity(checkpoint)
 
 
 def test_a_checkpoint_in_the_hubs_cache_is_found_offline_and_named_by_its_blobs(

@@ -23,6 +23,7 @@ IDENTITY = {
     "data": "1" * 8,
     "reward_head": digest_of(HEAD.tolist()),
     "weights": "2" * 8,
+    "backbone": "5" * 8,
     "tokenizer": "3" * 8,
 }
 
@@ -105,6 +106,14 @@ def test_digests_of_any_shape_are_no_digests(tmp_path):
             reward_head(tmp_path)
         with input_error("other data"):
             embeddings_are_finished([tmp_path / "a.pkl"], IDENTITY, False)
+
+
+def test_embeddings_of_other_rows_say_that_a_setting_may_select_them(tmp_path):
+    write_embeddings(tmp_path)
+    other = {**IDENTITY, "data": "other", "weights": "other", "backbone": "other"}
+    with input_error("of other ", "--limit", "weights or config (model") as message:
+        embeddings_are_finished([tmp_path / "a.pkl"], other, False)
+    assert message().count("weights") == 1
 
 
 def test_names_can_be_printed_and_written(tmp_path):

@@ -1,5 +1,6 @@
 """Rows of local files, pairs, shots and simulated users, against loops and what was written."""
 
+import functools
 import gzip
 import json
 import math
@@ -365,6 +366,9 @@ def test_a_matrix_of_numbers_of_any_kind_becomes_float32(X):
         (np.full((2, 3), 1e300), "infinite"),
         (torch.ones(2, 3).to_sparse(), "matrix of numbers"),
         (torch.ones(2, 3, device="meta"), "matrix of numbers"),
+        (torch.nested.nested_tensor([torch.ones(3), torch.ones(2)]), "matrix of numbers"),
+        (torch.ones(2, 3, dtype=torch.uint8).view(torch.bits8), "matrix of numbers"),
+        (functools.reduce(lambda inner, _: [inner, inner], range(60), [1.0]), "list"),
     ],
 )
 def test_what_is_no_finite_matrix_is_refused_by_name(X, named):

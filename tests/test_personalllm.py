@@ -480,7 +480,7 @@ def test_vary_fewshot_writes_curves_as_far_as_the_users_go(monkeypatch, capsys, 
     ]
     assert (embeddings / "results" / "vary_fewshot.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
-    assert "Shots : 30\n" in out and "from 61 pairs on" in out
+    assert "Shots : 30\n" in out and "has more than 60 pairs" in out
 
 
 # ---- prepare.py

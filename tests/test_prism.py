@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import math
+import pickle
 import shutil
 import types
 from collections import Counter
@@ -1559,6 +1560,7 @@ def test_the_demo_takes_no_other_model_or_data(monkeypatch, capsys, tmp_path, op
         (["--device", "tpu"], ["tpu"]),
         (["--device", "cuda:7"], ["cuda:7"]),
         (["--rm_head", "complex.pt"], ["complex.pt"]),
+        (["--rm_head", "quantised.pt"], ["quantised.pt", "float32"]),
         (["--rm_head", "empty.pt"], ["empty.pt"]),
         (["--rm_head", "basis.pt", "--user_weights", "scaled.pt"], ["scaled.pt", "shares of 1"]),
         (
@@ -1591,6 +1593,7 @@ def test_unusable_heads_and_options_are_one_line(
         "nan.pt": torch.full((64, 1), float("nan")),
         "complex.pt": torch.ones(64, 1, dtype=torch.complex64),
         "empty.pt": torch.ones(64, 0),
+        "quantised.pt": torch.quantize_per_tensor(torch.ones(64, 1), 0.1, 0, torch.qint8),
         "scaled.pt": torch.full((5, 3), 2.0),
     }.items():
         lore.files.save_torch(tmp_path / name, matrix)
@@ -1621,15 +1624,17 @@ def test_unusable_heads_and_options_are_one_line(
 def test_a_basis_with_a_record_of_another_shape_is_refused(record, ran, tmp_path):
     path = tmp_path / "basis.safetensors"
     save_file({"V": torch.ones(64, 2)}, path, {"about": json.dumps(record)})
+    module = script("eval_rb2")
     with input_error(str(path)):
-        script("eval_rb2").check_same_model(path, str(ran.model))
+        module.check_learnt_on(module.read_model_file(path), str(ran.model))
 
 
 @pytest.mark.parametrize("record", [{}, {"identity": None}, {"identity": {"model": "a"}}], ids=repr)
 def test_a_basis_that_does_not_say_of_which_model_it_is_is_taken(record, ran, tmp_path):
     path = tmp_path / "basis.safetensors"
     save_file({"V": torch.ones(64, 2)}, path, {"about": json.dumps(record)})
-    script("eval_rb2").check_same_model(path, str(ran.model))
+    module = script("eval_rb2")
+    module.check_learnt_on(module.read_model_file(path), str(ran.model))
 
 
 def npy(header: str) -> bytes:
@@ -1655,7 +1660,52 @@ def test_a_head_in_a_damaged_file_of_numpy_is_refused(tmp_path, content):
     path = tmp_path / "head.npy"
     path.write_bytes(content)
     with input_error(str(path), "no array of numbers"):
-        script("eval_rb2").read_matrix(path, ["V"], "head")
+        script("eval_rb2").read_model_file(path)
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", ">f8", ">i2"])
+def test_an_array_of_a_machine_of_another_byte_order_is_read_right(tmp_path, dtype):
+    values = np.arange(6.0).reshape(3, 2)
+    np.save(tmp_path / "head.npy", values.astype(dtype))
+    module = script("eval_rb2")
+    head = module.matrix_in(module.read_model_file(tmp_path / "head.npy"), ["V"], "head")
+    assert torch.equal(head, torch.tensor(values).float())
+
+
+def test_lists_in_lists_are_refused_before_their_numbers_are_counted(tmp_path):
+    """A few bytes, in which each list is twice in the next one: 2 ** 60 numbers."""
+    doubled = [1.0]
+    for _ in range(60):
+        doubled = [doubled, doubled]
+    path = tmp_path / "head.pkl"
+    path.write_bytes(pickle.dumps(doubled))
+    module = script("eval_rb2")
+    with input_error(str(path), "head", "give a float32 tensor"):
+        module.matrix_in(module.read_model_file(path), ["V"], "head")
+
+    names = {"seen": True, "user_id": "a", "dialog_id": "b"}
+    for info in (
+        {"chosen_conv_embedding": doubled, "rejected_conv_embedding": [1.0]},
+        {"chosen_conv_embedding": [1.0], "rejected_conv_embedding": doubled},
+    ):
+        path.write_bytes(pickle.dumps([{"extra_info": {**names, **info}}]))
+        with input_error(str(path), "row 0", "no embeddings"):
+            prism._load_rows(path)
+
+
+def test_the_files_of_a_model_are_read_once(monkeypatch, ran, demo_eval):
+    module, options = demo_eval
+    own = ran.folder / "results" / f"K_{PLANTED_RANK}.safetensors"
+    read = []
+
+    def load_tensors(path, **types):
+        read.append(path)
+        return lore.files.load_tensors(path, **types)
+
+    monkeypatch.setattr(module, "load_tensors", load_tensors)
+    arguments = [*options, "--dir", ran.folder, "--limit", 2]
+    call(monkeypatch, module, *arguments, "--rm_head", own, "--user_weights", own)
+    assert read == [own]
 
 
 def test_of_the_benchmark_only_the_needed_columns_are_read(rewardbench, tmp_path, monkeypatch):

@@ -963,12 +963,12 @@ def test_the_few_shot_table_has_the_reference_once(tmp_path, study):
 def test_if_users_have_fewer_pairs_console_json_and_picture_say_so(tmp_path, study, drawn, capsys):
     save_few_shot_curves(tmp_path, CURVES, study, CONFIG)  # the unseen users have 4 and 9 pairs
     printed = capsys.readouterr().out
-    assert "from 5 pairs on" in printed
-    assert "of 6 the mean user has 5.0" in printed
+    assert "not every unseen user has more than 4 pairs" in printed
+    assert "of 6 asked for, the mean user has 5.0" in printed
     results = strict_json(tmp_path / "vary_fewshot.json")
     assert results["shots_are"] == "pairs"
     assert results["shots_of_the_mean_user"] == [2, 4, 5]
-    assert "from 5 pairs on not every unseen user has so many" in drawn[0].get_suptitle()
+    assert "not every unseen user has more than 4 pairs" in drawn[0].get_suptitle()
 
 
 def test_if_users_have_enough_pairs_nothing_is_said(tmp_path, study, drawn, capsys):
@@ -991,7 +991,7 @@ def test_shots_of_conversations_are_counted_in_conversations(
     results = strict_json(tmp_path / "vary_fewshot.json")
     assert results["shots_are"] == "conversations"
     assert results["shots_of_the_mean_user"] == [2, 3.5, 4.5]
-    assert "from 4 conversations on" in capsys.readouterr().out
+    assert "not every unseen user has more than 3 conversations" in capsys.readouterr().out
     assert drawn[0].get_supxlabel() == "conversations per unseen user"
 
 
@@ -1012,7 +1012,7 @@ def test_shots_in_an_array_in_any_order_say_what_the_mean_user_has_of_the_most(
     config = {**CONFIG, "num_shots": np.array([6, 4, 2])}
     save_few_shot_curves(tmp_path, CURVES, study, config)
     expected = np.mean([min(6, len(X)) for X in study.train_unseen])
-    assert f"of 6 the mean user has {expected:.1f}" in capsys.readouterr().out
+    assert f"of 6 asked for, the mean user has {expected:.1f}" in capsys.readouterr().out
     assert strict_json(tmp_path / "vary_fewshot.json")["shots_of_the_mean_user"][0] == expected
 
 

@@ -31,8 +31,8 @@ ENDINGS = {
     ),
     "an interruption": (
         "raise KeyboardInterrupt",
-        "error: interrupted: finished files and embeddings are kept, run the same command again to "
-        "resume\n",
+        "error: interrupted: finished files, finished embeddings and a training up to its last "
+        "minute are kept; run the same command again to resume\n",
         130,
     ),
     "a folder that is a file": (

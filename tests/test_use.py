@@ -27,7 +27,12 @@ import lore.standin
 import utils
 from lore.export import export_reward_model
 from lore.files import digest_of, load_tensors, save_tensors
-from lore.reward_model import load_reward_head, load_reward_model, load_tokenizer
+from lore.reward_model import (
+    load_reward_head,
+    load_reward_model,
+    load_tokenizer,
+    model_identity,
+)
 from lore.rewards import best_of_n, personal_reward, rewards_of_group
 from lore.tables import markdown_text
 
@@ -539,7 +544,7 @@ def run_info_of(model, **changes):
         "K": K,
         "alpha": 0.0,
         "config": {"model": "the model", "data": "the data"},
-        "identity": {"reward_head": digest},
+        "identity": {"reward_head": digest, **model_identity(model)},
     }
     return run_info | changes
 
@@ -583,6 +588,50 @@ def test_a_model_with_another_head_is_another_model(single, basis_file, tmp_path
     lore.export._save_shard(other / "model.safetensors", tensors)
     with input_error("another model", str(other), "'the model'"):
         use(tmp_path / "export", other, basis_file)
+
+
+def save_with(folder, model, change):
+    """A copy of a model in `folder`, with what `change(name, tensor)` returns as its tensors."""
+    shutil.copytree(model, folder)
+    tensors = load_tensors(folder / "model.safetensors")[0]
+    changed = {name: change(name, tensor) for name, tensor in tensors.items()}
+    lore.export._save_shard(folder / "model.safetensors", changed)
+    return folder
+
+
+@BOTH_USES
+@pytest.mark.parametrize("trained", ["model.layers.1.self_attn.q_proj.weight", "model.norm.weight"])
+def test_a_model_that_was_trained_further_with_its_head_frozen_is_another_model(
+    single, basis_file, tmp_path, use, trained
+):
+    def train(name, tensor):
+        return tensor * 1.01 if name == trained else tensor
+
+    other = save_with(tmp_path / "other", single, train)
+    assert torch.equal(load_reward_head(other), load_reward_head(single))
+    with input_error("another model", str(other), "'the model'", "weights below"):
+        use(tmp_path / "export", other, basis_file)
+    assert not (tmp_path / "export").exists()
+
+
+@BOTH_USES
+def test_the_same_weights_in_other_files_and_a_wider_format_are_the_same_model(
+    single, sharded, basis, tmp_path, use
+):
+    V, _ = basis
+    use(tmp_path / "1", sharded, V, about=run_info_of(single))
+    narrow = save_with(tmp_path / "narrow", single, lambda name, tensor: tensor.bfloat16())
+    wide = save_with(tmp_path / "wide", narrow, lambda name, tensor: tensor.float())
+    use(tmp_path / "2", wide, V, about=run_info_of(narrow))
+    with input_error("another model"):
+        use(tmp_path / "3", single, V, about=run_info_of(narrow))
+
+
+@BOTH_USES
+def test_a_basis_of_an_earlier_version_is_compared_by_its_reward_head(single, basis, tmp_path, use):
+    V, _ = basis
+    identity = {"reward_head": run_info_of(single)["identity"]["reward_head"]}
+    use(tmp_path / "1", single, V, about=run_info_of(single, identity=identity))
 
 
 @BOTH_USES

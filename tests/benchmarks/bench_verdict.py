@@ -7,7 +7,7 @@ It prints, in this order:
 1. on how many data sets the verdict is "yes", with 6, 9 and 40 unseen users: data on users who all
    choose by the same direction, and on users with planted tastes. Without tastes, "yes" on more
    than 1 of 40 data sets would be a fault. With them, what predicts how well;
-2. the control on tossed choices and the leaks, without tastes, if none, a fifth and all of the
+2. the control on flipped choices and the leaks, without tastes, if none, a fifth and all of the
    test pairs repeat the few shots: by prompt, by their answers under other prompts, and by their
    features, of which no texts are known;
 3. on how many of 100 data sets without repeats the control rings;
