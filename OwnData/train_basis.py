@@ -40,8 +40,8 @@ seeds = [0, 1, 2]
 
 # The share of each seen user's training conversations that is held out, to choose K and alpha.
 validation_share = 0
-# Also train the largest rank on choices that a coin has flipped or left, which nothing can predict
-# unless the test repeats pairs of the training. It takes a third more time.
+# Also train the largest rank on randomly flipped choices. Nothing can predict these, unless the
+# test repeats pairs of the training. It takes a third more time.
 controls = True
 
 # The people. 0.5: half of them are seen, as released; 1: all are, and the columns of unseen users

@@ -57,8 +57,8 @@ seeds = [0]
 # as released. The released alpha pulls all columns onto the reward head, and nothing personal is
 # left. To choose another: alpha_list = [0, 1e-4, 1e-2, 1, 1e2, 1e4] and validation_share = 0.2
 validation_share = 0
-# Also train the largest rank on choices that a coin has flipped or left, which nothing can predict
-# unless the test repeats pairs of the training. It takes a third more time.
+# Also train the largest rank on randomly flipped choices. Nothing can predict these, unless the
+# test repeats pairs of the training. It takes a third more time.
 controls = True
 
 # The demo's sweep. At d = 64 an alpha of 1e4 would leave nothing but the stand-in's random head.

@@ -49,8 +49,8 @@ seeds = [0, 1, 2]
 # The share of each seen worker's training posts that is held out, to choose K and alpha; 0: as
 # released.
 validation_share = 0
-# Also train the largest rank on choices that a coin has flipped or left, which nothing can predict
-# unless the test repeats pairs of the training. It takes a third more time.
+# Also train the largest rank on randomly flipped choices. Nothing can predict these, unless the
+# test repeats pairs of the training. It takes a third more time.
 controls = True
 
 # The data.
