@@ -17,7 +17,8 @@ import typing_extensions
 
 from utils import InputError
 
-DATA_FILE = re.compile(r"^[^.].*\.(parquet|jsonl|csv|jsonl\.gz|csv\.gz)$")
+DATA_FILE = re.compile(r"^[^.].*\.(parquet|jsonl|csv|jsonl\.gz|csv\.gz)$", re.IGNORECASE)
+CSV = ("csv", "csv.gz")  # endings, see `ending_of`
 SHARD = re.compile(r"(\d+)-of-(\d+)")  # train-00000-of-00002.parquet
 BATCH = 1024  # rows of a parquet file or of the hub, in memory at a time
 SHORT_FLOAT = re.compile(r"\b(halffloat|float)\b")  # of 16 and 32 bits, as pyarrow calls them
@@ -51,9 +52,18 @@ Columns = dict[str, "Columns"]
 # ---- Files
 
 
-def is_csv(path: Path) -> bool:
-    """Whether a file is CSV, packed or not, by its name."""
-    return path.name.endswith((".csv", ".csv.gz"))
+def ending_of(path: Path) -> str:
+    """The ending of a data file in lower case, such as "csv.gz" of "Train.CSV.gz".
+
+    Raises InputError: the file has another ending.
+    """
+    match = DATA_FILE.search(path.name)
+    if not match:
+        raise InputError(
+            f"{path}: not a .parquet, .jsonl or .csv file, the last two also .gz; write it as one "
+            "of these"
+        )
+    return match[1].lower()
 
 
 def data_files(folder: Path) -> list[Path]:
@@ -201,8 +211,9 @@ def column_names(path: Path | str) -> set[str]:
     Raises InputError: the file cannot be read.
     """
     path = Path(path)
+    ending = ending_of(path)
     try:
-        if path.suffix == ".parquet":
+        if ending == "parquet":
             import pyarrow.parquet  # it loads slowly, and few files need it
 
             return set(pyarrow.parquet.read_schema(path).names)
@@ -234,18 +245,14 @@ def read_rows(
     file cannot be read.
     """
     path = Path(path)
-    if not DATA_FILE.search(path.name):
-        raise InputError(
-            f"{path}: not a .parquet, .jsonl or .csv file, the last two also .gz; write it as one "
-            "of these"
-        )
+    ending = ending_of(path)
     if not path.exists():
         raise InputError(f"{path}: no such file; give the folder that holds it with --data")
     columns = None if schema is None else columns_of(schema)
     is_empty = True
     for place, row in _located(str(path), _rows_in(path, columns), DAMAGED_FILE):
         is_empty = False
-        if is_csv(path):
+        if ending in CSV:
             row = {field: _cell(value, f"{place}: {field}") for field, value in row.items()}
         yield place, row
     if is_empty:
@@ -313,13 +320,14 @@ def _rows_in(path: Path, columns: Columns | None) -> Iterator[Any]:
 
     Raises the errors of whatever library reads it.
     """
-    if path.suffix == ".parquet":
+    ending = ending_of(path)
+    if ending == "parquet":
         yield from _parquet_rows(path, columns)
         return
-    open_file = gzip.open if path.suffix == ".gz" else open
+    open_file = gzip.open if ending.endswith(".gz") else open
     with open_file(path, "rb") as file:
         lines = _text_lines(file)
-        if is_csv(path):
+        if ending in CSV:
             yield from _csv_rows(lines, columns)
         else:
             for line in lines:
