@@ -15,6 +15,7 @@ from lore.rows import as_messages
 
 # What other programs write as the id of nobody.
 NOBODY = {"nan", "none", "null", "na", "n/a", "<na>", "nat", "undefined"}
+LONGEST_NOBODY = max(map(len, NOBODY))  # so that long texts need not be looked up
 # A text that is the whole of a list or an object, as Python, JSON or numpy print it.
 PRINTED = re.compile(r"""\s*(\[\s*['"{\[]|\{\s*['"]).*['"}\]]\s*[\]}]\s*""", re.DOTALL)
 
@@ -111,19 +112,31 @@ def notes_on_likeness(label: str, answers: Iterable[Sequence[Turns]]) -> list[st
 
 
 def notes_on_texts(label: str, texts: Iterable[Turns]) -> list[str]:
-    """How many texts are blank, and how many are a printed list or object.
+    """How many texts are blank, "nan" or alike, or a printed list or object.
 
+    Of messages the text of the last one counts. pandas' astype(str) makes "nan" of a missing text.
     Printed lists on one side only made the released results on PRISM: a model learns the brackets.
     """
     blank = 0
+    missing = Counter()
     printed = 0
-    for text in texts:
+    for turns in texts:
+        text = turns[-1]["content"] if turns and isinstance(turns, list) else turns
         if isinstance(text, str):
-            blank += not text.strip()
-            printed += text.lstrip()[:1] in ("[", "{") and bool(PRINTED.fullmatch(text))
+            stripped = text.strip()
+            blank += not stripped
+            if len(stripped) <= LONGEST_NOBODY and stripped.casefold() in NOBODY:
+                missing[stripped] += 1
+            printed += stripped[:1] in ("[", "{") and bool(PRINTED.fullmatch(text))
     notes = []
     if blank:
         notes.append(f"{label}: {blank:,} are blank, and stay as they are")
+    if missing:
+        words = " or ".join(map(repr, sorted(missing)))
+        notes.append(
+            f"{label}: {missing.total():,} are {words}, as programs write for a missing text, and "
+            "are taken as texts"
+        )
     if printed:
         notes.append(
             f"{label}: {printed:,} are lists or objects printed as text, and are taken as texts"

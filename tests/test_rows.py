@@ -825,6 +825,21 @@ TRAIN, TEST = ordinary(0), ordinary(12)
             "chosen answers of the pairs in train: 1 are blank",
         ),
         (
+            [*TRAIN, Judged("u1", "?", " nan", "a"), Judged("u1", "??", said("", "None")[1:], "a")],
+            TEST,
+            "chosen answers of the pairs in train: 2 are 'None' or 'nan', as programs write",
+        ),
+        (
+            [*TRAIN, Judged("u1", said("nan", "None", "NaN"), "a", "nancy")],
+            TEST,
+            "prompts of the pairs in train: 1 are 'NaN', as programs write",
+        ),
+        (
+            [*TRAIN, Judged("u1", said("?", "a", "\n"), "a", "b")],
+            TEST,
+            "prompts of the pairs in train: 1 are blank",
+        ),
+        (
             [*TRAIN, TRAIN[0]._replace(user="NaN"), TRAIN[1]._replace(user="NaN")],
             [*TEST, TEST[0]._replace(user="NaN")],
             "a user is called 'NaN', with 3 rows",
