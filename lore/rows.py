@@ -6,11 +6,12 @@ import gzip
 import io
 import json
 import re
+import types
 import typing
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pydantic
 import typing_extensions
@@ -35,9 +36,10 @@ ESCAPED_QUOTE = re.compile(r'\\"[^",\r\n]')
 # How a CSV cell begins that holds messages as Python, JSON or numpy print them, and a key of one.
 PRINTED_OBJECTS = re.compile(r"""(\s|\[|\(|array|list)*\{\s*['"]""")
 PRINTED_KEY = re.compile(r"""['"](role|content)['"]\s*:""")
-# numpy prints no comma between objects. A brace within a string of Python's notation is none.
+# A string or the end of an object in Python's notation, and the space before another one, between
+# which numpy prints no comma. A brace within a string ends no object.
 STRING_OR_END_OF_OBJECT = re.compile(
-    r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\}(?=\s+\{)""", re.DOTALL
+    r"""('(?:[^'\\]++|\\.)*+'|"(?:[^"\\]++|\\.)*+"|\})(\s+(?=['"{]))?""", re.DOTALL
 )
 PRINTED_ARRAY = re.compile(r"array\((.*),\s*dtype=object\)", re.DOTALL)
 
@@ -205,6 +207,43 @@ def _fields_in(annotation: Any) -> Columns:
     return fields
 
 
+class ObjectColumn(NamedTuple):
+    """A column that holds objects or lists and nothing else."""
+
+    outline: str  # how a value looks in JSON, such as '[{"text": ..}]'
+    is_required: bool
+
+
+def _object_columns(schema: type[pydantic.BaseModel]) -> dict[str, ObjectColumn]:
+    """The columns of a schema that hold objects or lists and nothing else."""
+    columns = {}
+    for name, field in schema.model_fields.items():
+        outline = _outline(field.annotation)
+        if outline:
+            columns[name] = ObjectColumn(outline, field.is_required())
+    return columns
+
+
+def _outline(annotation: Any) -> str | None:
+    """How an object or a list of this type looks in JSON; None if it may be a text or a number."""
+    kind = typing.get_origin(annotation) or annotation
+    arguments = [part for part in typing.get_args(annotation) if part is not types.NoneType]
+    if kind in (typing.Union, types.UnionType):
+        outlines = [_outline(alternative) for alternative in arguments]
+        return outlines[0] if all(outlines) else None
+    if kind is typing.Annotated:
+        return _outline(arguments[0])
+    if not isinstance(kind, type):  # such as Any
+        return None
+    if issubclass(kind, list):
+        element = _outline(arguments[0]) if arguments else None
+        return f"[{element or '..'}]"
+    if issubclass(kind, dict | pydantic.BaseModel):  # typed dicts are dicts
+        fields = [f'"{name}": ..' for name in _fields_in(annotation)]
+        return f"{{{', '.join(fields) or '..'}}}"
+    return None
+
+
 def column_names(path: Path | str) -> set[str]:
     """The columns of a file: those of its header or, of JSON lines, those of its first row.
 
@@ -238,22 +277,24 @@ def read_rows(
 ) -> Iterator[LocatedRow]:
     """The rows of a parquet, JSON lines or CSV file with their places, a few in memory at a time.
 
-    A cell of a CSV file that holds messages, which are text there, is given as messages.
+    A cell of a CSV file that holds an object, a list or messages, which are text there, is given
+    as these.
     schema: of the rows; columns that it does not name are not read. None: all are.
     Raises InputError that names file and row: the file is missing, of another format, damaged or
-    without a row; a line is no JSON; two columns have one name; the messages in a cell of a CSV
-    file cannot be read.
+    without a row; a line is no JSON; two columns have one name; the object, the list or the
+    messages in a cell of a CSV file cannot be read; a CSV file lacks a column of objects or lists.
     """
     path = Path(path)
     ending = ending_of(path)
     if not path.exists():
         raise InputError(f"{path}: no such file; give the folder that holds it with --data")
     columns = None if schema is None else columns_of(schema)
+    object_columns = {} if schema is None else _object_columns(schema)
     is_empty = True
     for place, row in _located(str(path), _rows_in(path, columns), DAMAGED_FILE):
         is_empty = False
         if ending in CSV:
-            row = {field: _cell(value, f"{place}: {field}") for field, value in row.items()}
+            row = _with_objects(row, object_columns, place)
         yield place, row
     if is_empty:
         raise InputError(f"{path}: no row in it; download or write it again")
@@ -499,35 +540,83 @@ def parse_rows(
         yield place, parsed
 
 
-# ---- Messages in a CSV file
+# ---- Objects, lists and messages in a CSV file
 
 
-def _cell(value: str, place: str) -> Any:
-    """What a cell of a CSV file holds: a text, or messages, which are text there.
+def _with_objects(
+    row: dict[str, str], object_columns: dict[str, ObjectColumn], place: str
+) -> dict[str, Any]:
+    """A row of a CSV file with the objects, lists and messages that its cells hold as text.
 
-    Messages are read as JSON, or as Python or numpy print them, with or without a list around them.
+    Raises InputError that names the place: a cell cannot be read; a column is missing.
+    """
+    for name, column in object_columns.items():
+        if column.is_required and name not in row:
+            raise InputError(
+                f"{place}: {name}: no such column; a CSV file must have it, with cells that look "
+                f"like {column.outline}"
+            )
+    content: dict[str, Any] = {}
+    for name, value in row.items():
+        if name in object_columns:
+            content[name] = _object_in(value, object_columns[name].outline, f"{place}: {name}")
+        else:
+            content[name] = _text_or_messages(value, f"{place}: {name}")
+    return content
+
+
+def _object_in(value: str, outline: str, place: str) -> Any:
+    """The object or the list that a cell of a CSV file holds; None for an empty cell.
+
+    Raises InputError that names the place and how the cell should look: it cannot be read.
+    """
+    if not value.strip():
+        return None
+    try:
+        return _from_print(value)
+    except ValueError:
+        raise InputError(
+            f"{place}: cannot be read as JSON nor as Python or numpy print it, and it is "
+            f"{value[:40]!r}; a cell must look like {outline}; repair it, or write the rows as "
+            "JSON lines"
+        ) from None
+
+
+def _text_or_messages(value: str, place: str) -> Any:
+    """What a cell of a CSV file holds: a text, or messages, with or without a list around them.
+
     Raises InputError that names the place: it begins like messages, and cannot be read.
     """
     if value.strip() == "[]":
         return []
     if not PRINTED_OBJECTS.match(value) or not PRINTED_KEY.search(value):
         return value
-    for read in (_from_json, ast.literal_eval, _from_numpy):
+    try:
+        content = _from_print(value)
+    except ValueError:
+        raise InputError(
+            f"{place}: begins like messages and cannot be read as JSON nor as a list that Python "
+            f"or numpy printed, and it is {value[:40]!r}..; repair it, or write the rows as JSON "
+            "lines"
+        ) from None
+    return content if _has_roles(content) else value
+
+
+def _from_print(text: str) -> Any:
+    """What a text says in JSON, or as Python or numpy print it. Raises ValueError: it is none."""
+    # numpy's goes before Python's, which would take two texts of numpy, 'a' 'b', for one.
+    for read in (_from_json, _from_numpy, ast.literal_eval):
         try:
-            content = read(value.strip())
+            return read(text.strip())
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
-        return content if _has_roles(content) else value
-    raise InputError(
-        f"{place}: begins like messages and cannot be read as JSON nor as a list that Python or "
-        f"numpy printed, and it is {value[:40]!r}..; repair it, or write the rows as JSON lines"
-    )
+    raise ValueError("neither JSON nor printed by Python or numpy")
 
 
 def _from_numpy(text: str) -> Any:
-    """The objects that numpy printed: Python's notation without a comma between two objects.
+    """The objects or texts that numpy printed: Python's notation without commas between two.
 
-    Raises what `ast.literal_eval` raises: the text is something else, or numpy left objects out,
+    Raises what `ast.literal_eval` raises: the text is something else, or numpy left elements out,
     as it does in arrays of more than 1,000.
     """
     array = PRINTED_ARRAY.fullmatch(text)
@@ -535,7 +624,7 @@ def _from_numpy(text: str) -> Any:
         text = array[1]
     return ast.literal_eval(
         STRING_OR_END_OF_OBJECT.sub(
-            lambda match: "}," if match[0] == "}" else match[0],
+            lambda match: f"{match[1]},{match[2]}" if match[2] else match[1],
             text,
         )
     )

@@ -392,6 +392,125 @@ def test_each_data_set_names_the_files_that_it_does_not_read(tmp_path, capsys, d
     assert capsys.readouterr().out.splitlines() == [f"{tmp_path}: not read: {unread}"]
 
 
+# ---- Objects and lists in a CSV file
+
+
+class Thread(pydantic.BaseModel):
+    """A row with an object, and lists of objects and of texts."""
+
+    user: lore.normal_forms.Id
+    post: Post
+    replies: list[Post] | None = None
+    words: typing_extensions.Annotated[list[pydantic.StrictStr], pydantic.Field(min_length=1)]
+
+
+THREADS = [
+    {
+        "user": "a",
+        "post": {"text": "It's {1}", "by": None, "is_new": True},
+        "replies": [{"text": 'She said "[no]",\nand', "by": "b"}, {"text": "é", "by": None}],
+        "words": ["x, y", "it's"],
+    },
+    {"user": "b", "post": {"text": "", "by": "c", "is_new": False}, "replies": None, "words": [""]},
+]
+
+
+def with_printed_objects(rows, writer):
+    """A table in which objects and lists are what a writer prints."""
+    return pd.DataFrame(
+        {
+            name: value if value is None or isinstance(value, str) else writer(value)
+            for name, value in row.items()
+        }
+        for row in rows
+    )
+
+
+@pytest.mark.parametrize("writer", [json.dumps, repr, lambda value: value], ids=range(3))
+def test_objects_and_lists_are_read_as_json_and_as_python_prints_them(tmp_path, writer):
+    with_printed_objects(THREADS, writer).to_csv(tmp_path / "a.csv", index=False)
+    assert read(tmp_path / "a.csv", Thread) == [Thread(**row) for row in THREADS]
+
+
+def test_objects_and_lists_are_read_as_pandas_has_them_from_parquet(tmp_path):
+    pq.write_table(pa.Table.from_pylist(THREADS), tmp_path / "a.parquet")
+    pd.read_parquet(tmp_path / "a.parquet").to_csv(tmp_path / "a.csv", index=False)
+    # Without commas, which Python would take for one text.
+    assert '[\'x, y\' ""it\'s""]' in (tmp_path / "a.csv").read_text()
+    rows = [Thread(**row) for row in THREADS]
+    assert read(tmp_path / "a.parquet", Thread) == rows
+    assert read(tmp_path / "a.csv", Thread) == rows
+
+
+@pytest.mark.parametrize(
+    "column, cell, outline",
+    [
+        ("post", "It's", '{"text": ..}'),
+        ("post", '{"text": "a', '{"text": ..}'),
+        ("replies", "[{'text': 'a'}, {", '[{"text": ..}]'),
+        ("words", "a b", "[..]"),
+    ],
+)
+def test_a_cell_that_holds_no_object_is_refused_with_its_row_and_how_it_should_look(
+    tmp_path, column, cell, outline
+):
+    table = with_printed_objects(THREADS, json.dumps)
+    table.loc[1, column] = cell
+    table.to_csv(tmp_path / "a.csv", index=False)
+    named = f"a cell must look like {outline};"
+    with input_error(f"a.csv, row 2: {column}: cannot be read as JSON", cell[:8], named):
+        read(tmp_path / "a.csv", Thread)
+
+
+def test_what_a_schema_refuses_in_an_object_it_refuses_in_a_cell(tmp_path):
+    for cell, field in (("5", "post:"), ('{"text": 5}', "post.text:"), ("", "post:")):
+        table = with_printed_objects(THREADS, json.dumps)
+        table.loc[1, "post"] = cell
+        table.to_csv(tmp_path / "a.csv", index=False)
+        with input_error(f"a.csv, row 2: {field} Input should be"):
+            read(tmp_path / "a.csv", Thread)
+
+
+def test_columns_with_parts_of_an_object_are_refused_with_how_its_cells_should_look(tmp_path):
+    pd.json_normalize(THREADS).to_csv(tmp_path / "a.csv", index=False)
+    assert "post.text" in lore.rows.column_names(tmp_path / "a.csv")
+    with input_error("a.csv, row 1: post: no such column; ", 'cells that look like {"text": ..}'):
+        read(tmp_path / "a.csv", Thread)
+
+
+@pytest.mark.parametrize("writer", [json.dumps, lambda value: value], ids=["json", "python"])
+@pytest.mark.parametrize("data_set", ["RedditTLDR", "PRISM"])
+def test_public_data_are_the_same_from_csv(tmp_path, data_set, writer):
+    demo = ROOT / data_set / "demo"
+    for path in demo.glob("*.jsonl.gz"):
+        rows = [row for _, row in lore.rows.read_rows(path)]
+        name = path.name.replace("jsonl", "csv")
+        with_printed_objects(rows, writer).to_csv(tmp_path / name, index=False)
+
+    def content_of(folder):
+        return {key: list(rows) for key, rows in READERS[data_set](folder).items()}
+
+    assert content_of(tmp_path) == content_of(demo)
+
+
+@pytest.mark.parametrize("writer", [json.dumps, lambda value: value], ids=["json", "python"])
+def test_multipref_is_the_same_from_csv(tmp_path, writer):
+    row = {
+        "text": "question",
+        "completion_a": "answer a",
+        "completion_b": "answer b",
+        "normal_worker_annotations": [
+            {"evaluator": "n1", "overall_pref": "A-is-slightly-better", "time_spent": 80},
+            {"evaluator": "n2", "overall_pref": "B-is-clearly-better", "time_spent": None},
+        ],
+        "expert_worker_annotations": [],
+    }
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    with_printed_objects([row], writer).to_csv(tmp_path / "a.csv", index=False)
+    found = [READERS["OwnData"](tmp_path / name).comparisons for name in ("a.jsonl", "a.csv")]
+    assert found[0] == found[1] and len(found[1]) == 2
+
+
 # ---- Messages in a CSV file
 
 CHAT = said("It's {'a': 1}\n {'b': 2} [{]", 'He said "no" } {', "\\n \\ ' \" é\u2028\r\n\t")
@@ -399,7 +518,7 @@ CHAT = said("It's {'a': 1}\n {'b': 2} [{]", 'He said "no" } {', "\\n \\ ' \" é\
 
 def cell_of(text):
     """What a cell with this text is read as, among others that are quoted as they must be."""
-    return lore.rows._cell(text, "here")
+    return lore.rows._text_or_messages(text, "here")
 
 
 WRITERS = {
