@@ -761,6 +761,14 @@ def test_what_is_no_id_is_refused(value):
         Row(user=value)
 
 
+@pytest.mark.parametrize("value", [None, True, 1.5, [1]], ids=repr)
+def test_what_an_id_may_be_is_said_of_one_that_is_refused(tmp_path, value):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"user": value}) + "\n")
+    named = f"a.jsonl, row 1: user: an id is a text or a whole number, and it is {value!r}"
+    with input_error(named):
+        read(tmp_path / "a.jsonl")
+
+
 def test_people_have_the_same_ids_in_every_format_and_column_type(tmp_path):
     numbers = [0, 3, 3, 12, 2**52 + 1]
     expected = [str(number) for number in numbers]
