@@ -4,6 +4,7 @@ import ast
 import csv
 import gzip
 import io
+import itertools
 import json
 import re
 import types
@@ -26,12 +27,15 @@ SHORT_FLOAT = re.compile(r"\b(halffloat|float)\b")  # of 16 and 32 bits, as pyar
 
 DAMAGED_FILE = (
     "the file is cut short, of another format, in another encoding than UTF-8, an error page, or "
-    "closed to you; download or write it again"
+    "closed to you; download it again, or save it again, as UTF-8"
 )
 
 # A quote that a backslash escapes: in a CSV file that writes quotes twice, a backslash and a single
 # quote can only be the end of a field.
 ESCAPED_QUOTE = re.compile(r'\\"[^",\r\n]')
+
+# What some programs write between fields in place of commas.
+OTHER_SEPARATOR = re.compile(r"[;\t|]")
 
 # How a CSV cell begins that holds messages as Python, JSON or numpy print them, and a key of one.
 PRINTED_OBJECTS = re.compile(r"""(\s|\[|\(|array|list)*\{\s*['"]""")
@@ -63,7 +67,7 @@ def ending_of(path: Path) -> str:
     if not match:
         raise InputError(
             f"{path}: not a .parquet, .jsonl or .csv file, the last two also .gz; write it as one "
-            "of these"
+            "of these, such as .jsonl, which has one JSON object a line"
         )
     return match[1].lower()
 
@@ -256,10 +260,9 @@ def column_names(path: Path | str) -> set[str]:
             import pyarrow.parquet  # it loads slowly, and few files need it
 
             return set(pyarrow.parquet.read_schema(path).names)
-        row = next(_rows_in(path, None), None)
+        return set(next(_rows_in(path, None), ()))
     except Exception as error:  # each library has its own for what is damaged
         raise _damage(f"{path}, row 1", error, DAMAGED_FILE) from None
-    return set(row) if isinstance(row, dict) else set()
 
 
 def _check_named_once(names: list[str]) -> None:
@@ -352,7 +355,9 @@ def _located(source: str, rows: Iterable[Any], remedy: str) -> Iterator[LocatedR
 
 
 def _damage(place: str, error: Exception, remedy: str) -> InputError:
-    """The error for a row that cannot be read."""
+    """The error for a row that cannot be read; an `InputError` has its own remedy."""
+    if isinstance(error, InputError):
+        return InputError(f"{place}: cannot be read: {error}")
     return InputError(f"{place}: cannot be read ({str(error) or type(error).__name__}): {remedy}")
 
 
@@ -373,17 +378,34 @@ def _rows_in(path: Path, columns: Columns | None) -> Iterator[Any]:
         else:
             for line in lines:
                 if line.strip():
-                    yield _from_json(line)
+                    yield _json_row(line)
 
 
 def _text_lines(file: Iterable[bytes]) -> Iterator[str]:
     """The lines of a file in UTF-8, which end as they do there: in "\\n", "\\r" or "\\r\\n".
 
     Each is decoded by itself, so that an error is that of its row.
+    Raises ValueError: the bytes are not in UTF-8. In the first line, zeros say so.
     """
     for number, line in enumerate(file):
         text = line.decode("utf-8-sig" if number == 0 else "utf-8")
+        if number == 0 and "\0" in text:
+            raise ValueError("it begins with zero bytes between letters, as UTF-16 does")
         yield from io.StringIO(text, newline="")
+
+
+def _json_row(line: str) -> dict[str, Any]:
+    """The row on a line of JSON lines. Raises ValueError: it is no JSON object."""
+    try:
+        row = _from_json(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error}; each line must be one JSON object") from None
+    if not isinstance(row, dict):
+        raise InputError(
+            f"the line is no JSON object, and it is {line[:40]!r}; write one object a line, not a "
+            "list of them"
+        )
+    return row
 
 
 def _from_json(text: str) -> Any:
@@ -403,10 +425,20 @@ def _csv_rows(lines: Iterable[str], columns: Columns | None) -> Iterator[dict[st
     """The rows of an open CSV file, of which only some columns are read (None: all).
 
     Raises ValueError: the header names a column twice, or is there once more, as in files that were
-    joined; a row has not as many fields as the header; and what `_whole_lines` raises.
+    joined; a row has not as many fields as the header; fields are separated by something else than
+    commas; and what `_whole_lines` raises.
     """
     csv.field_size_limit(2**31 - 1)  # a text may be long
-    table = (fields for fields in csv.reader(_whole_lines(lines), strict=True) if fields)
+    lines = _whole_lines(lines)
+    first_line = next(lines, "")
+    separator = OTHER_SEPARATOR.search(first_line)
+    if separator and "," not in first_line:
+        raise InputError(
+            f"its fields are separated by {separator[0]!r}; separate them by commas, or write JSON "
+            "lines"
+        )
+    lines = itertools.chain([first_line], lines)
+    table = (fields for fields in csv.reader(lines, strict=True) if fields)
     header = next(table, [])
     place_of = {
         name: place for place, name in enumerate(header) if columns is None or name in columns
@@ -416,25 +448,26 @@ def _csv_rows(lines: Iterable[str], columns: Columns | None) -> Iterator[dict[st
         if len(fields) != len(header):
             raise ValueError(f"its header names {len(header)} fields, and it has {len(fields)}")
         if [fields[0].lstrip("\ufeff"), *fields[1:]] == header:
-            raise ValueError("it is the header once more, of a file that was added; remove it")
+            raise InputError("it is the header once more, of a file that was added; remove it")
         yield {name: fields[place] for name, place in place_of.items()}
 
 
 def _whole_lines(lines: Iterable[str]) -> Iterator[str]:
-    """The lines of a CSV file. Raises ValueError: the last one has no end; quotes are escaped.
+    """The lines of a CSV file. Raises InputError: the last one has no end; quotes are escaped.
 
     Without its end the last field may have been cut short, which nothing else in the file would
     show. If a quote is escaped, all backslashes are, which would be read as they are.
     """
     for line in lines:
         if '\\"' in line and ESCAPED_QUOTE.search(line):  # the first is quicker, and mostly enough
-            raise ValueError(
+            raise InputError(
                 'it escapes quotes with backslashes, \\"; write them twice, "", as pandas and most '
                 "programs do by themselves, or write JSON lines"
             )
         if not line.endswith(("\n", "\r")):
-            raise ValueError(
-                "no line break at the end of the file; if nothing is missing, add one there"
+            raise InputError(
+                "no line break at the end of the file, which may be cut short; write it again or, "
+                "if nothing is missing, add a line break there"
             )
         yield line
 

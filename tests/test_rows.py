@@ -187,10 +187,9 @@ def test_the_columns_of_a_file_are_known_without_its_values(tmp_path):
     (tmp_path / "empty.csv").write_text("")
     for name in ("a.parquet", "a.csv", "a.jsonl"):
         assert lore.rows.column_names(tmp_path / name) == {"user", "other"}
-    for name in ("list.jsonl", "empty.csv"):
-        assert lore.rows.column_names(tmp_path / name) == set()
+    assert lore.rows.column_names(tmp_path / "empty.csv") == set()
     (tmp_path / "b.jsonl").write_text("<html>")
-    for name in ("b.jsonl", "nowhere.parquet"):
+    for name in ("b.jsonl", "list.jsonl", "nowhere.parquet", "b.tsv"):
         with input_error(name):
             lore.rows.column_names(tmp_path / name)
 
@@ -295,6 +294,38 @@ def test_the_header_of_a_file_that_was_added_is_no_row(tmp_path, mark):
         read(tmp_path / "a.csv")
 
 
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+def test_a_csv_file_with_other_separators_is_refused_with_the_right_one(
+    tmp_path, separator, quoting
+):
+    frame = pd.DataFrame([{"user": "a", "prompt": "Why, and how?"}])
+    frame.to_csv(tmp_path / "a.csv", index=False, sep=separator, quoting=quoting)
+    named = f"a.csv, row 1: cannot be read: its fields are separated by {separator!r}; separate"
+    with input_error(named, "by commas") as line:
+        lore.rows.column_names(tmp_path / "a.csv")
+    with input_error(line()):
+        read(tmp_path / "a.csv")
+
+
+def test_separators_of_others_are_text_in_a_header_with_commas(tmp_path):
+    (tmp_path / "a.csv").write_text("user,prompt,a;b\na,b|c,d\te\n")
+    assert read(tmp_path / "a.csv") == [Row(user="a", prompt="b|c")]
+    assert lore.rows.column_names(tmp_path / "a.csv") == {"user", "prompt", "a;b"}
+
+
+@pytest.mark.parametrize("indent, said", [(None, "not a list of them"), (2, "one JSON object")])
+def test_a_json_array_is_refused_with_how_json_lines_look(tmp_path, indent, said):
+    content = json.dumps([{"user": "a"}, {"user": "b"}], indent=indent)
+    for name in ("a.json", "a.jsonl"):
+        (tmp_path / name).write_text(content)
+    with input_error("a.jsonl, row 1: cannot be read", said):
+        read(tmp_path / "a.jsonl")
+    for reader in (lore.rows.column_names, read):
+        with input_error("a.json: not a .parquet, .jsonl or .csv file", "one JSON object a line"):
+            reader(tmp_path / "a.json")
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252"])
 def test_a_file_in_another_encoding_is_refused_with_the_one_to_write(tmp_path, encoding):
     row = {"user": "a", "prompt": "Café?"}
@@ -308,6 +339,15 @@ def test_a_file_in_another_encoding_is_refused_with_the_one_to_write(tmp_path, e
         for path in (tmp_path / name, tmp_path / f"{name}.gz"):
             with input_error(f"{path}, row 1: cannot be read", "UTF-8"):
                 read(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+def test_a_file_of_plain_letters_in_another_encoding_is_told_by_its_zero_bytes(tmp_path, encoding):
+    (tmp_path / "a.csv").write_bytes("user,prompt\na,b\n".encode(encoding))
+    (tmp_path / "a.jsonl").write_bytes('{"user": "a"}\n'.encode(encoding))
+    for name in ("a.csv", "a.jsonl"):
+        with input_error(f"{name}, row 1: cannot be read (it begins with zero bytes", "as UTF-8"):
+            lore.rows.column_names(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
