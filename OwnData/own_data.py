@@ -51,6 +51,7 @@ from lore.normal_forms import (
     without_repeated_prompts,
 )
 from lore.rows import (
+    SPLIT_WORDS,
     LocatedRow,
     as_conversation,
     as_messages,
@@ -69,11 +70,6 @@ PAIRS_FILE = "pairs.parquet"
 USERS_FILE = "users.parquet"
 FILES = (EMBEDDINGS_FILE, PAIRS_FILE, USERS_FILE)
 
-SPLIT_WORDS = {  # split -> its names, in rows and in the names of files
-    "train": ["train"],
-    "validation": ["validation", "val", "dev"],
-    "test": ["test"],
-}
 SEEN_SHARE = 0.5  # of the users, as released
 
 # Why something is left out, as `prepare.py` counts it

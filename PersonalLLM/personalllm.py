@@ -18,6 +18,7 @@ from lore.embedding_files import find_reward_head
 from lore.files import atomic_write, load_tensors
 from lore.normal_forms import prompt_key
 from lore.rows import (
+    SPLIT_WORDS,
     LocatedRow,
     as_conversation,
     hub_rows,
@@ -112,7 +113,8 @@ def read_prompts(folder: Path | None = None) -> dict[str, Iterable[LocatedRow]]:
     if folder is None:
         splits = hub_rows(DATASET, Row)
         return {split: splits[split] for split in SPLITS}
-    files_of = split_files(folder, train=["train"], test=["test", "validation"])
+    test_words = SPLIT_WORDS["test"] + SPLIT_WORDS["validation"]
+    files_of = split_files(folder, train=SPLIT_WORDS["train"], test=test_words)
     print_unread(folder, files_of)
     return {
         split: itertools.chain.from_iterable(read_rows(path, Row) for path in files)

@@ -21,7 +21,13 @@ from utils import InputError
 
 DATA_FILE = re.compile(r"^[^.].*\.(parquet|jsonl|csv|jsonl\.gz|csv\.gz)$", re.IGNORECASE)
 CSV = ("csv", "csv.gz")  # endings, see `ending_of`
+SPLIT_WORDS = {  # split -> its names, in rows and in the names of files
+    "train": ["train"],
+    "validation": ["validation", "valid", "val", "dev"],
+    "test": ["test"],
+}
 SHARD = re.compile(r"(\d+)-of-(\d+)")  # train-00000-of-00002.parquet
+ALL_SHARDS = "all its shards, called NAME-00000-of-00002, NAME-00001-of-00002 and so on"
 BATCH = 1024  # rows of a parquet file or of the hub, in memory at a time
 SHORT_FLOAT = re.compile(r"\b(halffloat|float)\b")  # of 16 and 32 bits, as pyarrow calls them
 
@@ -93,21 +99,22 @@ def split_files(folder: Path | str, **words: list[str]) -> dict[str, list[Path]]
     """
     folder = Path(folder)
     paths = data_files(folder)
-    names = _names_in(paths)
 
     files_of = {}
     for split, split_words in words.items():
         files = [path for path in paths if _words_in(path.name) & set(split_words)]
         if not _is_whole(files):
             raise InputError(
-                f"{folder}: one file with {' or '.join(split_words)} in its name is needed, or all "
-                f"its shards, numbered from 0; it holds {names}"
+                f"{folder}: one file with {' or '.join(split_words)} in its name is needed, or "
+                f"{ALL_SHARDS}; {_content_of(folder)}"
             )
         files_of[split] = sorted(files, key=_shard_number)
 
     assigned = [path for files in files_of.values() for path in files]
     if len(set(assigned)) < len(assigned):
-        raise InputError(f"{folder}: a file cannot be two of {', '.join(words)}; it holds {names}")
+        raise InputError(
+            f"{folder}: a file cannot be two of {', '.join(words)}; {_content_of(folder)}"
+        )
     return files_of
 
 
@@ -126,9 +133,10 @@ def files_of_splits(folder: Path | str, **words: list[str]) -> dict[str | None, 
         print_unread(folder, files_of)
         return files_of
     if not _is_whole(paths):
+        splits = "; ".join(" or ".join(split_words) for split_words in words.values())
         raise InputError(
-            f"{folder}: one file is needed, or all its shards, or a file for each of "
-            f"{', '.join(words)}; it holds {_names_in(paths)}; give one of them"
+            f"{folder}: one file is needed, or {ALL_SHARDS}, or a file for each split, with a word "
+            f"for it in its name ({splits}); {_content_of(folder)}"
         )
     return {None: sorted(paths, key=_shard_number)}
 
@@ -144,9 +152,21 @@ def print_unread(folder: Path | str, files_of: dict[Any, list[Path]]) -> None:
         print(f"{folder}: not read: {_names_in(unread)}")
 
 
+def _content_of(folder: Path) -> str:
+    """The data files in a folder, and its subfolders with data files, for messages."""
+    content = f"it holds {_names_in(data_files(folder)) or 'no parquet, jsonl or csv file'}"
+    subfolders = [str(path) for path in sorted(folder.glob("[!.]*/")) if data_files(path)]
+    if subfolders:
+        content += (
+            f"; subfolders are not read ({', '.join(subfolders)}): give one with --data, or move "
+            "its files"
+        )
+    return content
+
+
 def _names_in(paths: list[Path]) -> str:
-    """The names of the data files in a folder, for messages."""
-    return ", ".join(path.name for path in paths) or "no parquet, jsonl or csv file"
+    """The names of files, for messages."""
+    return ", ".join(path.name for path in paths)
 
 
 def _words_in(name: str) -> set[str]:
@@ -431,12 +451,7 @@ def _csv_rows(lines: Iterable[str], columns: Columns | None) -> Iterator[dict[st
     csv.field_size_limit(2**31 - 1)  # a text may be long
     lines = _whole_lines(lines)
     first_line = next(lines, "")
-    separator = OTHER_SEPARATOR.search(first_line)
-    if separator and "," not in first_line:
-        raise InputError(
-            f"its fields are separated by {separator[0]!r}; separate them by commas, or write JSON "
-            "lines"
-        )
+    _check_separator(first_line)
     lines = itertools.chain([first_line], lines)
     table = (fields for fields in csv.reader(lines, strict=True) if fields)
     header = next(table, [])
@@ -450,6 +465,16 @@ def _csv_rows(lines: Iterable[str], columns: Columns | None) -> Iterator[dict[st
         if [fields[0].lstrip("\ufeff"), *fields[1:]] == header:
             raise InputError("it is the header once more, of a file that was added; remove it")
         yield {name: fields[place] for name, place in place_of.items()}
+
+
+def _check_separator(header: str) -> None:
+    """Raise InputError if the first line of a CSV file has no comma and another separator."""
+    separator = OTHER_SEPARATOR.search(header)
+    if separator and "," not in header:
+        raise InputError(
+            f"its fields are separated by {separator[0]!r}; separate them by commas, or write JSON "
+            "lines"
+        )
 
 
 def _whole_lines(lines: Iterable[str]) -> Iterator[str]:

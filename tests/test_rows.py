@@ -393,6 +393,50 @@ def test_shards_come_in_the_order_of_their_numbers_not_of_their_names(tmp_path):
     assert [path.name for path in found] == names
 
 
+def test_parts_that_are_no_shards_are_refused_with_what_shards_are_called(tmp_path):
+    for name in ("part-0.jsonl", "part-1.jsonl"):
+        (tmp_path / name).touch()
+    named = ["called NAME-00000-of-00002, NAME-00001-of-00002", "it holds part-0.jsonl, part-1.jso"]
+    with input_error("one file is needed", "(train; validation or valid or val or dev;", *named):
+        lore.rows.files_of_splits(tmp_path, **lore.rows.SPLIT_WORDS)
+    for number in range(2):
+        path = tmp_path / f"part-{number}.jsonl"
+        path.rename(tmp_path / f"part-0000{number}-of-00002.jsonl")
+    (files,) = lore.rows.files_of_splits(tmp_path, **lore.rows.SPLIT_WORDS).values()
+    assert len(files) == 2
+
+
+def test_subfolders_with_data_are_not_read_and_named(tmp_path):
+    for name in ("train/a.jsonl", "test/a.csv.GZ", ".cache/a.csv", "images/a.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    named = [
+        "it holds no parquet, jsonl or csv file",
+        f"subfolders are not read ({tmp_path / 'test'}, {tmp_path / 'train'}): give one with --dat",
+    ]
+    with input_error(*named):
+        lore.rows.files_of_splits(tmp_path, **lore.rows.SPLIT_WORDS)
+    with input_error(*named):
+        lore.rows.split_files(tmp_path, train=["train"])
+
+
+@pytest.mark.parametrize("name", ["valid", "val", "dev", "validation"])
+def test_each_data_set_knows_the_same_words_for_a_split(tmp_path, name):
+    for data_set, test in (("RedditTLDR", "validation"), ("PersonalLLM", "test")):
+        demo = ROOT / data_set / "demo"
+        folder = tmp_path / data_set
+        folder.mkdir()
+        shutil.copy(demo / "train.jsonl.gz", folder)
+        shutil.copy(demo / f"{test}.jsonl.gz", folder / f"{name}.jsonl.gz")
+        found, expected = (READERS[data_set](path) for path in (folder, demo))
+        for split in expected:
+            assert len(list(found[split])) == len(list(expected[split])) > 0
+    shutil.copy(tmp_path / "PersonalLLM" / "train.jsonl.gz", tmp_path)
+    shutil.copy(tmp_path / "PersonalLLM" / f"{name}.jsonl.gz", tmp_path)
+    files_of = lore.rows.files_of_splits(tmp_path, **lore.rows.SPLIT_WORDS)
+    assert files_of["validation"] == [tmp_path / f"{name}.jsonl.gz"]
+
+
 def test_files_of_a_folder_that_are_not_read_are_named_in_one_line(tmp_path, capsys):
     read_ones = ["train.jsonl", "test.jsonl.gz"]
     no_data = ["README.md", "LICENSE", ".gitattributes", "._train.jsonl", "dataset_infos.json"]
