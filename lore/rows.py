@@ -40,6 +40,9 @@ DAMAGED_FILE = (
 # quote can only be the end of a field.
 ESCAPED_QUOTE = re.compile(r'\\"[^",\r\n]')
 
+# UTF-16 writes an emoji as two halves, which JSON can hold apart; UTF-8 has none.
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+
 # What some programs write between fields in place of commas.
 OTHER_SEPARATOR = re.compile(r"[;\t|]")
 
@@ -305,7 +308,8 @@ def read_rows(
     schema: of the rows; columns that it does not name are not read. None: all are.
     Raises InputError that names file and row: the file is missing, of another format, damaged or
     without a row; a line is no JSON; two columns have one name; the object, the list or the
-    messages in a cell of a CSV file cannot be read; a CSV file lacks a column of objects or lists.
+    messages in a cell of a CSV file cannot be read; a CSV file lacks a column of objects or lists;
+    a text holds half of a character.
     """
     path = Path(path)
     ending = ending_of(path)
@@ -318,9 +322,32 @@ def read_rows(
         is_empty = False
         if ending in CSV:
             row = _with_objects(row, object_columns, place)
+        for name, value in row.items():
+            if columns is None or name in columns:
+                _check_characters(value, f"{place}: {name}")
         yield place, row
     if is_empty:
         raise InputError(f"{path}: no row in it; download or write it again")
+
+
+def _check_characters(value: Any, place: str) -> None:
+    """Raise InputError that names the place if a text holds half of a character.
+
+    JSON can hold such a text, but no tokenizer reads it.
+    """
+    if isinstance(value, str):
+        half = None if value.isascii() else HALF_CHARACTER.search(value)
+        if half:
+            raise InputError(
+                f"{place}: holds half of a character, {half[0]!r}, as a text does that was cut "
+                "within an emoji; remove it, or leave the row out"
+            )
+    elif isinstance(value, dict):
+        for part in value.values():
+            _check_characters(part, place)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _check_characters(part, place)
 
 
 def hub_rows(

@@ -362,6 +362,26 @@ def test_bytes_that_are_no_text_are_named_with_their_own_row(tmp_path, name):
         read(tmp_path / name)
 
 
+HALVES = [
+    ("a.jsonl", {"user": "a", "prompt": "cut \ud83d"}, "prompt"),
+    ("a.jsonl", {"user": "a", "prompt": [{"role": "user", "content": "\ude00 é"}]}, "prompt"),
+    ("a.jsonl", {"user": "a", "post": {"text": "\ud83d"}}, "post"),
+    ("a.csv", {"user": "a", "post": json.dumps({"text": "\ud83d"})}, "post"),
+]
+
+
+@pytest.mark.parametrize("name, row, field", HALVES)
+def test_half_of_a_character_is_refused_with_its_row(tmp_path, name, row, field):
+    whole = {"user": "b", "prompt": "\U0001f600", "log": "cut \ud83d"}  # nobody reads the log
+    if name == "a.jsonl":
+        lines = "".join(json.dumps(line) + "\n" for line in (whole, row))
+    else:
+        lines = pd.DataFrame([{"user": "b", "post": '{"text": ""}'}, row]).to_csv(index=False)
+    (tmp_path / name).write_text(lines)
+    with input_error(f"{name}, row 2: {field}: holds half of a character, '\\ud"):
+        read(tmp_path / name)
+
+
 def shards(*numbers, count=3, end=".csv"):
     return [f"train-{number:05}-of-{count:05}{end}" for number in numbers]
 
