@@ -289,10 +289,10 @@ def column_names(path: Path | str) -> set[str]:
 
 
 def _check_named_once(names: list[str]) -> None:
-    """Raise ValueError if two columns, or two fields of an object, have one name."""
+    """Raise InputError if two columns, or two fields of an object, have one name."""
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise ValueError(f"it names {', '.join(map(repr, twice))} twice")
+        raise InputError(f"it names {', '.join(map(repr, twice))} twice; rename or remove one")
 
 
 # ---- Rows
@@ -693,6 +693,8 @@ def _from_print(text: str) -> Any:
     for read in (_from_json, _from_numpy, ast.literal_eval):
         try:
             return read(text.strip())
+        except InputError:  # JSON that names a field twice, of which Python would take the last
+            raise
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
     raise ValueError("neither JSON nor printed by Python or numpy")

@@ -553,6 +553,7 @@ def test_objects_and_lists_are_read_as_pandas_has_them_from_parquet(tmp_path):
         ("post", '{"text": "a', '{"text": ..}'),
         ("replies", "[{'text': 'a'}, {", '[{"text": ..}]'),
         ("words", "a b", "[..]"),
+        ("post", '{"text": "a", "text": "b"}', '{"text": ..}'),
     ],
 )
 def test_a_cell_that_holds_no_object_is_refused_with_its_row_and_how_it_should_look(
