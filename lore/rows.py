@@ -20,7 +20,7 @@ import typing_extensions
 from utils import InputError
 
 DATA_FILE = re.compile(r"^[^.].*\.(parquet|jsonl|csv|jsonl\.gz|csv\.gz)$", re.IGNORECASE)
-CSV = ("csv", "csv.gz")  # endings, see `ending_of`
+CSV = ("csv", "csv.gz")  # endings, see `_ending_of`
 SPLIT_WORDS = {  # split -> its names, in rows and in the names of files
     "train": ["train"],
     "validation": ["validation", "valid", "val", "dev"],
@@ -67,7 +67,7 @@ Columns = dict[str, "Columns"]
 # ---- Files
 
 
-def ending_of(path: Path) -> str:
+def _ending_of(path: Path) -> str:
     """The ending of a data file in lower case, such as "csv.gz" of "Train.CSV.gz".
 
     Raises InputError: the file has another ending.
@@ -94,8 +94,8 @@ def data_files(folder: Path) -> list[Path]:
 def split_files(folder: Path | str, **words: list[str]) -> dict[str, list[Path]]:
     """The files of each split in a folder: split -> one file, or all shards of one, in order.
 
-    A file is .parquet, .jsonl, .csv, .jsonl.gz or .csv.gz. The shards of a file are numbered from
-    0-of-n to (n - 1)-of-n.
+    A file is .parquet, .jsonl, .csv, .jsonl.gz or .csv.gz, in any case. The shards of a file are
+    numbered from 0-of-n to (n - 1)-of-n.
     words: for each split, words that tell its files; a file's name must hold one as a whole word.
     Raises InputError: the folder is missing; a split has no file, several files or not all shards;
     a file belongs to two splits.
@@ -277,7 +277,7 @@ def column_names(path: Path | str) -> set[str]:
     Raises InputError: the file cannot be read.
     """
     path = Path(path)
-    ending = ending_of(path)
+    ending = _ending_of(path)
     try:
         if ending == "parquet":
             import pyarrow.parquet  # it loads slowly, and few files need it
@@ -312,7 +312,7 @@ def read_rows(
     a text holds half of a character.
     """
     path = Path(path)
-    ending = ending_of(path)
+    ending = _ending_of(path)
     if not path.exists():
         raise InputError(f"{path}: no such file; give the folder that holds it with --data")
     columns = None if schema is None else columns_of(schema)
@@ -413,7 +413,7 @@ def _rows_in(path: Path, columns: Columns | None) -> Iterator[Any]:
 
     Raises the errors of whatever library reads it.
     """
-    ending = ending_of(path)
+    ending = _ending_of(path)
     if ending == "parquet":
         yield from _parquet_rows(path, columns)
         return
