@@ -108,7 +108,7 @@ def split_files(folder: Path | str, **words: list[str]) -> dict[str, list[Path]]
         files = [path for path in paths if _words_in(path.name) & set(split_words)]
         if not _is_whole(files):
             raise InputError(
-                f"{folder}: one file with {' or '.join(split_words)} in its name is needed, or "
+                f"{folder}: one file with {_either(split_words)} in its name is needed, or "
                 f"{ALL_SHARDS}; {_content_of(folder)}"
             )
         files_of[split] = sorted(files, key=_shard_number)
@@ -136,7 +136,7 @@ def files_of_splits(folder: Path | str, **words: list[str]) -> dict[str | None, 
         print_unread(folder, files_of)
         return files_of
     if not _is_whole(paths):
-        splits = "; ".join(" or ".join(split_words) for split_words in words.values())
+        splits = "; ".join(map(_either, words.values()))
         raise InputError(
             f"{folder}: one file is needed, or {ALL_SHARDS}, or a file for each split, with a word "
             f"for it in its name ({splits}); {_content_of(folder)}"
@@ -153,6 +153,12 @@ def print_unread(folder: Path | str, files_of: dict[Any, list[Path]]) -> None:
     unread = [path for path in data_files(Path(folder)) if path not in read]
     if unread:
         print(f"{folder}: not read: {_names_in(unread)}")
+
+
+def _either(words: list[str]) -> str:
+    """One of these words, for messages: "validation, val or dev"."""
+    *others, last = words
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _content_of(folder: Path) -> str:

@@ -417,7 +417,7 @@ def test_parts_that_are_no_shards_are_refused_with_what_shards_are_called(tmp_pa
     for name in ("part-0.jsonl", "part-1.jsonl"):
         (tmp_path / name).touch()
     named = ["called NAME-00000-of-00002, NAME-00001-of-00002", "it holds part-0.jsonl, part-1.jso"]
-    with input_error("one file is needed", "(train; validation or valid or val or dev;", *named):
+    with input_error("one file is needed", "(train; validation, valid, val or dev; test)", *named):
         lore.rows.files_of_splits(tmp_path, **lore.rows.SPLIT_WORDS)
     for number in range(2):
         path = tmp_path / f"part-{number}.jsonl"
