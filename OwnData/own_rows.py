@@ -21,13 +21,7 @@ from pydantic import (
 from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 from lore.normal_forms import Id, Turns, without_messages
-from lore.rows import as_messages
-
-SPLIT_WORDS = {  # split -> its names, in rows and in the names of files
-    "train": ["train"],
-    "validation": ["validation", "val", "dev"],
-    "test": ["test"],
-}
+from lore.rows import SPLIT_WORDS, as_messages
 
 # Why a part of a row is left out, as `prepare.py` counts it
 NO_PREFERENCE = "turns without a preferred response, with the turns after them"

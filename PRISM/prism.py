@@ -7,12 +7,12 @@ conversation a person read up to four responses and chose one. A row of our file
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import BaseModel, Field, StrictStr
+from pydantic import BaseModel, BeforeValidator, Field, StrictStr
 
 from lore.data_notes import Judged
 from lore.embedding_files import find_reward_head
@@ -71,6 +71,14 @@ class User(BaseModel):
     num_completed_conversations: int
 
 
+def object_or_none(answer: Any) -> dict[str, Any] | None:
+    """An answer that is an object; None for any other."""
+    return answer if isinstance(answer, dict) else None
+
+
+Details = Annotated[dict[str, Any] | None, BeforeValidator(object_or_none)]
+
+
 class Answers(BaseModel):
     """What a row of survey.jsonl tells of the person, as far as it is there."""
 
@@ -83,10 +91,10 @@ class Answers(BaseModel):
     english_proficiency: Any = None
     lm_familiarity: Any = None
     lm_frequency_use: Any = None
-    religion: Any = None  # this and the next are objects, see SURVEY_DETAILS
-    ethnicity: Any = None
-    location: Any = None
-    stated_prefs: Any = None  # an object: how much each quality matters, from 0 to 100
+    religion: Details = None  # of this and the next two see SURVEY_DETAILS
+    ethnicity: Details = None
+    location: Details = None
+    stated_prefs: Details = None  # how much each quality matters, from 0 to 100
 
 
 SURVEY_DETAILS = {  # what is taken of an object: its column, and the name in it
@@ -198,8 +206,8 @@ def answers_of(row: Answers) -> dict[str, Any]:
     """The answers of one person; what was not answered is missing."""
     answers = row.model_dump(exclude={"user_id"})
     for name, (column, detail) in SURVEY_DETAILS.items():
-        answers[name] = _entries(getattr(row, column)).get(detail)
-    for quality, points in _entries(row.stated_prefs).items():
+        answers[name] = (getattr(row, column) or {}).get(detail)
+    for quality, points in (row.stated_prefs or {}).items():
         if is_number(points):  # beside the points there is a text of one's own
             answers[f"stated preference for {quality}"] = points
     return {
@@ -207,11 +215,6 @@ def answers_of(row: Answers) -> dict[str, Any]:
         for name, answer in answers.items()
         if isinstance(answer, str | int | float) and not is_missing(answer)
     }
-
-
-def _entries(answer: Any) -> dict[str, Any]:
-    """The entries of an answer that is an object; none of any other."""
-    return answer if isinstance(answer, dict) else {}
 
 
 # ---- Turns

@@ -5,12 +5,12 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import AllowInfNan, Field, StrictStr, create_model
+from pydantic import AllowInfNan, BeforeValidator, Field, StrictStr, create_model
 
 import lore.scripts
 from lore.checkpoint import PLAIN_FORMATS, is_plain_table
@@ -18,6 +18,7 @@ from lore.embedding_files import find_reward_head
 from lore.files import atomic_write, load_tensors
 from lore.normal_forms import prompt_key
 from lore.rows import (
+    SPLIT_WORDS,
     LocatedRow,
     as_conversation,
     hub_rows,
@@ -63,7 +64,18 @@ SCORERS = (  # reward models that have scored each response
 RESPONSE_COLUMNS = tuple(f"response_{j}" for j in range(1, RESPONSES + 1))
 TEXT_COLUMNS = ("prompt", *RESPONSE_COLUMNS)
 SCORE_COLUMNS = tuple(f"{response}_{scorer}" for response in RESPONSE_COLUMNS for scorer in SCORERS)
-Score = Annotated[float, Field(ge=-3e38, le=3e38), AllowInfNan(False)]  # within float32
+
+
+def no_truth_value(score: Any) -> Any:
+    """A score as it is. Raises ValueError: it is true or false, which Python takes for a number."""
+    if isinstance(score, bool):
+        raise ValueError("a score is a number")
+    return score
+
+
+Score = Annotated[  # within float32
+    float, Field(ge=-3e38, le=3e38), AllowInfNan(False), BeforeValidator(no_truth_value)
+]
 Row = create_model(
     "Row",
     **dict.fromkeys(TEXT_COLUMNS, (StrictStr, ...)),
@@ -101,7 +113,8 @@ def read_prompts(folder: Path | None = None) -> dict[str, Iterable[LocatedRow]]:
     if folder is None:
         splits = hub_rows(DATASET, Row)
         return {split: splits[split] for split in SPLITS}
-    files_of = split_files(folder, train=["train"], test=["test", "validation"])
+    test_words = SPLIT_WORDS["test"] + SPLIT_WORDS["validation"]
+    files_of = split_files(folder, train=SPLIT_WORDS["train"], test=test_words)
     print_unread(folder, files_of)
     return {
         split: itertools.chain.from_iterable(read_rows(path, Row) for path in files)

@@ -23,6 +23,7 @@ from lore.normal_forms import (
     without_repeated_prompts,
 )
 from lore.rows import (
+    SPLIT_WORDS,
     LocatedRow,
     are_messages,
     as_conversation,
@@ -105,7 +106,8 @@ def read_comparisons(data: Path | None) -> dict[str, Iterator[Comparison]]:
             f"{data}: comparisons of your own have a script of their own; run "
             f"python OwnData/prepare.py --data {data}"
         )
-    files_of = split_files(data, train=["train"], val=["validation", "test"])
+    val_words = SPLIT_WORDS["validation"] + SPLIT_WORDS["test"]
+    files_of = split_files(data, train=SPLIT_WORDS["train"], val=val_words)
     print_unread(data, files_of)
     return {
         split: _parsed(itertools.chain.from_iterable(read_rows(path, Comparison) for path in files))

@@ -16,6 +16,7 @@ from lore.words import count_of
 
 # What other programs write as the id of nobody, or of nothing.
 NOBODY = {"nan", "none", "null", "na", "n/a", "<na>", "nat", "undefined"}
+LONGEST_NOBODY = max(map(len, NOBODY))  # so that long texts need not be looked up
 # A text that is the whole of a list or an object, as Python, JSON or numpy print it.
 PRINTED = re.compile(r"""\s*(\[\s*['"{\[]|\{\s*['"]).*['"}\]]\s*[\]}]\s*""", re.DOTALL)
 
@@ -112,22 +113,36 @@ def notes_on_likeness(label: str, answers: Iterable[Sequence[Turns]]) -> list[st
 
 
 def notes_on_texts(label: str, texts: Iterable[Turns]) -> list[str]:
-    """How many texts are blank, and how many are a printed list or object.
+    """How many texts are blank, "nan" or alike, or a printed list or object.
 
+    Of messages the text of the last one counts. pandas' astype(str) makes "nan" of a missing text.
     Printed lists on one side only made the released results on PRISM: a model learns the brackets.
     """
     blank = 0
+    missing = Counter()
     printed = 0
-    for text in texts:
+    for turns in texts:
+        text = turns[-1]["content"] if turns and isinstance(turns, list) else turns
         if isinstance(text, str):
-            blank += not text.strip()
-            printed += text.lstrip()[:1] in ("[", "{") and bool(PRINTED.fullmatch(text))
+            stripped = text.strip()
+            blank += not stripped
+            if len(stripped) <= LONGEST_NOBODY and _is_nobody(stripped):
+                missing[stripped] += 1
+            printed += stripped[:1] in ("[", "{") and bool(PRINTED.fullmatch(text))
     notes = []
     if blank:
         are_blank = count_of(
             blank, "is blank, and stays as it is", "are blank, and stay as they are"
         )
         notes.append(f"{label}: {are_blank}")
+    if missing:
+        words = " or ".join(map(repr, sorted(missing)))
+        are_missing = count_of(
+            missing.total(),
+            f"is {words}, as programs write for a missing text, and is taken as a text",
+            f"are {words}, as programs write for a missing text, and are taken as texts",
+        )
+        notes.append(f"{label}: {are_missing}")
     if printed:
         are_printed = count_of(
             printed,

@@ -72,9 +72,17 @@ def _exact(number: int, float_type: type[float] | type[np.floating]) -> str:
     return str(number)
 
 
+def _text_of_id(value: Any) -> str:
+    """What `canonical_id` gives. Raises ValueError: as it does, or the value is no id."""
+    text = canonical_id(value)
+    if not isinstance(text, str):
+        raise ValueError("an id is a text or a whole number")
+    return text
+
+
 # The id of a person or a conversation, in a schema.
 Id = Annotated[
-    pydantic.StrictStr, pydantic.Field(min_length=1), pydantic.BeforeValidator(canonical_id)
+    pydantic.StrictStr, pydantic.Field(min_length=1), pydantic.BeforeValidator(_text_of_id)
 ]
 
 

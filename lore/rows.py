@@ -4,40 +4,56 @@ import ast
 import csv
 import gzip
 import io
+import itertools
 import json
 import re
 import reprlib
+import types
 import typing
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pydantic
 import typing_extensions
 
 from utils import InputError
 
-DATA_FILE = re.compile(r"^[^.].*\.(parquet|jsonl|csv|jsonl\.gz|csv\.gz)$")
+DATA_FILE = re.compile(r"^[^.].*\.(parquet|jsonl|csv|jsonl\.gz|csv\.gz)$", re.IGNORECASE)
+CSV = ("csv", "csv.gz")  # endings, see `_ending_of`
+SPLIT_WORDS = {  # split -> its names, in rows and in the names of files
+    "train": ["train"],
+    "validation": ["validation", "valid", "val", "dev"],
+    "test": ["test"],
+}
 SHARD = re.compile(r"(\d+)-of-(\d+)")  # train-00000-of-00002.parquet
+ALL_SHARDS = "all its shards, called NAME-00000-of-00002, NAME-00001-of-00002 and so on"
 BATCH = 1024  # rows of a parquet file or of the hub, in memory at a time
 SHORT_FLOAT = re.compile(r"\b(halffloat|float)\b")  # of 16 and 32 bits, as pyarrow calls them
 
 DAMAGED_FILE = (
     "the file is cut short, of another format, in another encoding than UTF-8, an error page, or "
-    "closed to you; download or write it again"
+    "closed to you; download it again, or save it again, as UTF-8"
 )
 
 # A quote that a backslash escapes: in a CSV file that writes quotes twice, a backslash and a single
 # quote can only be the end of a field.
 ESCAPED_QUOTE = re.compile(r'\\"[^",\r\n]')
 
+# UTF-16 writes an emoji as two halves, which JSON can hold apart; UTF-8 has none.
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+
+# What some programs write between fields in place of commas.
+OTHER_SEPARATOR = re.compile(r"[;\t|]")
+
 # How a CSV cell begins that holds messages as Python, JSON or numpy print them, and a key of one.
 PRINTED_OBJECTS = re.compile(r"""(\s|\[|\(|array|list)*\{\s*['"]""")
 PRINTED_KEY = re.compile(r"""['"](role|content)['"]\s*:""")
-# numpy prints no comma between objects. A brace within a string of Python's notation is none.
+# A string or the end of an object in Python's notation, and the space before another one, between
+# which numpy prints no comma. A brace within a string ends no object.
 STRING_OR_END_OF_OBJECT = re.compile(
-    r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\}(?=\s+\{)""", re.DOTALL
+    r"""('(?:[^'\\]++|\\.)*+'|"(?:[^"\\]++|\\.)*+"|\})(\s+(?=['"{]))?""", re.DOTALL
 )
 PRINTED_ARRAY = re.compile(r"array\((.*),\s*dtype=object\)", re.DOTALL)
 
@@ -52,9 +68,18 @@ Columns = dict[str, "Columns"]
 # ---- Files
 
 
-def is_csv(path: Path) -> bool:
-    """Whether a file is CSV, packed or not, by its name."""
-    return path.name.endswith((".csv", ".csv.gz"))
+def _ending_of(path: Path) -> str:
+    """The ending of a data file in lower case, such as "csv.gz" of "Train.CSV.gz".
+
+    Raises InputError: the file has another ending.
+    """
+    match = DATA_FILE.search(path.name)
+    if not match:
+        raise InputError(
+            f"{path}: not a .parquet, .jsonl or .csv file, the last two also .gz; write it as one "
+            "of these, such as .jsonl, which has one JSON object a line"
+        )
+    return match[1].lower()
 
 
 def data_files(folder: Path) -> list[Path]:
@@ -70,29 +95,30 @@ def data_files(folder: Path) -> list[Path]:
 def split_files(folder: Path | str, **words: list[str]) -> dict[str, list[Path]]:
     """The files of each split in a folder: split -> one file, or all shards of one, in order.
 
-    A file is .parquet, .jsonl, .csv, .jsonl.gz or .csv.gz. The shards of a file are numbered from
-    0-of-n to (n - 1)-of-n.
+    A file is .parquet, .jsonl, .csv, .jsonl.gz or .csv.gz, in any case. The shards of a file are
+    numbered from 0-of-n to (n - 1)-of-n.
     words: for each split, words that tell its files; a file's name must hold one as a whole word.
     Raises InputError: the folder is missing; a split has no file, several files or not all shards;
     a file belongs to two splits.
     """
     folder = Path(folder)
     paths = data_files(folder)
-    names = _names_in(paths)
 
     files_of = {}
     for split, split_words in words.items():
         files = [path for path in paths if _words_in(path.name) & set(split_words)]
         if not _is_whole(files):
             raise InputError(
-                f"{folder}: one file with {' or '.join(split_words)} in its name is needed, or all "
-                f"its shards, numbered from 0; it holds {names}"
+                f"{folder}: one file with {_either(split_words)} in its name is needed, or "
+                f"{ALL_SHARDS}; {_content_of(folder)}"
             )
         files_of[split] = sorted(files, key=_shard_number)
 
     assigned = [path for files in files_of.values() for path in files]
     if len(set(assigned)) < len(assigned):
-        raise InputError(f"{folder}: a file cannot be two of {', '.join(words)}; it holds {names}")
+        raise InputError(
+            f"{folder}: a file cannot be two of {', '.join(words)}; {_content_of(folder)}"
+        )
     return files_of
 
 
@@ -111,9 +137,10 @@ def files_of_splits(folder: Path | str, **words: list[str]) -> dict[str | None, 
         print_unread(folder, files_of)
         return files_of
     if not _is_whole(paths):
+        splits = "; ".join(map(_either, words.values()))
         raise InputError(
-            f"{folder}: one file is needed, or all its shards, or a file for each of "
-            f"{', '.join(words)}; it holds {_names_in(paths)}; give one of them"
+            f"{folder}: one file is needed, or {ALL_SHARDS}, or a file for each split, with a word "
+            f"for it in its name ({splits}); {_content_of(folder)}"
         )
     return {None: sorted(paths, key=_shard_number)}
 
@@ -129,9 +156,27 @@ def print_unread(folder: Path | str, files_of: dict[Any, list[Path]]) -> None:
         print(f"{folder}: not read: {_names_in(unread)}")
 
 
+def _either(words: list[str]) -> str:
+    """One of these words, for messages: "validation, val or dev"."""
+    *others, last = words
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _content_of(folder: Path) -> str:
+    """The data files in a folder, and its subfolders with data files, for messages."""
+    content = f"it holds {_names_in(data_files(folder)) or 'no parquet, jsonl or csv file'}"
+    subfolders = [str(path) for path in sorted(folder.glob("[!.]*/")) if data_files(path)]
+    if subfolders:
+        content += (
+            f"; subfolders are not read ({', '.join(subfolders)}): give one with --data, or move "
+            "its files"
+        )
+    return content
+
+
 def _names_in(paths: list[Path]) -> str:
-    """The names of the data files in a folder, for messages."""
-    return ", ".join(path.name for path in paths) or "no parquet, jsonl or csv file"
+    """The names of files, for messages."""
+    return ", ".join(path.name for path in paths)
 
 
 def _words_in(name: str) -> set[str]:
@@ -196,28 +241,65 @@ def _fields_in(annotation: Any) -> Columns:
     return fields
 
 
+class ObjectColumn(NamedTuple):
+    """A column that holds objects or lists and nothing else."""
+
+    outline: str  # how a value looks in JSON, such as '[{"text": ..}]'
+    is_required: bool
+
+
+def _object_columns(schema: type[pydantic.BaseModel]) -> dict[str, ObjectColumn]:
+    """The columns of a schema that hold objects or lists and nothing else."""
+    columns = {}
+    for name, field in schema.model_fields.items():
+        outline = _outline(field.annotation)
+        if outline:
+            columns[name] = ObjectColumn(outline, field.is_required())
+    return columns
+
+
+def _outline(annotation: Any) -> str | None:
+    """How an object or a list of this type looks in JSON; None if it may be a text or a number."""
+    kind = typing.get_origin(annotation) or annotation
+    arguments = [part for part in typing.get_args(annotation) if part is not types.NoneType]
+    if kind in (typing.Union, types.UnionType):
+        outlines = [_outline(alternative) for alternative in arguments]
+        return outlines[0] if all(outlines) else None
+    if kind is typing.Annotated:
+        return _outline(arguments[0])
+    if not isinstance(kind, type):  # such as Any
+        return None
+    if issubclass(kind, list):
+        element = _outline(arguments[0]) if arguments else None
+        return f"[{element or '..'}]"
+    if issubclass(kind, dict | pydantic.BaseModel):  # typed dicts are dicts
+        fields = [f'"{name}": ..' for name in _fields_in(annotation)]
+        return f"{{{', '.join(fields) or '..'}}}"
+    return None
+
+
 def column_names(path: Path | str) -> set[str]:
     """The columns of a file: those of its header or, of JSON lines, those of its first row.
 
     Raises InputError: the file cannot be read.
     """
     path = Path(path)
+    ending = _ending_of(path)
     try:
-        if path.suffix == ".parquet":
+        if ending == "parquet":
             import pyarrow.parquet  # it loads slowly, and few files need it
 
             return set(pyarrow.parquet.read_schema(path).names)
-        row = next(_rows_in(path, None), None)
+        return set(next(_rows_in(path, None), ()))
     except Exception as error:  # each library has its own for what is damaged
         raise _damage(f"{path}, row 1", error, DAMAGED_FILE) from None
-    return set(row) if isinstance(row, dict) else set()
 
 
 def _check_named_once(names: list[str]) -> None:
-    """Raise ValueError if two columns, or two fields of an object, have one name."""
+    """Raise InputError if two columns, or two fields of an object, have one name."""
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise ValueError(f"it names {', '.join(map(repr, twice))} twice")
+        raise InputError(f"it names {', '.join(map(repr, twice))} twice; rename or remove one")
 
 
 # ---- Rows
@@ -228,29 +310,51 @@ def read_rows(
 ) -> Iterator[LocatedRow]:
     """The rows of a parquet, JSON lines or CSV file with their places, a few in memory at a time.
 
-    A cell of a CSV file that holds messages, which are text there, is given as messages.
+    A cell of a CSV file that holds an object, a list or messages, which are text there, is given
+    as these.
     schema: of the rows; columns that it does not name are not read. None: all are.
     Raises InputError that names file and row: the file is missing, of another format, damaged or
-    without a row; a line is no JSON; two columns have one name; the messages in a cell of a CSV
-    file cannot be read.
+    without a row; a line is no JSON; two columns have one name; the object, the list or the
+    messages in a cell of a CSV file cannot be read; a CSV file lacks a column of objects or lists;
+    a text holds half of a character.
     """
     path = Path(path)
-    if not DATA_FILE.search(path.name):
-        raise InputError(
-            f"{path}: not a .parquet, .jsonl or .csv file, the last two also .gz; write it as one "
-            "of these"
-        )
+    ending = _ending_of(path)
     if not path.exists():
         raise InputError(f"{path}: no such file; give the folder that holds it with --data")
     columns = None if schema is None else columns_of(schema)
+    object_columns = {} if schema is None else _object_columns(schema)
     is_empty = True
     for place, row in _located(str(path), _rows_in(path, columns), DAMAGED_FILE):
         is_empty = False
-        if is_csv(path):
-            row = {field: _cell(value, f"{place}: {field}") for field, value in row.items()}
+        if ending in CSV:
+            row = _with_objects(row, object_columns, place)
+        for name, value in row.items():
+            if columns is None or name in columns:
+                _check_characters(value, f"{place}: {name}")
         yield place, row
     if is_empty:
         raise InputError(f"{path}: no row in it; download or write it again")
+
+
+def _check_characters(value: Any, place: str) -> None:
+    """Raise InputError that names the place if a text holds half of a character.
+
+    JSON can hold such a text, but no tokenizer reads it.
+    """
+    if isinstance(value, str):
+        half = None if value.isascii() else HALF_CHARACTER.search(value)
+        if half:
+            raise InputError(
+                f"{place}: holds half of a character, {half[0]!r}, as a text does that was cut "
+                "within an emoji; remove it, or leave the row out"
+            )
+    elif isinstance(value, dict):
+        for part in value.values():
+            _check_characters(part, place)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _check_characters(part, place)
 
 
 def hub_rows(
@@ -305,7 +409,9 @@ def _located(source: str, rows: Iterable[Any], remedy: str) -> Iterator[LocatedR
 
 
 def _damage(place: str, error: Exception, remedy: str) -> InputError:
-    """The error for a row that cannot be read."""
+    """The error for a row that cannot be read; an `InputError` has its own remedy."""
+    if isinstance(error, InputError):
+        return InputError(f"{place}: cannot be read: {error}")
     return InputError(f"{place}: cannot be read ({str(error) or type(error).__name__}): {remedy}")
 
 
@@ -314,28 +420,46 @@ def _rows_in(path: Path, columns: Columns | None) -> Iterator[Any]:
 
     Raises the errors of whatever library reads it.
     """
-    if path.suffix == ".parquet":
+    ending = _ending_of(path)
+    if ending == "parquet":
         yield from _parquet_rows(path, columns)
         return
-    open_file = gzip.open if path.suffix == ".gz" else open
+    open_file = gzip.open if ending.endswith(".gz") else open
     with open_file(path, "rb") as file:
         lines = _text_lines(file)
-        if is_csv(path):
+        if ending in CSV:
             yield from _csv_rows(lines, columns)
         else:
             for line in lines:
                 if line.strip():
-                    yield _from_json(line)
+                    yield _json_row(line)
 
 
 def _text_lines(file: Iterable[bytes]) -> Iterator[str]:
     """The lines of a file in UTF-8, which end as they do there: in "\\n", "\\r" or "\\r\\n".
 
     Each is decoded by itself, so that an error is that of its row.
+    Raises ValueError: the bytes are not in UTF-8. In the first line, zeros say so.
     """
     for number, line in enumerate(file):
         text = line.decode("utf-8-sig" if number == 0 else "utf-8")
+        if number == 0 and "\0" in text:
+            raise ValueError("it begins with zero bytes between letters, as UTF-16 does")
         yield from io.StringIO(text, newline="")
+
+
+def _json_row(line: str) -> dict[str, Any]:
+    """The row on a line of JSON lines. Raises ValueError: it is no JSON object."""
+    try:
+        row = _from_json(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error}; each line must be one JSON object") from None
+    if not isinstance(row, dict):
+        raise InputError(
+            f"the line is no JSON object, and it is {line[:40]!r}; write one object a line, not a "
+            "list of them"
+        )
+    return row
 
 
 def _from_json(text: str) -> Any:
@@ -355,10 +479,15 @@ def _csv_rows(lines: Iterable[str], columns: Columns | None) -> Iterator[dict[st
     """The rows of an open CSV file, of which only some columns are read (None: all).
 
     Raises ValueError: the header names a column twice, or is there once more, as in files that were
-    joined; a row has not as many fields as the header; and what `_whole_lines` raises.
+    joined; a row has not as many fields as the header; fields are separated by something else than
+    commas; and what `_whole_lines` raises.
     """
     csv.field_size_limit(2**31 - 1)  # a text may be long
-    table = (fields for fields in csv.reader(_whole_lines(lines), strict=True) if fields)
+    lines = _whole_lines(lines)
+    first_line = next(lines, "")
+    _check_separator(first_line)
+    lines = itertools.chain([first_line], lines)
+    table = (fields for fields in csv.reader(lines, strict=True) if fields)
     header = next(table, [])
     place_of = {
         name: place for place, name in enumerate(header) if columns is None or name in columns
@@ -368,25 +497,36 @@ def _csv_rows(lines: Iterable[str], columns: Columns | None) -> Iterator[dict[st
         if len(fields) != len(header):
             raise ValueError(f"its header names {len(header)} fields, and it has {len(fields)}")
         if [fields[0].lstrip("\ufeff"), *fields[1:]] == header:
-            raise ValueError("it is the header once more, of a file that was added; remove it")
+            raise InputError("it is the header once more, of a file that was added; remove it")
         yield {name: fields[place] for name, place in place_of.items()}
 
 
+def _check_separator(header: str) -> None:
+    """Raise InputError if the first line of a CSV file has no comma and another separator."""
+    separator = OTHER_SEPARATOR.search(header)
+    if separator and "," not in header:
+        raise InputError(
+            f"its fields are separated by {separator[0]!r}; separate them by commas, or write JSON "
+            "lines"
+        )
+
+
 def _whole_lines(lines: Iterable[str]) -> Iterator[str]:
-    """The lines of a CSV file. Raises ValueError: the last one has no end; quotes are escaped.
+    """The lines of a CSV file. Raises InputError: the last one has no end; quotes are escaped.
 
     Without its end the last field may have been cut short, which nothing else in the file would
     show. If a quote is escaped, all backslashes are, which would be read as they are.
     """
     for line in lines:
         if '\\"' in line and ESCAPED_QUOTE.search(line):  # the first is quicker, and mostly enough
-            raise ValueError(
+            raise InputError(
                 'it escapes quotes with backslashes, \\"; write them twice, "", as pandas and most '
                 "programs do by themselves, or write JSON lines"
             )
         if not line.endswith(("\n", "\r")):
-            raise ValueError(
-                "no line break at the end of the file; if nothing is missing, add one there"
+            raise InputError(
+                "no line break at the end of the file, which may be cut short; write it again or, "
+                "if nothing is missing, add a line break there"
             )
         yield line
 
@@ -492,35 +632,85 @@ def parse_rows(
         yield place, parsed
 
 
-# ---- Messages in a CSV file
+# ---- Objects, lists and messages in a CSV file
 
 
-def _cell(value: str, place: str) -> Any:
-    """What a cell of a CSV file holds: a text, or messages, which are text there.
+def _with_objects(
+    row: dict[str, str], object_columns: dict[str, ObjectColumn], place: str
+) -> dict[str, Any]:
+    """A row of a CSV file with the objects, lists and messages that its cells hold as text.
 
-    Messages are read as JSON, or as Python or numpy print them, with or without a list around them.
+    Raises InputError that names the place: a cell cannot be read; a column is missing.
+    """
+    for name, column in object_columns.items():
+        if column.is_required and name not in row:
+            raise InputError(
+                f"{place}: {name}: no such column; a CSV file must have it, with cells that look "
+                f"like {column.outline}"
+            )
+    content: dict[str, Any] = {}
+    for name, value in row.items():
+        if name in object_columns:
+            content[name] = _object_in(value, object_columns[name].outline, f"{place}: {name}")
+        else:
+            content[name] = _text_or_messages(value, f"{place}: {name}")
+    return content
+
+
+def _object_in(value: str, outline: str, place: str) -> Any:
+    """The object or the list that a cell of a CSV file holds; None for an empty cell.
+
+    Raises InputError that names the place and how the cell should look: it cannot be read.
+    """
+    if not value.strip():
+        return None
+    try:
+        return _from_print(value)
+    except ValueError:
+        raise InputError(
+            f"{place}: cannot be read as JSON nor as Python or numpy print it, and it is "
+            f"{value[:40]!r}; a cell must look like {outline}; repair it, or write the rows as "
+            "JSON lines"
+        ) from None
+
+
+def _text_or_messages(value: str, place: str) -> Any:
+    """What a cell of a CSV file holds: a text, or messages, with or without a list around them.
+
     Raises InputError that names the place: it begins like messages, and cannot be read.
     """
     if value.strip() == "[]":
         return []
     if not PRINTED_OBJECTS.match(value) or not PRINTED_KEY.search(value):
         return value
-    for read in (_from_json, ast.literal_eval, _from_numpy):
+    try:
+        content = _from_print(value)
+    except ValueError:
+        raise InputError(
+            f"{place}: begins like messages and cannot be read as JSON nor as a list that Python "
+            f"or numpy printed, and it is {value[:40]!r}..; repair it, or write the rows as JSON "
+            "lines"
+        ) from None
+    return content if _has_roles(content) else value
+
+
+def _from_print(text: str) -> Any:
+    """What a text says in JSON, or as Python or numpy print it. Raises ValueError: it is none."""
+    # numpy's goes before Python's, which would take two texts of numpy, 'a' 'b', for one.
+    for read in (_from_json, _from_numpy, ast.literal_eval):
         try:
-            content = read(value.strip())
+            return read(text.strip())
+        except InputError:  # JSON that names a field twice, of which Python would take the last
+            raise
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
-        return content if _has_roles(content) else value
-    raise InputError(
-        f"{place}: begins like messages and cannot be read as JSON nor as a list that Python or "
-        f"numpy printed, and it is {value[:40]!r}..; repair it, or write the rows as JSON lines"
-    )
+    raise ValueError("neither JSON nor printed by Python or numpy")
 
 
 def _from_numpy(text: str) -> Any:
-    """The objects that numpy printed: Python's notation without a comma between two objects.
+    """The objects or texts that numpy printed: Python's notation without commas between two.
 
-    Raises what `ast.literal_eval` raises: the text is something else, or numpy left objects out,
+    Raises what `ast.literal_eval` raises: the text is something else, or numpy left elements out,
     as it does in arrays of more than 1,000.
     """
     array = PRINTED_ARRAY.fullmatch(text)
@@ -528,7 +718,7 @@ def _from_numpy(text: str) -> Any:
         text = array[1]
     return ast.literal_eval(
         STRING_OR_END_OF_OBJECT.sub(
-            lambda match: "}," if match[0] == "}" else match[0],
+            lambda match: f"{match[1]},{match[2]}" if match[2] else match[1],
             text,
         )
     )

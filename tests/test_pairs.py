@@ -46,7 +46,8 @@ def found_in(folder, *names):
     [
         ("train.jsonl", "validation.jsonl"),
         ("train.parquet", "my_test.csv.gz"),
-        ("a-train-2024.csv", "TEST.jsonl.gz"),
+        ("a-train-2024.csv", "TEST.JSONL.gz"),
+        ("Train.JSONL", "test.Parquet"),
         ("train-00000-of-00001.parquet", "validation-00000-of-00001.parquet"),
     ],
     ids=str,
@@ -117,6 +118,14 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
+def test_the_ending_of_a_file_is_the_same_in_any_case(tmp_path, name):
+    FORMATS[name](tmp_path / name)
+    path = (tmp_path / name).rename(tmp_path / name.upper())
+    assert [row for _, row in lore.rows.read_rows(path)] == ROWS
+    assert lore.rows.column_names(path) == set(ROWS[0])
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_every_format_gives_the_same_rows_and_says_where_each_stands(tmp_path, name):
     FORMATS[name](tmp_path / name)
     found = list(lore.rows.read_rows(tmp_path / name))
@@ -170,7 +179,7 @@ def test_an_error_page_a_missing_file_and_a_broken_line_are_refused_by_row(tmp_p
         (tmp_path / "b.csv").write_text(shifted)
         with input_error("b.csv", named):
             list(lore.rows.read_rows(tmp_path / "b.csv"))
-    for name in ("b.tsv", "b.JSONL", "b.json"):
+    for name in ("b.tsv", "b.jsonlines", "b.json"):
         with input_error(name, ".jsonl"):
             list(lore.rows.read_rows(tmp_path / name))
     (tmp_path / "b.jsonl").write_bytes(b'{"a": "\xff"}\n')  # no UTF-8

@@ -198,10 +198,9 @@ def test_the_columns_of_a_file_are_known_without_its_values(tmp_path):
     (tmp_path / "empty.csv").write_text("")
     for name in ("a.parquet", "a.csv", "a.jsonl"):
         assert lore.rows.column_names(tmp_path / name) == {"user", "other"}
-    for name in ("list.jsonl", "empty.csv"):
-        assert lore.rows.column_names(tmp_path / name) == set()
+    assert lore.rows.column_names(tmp_path / "empty.csv") == set()
     (tmp_path / "b.jsonl").write_text("<html>")
-    for name in ("b.jsonl", "nowhere.parquet"):
+    for name in ("b.jsonl", "list.jsonl", "nowhere.parquet", "b.tsv"):
         with input_error(name):
             lore.rows.column_names(tmp_path / name)
 
@@ -306,6 +305,38 @@ def test_the_header_of_a_file_that_was_added_is_no_row(tmp_path, mark):
         read(tmp_path / "a.csv")
 
 
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+def test_a_csv_file_with_other_separators_is_refused_with_the_right_one(
+    tmp_path, separator, quoting
+):
+    frame = pd.DataFrame([{"user": "a", "prompt": "Why, and how?"}])
+    frame.to_csv(tmp_path / "a.csv", index=False, sep=separator, quoting=quoting)
+    named = f"a.csv, row 1: cannot be read: its fields are separated by {separator!r}; separate"
+    with input_error(named, "by commas") as line:
+        lore.rows.column_names(tmp_path / "a.csv")
+    with input_error(line()):
+        read(tmp_path / "a.csv")
+
+
+def test_separators_of_others_are_text_in_a_header_with_commas(tmp_path):
+    (tmp_path / "a.csv").write_text("user,prompt,a;b\na,b|c,d\te\n")
+    assert read(tmp_path / "a.csv") == [Row(user="a", prompt="b|c")]
+    assert lore.rows.column_names(tmp_path / "a.csv") == {"user", "prompt", "a;b"}
+
+
+@pytest.mark.parametrize("indent, said", [(None, "not a list of them"), (2, "one JSON object")])
+def test_a_json_array_is_refused_with_how_json_lines_look(tmp_path, indent, said):
+    content = json.dumps([{"user": "a"}, {"user": "b"}], indent=indent)
+    for name in ("a.json", "a.jsonl"):
+        (tmp_path / name).write_text(content)
+    with input_error("a.jsonl, row 1: cannot be read", said):
+        read(tmp_path / "a.jsonl")
+    for reader in (lore.rows.column_names, read):
+        with input_error("a.json: not a .parquet, .jsonl or .csv file", "one JSON object a line"):
+            reader(tmp_path / "a.json")
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252"])
 def test_a_file_in_another_encoding_is_refused_with_the_one_to_write(tmp_path, encoding):
     row = {"user": "a", "prompt": "Café?"}
@@ -321,6 +352,15 @@ def test_a_file_in_another_encoding_is_refused_with_the_one_to_write(tmp_path, e
                 read(path)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+def test_a_file_of_plain_letters_in_another_encoding_is_told_by_its_zero_bytes(tmp_path, encoding):
+    (tmp_path / "a.csv").write_bytes("user,prompt\na,b\n".encode(encoding))
+    (tmp_path / "a.jsonl").write_bytes('{"user": "a"}\n'.encode(encoding))
+    for name in ("a.csv", "a.jsonl"):
+        with input_error(f"{name}, row 1: cannot be read (it begins with zero bytes", "as UTF-8"):
+            lore.rows.column_names(tmp_path / name)
+
+
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
 def test_bytes_that_are_no_text_are_named_with_their_own_row(tmp_path, name):
     rows = [{"user": f"u{i}", "prompt": "?"} for i in range(50)]
@@ -330,6 +370,26 @@ def test_bytes_that_are_no_text_are_named_with_their_own_row(tmp_path, name):
         content = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / name).write_bytes(content.encode().replace(b"u30", b"u\xff0"))
     with input_error(f"{name}, row 31: cannot be read", "0xff"):
+        read(tmp_path / name)
+
+
+HALVES = [
+    ("a.jsonl", {"user": "a", "prompt": "cut \ud83d"}, "prompt"),
+    ("a.jsonl", {"user": "a", "prompt": [{"role": "user", "content": "\ude00 é"}]}, "prompt"),
+    ("a.jsonl", {"user": "a", "post": {"text": "\ud83d"}}, "post"),
+    ("a.csv", {"user": "a", "post": json.dumps({"text": "\ud83d"})}, "post"),
+]
+
+
+@pytest.mark.parametrize("name, row, field", HALVES)
+def test_half_of_a_character_is_refused_with_its_row(tmp_path, name, row, field):
+    whole = {"user": "b", "prompt": "\U0001f600", "log": "cut \ud83d"}  # nobody reads the log
+    if name == "a.jsonl":
+        lines = "".join(json.dumps(line) + "\n" for line in (whole, row))
+    else:
+        lines = pd.DataFrame([{"user": "b", "post": '{"text": ""}'}, row]).to_csv(index=False)
+    (tmp_path / name).write_text(lines)
+    with input_error(f"{name}, row 2: {field}: holds half of a character, '\\ud"):
         read(tmp_path / name)
 
 
@@ -362,6 +422,50 @@ def test_shards_come_in_the_order_of_their_numbers_not_of_their_names(tmp_path):
         (tmp_path / name).touch()
     found = lore.rows.split_files(tmp_path, train=["train"])["train"]
     assert [path.name for path in found] == names
+
+
+def test_parts_that_are_no_shards_are_refused_with_what_shards_are_called(tmp_path):
+    for name in ("part-0.jsonl", "part-1.jsonl"):
+        (tmp_path / name).touch()
+    named = ["called NAME-00000-of-00002, NAME-00001-of-00002", "it holds part-0.jsonl, part-1.jso"]
+    with input_error("one file is needed", "(train; validation, valid, val or dev; test)", *named):
+        lore.rows.files_of_splits(tmp_path, **lore.rows.SPLIT_WORDS)
+    for number in range(2):
+        path = tmp_path / f"part-{number}.jsonl"
+        path.rename(tmp_path / f"part-0000{number}-of-00002.jsonl")
+    (files,) = lore.rows.files_of_splits(tmp_path, **lore.rows.SPLIT_WORDS).values()
+    assert len(files) == 2
+
+
+def test_subfolders_with_data_are_not_read_and_named(tmp_path):
+    for name in ("train/a.jsonl", "test/a.csv.GZ", ".cache/a.csv", "images/a.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    named = [
+        "it holds no parquet, jsonl or csv file",
+        f"subfolders are not read ({tmp_path / 'test'}, {tmp_path / 'train'}): give one with --dat",
+    ]
+    with input_error(*named):
+        lore.rows.files_of_splits(tmp_path, **lore.rows.SPLIT_WORDS)
+    with input_error(*named):
+        lore.rows.split_files(tmp_path, train=["train"])
+
+
+@pytest.mark.parametrize("name", ["valid", "val", "dev", "validation"])
+def test_each_data_set_knows_the_same_words_for_a_split(tmp_path, name):
+    for data_set, test in (("RedditTLDR", "validation"), ("PersonalLLM", "test")):
+        demo = ROOT / data_set / "demo"
+        folder = tmp_path / data_set
+        folder.mkdir()
+        shutil.copy(demo / "train.jsonl.gz", folder)
+        shutil.copy(demo / f"{test}.jsonl.gz", folder / f"{name}.jsonl.gz")
+        found, expected = (READERS[data_set](path) for path in (folder, demo))
+        for split in expected:
+            assert len(list(found[split])) == len(list(expected[split])) > 0
+    shutil.copy(tmp_path / "PersonalLLM" / "train.jsonl.gz", tmp_path)
+    shutil.copy(tmp_path / "PersonalLLM" / f"{name}.jsonl.gz", tmp_path)
+    files_of = lore.rows.files_of_splits(tmp_path, **lore.rows.SPLIT_WORDS)
+    assert files_of["validation"] == [tmp_path / f"{name}.jsonl.gz"]
 
 
 def test_files_of_a_folder_that_are_not_read_are_named_in_one_line(tmp_path, capsys):
@@ -403,6 +507,126 @@ def test_each_data_set_names_the_files_that_it_does_not_read(tmp_path, capsys, d
     assert capsys.readouterr().out.splitlines() == [f"{tmp_path}: not read: {unread}"]
 
 
+# ---- Objects and lists in a CSV file
+
+
+class Thread(pydantic.BaseModel):
+    """A row with an object, and lists of objects and of texts."""
+
+    user: lore.normal_forms.Id
+    post: Post
+    replies: list[Post] | None = None
+    words: typing_extensions.Annotated[list[pydantic.StrictStr], pydantic.Field(min_length=1)]
+
+
+THREADS = [
+    {
+        "user": "a",
+        "post": {"text": "It's {1}", "by": None, "is_new": True},
+        "replies": [{"text": 'She said "[no]",\nand', "by": "b"}, {"text": "é", "by": None}],
+        "words": ["x, y", "it's"],
+    },
+    {"user": "b", "post": {"text": "", "by": "c", "is_new": False}, "replies": None, "words": [""]},
+]
+
+
+def with_printed_objects(rows, writer):
+    """A table in which objects and lists are what a writer prints."""
+    return pd.DataFrame(
+        {
+            name: value if value is None or isinstance(value, str) else writer(value)
+            for name, value in row.items()
+        }
+        for row in rows
+    )
+
+
+@pytest.mark.parametrize("writer", [json.dumps, repr, lambda value: value], ids=range(3))
+def test_objects_and_lists_are_read_as_json_and_as_python_prints_them(tmp_path, writer):
+    with_printed_objects(THREADS, writer).to_csv(tmp_path / "a.csv", index=False)
+    assert read(tmp_path / "a.csv", Thread) == [Thread(**row) for row in THREADS]
+
+
+def test_objects_and_lists_are_read_as_pandas_has_them_from_parquet(tmp_path):
+    pq.write_table(pa.Table.from_pylist(THREADS), tmp_path / "a.parquet")
+    pd.read_parquet(tmp_path / "a.parquet").to_csv(tmp_path / "a.csv", index=False)
+    # Without commas, which Python would take for one text.
+    assert '[\'x, y\' ""it\'s""]' in (tmp_path / "a.csv").read_text()
+    rows = [Thread(**row) for row in THREADS]
+    assert read(tmp_path / "a.parquet", Thread) == rows
+    assert read(tmp_path / "a.csv", Thread) == rows
+
+
+@pytest.mark.parametrize(
+    "column, cell, outline",
+    [
+        ("post", "It's", '{"text": ..}'),
+        ("post", '{"text": "a', '{"text": ..}'),
+        ("replies", "[{'text': 'a'}, {", '[{"text": ..}]'),
+        ("words", "a b", "[..]"),
+        ("post", '{"text": "a", "text": "b"}', '{"text": ..}'),
+    ],
+)
+def test_a_cell_that_holds_no_object_is_refused_with_its_row_and_how_it_should_look(
+    tmp_path, column, cell, outline
+):
+    table = with_printed_objects(THREADS, json.dumps)
+    table.loc[1, column] = cell
+    table.to_csv(tmp_path / "a.csv", index=False)
+    named = f"a cell must look like {outline};"
+    with input_error(f"a.csv, row 2: {column}: cannot be read as JSON", cell[:8], named):
+        read(tmp_path / "a.csv", Thread)
+
+
+def test_what_a_schema_refuses_in_an_object_it_refuses_in_a_cell(tmp_path):
+    for cell, field in (("5", "post:"), ('{"text": 5}', "post.text:"), ("", "post:")):
+        table = with_printed_objects(THREADS, json.dumps)
+        table.loc[1, "post"] = cell
+        table.to_csv(tmp_path / "a.csv", index=False)
+        with input_error(f"a.csv, row 2: {field} Input should be"):
+            read(tmp_path / "a.csv", Thread)
+
+
+def test_columns_with_parts_of_an_object_are_refused_with_how_its_cells_should_look(tmp_path):
+    pd.json_normalize(THREADS).to_csv(tmp_path / "a.csv", index=False)
+    assert "post.text" in lore.rows.column_names(tmp_path / "a.csv")
+    with input_error("a.csv, row 1: post: no such column; ", 'cells that look like {"text": ..}'):
+        read(tmp_path / "a.csv", Thread)
+
+
+@pytest.mark.parametrize("writer", [json.dumps, lambda value: value], ids=["json", "python"])
+@pytest.mark.parametrize("data_set", ["RedditTLDR", "PRISM"])
+def test_public_data_are_the_same_from_csv(tmp_path, data_set, writer):
+    demo = ROOT / data_set / "demo"
+    for path in demo.glob("*.jsonl.gz"):
+        rows = [row for _, row in lore.rows.read_rows(path)]
+        name = path.name.replace("jsonl", "csv")
+        with_printed_objects(rows, writer).to_csv(tmp_path / name, index=False)
+
+    def content_of(folder):
+        return {key: list(rows) for key, rows in READERS[data_set](folder).items()}
+
+    assert content_of(tmp_path) == content_of(demo)
+
+
+@pytest.mark.parametrize("writer", [json.dumps, lambda value: value], ids=["json", "python"])
+def test_multipref_is_the_same_from_csv(tmp_path, writer):
+    row = {
+        "text": "question",
+        "completion_a": "answer a",
+        "completion_b": "answer b",
+        "normal_worker_annotations": [
+            {"evaluator": "n1", "overall_pref": "A-is-slightly-better", "time_spent": 80},
+            {"evaluator": "n2", "overall_pref": "B-is-clearly-better", "time_spent": None},
+        ],
+        "expert_worker_annotations": [],
+    }
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    with_printed_objects([row], writer).to_csv(tmp_path / "a.csv", index=False)
+    found = [READERS["OwnData"](tmp_path / name).comparisons for name in ("a.jsonl", "a.csv")]
+    assert found[0] == found[1] and len(found[1]) == 2
+
+
 # ---- Messages in a CSV file
 
 CHAT = said("It's {'a': 1}\n {'b': 2} [{]", 'He said "no" } {', "\\n \\ ' \" é\u2028\r\n\t")
@@ -410,7 +634,7 @@ CHAT = said("It's {'a': 1}\n {'b': 2} [{]", 'He said "no" } {', "\\n \\ ' \" é\
 
 def cell_of(text):
     """What a cell with this text is read as, among others that are quoted as they must be."""
-    return lore.rows._cell(text, "here")
+    return lore.rows._text_or_messages(text, "here")
 
 
 WRITERS = {
@@ -653,6 +877,14 @@ def test_what_is_no_id_is_refused(value):
         Row(user=value)
 
 
+@pytest.mark.parametrize("value", [None, True, 1.5, [1]], ids=repr)
+def test_what_an_id_may_be_is_said_of_one_that_is_refused(tmp_path, value):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"user": value}) + "\n")
+    named = f"a.jsonl, row 1: user: an id is a text or a whole number, and it is {value!r}"
+    with input_error(named):
+        read(tmp_path / "a.jsonl")
+
+
 def test_people_have_the_same_ids_in_every_format_and_column_type(tmp_path):
     numbers = [0, 3, 3, 12, 2**52 + 1]
     expected = [str(number) for number in numbers]
@@ -834,6 +1066,21 @@ TRAIN, TEST = ordinary(0), ordinary(12)
             [*TRAIN, Judged("u1", "?", " ", "a")],
             TEST,
             "chosen answers of the pairs in train: 1 is blank, and stays as it is",
+        ),
+        (
+            [*TRAIN, Judged("u1", "?", " nan", "a"), Judged("u1", "??", said("", "None")[1:], "a")],
+            TEST,
+            "chosen answers of the pairs in train: 2 are 'None' or 'nan', as programs write",
+        ),
+        (
+            [*TRAIN, Judged("u1", said("nan", "None", "NaN"), "a", "nancy")],
+            TEST,
+            "prompts of the pairs in train: 1 is 'NaN', as programs write",
+        ),
+        (
+            [*TRAIN, Judged("u1", said("?", "a", "\n"), "a", "b")],
+            TEST,
+            "prompts of the pairs in train: 1 is blank",
         ),
         (
             [*TRAIN, TRAIN[0]._replace(user="NaN"), TRAIN[1]._replace(user="NaN")],

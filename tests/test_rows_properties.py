@@ -119,6 +119,21 @@ def test_messages_come_back_the_same_from_pandas(cells, are_arrays, end):
     assert read_bytes(content, "a.csv") == [("a", *map(content_of, cells))]
 
 
+class Listed(pydantic.BaseModel):
+    prompt: list[pydantic.StrictStr]
+    chosen: list[own_rows.Message]
+
+
+@repeatable
+@given(st.lists(texts, min_size=1, max_size=6), messages, st.sampled_from(sorted(CELLS)))
+def test_lists_come_back_the_same_if_the_schema_has_no_texts_there(words, chat, printed):
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "a.csv")
+        path.write_bytes(by_csv_module([words, chat], CELLS[printed]))
+        ((_, row),) = lore.rows.parse_rows(lore.rows.read_rows(path, Listed), Listed, "tests")
+    assert (row.prompt, row.chosen) == (words, content_of(chat))
+
+
 @repeatable
 @given(st.tuples(messages, messages), st.sampled_from(sorted(CELLS)), st.data())
 def test_a_printed_list_that_was_cut_is_refused_and_never_a_text(cells, printed, data):

@@ -640,7 +640,10 @@ def test_a_pandas_export_gives_the_same_pickles(monkeypatch, ran, rows, tmp_path
 @pytest.mark.parametrize(
     "files, named",
     [
-        (["train_latest.jsonl"], ["validation or test", "it holds train_latest.jsonl"]),
+        (
+            ["train_latest.jsonl"],
+            ["valid, val, dev or test in its name", "it holds train_latest.jsonl"],
+        ),
         (["train_test.jsonl"], ["two of"]),
         ([], ["no parquet"]),
         (["train.jsonl", "train.parquet", "test.jsonl"], ["one file", "train.parquet"]),
