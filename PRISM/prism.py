@@ -160,7 +160,8 @@ def read_conversations(
     survey = source_files(folder, "survey")
     conversations = source_files(folder, "conversations")
     if folder is not None:
-        print_unread(folder, {"survey": survey, "conversations": conversations})
+        benchmark = list(Path(folder).glob("rewardbench*"))  # which eval_rb2.py reads
+        print_unread(folder, [*survey, *conversations, *benchmark])
 
     surveyed = set()
     active = []

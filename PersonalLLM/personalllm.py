@@ -115,7 +115,7 @@ def read_prompts(folder: Path | None = None) -> dict[str, Iterable[LocatedRow]]:
         return {split: splits[split] for split in SPLITS}
     test_words = SPLIT_WORDS["test"] + SPLIT_WORDS["validation"]
     files_of = split_files(folder, train=SPLIT_WORDS["train"], test=test_words)
-    print_unread(folder, files_of)
+    print_unread(folder, itertools.chain(*files_of.values()))
     return {
         split: itertools.chain.from_iterable(read_rows(path, Row) for path in files)
         for split, files in files_of.items()

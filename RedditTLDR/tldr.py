@@ -108,7 +108,7 @@ def read_comparisons(data: Path | None) -> dict[str, Iterator[Comparison]]:
         )
     val_words = SPLIT_WORDS["validation"] + SPLIT_WORDS["test"]
     files_of = split_files(data, train=SPLIT_WORDS["train"], val=val_words)
-    print_unread(data, files_of)
+    print_unread(data, itertools.chain(*files_of.values()))
     return {
         split: _parsed(itertools.chain.from_iterable(read_rows(path, Comparison) for path in files))
         for split, files in files_of.items()

@@ -134,7 +134,7 @@ def files_of_splits(folder: Path | str, **words: list[str]) -> dict[str | None, 
     present = {split: names for split, names in words.items() if words_of_paths & set(names)}
     if len(present) > 1:
         files_of = split_files(folder, **present)
-        print_unread(folder, files_of)
+        print_unread(folder, itertools.chain(*files_of.values()))
         return files_of
     if not _is_whole(paths):
         splits = "; ".join(map(_either, words.values()))
@@ -145,12 +145,9 @@ def files_of_splits(folder: Path | str, **words: list[str]) -> dict[str | None, 
     return {None: sorted(paths, key=_shard_number)}
 
 
-def print_unread(folder: Path | str, files_of: dict[Any, list[Path]]) -> None:
-    """Print which data files in a folder are not among those that are read; nothing if all are.
-
-    files_of: the files that are read, as of `split_files`.
-    """
-    read = set().union(*files_of.values())
+def print_unread(folder: Path | str, read: Iterable[Path]) -> None:
+    """Print which data files in a folder are not among those that are read; nothing if all are."""
+    read = set(read)
     unread = [path for path in data_files(Path(folder)) if path not in read]
     if unread:
         print(f"{folder}: not read: {_names_in(unread)}")

@@ -41,9 +41,6 @@ class Calls:
         return self.call
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
-
-
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "embeddings.pkl"

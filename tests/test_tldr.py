@@ -298,6 +298,7 @@ def test_a_basis_names_its_model_its_data_and_its_settings(ran):
         assert about["identity"] == identity and set(identity) == {
             "model",
             "weights",
+            "backbone",
             "tokenizer",
             "reward_head",
             "data",
@@ -889,7 +890,11 @@ def test_finished_embeddings_from_before_digests_of_the_model_stay_valid(
     about["identity"]["data"] = "1" * 64
     lore.files.save_tensors(embeddings / lore.embedding_files.HEAD_FILE, tensors, **about)
     refused(
-        monkeypatch, capsys, script("prepare"), ["--demo", "--dir", embeddings], "of other data ("
+        monkeypatch,
+        capsys,
+        script("prepare"),
+        ["--demo", "--dir", embeddings],
+        "of other data or another selection of them",
     )
 
 
