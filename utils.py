@@ -87,8 +87,8 @@ class InputError(ValueError):
         super().__init__(" ".join(message.split()))
 
 
-LARGEST_WHOLE = 2**32 - 1  # what seeds and counts may be at most
-LARGEST_ALPHA = 1e15
+LARGEST_WHOLE = 2**32 - 1  # the largest seed or count
+LARGEST_ALPHA = 1e15  # the largest penalty
 
 
 def check_whole(name: str, value: Any, least: int = 0, most: int = LARGEST_WHOLE) -> None:
@@ -131,8 +131,11 @@ def _check_distinct(name: str, values: Any) -> None:
         raise InputError(f"{name}: {list(values)}; give each value once")
 
 
-def check_training(num_iterations: Any, learning_rate: Any = 0.5, seed: Any = None) -> None:
-    """Raise InputError that names the setting of a training that means nothing."""
+def check_training(num_iterations: Any, learning_rate: Any, seed: Any = None) -> None:
+    """Raise InputError that names the first setting of a training that has no meaning.
+
+    seed: None if torch's own generator draws.
+    """
     check_whole("num_iterations", num_iterations)
     check_number("learning_rate", learning_rate, 1e-9, 1e9)
     if seed is not None:
@@ -142,7 +145,7 @@ def check_training(num_iterations: Any, learning_rate: Any = 0.5, seed: Any = No
 def check_sweep(
     K_list: Any, alpha_list: Any, seeds: Any, num_iterations: Any, threshold: Any = 0.0
 ) -> None:
-    """Raise InputError that names the setting of a sweep that means nothing."""
+    """Raise InputError that names the first setting of a sweep that has no meaning."""
     check_whole_numbers("K_list", K_list)
     check_numbers("alpha_list", alpha_list, 0, LARGEST_ALPHA)
     check_whole_numbers("seeds", seeds)
@@ -169,12 +172,12 @@ def process_count() -> int:
 
 
 def own_users() -> slice:
-    """The users whose pairs this process holds under torchrun: every P-th of P processes."""
+    """The users of this process: of P processes, process p has the users p, p + P, p + 2 P, .."""
     return slice(process_rank(), None, process_count())
 
 
 def from_each_process(value: Any) -> list:
-    """What each process has for `value`, in the order of processes. All of them must call this."""
+    """The `value` of every process, in the order of their ranks. All processes must call this."""
     if process_count() == 1:
         return [value]
     values = [None] * process_count()
@@ -182,12 +185,33 @@ def from_each_process(value: Any) -> list:
     return values
 
 
+def to_first_process(value: Any) -> list | None:
+    """`from_each_process` for the first process; None in the others. All must call this."""
+    if process_count() == 1:
+        return [value]
+    values = [None] * process_count() if process_rank() == 0 else None
+    dist.gather_object(value, values)
+    return values
+
+
+def from_first_process(values: list | None) -> Any:
+    """This process's entry of the list that the first process has. All must call this.
+
+    values: an entry per process; only the first process is asked for it.
+    """
+    if process_count() == 1:
+        return values[0]
+    own = [None]
+    dist.scatter_object_list(own, values if process_rank() == 0 else None)
+    return own[0]
+
+
 def shared_out(compute: Callable[..., np.ndarray | list], *users: Any) -> np.ndarray | list:
-    """compute(*users); under torchrun each process computes it for its own users alone.
+    """compute(*users), with the users shared out among the processes of torchrun.
 
     users: lists, tensors or ranges with an entry per user, all equally long and not empty.
-    compute: is given those of some users, and returns an array or a list with an entry per user.
-    All processes must call this, and all return the whole.
+    compute: takes the entries of some users, and returns an array or a list with an entry for
+    each of these. All processes must call this, and all return the result of all users.
     """
     if process_count() == 1:
         return compute(*users)
@@ -200,7 +224,8 @@ def shared_out(compute: Callable[..., np.ndarray | list], *users: Any) -> np.nda
         whole = np.empty((N, *parts[0].shape[1:]), parts[0].dtype)
     else:
         whole = [None] * N
-    for rank, part in enumerate(parts[:N]):  # further processes have no user
+    with_users = parts[:N]  # if there are more processes than users, the last ones have none
+    for rank, part in enumerate(with_users):
         whole[rank :: len(parts)] = part
     return whole
 
@@ -247,23 +272,23 @@ class Pairs:
     It behaves like the float32 matrix `embeddings[chosen] - embeddings[rejected]`, `[m, d]`,
     without holding it: a million pairs of 8,000 answers need 8,000 rows.
 
-    embeddings: `[rows, d]`, any float dtype. chosen, rejected: int64 `[m]`.
-    Raises InputError if they are not two equally long lists of row numbers of the table.
+    embeddings: `[rows, d]`, any float dtype. chosen, rejected: row numbers `[m]`.
+    Raises InputError if these are not two equally long lists of row numbers of the table.
     """
 
     def __init__(self, embeddings: torch.Tensor, chosen: Any, rejected: Any) -> None:
-        self.embeddings = embeddings
-        self.chosen = torch.as_tensor(chosen)
-        self.rejected = torch.as_tensor(rejected)
-        for rows in (self.chosen, self.rejected):
-            if rows.shape != self.chosen.shape or not _are_rows(rows, len(embeddings)):
+        chosen = torch.as_tensor(chosen)
+        rejected = torch.as_tensor(rejected)
+        for rows in (chosen, rejected):
+            if not _are_rows(rows, len(embeddings)) or chosen.shape != rejected.shape:
                 raise InputError(
-                    f"Pairs: chosen {tuple(self.chosen.shape)}, rejected "
-                    f"{tuple(self.rejected.shape)}: rows {rows.tolist()[:5]}; give two equally "
+                    f"Pairs: chosen {tuple(chosen.shape)}, rejected "
+                    f"{tuple(rejected.shape)}: rows {rows.tolist()[:5]}; give two equally "
                     f"long lists of row numbers of the {len(embeddings)} rows"
                 )
-        self.chosen = self.chosen.long()
-        self.rejected = self.rejected.long()
+        self.embeddings = embeddings  # (rows, d)
+        self.chosen = chosen.long()  # (m,)
+        self.rejected = rejected.long()  # (m,)
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -276,7 +301,8 @@ class Pairs:
         return Pairs(self.embeddings, self.chosen[rows], self.rejected[rows])
 
     def __matmul__(self, V: torch.Tensor) -> torch.Tensor:
-        return next(pair_scores([self], V))
+        (scores,) = pair_scores([self], V)
+        return scores
 
     def dense(self) -> torch.Tensor:
         """The float32 matrix `[m, d]` itself."""
@@ -286,34 +312,47 @@ class Pairs:
 
 
 def _are_rows(rows: torch.Tensor, count: int) -> bool:
-    """Whether a tensor is a vector of row numbers of a table of `count` rows."""
+    """Whether a tensor is a vector of whole numbers from 0 to count - 1, of any dtype."""
     if rows.ndim != 1 or rows.dtype == torch.bool:
         return False
     if len(rows) == 0:
         return True
-    return bool(rows.min() >= 0 and rows.max() < count and (rows == rows.long()).all())
+    are_whole = (rows == rows.long()).all()
+    return bool(are_whole and rows.min() >= 0 and rows.max() < count)
 
 
 Features = list[torch.Tensor | Pairs]  # one float32 [m_i, d], or Pairs, per user
 
-BATCH_NUMBERS = 2**22  # of the pairs that are multiplied at once: 16 MB in float32
+BATCH_NUMBERS = 2**22  # how many numbers a batch of pairs has: 16 MB in float32
+
+
+def pair_scores(
+    features: Iterable[torch.Tensor | Pairs], V: torch.Tensor
+) -> Iterator[torch.Tensor]:
+    """The scores X_i V `[m_i, C]` of each user in turn.
+
+    features: `[m_i, d]` or Pairs, one per user. V: `[d, C]`.
+    """
+    for scores, counts in score_batches(features, V):
+        yield from scores.split(counts.tolist())
 
 
 def score_batches(
-    features: Iterable[torch.Tensor | Pairs], V: torch.Tensor, columns: int = 0
+    features: Iterable[torch.Tensor | Pairs], V: torch.Tensor, result_columns: int = 0
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """X_i V of many users at once: yields (S `[rows, C]`, how many rows each of the users has).
+    """The scores of many users at once: yields (`[rows, C]`, the number of rows of each user).
 
-    One product over many users replaces a small one per user: for these, torch's threads take
+    One product over many users replaces a small one per user: for small ones, torch's threads take
     longer to start than to multiply. The rows of a table that users share are multiplied once, and
     rows that nobody names are not read.
 
     features: `[m_i, d]` or Pairs, one per user. V: `[d, C]`.
-    columns: how many numbers the caller makes of a row of S, if that is more than C.
+    result_columns: how many numbers the caller computes from a row of scores. If they are more
+    than C, the batches are smaller, so that the caller's results need no more memory.
     """
-    columns = max(columns, V.shape[1])
-    for number, users in itertools.groupby(features, table_number):
-        if number is None:
+    columns = max(result_columns, V.shape[1])
+    for table, users in itertools.groupby(features, table_number):
+        if table is None:
             yield from _matrix_scores(users, V, columns)
         else:
             yield from _table_scores(list(users), V, columns)
@@ -322,34 +361,39 @@ def score_batches(
 def _matrix_scores(
     users: Iterable[torch.Tensor], V: torch.Tensor, columns: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """`score_batches` of matrices."""
-    for batch in _user_batches(users, max(columns, len(V))):
-        X = batch[0] if len(batch) == 1 else torch.cat(batch)
-        yield X.to(V.device) @ V, _counts(batch, V.device)
+    """`score_batches` of matrices. columns: how many numbers come of a pair."""
+    d = len(V)
+    for batch in _user_batches(users, max(columns, d)):
+        X = batch[0] if len(batch) == 1 else torch.cat(batch)  # (rows, d)
+        yield X.to(V.device) @ V, _pairs_per_user(batch, V.device)
 
 
 def _table_scores(
     users: list[Pairs], V: torch.Tensor, columns: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """`score_batches` of Pairs of one table."""
+    """`score_batches` of Pairs of one table. columns: how many numbers come of a pair."""
     table = users[0].embeddings
     rows = named_rows(users)
-    # Allocated before the slices: small results between these would fragment the memory.
+
+    # Multiply each named row once. The result is allocated before the slices are read: small
+    # results between them would fragment the memory.
     row_scores = torch.empty(len(rows), V.shape[1], device=V.device)
     first = 0
     for part in slices_of_rows(table, rows):
         row_scores[first : first + len(part)] = part.to(V.device, torch.float32) @ V
         first += len(part)
-    place = torch.empty(len(table), dtype=torch.int64)  # of a row of the table among those named
-    place[rows] = torch.arange(len(rows))
+
+    # Subtract the scores of the two rows of each pair.
+    position = torch.empty(len(table), dtype=torch.int64)  # row of the table -> row of row_scores
+    position[rows] = torch.arange(len(rows))
     for batch in _user_batches(users, columns):
-        chosen = place[torch.cat([X.chosen for X in batch]).cpu()].to(V.device)
-        rejected = place[torch.cat([X.rejected for X in batch]).cpu()].to(V.device)
-        yield row_scores[chosen] - row_scores[rejected], _counts(batch, V.device)
+        chosen = position[torch.cat([X.chosen for X in batch]).cpu()].to(V.device)
+        rejected = position[torch.cat([X.rejected for X in batch]).cpu()].to(V.device)
+        yield row_scores[chosen] - row_scores[rejected], _pairs_per_user(batch, V.device)
 
 
 def table_number(X: torch.Tensor | Pairs) -> int | None:
-    """A number that is equal for Pairs of the same table; None for a matrix."""
+    """A number that all Pairs of one table have in common; None for a matrix."""
     return id(X.embeddings) if isinstance(X, Pairs) else None
 
 
@@ -362,22 +406,29 @@ def named_rows(users: list[Pairs]) -> torch.Tensor:
 
 
 def slices_of_rows(table: torch.Tensor, rows: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Some rows of a table, few at a time, so that no copy of the table is made.
+    """Some rows of a table, a batch at a time, so that no copy of the table is made.
 
     rows: int64, ascending, each once.
     """
     step = max(1, BATCH_NUMBERS // table.shape[1])
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
-        first, last = int(part[0]), int(part[-1])
-        is_run = last - first + 1 == len(part)
-        yield table[first : last + 1] if is_run else table[part]
+        first = int(part[0])
+        last = int(part[-1])
+        none_is_left_out = last - first + 1 == len(part)
+        if none_is_left_out:
+            yield table[first : last + 1]  # a view
+        else:
+            yield table[part]  # a copy
 
 
 def _user_batches(
     users: Iterable[torch.Tensor | Pairs], columns: int
 ) -> Iterator[list[torch.Tensor | Pairs]]:
-    """Consecutive users whose pairs times `columns` are at most BATCH_NUMBERS, or one user."""
+    """Batches of consecutive users: of one user, or with at most BATCH_NUMBERS numbers.
+
+    columns: how many numbers a pair counts for.
+    """
     batch: list[torch.Tensor | Pairs] = []
     numbers = 0
     for X in users:
@@ -392,28 +443,22 @@ def _user_batches(
         yield batch
 
 
-def _counts(users: list[torch.Tensor | Pairs], device: torch.device) -> torch.Tensor:
-    """How many pairs each user has."""
+def _pairs_per_user(users: list[torch.Tensor | Pairs], device: torch.device) -> torch.Tensor:
+    """How many pairs each user has, `[users]`."""
     return torch.tensor([len(X) for X in users], device=device)
-
-
-def pair_scores(
-    features: Iterable[torch.Tensor | Pairs], V: torch.Tensor
-) -> Iterator[torch.Tensor]:
-    """X_i V `[m_i, C]` of each user in turn. features: `[m_i, d]` or Pairs; V: `[d, C]`."""
-    for scores, counts in score_batches(features, V):
-        yield from scores.split(counts.tolist())
 
 
 def is_finite(table: torch.Tensor) -> bool:
     """Whether no number is NaN, infinite or beyond float32. Needs no copy of the tensor."""
-    return all(abs(float(end)) <= torch.finfo(torch.float32).max for end in table.aminmax())
+    lowest, highest = table.aminmax()  # both are NaN if a number is, and a comparison fails
+    largest = torch.finfo(torch.float32).max
+    return -largest <= float(lowest) and float(highest) <= largest
 
 
 def are_finite(features: Iterable[torch.Tensor | Pairs]) -> bool:
     """`is_finite` of all users' pairs. Of a table the rows that they name are read, each once."""
-    for number, users in itertools.groupby(features, table_number):
-        if number is None:
+    for table, users in itertools.groupby(features, table_number):
+        if table is None:
             matrices = users
         else:
             pairs = list(users)
@@ -431,27 +476,28 @@ def check_matrix(
     X: a tensor, an array, nested lists of numbers, or Pairs. rows, columns: None for any number.
     Raises InputError that begins with `what`: no numbers, another shape, NaN or infinite values.
     """
-    X = _as_matrix(X, what, rows, columns)
+    X = _check_shape(X, what, rows, columns)
     _check_finite([X], what)
     return X
 
 
-def _as_matrix(
+def _check_shape(
     X: Any, what: str, rows: int | None = None, columns: int | None = None
 ) -> torch.Tensor | Pairs:
-    """`check_matrix`, but for NaN and infinite values: the numbers are not looked at."""
+    """`check_matrix` without reading the numbers: NaN and infinite values pass."""
     given = type(X).__name__
-    if isinstance(X, Pairs):
-        is_real = _is_real(X.embeddings)
-    else:
+    if not isinstance(X, Pairs):
         X = _as_float32(X)
-        is_real = X is not None
-    if not is_real:
+    elif not _is_real(X.embeddings):
+        X = None
+    if X is None:
         raise InputError(
             f"{what}: {given} where a matrix of numbers should be; give a float32 tensor"
         )
     fits = len(X.shape) == 2 and 0 not in X.shape
-    if not fits or rows not in (None, X.shape[0]) or columns not in (None, X.shape[1]):
+    fits = fits and (rows is None or rows == X.shape[0])
+    fits = fits and (columns is None or columns == X.shape[1])
+    if not fits:
         raise InputError(
             f"{what}: shape {tuple(X.shape)} where [{rows or 'rows >= 1'}, {columns or 'd'}] "
             "should be; give one of that shape, of the same model and users, none without pairs"
@@ -472,7 +518,7 @@ def _as_float32(values: Any) -> torch.Tensor | None:
     except (TypeError, ValueError, RuntimeError):
         return None
     is_dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_meta
-    if not is_dense or tensor.is_quantized or not _is_real(tensor):
+    if not is_dense or not _is_real(tensor):
         return None
     try:
         return tensor.float()
@@ -486,17 +532,17 @@ def _is_real(tensor: torch.Tensor) -> bool:
 
 
 def _tensor_of_lists(values: Any) -> torch.Tensor:
-    """What `torch.as_tensor` makes of the values; lists in them may be in lists, but no deeper.
+    """`torch.as_tensor` of a tensor, an array, a list, or a list of lists.
 
-    A few bytes of a pickle are lists in lists with billions of numbers, if each list is twice in
-    the next one. Raises TypeError: lists are nested deeper; and what torch raises.
+    Deeper lists are refused before torch counts their numbers: a pickle of a few bytes may hold
+    billions of them, because a list may contain the same list twice, and that one another twice.
+    Raises TypeError: lists are nested deeper; and what torch raises.
     """
-    depth = 0
-    first = values
-    while depth < 3 and isinstance(first, (list, tuple)) and first:
-        depth += 1
-        first = first[0]
-    if depth == 3:
+    inner = values
+    for _ in range(2):
+        if isinstance(inner, (list, tuple)) and inner:
+            inner = inner[0]
+    if isinstance(inner, (list, tuple)) and inner:
         raise TypeError("lists in lists in lists where a matrix of numbers should be")
     return torch.as_tensor(values)
 
@@ -506,12 +552,12 @@ def check_features(
     what: str,
     users: int | None = None,
     d: int | None = None,
-    looked_at: slice = slice(None),
+    users_to_read: slice = slice(None),
 ) -> Features:
     """The features as a list with one finite float32 `[m_i, d]` tensor, or Pairs, per user.
 
     features: an iterable of tensors, arrays or Pairs. users, d: None for any number.
-    looked_at: the users whose numbers are read, to see that they are finite.
+    users_to_read: the users whose numbers are read, to see that they are finite.
     Raises InputError that names the user: no users, or not `users` of them; a user without pairs;
     another width than `d`, or than the first user's; NaN or infinite values.
     """
@@ -522,18 +568,18 @@ def check_features(
             "give one tensor per user"
         )
     for i, X in enumerate(features):
-        features[i] = _as_matrix(X, f"{what}, user {i}", None, d)
-        d = features[i].shape[1]
-    if not are_finite(features[looked_at]):
-        for i in range(len(features))[looked_at]:
+        features[i] = _check_shape(X, f"{what}, user {i}", None, d)
+        d = features[i].shape[1]  # the other users must be as wide as the first
+    if not are_finite(features[users_to_read]):  # all at once is fast; the culprit is found after
+        for i in range(len(features))[users_to_read]:
             _check_finite([features[i]], f"{what}, user {i}")
     return features
 
 
 def check_own_features(features: Any, what: str, users: int | None, d: int | None) -> Features:
-    """`check_features`, for which each process of torchrun reads the numbers of its own users.
+    """`check_features`, but each process of torchrun reads the numbers of its own users only.
 
-    All processes must call this, and all raise the InputError that one of them finds.
+    All processes must call this. If one of them finds an error, all raise it.
     """
     error = None
     try:
@@ -548,9 +594,10 @@ def check_own_features(features: Any, what: str, users: int | None, d: int | Non
 
 def check_head(V: Any, what: str, d: int | None = None) -> torch.Tensor:
     """A reward head as float32 `[d, 1]`. Raises InputError: no vector, not finite, all zero."""
-    is_array = isinstance(V, (torch.Tensor, np.ndarray))
-    if is_array and math.prod(V.shape) == max(V.shape, default=0):  # a vector, lying or upright
-        V = V.reshape(-1, 1)
+    if isinstance(V, (torch.Tensor, np.ndarray)) and V.ndim > 0:
+        longer_sides = [size for size in V.shape if size > 1]
+        if len(longer_sides) <= 1:  # [d], [1, d] or [d, 1]
+            V = V.reshape(-1, 1)
     V = check_matrix(V, what, d, 1)
     if not V.any():
         raise InputError(f"{what}: all zero; read the reward head again")
@@ -561,13 +608,19 @@ def check_groups(groups: Any, features: Features) -> None:
     """Raise InputError if not every user has an int64 `[m_i]` of group numbers without a gap."""
     groups = groups if isinstance(groups, (list, tuple)) else []
     for i, (group, X) in enumerate(itertools.zip_longest(groups, features)):
-        fits = X is not None and isinstance(group, torch.Tensor) and tuple(group.shape) == (len(X),)
-        if not fits or set(group.tolist()) != set(range(int(group.max()) + 1)):
+        if X is None or not _are_group_numbers(group, len(X)):
             raise InputError(
                 f"groups, user {i}: not a number for each pair of this user; give a list with a "
                 "tensor per user that has the number of each pair's group, counted from 0 without "
                 "a gap"
             )
+
+
+def _are_group_numbers(group: Any, pairs: int) -> bool:
+    """Whether this is a vector `[pairs]` that has each number from 0 to its largest."""
+    if not isinstance(group, torch.Tensor) or tuple(group.shape) != (pairs,):
+        return False
+    return set(group.tolist()) == set(range(int(group.max()) + 1))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1565,7 +1618,7 @@ def accuracies_under_each(
     """
     shares = [
         share_right(scores @ weights.T, counts)
-        for scores, counts in score_batches(features, V, columns=len(weights))
+        for scores, counts in score_batches(features, V, result_columns=len(weights))
     ]
     return torch.cat(shares).cpu().numpy()
 
@@ -2064,9 +2117,9 @@ def judge_shots(
         margins = (scores * w.repeat_interleave(counts, 0)).sum(1, keepdim=True)
         return share_right(margins, counts)[:, 0].cpu().numpy()
 
-    train = share(torch.cat(S_drawn), _counts(S_drawn, device), w).reshape(-1, trials)
+    train = share(torch.cat(S_drawn), _pairs_per_user(S_drawn, device), w).reshape(-1, trials)
     S_all = torch.cat(S_test)
-    counts = _counts(S_test, device)
+    counts = _pairs_per_user(S_test, device)
     w_of_trials = w.reshape(-1, trials, w.shape[1]).unbind(1)
     test = np.stack([share(S_all, counts, w_trial) for w_trial in w_of_trials], 1)
     return np.stack([train, test], 1)
