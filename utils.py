@@ -680,10 +680,10 @@ class LoRe(nn.Module):
         self.num_iterations = num_iterations
         self.learning_rate = learning_rate
         self.threshold = threshold
-        self.member = Member(num_basis_vectors, self.alpha, seed)
+        self.member = Member(num_basis_vectors, self.alpha, seed)  # what the engine trains
         W, V = self.member.start(num_classes, num_features, self.regularized)
         self.W = nn.Parameter(W)  # (N, K)
-        self.V = nn.Parameter(V.T.contiguous())  # (d, K)
+        self.V = nn.Parameter(V.T.contiguous())  # (d, K), which the engine keeps as rows (K, d)
 
     def forward(self, X: Features) -> tuple[torch.Tensor, ...]:
         """The loss of the choices -> (nll, penalty), two scalars whose sum is minimised."""
@@ -712,20 +712,19 @@ class LoRe(nn.Module):
             self._train_on_engine(X)
         else:
             X = check_features(X, "features", self.num_classes, self.num_features)
-            X = [X_i if isinstance(X_i, Pairs) else X_i.to(self.V.device) for X_i in X]
-            self._train_by_autograd(X)
+            self._train_by_autograd(_on_device(X, self.V.device))
         return prune(self.W.detach().softmax(1), self.V.detach().clone(), self.threshold)
 
     @torch.no_grad()
     def _train_on_engine(self, X: Features) -> None:
         (trained,) = train_bases(
             X,
-            [self.member],
-            self.V_sft,
-            self.num_iterations,
-            self.learning_rate,
-            self.regularized,
-            self.V.device,
+            members=[self.member],
+            V_sft=self.V_sft,
+            num_iterations=self.num_iterations,
+            learning_rate=self.learning_rate,
+            regularized=self.regularized,
+            device=self.V.device,
             starts=[(self.W, self.V.T)],
         )
         self.W.copy_(trained.logits)
@@ -735,20 +734,25 @@ class LoRe(nn.Module):
         """Adam on W and V together, on the loss of a subclass."""
         adam = optim.Adam([self.W, self.V], lr=self.learning_rate)
         for _ in range(self.num_iterations):
-            adam.zero_grad()
-            _total(self.forward(X)).backward()
-            adam.step()
+            _adam_step(adam, self.forward(X))
 
 
-def _total(loss: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """What is minimised of the value of a `forward`: the loss itself, or nll + penalty.
+def _adam_step(adam: optim.Adam, loss: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+    """One step of Adam on the value of a `forward`: the loss itself, or nll, penalty and more.
 
-    Further parts, such as the entropy of `LoRe_regularized`, are reported and not minimised.
+    nll + penalty is minimised; further parts, such as the entropy of `LoRe_regularized`, are not.
     """
-    if isinstance(loss, torch.Tensor):
-        return loss
-    nll, penalty, *_ = loss
-    return nll + penalty
+    if not isinstance(loss, torch.Tensor):
+        nll, penalty, *_ = loss
+        loss = nll + penalty
+    adam.zero_grad()
+    loss.backward()
+    adam.step()
+
+
+def _on_device(features: Features, device: torch.device) -> Features:
+    """Matrices on the device; Pairs as they are, as their products are moved to it."""
+    return [X if isinstance(X, Pairs) else X.to(device) for X in features]
 
 
 class LoRe_regularized(LoRe):
@@ -815,10 +819,8 @@ class LoRe_regularized(LoRe):
         adam_V = optim.Adam([self.V], lr=self.learning_rate)
         for t in range(self.num_iterations):
             alpha_t = self.alpha * anchor_schedule(t, self.num_iterations)
-            for adam, alpha in ((adam_W, 0.0), (adam_V, alpha_t)):
-                self.zero_grad()
-                _total(self.forward(X, alpha)).backward()
-                adam.step()
+            _adam_step(adam_W, self.forward(X, 0.0))
+            _adam_step(adam_V, self.forward(X, alpha_t))
 
 
 def anchor_schedule(t: int, num_iterations: int) -> float:
@@ -869,8 +871,8 @@ class PersonalizeBatch(nn.Module):
         self.num_features = num_features
         self.num_iterations = num_iterations
         self.learning_rate = learning_rate
-        self.member = Member(num_basis_vectors, 0.0, seed)
-        self.W = nn.Parameter(self.member.few_shot_start(num_classes))  # (N, K)
+        start = Member(num_basis_vectors, seed=seed).few_shot_start(num_classes)
+        self.W = nn.Parameter(start)  # (N, K)
 
     def forward(self, X: Features, V: torch.Tensor) -> torch.Tensor:
         """The negative log-likelihood of the choices, a scalar. V: `[d, K]`."""
@@ -890,50 +892,40 @@ class PersonalizeBatch(nn.Module):
         if type(self).forward is PersonalizeBatch.forward:
             self._train_on_engine(X, V)
         else:
-            self._train_by_autograd(X, V)
+            self._train_by_autograd(_on_device(X, self.W.device), V)
         return list(self.W.detach().softmax(1))
 
     @torch.no_grad()
     def _train_on_engine(self, X: Features, V: torch.Tensor) -> None:
         scores = list(pair_scores(X, V))
-        (W,) = fit_logits(
-            scores,
-            [self.member],
-            [V.shape[1]],
-            self.num_iterations,
-            self.learning_rate,
-            starts=[self.W],
-        )
+        (W,) = fit_logits(scores, [self.W], self.num_iterations, self.learning_rate)
         self.W.copy_(W)
 
     def _train_by_autograd(self, X: Features, V: torch.Tensor) -> None:
         adam = optim.Adam([self.W], lr=self.learning_rate)
-        X = [X_i if isinstance(X_i, Pairs) else X_i.to(self.W.device) for X_i in X]
         for _ in range(self.num_iterations):
-            adam.zero_grad()
-            _total(self.forward(X, V)).backward()
-            adam.step()
+            _adam_step(adam, self.forward(X, V))
 
 
 # ---------------------------------------------------------------------------------------------
 # 4. The engine
 #
-# It trains every rank, penalty and seed of a sweep side by side: all of them read the pairs, and
-# Adam works element by element, so that their columns can stand in one wide basis. Below:
-# N users have M pairs in all; G members of the sweep have C columns in all.
+# It trains every rank, penalty and seed of a sweep side by side: the members of the sweep. All of
+# them read the same pairs, and Adam treats each number on its own, so the bases of all members are
+# columns of one wide basis. Inside the engine a basis is kept as rows, `[C, d]`: it works on one
+# column after the other, whose numbers then lie side by side.
+#
+# The steps of a training, `train_bases`: stack the pairs, draw the start, descend (the gradients of
+# the likelihood and of the penalty, one step of Adam), evaluate the loss.
 # ---------------------------------------------------------------------------------------------
 
-LEARNING_RATE = 0.5  # of both trainings, as released
-FEW_SHOT_LEARNING_RATE = 0.1  # after `LoRe`
-FEW_SHOT_LEARNING_RATE_REGULARIZED = 0.5  # after `LoRe_regularized`
-FEW_SHOT_ITERATIONS = 500
-
-# What a member draws random numbers for; each purpose has a generator of its own.
+# What a member draws random numbers for; each purpose has a generator of its own. The number of
+# shots is added to SHOTS.
 START, FEW_SHOT_START, SHOTS = 0, 1, 2
 
-KERNEL_NUMBERS = 2**22  # in the pairs; with so many the kernel pays for its compilation (seconds)
-KERNEL_BLOCK = 1024  # numbers of a pair that it takes at a time: those of four fit the L1 cache
-CHECKPOINT_SECONDS = 60  # of training, the most that an interruption loses
+KERNEL_NUMBERS = 2**22  # from so many numbers in the pairs on, the kernel is worth compiling
+KERNEL_BLOCK = 1024  # numbers of a pair that it takes at a time: four such blocks fit the L1 cache
+CHECKPOINT_SECONDS = 60  # how much of a training an interruption may lose
 
 # torch has a fused Adam on the CPU from 2.6 on.
 FUSED_ADAM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
@@ -941,7 +933,7 @@ FUSED_ADAM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One model of a sweep: `K` columns of the wide basis that all members share."""
+    """One model of a sweep: its rank, its penalty and its seed."""
 
     K: int
     alpha: float = 0.0
@@ -959,14 +951,14 @@ class Member:
         return torch.Generator().manual_seed(state >> 1)
 
     def start(self, N: int, d: int, regularized: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits `[N, K]` and basis `[K, d]` that a training starts from."""
+        """The logits `[N, K]` and the basis, as rows `[K, d]`, that a training starts from."""
         generator = self.generator(START)
         draw_logits = torch.rand if regularized else torch.randn
         W = draw_logits(N, self.K, generator=generator)
         return W, torch.randn(self.K, d, generator=generator)
 
     def few_shot_start(self, N: int) -> torch.Tensor:
-        """Logits `[N, K]` that a few-shot fit starts from."""
+        """The logits `[N, K]` that a few-shot fit starts from."""
         return torch.randn(N, self.K, generator=self.generator(FEW_SHOT_START))
 
 
@@ -986,13 +978,15 @@ class Likelihood:
 
     With P = X V `[M, C]` and the user weights w `[N, C]`, the loss of a member is
 
-        sum over pairs of  -weight_i * log sigmoid(m),
-        with  m = (P * w_i) summed over its columns / 100,
+        sum over pairs of  -scale_i * log sigmoid(m),
+        with  m = (P * w_i) summed over the member's columns / 100.
 
-    where weight_i of a pair of user i makes the sum a mean: over each user's pairs, or over all.
+    The scale makes the sum a mean: for a pair of user i it is 1 / (the pairs of user i) in `LoRe`,
+    and 1 / (all pairs) in `LoRe_regularized`.
 
-    counts: how many pairs each user has. sizes: the K of each member. total: None if the loss is
-    the sum over users of each one's mean; else it is the mean over this many pairs.
+    counts: how many pairs each user has. sizes: the K of each member.
+    all_pairs: the number of pairs that the loss is the mean over; None if it is the sum over users
+    of each one's mean.
     """
 
     def __init__(
@@ -1000,39 +994,49 @@ class Likelihood:
         counts: list[int],
         sizes: list[int],
         device: torch.device,
-        total: int | None = None,
+        all_pairs: int | None = None,
     ) -> None:
-        self.counts = torch.tensor(counts, device=device)
-        self.sizes = list(sizes)
+        self.counts = torch.tensor(counts, device=device)  # (N,)
+        self.sizes = list(sizes)  # (G,)
         self.threads = torch.get_num_threads()  # before `one_torch_thread` limits them
+
         users = torch.arange(len(counts), device=device)
-        self.user = users.repeat_interleave(self.counts)  # (M,) of each pair
-        pairs = self.counts if total is None else torch.full_like(self.counts, total)
-        self.weight = 1 / pairs  # (N,)
-        members = [g for g, K in enumerate(sizes) for _ in range(K)]
-        self.member = torch.tensor(members, device=device)  # (C,) of each column
-        self.columns_of_member = F.one_hot(self.member, len(sizes)).float()  # (C, G)
+        self.user_of_pair = users.repeat_interleave(self.counts)  # (M,)
+        members = torch.arange(len(sizes), device=device)
+        columns = torch.tensor(self.sizes, device=device)
+        self.member_of_column = members.repeat_interleave(columns)  # (C,)
+        self.columns_of_member = F.one_hot(self.member_of_column, len(sizes)).float()  # (C, G)
+
+        if all_pairs is None:
+            self.scale = 1 / self.counts  # (N,)
+        else:
+            self.scale = 1 / torch.full_like(self.counts, all_pairs)  # (N,)
 
     def weights(self, W: torch.Tensor) -> torch.Tensor:
         """The user weights, softmax over each member's logits. W: `[N, C]` -> `[N, C]`."""
         return torch.cat([logits.softmax(1) for logits in W.split(self.sizes, 1)], 1)
 
     def margins(self, P: torch.Tensor, w: torch.Tensor, pairs: slice = slice(None)) -> torch.Tensor:
-        """m = x V w_i / 100 of each pair under each member: `[M, G]`. P: of these pairs alone."""
-        return (P * w[self.user[pairs]]) @ self.columns_of_member / TEMPERATURE
+        """m = x V w_i / 100 of each pair under each member: `[M, G]`.
+
+        pairs: which of the pairs; P has their rows alone.
+        """
+        return (P * w[self.user_of_pair[pairs]]) @ self.columns_of_member / TEMPERATURE
 
     def loss(self, P: torch.Tensor, w: torch.Tensor, pairs: slice = slice(None)) -> torch.Tensor:
-        """The negative log-likelihood under each member: `[G]`. P: of these pairs alone."""
-        log_likelihoods = F.logsigmoid(self.margins(P, w, pairs))
-        return -(self.weight[self.user[pairs], None] * log_likelihoods).sum(0)
+        """The negative log-likelihood under each member: `[G]`. P and pairs as of `margins`."""
+        log_likelihoods = F.logsigmoid(self.margins(P, w, pairs))  # (M, G)
+        scale = self.scale[self.user_of_pair[pairs], None]  # (M, 1)
+        return -(scale * log_likelihoods).sum(0)
 
     def residuals(self, P: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         """The derivative of the loss with respect to x V w_i of each pair, `[M, C]`.
 
-        It stands in each column of its member.
+        There is one for each member; all columns of a member repeat it.
         """
-        missing = torch.sigmoid(-self.margins(P, w))  # (M, G): 1 - P(chosen beats rejected)
-        return (-self.weight[self.user, None] * missing / TEMPERATURE)[:, self.member]
+        p_rejected = torch.sigmoid(-self.margins(P, w))  # (M, G): 1 - P(chosen beats rejected)
+        scale = self.scale[self.user_of_pair, None]  # (M, 1)
+        return (-scale * p_rejected / TEMPERATURE)[:, self.member_of_column]
 
     def grad_w(self, P: torch.Tensor, residuals: torch.Tensor) -> torch.Tensor:
         """The derivative with respect to the user weights: `[N, C]`."""
@@ -1041,7 +1045,7 @@ class Likelihood:
     def grad_logits(self, w: torch.Tensor, grad_w: torch.Tensor) -> torch.Tensor:
         """The derivative with respect to the logits, through the softmax: `[N, C]`."""
         mean = (w * grad_w) @ self.columns_of_member  # (N, G)
-        return w * (grad_w - mean[:, self.member])
+        return w * (grad_w - mean[:, self.member_of_column])
 
     def plain(
         self,
@@ -1053,12 +1057,13 @@ class Likelihood:
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The derivatives with respect to w `[N, C]` and V `[C, d]`, on any device.
 
-        X: `[M, d]`; V: `[C, d]`. Two matrix products, which is what a GPU is best at.
+        X: `[M, d]`; V: `[C, d]`, a basis as rows. need_w, need_V: which derivatives are wanted.
+        These are two matrix products, which is what a GPU is best at.
         """
         P = X @ V.T  # (M, C)
         residuals = self.residuals(P, w)  # (M, C)
-        grad_w = self.grad_w(P, residuals) if need_w else None
-        grad_V = (residuals * w[self.user]).T @ X if need_V else None  # (C, d)
+        grad_w = self.grad_w(P, residuals) if need_w else None  # (N, C)
+        grad_V = (residuals * w[self.user_of_pair]).T @ X if need_V else None  # (C, d)
         return grad_w, grad_V
 
     def kernel(
@@ -1069,20 +1074,23 @@ class Likelihood:
         need_w: bool = True,
         need_V: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same for many pairs on a CPU, in one reading of X: see `_gradients`."""
+        """`plain` for many pairs on a CPU, in one reading of X: see `_gradients`.
+
+        A derivative that is not wanted comes back as zeros.
+        """
         threads = min(self.threads, numba.config.NUMBA_NUM_THREADS)
         numba.set_num_threads(threads)
-        sizes = np.array(self.sizes)
-        grad_w = torch.zeros(w.shape)
-        grad_V = torch.zeros(threads, *V.shape)
+        first_pair = np.concatenate([[0], np.cumsum(self.counts.numpy())])  # (N + 1,)
+        first_column = np.concatenate([[0], np.cumsum(self.sizes)])  # (G + 1,)
+        grad_w = torch.zeros(w.shape)  # (N, C)
+        grad_V = torch.zeros(threads, *V.shape)  # (threads, C, d)
         _gradients(
             X.numpy(),
-            np.concatenate([[0], np.cumsum(self.counts.numpy())]),
-            self.weight.numpy(),
+            first_pair,
+            self.scale.numpy(),
             w.numpy(),
             V.numpy(),
-            np.cumsum(sizes) - sizes,
-            sizes,
+            first_column,
             grad_w.numpy(),
             grad_V.numpy(),
             need_w,
@@ -1091,13 +1099,16 @@ class Likelihood:
         return grad_w, grad_V.sum(0)
 
 
-# numba keeps the kernel's machine code on disk, and raises if it finds no folder to write to. Any
-# function tells whether it does.
-try:
-    numba.njit(cache=True)(process_rank)
-    CACHE_KERNEL = True
-except RuntimeError:
-    CACHE_KERNEL = False
+def _numba_can_cache() -> bool:
+    """Whether numba finds a folder for the machine code of this file's functions."""
+    try:
+        numba.njit(cache=True)(_numba_can_cache)  # looks for the folder; compiles nothing
+    except RuntimeError:
+        return False
+    return True
+
+
+CACHE_KERNEL = _numba_can_cache()
 
 # float32 constants: a Python number would make the kernel compute in float64
 _ZERO, _ONE, _TEMPERATURE = np.float32([0, 1, TEMPERATURE])
@@ -1105,7 +1116,7 @@ _ZERO, _ONE, _TEMPERATURE = np.float32([0, 1, TEMPERATURE])
 
 @numba.njit
 def _four_pairs(X, p, last, start, end):
-    """The numbers start to end of the pairs p to p + 3; the last pair replaces missing ones."""
+    """The numbers start to end of the pairs p to p + 3; behind the last pair, it is repeated."""
     return (
         X[p, start:end],
         X[min(p + 1, last), start:end],
@@ -1117,46 +1128,51 @@ def _four_pairs(X, p, last, start, end):
 @numba.njit(
     cache=CACHE_KERNEL, parallel=True, fastmath={"reassoc", "contract", "nsz", "arcp", "afn"}
 )
-def _gradients(X, start, weight, w, V, first, size, grad_w, grad_V, need_w, need_V):
+def _gradients(X, first_pair, scale, w, V, first_column, grad_w, grad_V, need_w, need_V):
     """The kernel: fills grad_w `[N, C]`, and grad_V `[threads, C, d]`, to be summed over threads.
 
-    It reads X `[M, d]` from memory once. The margin x V w_i is taken as x (V w_i): what meets the
-    pairs of user i is not all K columns, but one reward vector of each member,
+    It reads X `[M, d]` from memory once. The margin x V w_i / 100 is computed as x reward_g. The
+    pairs of user i are thus multiplied by one reward vector per member, and not by K columns:
 
         reward_g = V w_i / 100.
 
     The residual of a pair is the derivative of the loss with respect to x V w_i, as in
-    `Likelihood.residuals`. The sum over the user's pairs
+    `Likelihood.residuals`. From the sum over the user's pairs
 
         total_g = sum of residual * x
 
-    gives both derivatives: V total_g with respect to w_i, and w_i total_g^T with respect to V.
+    come both derivatives: V total_g with respect to w_i, and w_i total_g^T with respect to V.
 
-    User i's pairs are the rows start[i] to start[i + 1] of X, member g's columns first[g] to
-    first[g] + size[g] of w and V. Threads share out the users. Four pairs are taken at a time, so
-    that each number of a reward vector is loaded once for four products, and in blocks that stay
-    in the L1 cache while all members read them; one member alone needs no blocks.
+    User i has the rows first_pair[i] up to first_pair[i + 1] of X, member g the columns
+    first_column[g] up to first_column[g + 1] of w and V. Thread t of T takes the users
+    t, t + T, t + 2 T, ..
+
+    Four pairs are taken at a time: each number of a reward vector is then loaded once for four
+    products. They are taken in blocks of numbers, which stay in the L1 cache while all members
+    read them; one member alone needs no blocks.
     """
     threads = len(grad_V)
-    G = len(size)
+    users = len(scale)
+    G = len(first_column) - 1
     d = X.shape[1]
     block = KERNEL_BLOCK if G > 1 else d
     for thread in numba.prange(threads):
         reward = np.empty((G, d), np.float32)
         total = np.empty((G, d), np.float32)
-        margin = np.empty((G, 4), np.float32)  # then the residuals, in the same place
-        for i in range(thread, len(weight), threads):
-            last = start[i + 1] - 1
+        margin = np.empty((G, 4), np.float32)
+        residual = np.empty((G, 4), np.float32)
+        for i in range(thread, users, threads):
+            last = first_pair[i + 1] - 1
 
             # Each member's reward vector of this user
             for g in range(G):
                 reward[g] = _ZERO
                 total[g] = _ZERO
-                for c in range(first[g], first[g] + size[g]):
+                for c in range(first_column[g], first_column[g + 1]):
                     for j in range(d):
                         reward[g, j] += w[i, c] / _TEMPERATURE * V[c, j]
 
-            for p in range(start[i], last + 1, 4):
+            for p in range(first_pair[i], last + 1, 4):
                 # The margins of four pairs under each member
                 margin[:] = _ZERO
                 for j in range(0, d, block):
@@ -1171,25 +1187,26 @@ def _gradients(X, start, weight, w, V, first, size, grad_w, grad_V, need_w, need
                             m3 += x3[k] * v[k]
                         margin[g, 0], margin[g, 1], margin[g, 2], margin[g, 3] = m0, m1, m2, m3
 
-                # Their residuals; a pair that stands in for a missing one weighs nothing
+                # Their residuals: 0 for the copies of the last pair that make up four
                 for q in range(4):
-                    pair_weight = weight[i] if p + q <= last else _ZERO
+                    pair_scale = scale[i] if p + q <= last else _ZERO
                     for g in range(G):
-                        missing = _ONE / (_ONE + math.exp(margin[g, q]))
-                        margin[g, q] = -pair_weight * missing / _TEMPERATURE
+                        p_rejected = _ONE / (_ONE + math.exp(margin[g, q]))
+                        residual[g, q] = -pair_scale * p_rejected / _TEMPERATURE
 
-                # The sum of the pairs, weighted by the residuals
+                # The sum of residual * x
                 for j in range(0, d, block):
                     x0, x1, x2, x3 = _four_pairs(X, p, last, j, j + block)
                     for g in range(G):
                         s = total[g, j : j + block]
-                        r0, r1, r2, r3 = margin[g, 0], margin[g, 1], margin[g, 2], margin[g, 3]
+                        r0, r1 = residual[g, 0], residual[g, 1]
+                        r2, r3 = residual[g, 2], residual[g, 3]
                         for k in range(len(s)):
                             s[k] += r0 * x0[k] + r1 * x1[k] + r2 * x2[k] + r3 * x3[k]
 
             # Both derivatives
             for g in range(G):
-                for c in range(first[g], first[g] + size[g]):
+                for c in range(first_column[g], first_column[g + 1]):
                     if need_V:
                         for j in range(d):
                             grad_V[thread, c, j] += w[i, c] * total[g, j]
@@ -1212,9 +1229,11 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-Gradients = Callable[
-    [torch.Tensor, bool, bool], tuple[torch.Tensor | None, torch.Tensor | None]
-]  # (w, need_w, need_V) -> the derivatives with respect to w and V
+# (w, need_w, need_V) -> the derivatives of the likelihood with respect to w and V
+Gradients = Callable[[torch.Tensor, bool, bool], tuple[torch.Tensor | None, torch.Tensor | None]]
+
+# (V `[C, d]`, the iteration t) -> the penalty on each column, `[C]`
+Penalty = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 @one_torch_thread()
@@ -1225,16 +1244,17 @@ def _descend(
     gradients: Gradients,
     num_iterations: int,
     learning_rate: float,
-    penalty: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
+    penalty: Penalty | None = None,
     alternating: bool = False,
     checkpoint: Checkpoint | None = None,
     identity: str = "",
 ) -> None:
     """Adam on the logits W `[N, C]` and, if it is given, on the basis V `[C, d]`, both in place.
 
-    They must be contiguous, for torch's fused Adam. penalty(V, t): `[C]`, added to the loss.
-    alternating: the step on V sees the W of the same iteration. checkpoint: where the state is
-    left every minute and found again; `identity` says which training it belongs to.
+    Both must be contiguous, for torch's fused Adam. penalty(V, t): `[C]`, added to the loss.
+    alternating: the step on V in an iteration uses the W that its step on W has made.
+    checkpoint: the state is saved there every CHECKPOINT_SECONDS, and found there again; identity
+    says which training it belongs to.
     """
     variables = [W] if V is None else [W, V]
     adams = [
@@ -1253,9 +1273,9 @@ def _descend(
             if alternating:
                 _, grad_V = gradients(likelihood.weights(W), False, True)
             if process_count() > 1:
-                dist.all_reduce(grad_V)
+                dist.all_reduce(grad_V)  # each process has that of its own users
             if penalty is not None:
-                grad_V = grad_V + torch.func.grad(lambda V, t=t: penalty(V, t).sum())(V)
+                grad_V = grad_V + _penalty_gradient(penalty, V, t)
             V.grad = grad_V
             adams[1].step()
         is_last = t + 1 == num_iterations
@@ -1266,12 +1286,20 @@ def _descend(
     bar.close()
 
 
+def _penalty_gradient(penalty: Penalty, V: torch.Tensor, t: int) -> torch.Tensor:
+    """The derivative of the sum of penalty(V, t) with respect to V: `[C, d]`."""
+    return torch.func.grad(lambda V: penalty(V, t).sum())(V)
+
+
 def _is_time(moment: float) -> bool:
-    """Whether time.monotonic() has come to a moment, by the clock of the first process."""
-    has_come = torch.tensor(time.monotonic() > moment)
+    """Whether time.monotonic() is past a moment, on the clock of the first process.
+
+    All processes must save in the same iteration, and their clocks differ.
+    """
+    is_past = torch.tensor(time.monotonic() > moment)
     if process_count() > 1:
-        dist.broadcast(has_come, 0)
-    return bool(has_come)
+        dist.broadcast(is_past, 0)
+    return bool(is_past)
 
 
 def _save_state(
@@ -1286,10 +1314,7 @@ def _save_state(
         "variables": [variable.cpu() for variable in variables],
         "adams": [_state_on_cpu(adam) for adam in adams],
     }
-    states = [own]
-    if process_count() > 1:
-        states = [None] * process_count() if process_rank() == 0 else None
-        dist.gather_object(own, states)
+    states = to_first_process(own)
     if process_rank() == 0:
         checkpoint.save(identity, {"iterations": iterations, "processes": states})
 
@@ -1310,15 +1335,8 @@ def _resume(
     """Take over the state of an interrupted training -> how many iterations it had done."""
     if checkpoint is None:
         return 0
-    states = [None] * process_count()
-    if process_rank() == 0:
-        saved = checkpoint.load(identity)
-        if saved is not None:
-            states = [{**state, "iterations": saved["iterations"]} for state in saved["processes"]]
-    own = states[:1]
-    if process_count() > 1:
-        dist.scatter_object_list(own, states if process_rank() == 0 else None)
-    (state,) = own
+    states = _load_states(checkpoint, identity) if process_rank() == 0 else None
+    state = from_first_process(states)
     if state is None:
         return 0
     for variable, adam, saved_variable, saved_adam in zip(
@@ -1328,6 +1346,14 @@ def _resume(
         adam.load_state_dict(saved_adam)
     print(f"resuming the training after {state['iterations']:,} iterations")
     return state["iterations"]
+
+
+def _load_states(checkpoint: Checkpoint, identity: str) -> list[dict | None]:
+    """The saved state of each process and the iterations behind it; None if there is none."""
+    saved = checkpoint.load(identity)
+    if saved is None:
+        return [None] * process_count()
+    return [{**state, "iterations": saved["iterations"]} for state in saved["processes"]]
 
 
 class TrainedBasis(NamedTuple):
@@ -1362,33 +1388,30 @@ def train_bases(
     Raises InputError: fewer users than processes, a training that diverges.
     """
     N = len(features)
-    d = features[0].shape[1]
-    ranks = process_count()
-    mine = own_users()
-    if N < ranks:
-        raise InputError(f"{N} users for {ranks} processes; start at most one process per user")
+    processes = process_count()
+    if N < processes:
+        raise InputError(f"{N} users for {processes} processes; start at most one process per user")
     check_anchor(V_sft, max(member.alpha for member in members))
     device = torch.device(device or getattr(features[0], "device", "cpu"))
-    X = _stack(features[mine], device)  # (M, d)
-    counts = [len(X_i) for X_i in features[mine]]
-    sizes = [member.K for member in members]
-    total = sum(map(len, features)) if regularized else None
-    likelihood = Likelihood(counts, sizes, device, total)
 
-    starts = starts or [member.start(N, d, regularized) for member in members]
-    W = torch.cat([W for W, _ in starts], 1).to(device, copy=True)  # (N, C)
-    V = torch.cat([V for _, V in starts]).to(device, copy=True).contiguous()  # (C, d)
-    if ranks > 1:  # without a seed, each process has drawn numbers of its own
-        dist.broadcast(W, 0)
-        dist.broadcast(V, 0)
-    W = W[mine].contiguous()
+    own_features = features[own_users()]
+    X = _stack(own_features, device)  # (M, d)
+    sizes = [member.K for member in members]
+    all_pairs = sum(map(len, features)) if regularized else None
+    likelihood = Likelihood([len(X_i) for X_i in own_features], sizes, device, all_pairs)
+    if starts is None:
+        d = X.shape[1]
+        starts = [member.start(N, d, regularized) for member in members]
+    W, V = _common_start(starts, device)  # (N, C), (C, d)
+    W = W[own_users()].contiguous()
 
     on_kernel = device.type == "cpu" and X.numel() >= KERNEL_NUMBERS
     derivatives = likelihood.kernel if on_kernel else likelihood.plain
     identity = ""
     if checkpoint:
-        settings = (members, num_iterations, learning_rate, regularized, V_sft)
-        identity = _training_identity(features, X, settings)
+        identity = _training_identity(
+            features, X, members, V_sft, num_iterations, learning_rate, regularized
+        )
     _descend(
         likelihood,
         W,
@@ -1408,19 +1431,38 @@ def train_bases(
             "the training has diverged, its basis is not finite; give a smaller alpha, or smaller "
             "pairs"
         )
-    w = likelihood.weights(W)
-    step = max(1, BATCH_NUMBERS // d)  # pairs at a time, as P of all of them would be large
-    slices = [slice(first, first + step) for first in range(0, len(X), step)]
-    loss = sum(likelihood.loss(X[pairs] @ V.T, w, pairs) for pairs in slices)  # (G,)
+
+    loss = _final_loss(likelihood, X, likelihood.weights(W), V)  # (G,)
     logits = torch.zeros(N, sum(sizes), device=device)
-    logits[mine] = W
-    if ranks > 1:
-        dist.all_reduce(logits)
+    logits[own_users()] = W
+    if processes > 1:
+        dist.all_reduce(logits)  # each process has zeros for the users of the others
         dist.all_reduce(loss)
     return [
         TrainedBasis(logits_k.softmax(1), V_k.T, loss_k, logits_k)
         for logits_k, V_k, loss_k in zip(logits.split(sizes, 1), V.split(sizes), loss.tolist())
     ]
+
+
+def _common_start(
+    starts: list[tuple[torch.Tensor, torch.Tensor]], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copies of all members' logits `[N, C]` and bases `[C, d]`, the same in all processes."""
+    W = torch.cat([W for W, _ in starts], 1).to(device, copy=True)  # (N, C)
+    V = torch.cat([V for _, V in starts]).to(device, copy=True).contiguous()  # (C, d)
+    if process_count() > 1:  # without a seed, each process has drawn numbers of its own
+        dist.broadcast(W, 0)
+        dist.broadcast(V, 0)
+    return W, V
+
+
+def _final_loss(
+    likelihood: Likelihood, X: torch.Tensor, w: torch.Tensor, V: torch.Tensor
+) -> torch.Tensor:
+    """The loss of each member, `[G]`, some pairs at a time, as P of all of them would be large."""
+    step = max(1, BATCH_NUMBERS // X.shape[1])
+    slices = [slice(first, first + step) for first in range(0, len(X), step)]
+    return sum(likelihood.loss(X[pairs] @ V.T, w, pairs) for pairs in slices)
 
 
 def _stack(features: Features, device: torch.device) -> torch.Tensor:
@@ -1452,14 +1494,14 @@ def _penalty(
     num_iterations: int,
     regularized: bool,
     likelihood: Likelihood,
-) -> Callable[[torch.Tensor, int], torch.Tensor] | None:
-    """The penalty on each column, a function of V `[C, d]` and the iteration; None without one."""
+) -> Penalty | None:
+    """The penalty on each column, as a function; None if no member has one."""
     if not any(member.alpha for member in members):
         return None
-    reference = V_sft.to(likelihood.member.device, torch.float32).reshape(1, -1)  # (1, d)
+    reference = V_sft.to(likelihood.scale.device, torch.float32).reshape(1, -1)  # (1, d)
     # LoRe_regularized takes the mean over a member's columns, LoRe the sum.
     alphas = [member.alpha / (member.K if regularized else 1) for member in members]
-    alpha = torch.tensor(alphas, device=reference.device)[likelihood.member]  # (C,)
+    alpha = torch.tensor(alphas, device=reference.device)[likelihood.member_of_column]  # (C,)
 
     def squared_distance(V: torch.Tensor, t: int) -> torch.Tensor:
         return alpha * ((V - reference) ** 2).sum(1)
@@ -1471,17 +1513,31 @@ def _penalty(
     return scheduled_cosine if regularized else squared_distance
 
 
-def _training_identity(features: Features, X: torch.Tensor, settings: tuple) -> str:
-    """A digest of everything that a training depends on: a state goes on in no other training.
+def _training_identity(
+    features: Features,
+    X: torch.Tensor,
+    members: list[Member],
+    V_sft: torch.Tensor | None,
+    num_iterations: int,
+    learning_rate: float,
+    regularized: bool,
+) -> str:
+    """A digest of all that a training depends on, so that a saved state continues no other one.
 
     X: the pairs of this process's users. The digest is the same in all processes.
     """
-    *others, V_sft = settings
-    head = None if V_sft is None else V_sft.tolist()
-    counts = [len(X_i) for X_i in features]
-    digests = from_each_process(_digest(X))
-    text = repr((torch.__version__, str(X.device.type), counts, *others, head, digests))
-    return hashlib.sha256(text.encode()).hexdigest()
+    parts = (
+        torch.__version__,
+        X.device.type,
+        [len(X_i) for X_i in features],
+        members,
+        num_iterations,
+        learning_rate,
+        regularized,
+        None if V_sft is None else V_sft.tolist(),
+        from_each_process(_digest(X)),
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _digest(X: torch.Tensor) -> str:
@@ -1491,37 +1547,38 @@ def _digest(X: torch.Tensor) -> str:
 @torch.no_grad()
 def fit_logits(
     scores: list[torch.Tensor],
-    members: list[Member],
-    sizes: list[int],
+    starts: Sequence[torch.Tensor],
     num_iterations: int,
     learning_rate: float,
-    starts: Sequence[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
     """Few-shot fit of users over several frozen bases, side by side -> logits `[N, K]` of each.
 
     With V frozen, X V is a constant: the fit works on K numbers a pair, not on d.
 
-    scores: X_i V `[m_i, C]` of each user under all bases. members: one per basis; its generator
-    draws the start. sizes: the K of each basis, which may have lost columns.
-    starts: the logits `[N, K]` to start from, if they are not to be drawn.
+    scores: X_i V `[m_i, C]` of each user, the columns of all bases side by side.
+    starts: the logits `[N, K]` to start from, for each basis.
     """
     P = torch.cat(scores)  # (M, C)
+    sizes = [logits.shape[1] for logits in starts]
     likelihood = Likelihood([len(S) for S in scores], sizes, P.device)
-    if starts is None:
-        resized = [dataclasses.replace(member, K=K) for member, K in zip(members, sizes)]
-        starts = [member.few_shot_start(len(scores)) for member in resized]
-    W = torch.cat(starts, 1).to(P.device, copy=True)  # (N, C)
+    W = torch.cat(list(starts), 1).to(P.device, copy=True)  # (N, C)
 
-    def gradients(w: torch.Tensor, *_: bool) -> tuple[torch.Tensor, None]:
+    def gradients(w: torch.Tensor, need_w: bool, need_V: bool) -> tuple[torch.Tensor, None]:
         return likelihood.grad_w(P, likelihood.residuals(P, w)), None
 
     _descend(likelihood, W, None, gradients, num_iterations, learning_rate)
     return list(W.split(sizes, 1))
 
 
-def fit_weights(*arguments: Any, **options: Any) -> list[torch.Tensor]:
-    """`fit_logits`, as user weights: their softmax `[N, K]` for each basis."""
-    return [logits.softmax(1) for logits in fit_logits(*arguments, **options)]
+def fit_weights(
+    scores: list[torch.Tensor],
+    starts: Sequence[torch.Tensor],
+    num_iterations: int,
+    learning_rate: float,
+) -> list[torch.Tensor]:
+    """The user weights of `fit_logits`: the softmax of the logits, `[N, K]` for each basis."""
+    fitted = fit_logits(scores, starts, num_iterations, learning_rate)
+    return [logits.softmax(1) for logits in fitted]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1568,7 +1625,8 @@ def print_accuracy(accuracies: Iterable[float]) -> None:
 def share_right(margins: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """The share of positive margins of each user: float64 `[users, columns]`.
 
-    margins: `[rows, columns]`; counts: how many of the rows each user has.
+    margins: `[rows, columns]`, the rows of one user after the other; counts: `[users]`, how many
+    rows each has.
     """
     right = (margins > 0).double()
     return torch.segment_reduce(right, "mean", lengths=counts, axis=0)
@@ -1585,13 +1643,15 @@ def accuracies_per_user(
     features: `[m_i, d]` or Pairs, one per user. bases: G tensors `[d, K]`; weights: G `[N, K]`.
     """
     sizes = [V.shape[1] for V in bases]
+    V = torch.cat(bases, 1)  # (d, C)
     w = torch.cat(weights, 1)  # (N, C)
     shares = []
     first = 0
-    for scores, counts in score_batches(features, torch.cat(bases, 1)):  # (rows, C)
+    for scores, counts in score_batches(features, V):  # (rows, C), (users,)
         users = slice(first, first + len(counts))
-        weighted = scores * w[users].repeat_interleave(counts, 0)
-        margins = torch.stack([member.sum(1) for member in weighted.split(sizes, 1)], 1)
+        w_of_rows = w[users].repeat_interleave(counts, 0)  # (rows, C)
+        products = (scores * w_of_rows).split(sizes, 1)  # G times (rows, K)
+        margins = torch.stack([product.sum(1) for product in products], 1)  # (rows, G)
         shares.append(share_right(margins, counts))  # (users, G)
         first += len(counts)
     return torch.cat(shares).T.cpu().numpy()
@@ -1600,7 +1660,7 @@ def accuracies_per_user(
 def shared_accuracies(
     features: Features, bases: list[torch.Tensor], weights: list[torch.Tensor]
 ) -> np.ndarray:
-    """`accuracies_per_user`, for which each process of torchrun judges its own users."""
+    """`accuracies_per_user`, but each process of torchrun judges its own users only."""
 
     def judge(own_features: Features, *own_weights: torch.Tensor) -> np.ndarray:
         return accuracies_per_user(own_features, bases, own_weights).T  # (users, G)
@@ -1635,6 +1695,11 @@ SETTINGS = (
 )
 TRAIN, SEEN_TEST, FEW_SHOT_TRAIN, UNSEEN_TEST = SETTINGS
 UNSEEN_SETTINGS = (FEW_SHOT_TRAIN, UNSEEN_TEST)
+
+LEARNING_RATE = 0.5  # of the training, `LoRe` and `LoRe_regularized`, as released
+FEW_SHOT_LEARNING_RATE = 0.1  # of the few-shot fit after `LoRe`
+FEW_SHOT_LEARNING_RATE_REGULARIZED = 0.5  # of the few-shot fit after `LoRe_regularized`
+FEW_SHOT_ITERATIONS = 500
 
 
 @dataclasses.dataclass
@@ -1724,14 +1789,15 @@ def sweep(
     Returns a Fit for each alpha, rank and seed. Raises InputError for arguments without a meaning.
     """
     seeds = seed if isinstance(seed, (list, tuple, range, np.ndarray)) else [seed]
-    check_sweep(K_list, alpha_list, [0] if seed is None else seeds, num_iterations, threshold)
+    given_seeds = [0] if seed is None else seeds  # None has nothing to check
+    check_sweep(K_list, alpha_list, given_seeds, num_iterations, threshold)
     device = check_device(device)
     members = sweep_members(K_list, alpha_list, seeds)
     d = None
     if V_final is not None or any(member.K == 0 or member.alpha for member in members):
         V_final = check_head(V_final, "V_final").to(device)
         d = len(V_final)
-    features = _check_users(
+    train, test, train_unseen, test_unseen = _check_users(
         {
             "train_features": (train_features, N),
             "test_features_sparse": (test_features_sparse, N),
@@ -1740,30 +1806,31 @@ def sweep(
         },
         d,
     )
-    train, _, train_unseen, _ = features
 
-    fits = _train(
+    fits = _train_seen(
         members,
         train,
         N_unseen,
         V_final,
-        num_iterations,
-        regularized,
-        threshold,
-        device,
-        checkpoint,
+        num_iterations=num_iterations,
+        regularized=regularized,
+        threshold=threshold,
+        device=device,
+        checkpoint=checkpoint,
     )
     few_shot_rate = FEW_SHOT_LEARNING_RATE_REGULARIZED if regularized else FEW_SHOT_LEARNING_RATE
     _fit_unseen(fits, train_unseen, few_shot_rate)
-    for setting, part in zip(SETTINGS, features):
-        weights = [fit.W_unseen if setting in UNSEEN_SETTINGS else fit.W for fit in fits]
-        accuracies = shared_accuracies(part, [fit.V for fit in fits], weights)
-        for fit, accuracies_of_fit in zip(fits, accuracies):
-            fit.accuracies[setting] = accuracies_of_fit
+
+    W = [fit.W for fit in fits]
+    W_unseen = [fit.W_unseen for fit in fits]
+    _evaluate(fits, TRAIN, train, W)
+    _evaluate(fits, SEEN_TEST, test, W)
+    _evaluate(fits, FEW_SHOT_TRAIN, train_unseen, W_unseen)
+    _evaluate(fits, UNSEEN_TEST, test_unseen, W_unseen)
     return fits
 
 
-def _train(
+def _train_seen(
     members: list[Member],
     train: Features,
     N_unseen: int,
@@ -1774,7 +1841,10 @@ def _train(
     device: torch.device,
     checkpoint: Checkpoint | None,
 ) -> list[Fit]:
-    """The members as Fits with the weights of the seen users; those of the unseen are 1 so far."""
+    """A Fit of each member with the weights of the seen users; all unseen users weigh 1 so far.
+
+    The reference is not trained: its basis is V_final, and its weights are 1.
+    """
     to_train = [member for member in members if member.K > 0]
     trained = {}
     if to_train:
@@ -1782,40 +1852,48 @@ def _train(
             train, to_train, V_final, num_iterations, LEARNING_RATE, regularized, device, checkpoint
         )
         trained = dict(zip(to_train, bases))
+
     fits = []
     for member in members:
-        if member.K == 0:
+        if member in trained:
+            w, V, loss, _ = trained[member]
+            w, V = prune(w, V, threshold)
+        else:
             w = torch.ones(len(train), 1, device=device)
             V = V_final
             loss = math.nan
-        else:
-            w, V, loss, _ = trained[member]
-        w, V = prune(w, V, threshold)
-        ones = torch.ones(N_unseen, 1, device=device)
-        fits.append(Fit(member.K, member.alpha, member.seed, V, w, ones, loss))
+        W_unseen = torch.ones(N_unseen, 1, device=device)
+        fits.append(Fit(member.K, member.alpha, member.seed, V, w, W_unseen, loss))
     return fits
 
 
 def _fit_unseen(fits: list[Fit], train_unseen: Features, learning_rate: float) -> None:
-    """Give every fit with several columns the few-shot weights of the unseen users."""
+    """Set the few-shot weights of the unseen users in every fit that has several columns."""
     personal = [fit for fit in fits if fit.V.shape[1] > 1]
     if not personal:
         return
     V = torch.cat([fit.V for fit in personal], 1)  # (d, C)
-    sizes = [fit.V.shape[1] for fit in personal]
+    sizes = [fit.V.shape[1] for fit in personal]  # the K that is left, without pruned columns
     members = [Member(K, fit.alpha, fit.seed) for K, fit in zip(sizes, personal)]
     starts = [member.few_shot_start(len(train_unseen)) for member in members]
 
     def fit_users(features: Features, *starts: torch.Tensor) -> np.ndarray:
         scores = list(pair_scores(features, V))
-        weights = fit_weights(
-            scores, members, sizes, FEW_SHOT_ITERATIONS, learning_rate, starts=starts
-        )
+        weights = fit_weights(scores, starts, FEW_SHOT_ITERATIONS, learning_rate)
         return torch.cat(weights, 1).cpu().numpy()  # (users, C)
 
     weights = torch.from_numpy(shared_out(fit_users, train_unseen, *starts)).to(V.device)
     for fit, w in zip(personal, weights.split(sizes, 1)):
         fit.W_unseen = w
+
+
+def _evaluate(
+    fits: list[Fit], setting: str, features: Features, weights: list[torch.Tensor]
+) -> None:
+    """Set the accuracies of the users in one setting in every fit. weights: one `[N, K]` a fit."""
+    accuracies = shared_accuracies(features, [fit.V for fit in fits], weights)  # (fits, N)
+    for fit, per_user in zip(fits, accuracies):
+        fit.accuracies[setting] = per_user
 
 
 class Accuracies(tuple):
@@ -1973,8 +2051,8 @@ def run_few_shot_vary_shots(
     and standard deviation over trials of the accuracy on the shots, then of that on the unseen
     users' unseen prompts.
     """
-    seeds = [seed, *further_seeds]
-    check_sweep(K_list, alpha_list, [0] if seed is None else seeds, num_iterations)
+    given_seeds = [0] if seed is None else [seed, *further_seeds]  # None has nothing to check
+    check_sweep(K_list, alpha_list, given_seeds, num_iterations)
     check_whole_numbers("num_shots", num_shots, 1)
     check_whole("trials", trials, 1)
     device = check_device(device)
@@ -1992,28 +2070,49 @@ def run_few_shot_vary_shots(
 
     members = sweep_members(K_list, alpha_list, [seed])
     further = [m for m in sweep_members(K_list, alpha_list, further_seeds) if m.K > 0]
-    fits = _train(
-        members + further, train, N_unseen, V_final, num_iterations, False, 0.0, device, checkpoint
+    fits = _train_seen(
+        members + further,
+        train,
+        N_unseen,
+        V_final,
+        num_iterations=num_iterations,
+        regularized=False,
+        threshold=0.0,
+        device=device,
+        checkpoint=checkpoint,
     )
-    curves = Curves([[], [], [], []])
-    curves.fits = fits
-    curves.rows = []
+
+    means: dict[str, list[float]] = {setting: [] for setting in UNSEEN_SETTINGS}
+    deviations: dict[str, list[float]] = {setting: [] for setting in UNSEEN_SETTINGS}
+    rows = []
     for member, fit in zip(members, fits):
         print("K :", member.K)
         accuracies = accuracies_by_shots(
             member, fit.V, train_unseen, test_unseen, num_shots, trials, groups
-        )  # (N_unseen, shots, settings, trials)
-        for shots, of_shots in zip(num_shots, accuracies.swapaxes(0, 1)):
+        )  # (N_unseen, numbers of shots, settings, trials)
+        for i, shots in enumerate(num_shots):
             print("Shots :", shots)
             row = {"K": member.K, "alpha": member.alpha, "shots": shots}
-            for i, setting in enumerate(UNSEEN_SETTINGS):
+            for j, setting in enumerate(UNSEEN_SETTINGS):
+                in_setting = accuracies[:, i, j]  # (N_unseen, trials)
+                of_trials = in_setting.mean(axis=0)
                 print(setting)
-                means = of_shots[:, i].mean(0)  # (trials,)
-                print_accuracy(means)
-                curves[2 * i].append(float(np.mean(means)))
-                curves[2 * i + 1].append(float(np.std(means)))
-                row[setting] = of_shots[:, i].mean(1)
-            curves.rows.append(row)
+                print_accuracy(of_trials)
+                means[setting].append(float(np.mean(of_trials)))
+                deviations[setting].append(float(np.std(of_trials)))
+                row[setting] = in_setting.mean(axis=1)  # (N_unseen,)
+            rows.append(row)
+
+    curves = Curves(
+        [
+            means[FEW_SHOT_TRAIN],
+            deviations[FEW_SHOT_TRAIN],
+            means[UNSEEN_TEST],
+            deviations[UNSEEN_TEST],
+        ]
+    )
+    curves.rows = rows
+    curves.fits = fits
     return curves
 
 
@@ -2029,14 +2128,15 @@ def accuracies_by_shots(
     """Fit every unseen user from each number of shots, which each trial draws again.
 
     Returns the accuracies on the drawn and on the test pairs, float64
-    `[N_unseen, shots, 2, trials]`. Under torchrun each process fits and judges its own users.
+    `[N_unseen, numbers of shots, 2, trials]`. Under torchrun each process fits and judges its own
+    users.
     """
     draws = [draw_shots(member, train_unseen, shots, trials, groups) for shots in num_shots]
 
     def judge(train: Features, test: Features, *draws: list[Draw]) -> np.ndarray:
         S_train = list(pair_scores(train, V))
         S_test = list(pair_scores(test, V))
-        return np.stack([judge_shots(member, S_train, S_test, drawn) for drawn in draws], 1)
+        return np.stack([fit_and_judge(S_train, S_test, drawn) for drawn in draws], 1)
 
     return shared_out(judge, train_unseen, test_unseen, *draws)
 
@@ -2051,21 +2151,20 @@ def few_shot_trials(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fit every unseen user from `shots` pairs, which each trial draws again.
 
-    S_train, S_test: the scores X_i V `[m_i, K]` of each user's pairs. member: its K says whether
-    there are weights to fit, its generator draws. Returns the accuracies on the drawn and on the
-    test pairs, two float64 arrays `[trials, users]`.
+    S_train, S_test: the scores X_i V `[m_i, K]` of each user's pairs. member: the model that these
+    are of; its generator draws. Returns the accuracies on the drawn and on the test pairs, two
+    float64 arrays `[trials, users]`.
     """
     drawn = draw_shots(member, S_train, shots, trials, groups)
-    accuracies = judge_shots(member, S_train, S_test, drawn)
-    train, test = accuracies.transpose(1, 2, 0)
-    return train, test
+    accuracies = fit_and_judge(S_train, S_test, drawn)  # (users, 2, trials)
+    return accuracies[:, 0].T, accuracies[:, 1].T
 
 
 class Draw(NamedTuple):
-    """What is drawn for one user of a few-shot fit, for each of several trials."""
+    """What is drawn for the few-shot fits of one user, one fit per trial."""
 
-    rows: tuple[torch.Tensor, ...]  # the user's pairs to fit from, int64, one vector per trial
-    start: torch.Tensor  # (trials, K), the logits to start from
+    rows: list[torch.Tensor]  # the numbers of the pairs to fit from, int64, one vector per trial
+    start: torch.Tensor  # (trials, K), the logits to start from; K = 1 if there is nothing to fit
 
 
 def draw_shots(
@@ -2075,54 +2174,57 @@ def draw_shots(
     trials: int,
     groups: list[torch.Tensor] | None = None,
 ) -> list[Draw]:
-    """Draw `shots` of each user's pairs in each trial. pairs: only their numbers matter."""
+    """Draw `shots` of each user's pairs, and a start, for each trial -> a Draw per user.
+
+    pairs: of each user; only how many there are matters.
+    """
     generator = member.generator(SHOTS + shots)
-    rows = [torch.arange(len(X)) for X in pairs]
-    rows_of_trials = [sample_shots(rows, shots, generator, groups) for _ in range(trials)]
-    starts = torch.zeros(trials * len(rows), 1)
+    users = len(pairs)
+    all_rows = [torch.arange(len(X)) for X in pairs]
+    rows = [sample_shots(all_rows, shots, generator, groups) for _ in range(trials)]
+    starts = torch.zeros(trials * users, 1)
     if member.K > 1:
-        starts = member.few_shot_start(trials * len(rows))
-    starts = starts.reshape(trials, len(rows), -1).swapaxes(0, 1)  # (users, trials, K)
-    return [Draw(*of_user) for of_user in zip(zip(*rows_of_trials), starts)]
+        starts = member.few_shot_start(trials * users)
+    starts = starts.reshape(trials, users, -1)
+    return [Draw([of_trial[i] for of_trial in rows], starts[:, i]) for i in range(users)]
 
 
 @torch.no_grad()
-def judge_shots(
-    member: Member,
-    S_train: list[torch.Tensor],
-    S_test: list[torch.Tensor],
-    drawn: list[Draw],
+def fit_and_judge(
+    S_train: list[torch.Tensor], S_test: list[torch.Tensor], drawn: list[Draw]
 ) -> np.ndarray:
-    """Fit users from their drawn pairs -> float64 `[users, 2, trials]`.
+    """Fit users from their drawn pairs, and judge them -> float64 `[users, 2, trials]`.
 
-    These are the accuracies on the drawn pairs, then on the test pairs. Other arguments: as of
-    `few_shot_trials`.
+    These are the accuracies on the drawn pairs, then on the test pairs.
+    S_train, S_test: the scores X_i V `[m_i, K]` of each user's pairs.
     """
+    users = len(drawn)
     trials = len(drawn[0].rows)
+
+    # A user is fitted once per trial: each user's trials are side by side in S_drawn, start and w.
     S_drawn = [S[rows] for S, draw in zip(S_train, drawn) for rows in draw.rows]
-    device = S_drawn[0].device
-    w = torch.ones(len(S_drawn), 1, device=device)  # (users * trials, K)
-    if member.K > 1:
-        starts = torch.cat([draw.start for draw in drawn])
-        (w,) = fit_weights(
-            S_drawn,
-            [member],
-            [member.K],
-            FEW_SHOT_ITERATIONS,
-            FEW_SHOT_LEARNING_RATE,
-            starts=[starts],
-        )
+    start = torch.cat([draw.start for draw in drawn])  # (users * trials, K)
+    if start.shape[1] > 1:
+        (w,) = fit_weights(S_drawn, [start], FEW_SHOT_ITERATIONS, FEW_SHOT_LEARNING_RATE)
+    else:
+        w = torch.ones_like(start, device=S_drawn[0].device)
 
-    def share(scores: torch.Tensor, counts: torch.Tensor, w: torch.Tensor) -> np.ndarray:
-        margins = (scores * w.repeat_interleave(counts, 0)).sum(1, keepdim=True)
-        return share_right(margins, counts)[:, 0].cpu().numpy()
+    on_drawn = _accuracies_of_scores(torch.cat(S_drawn), _pairs_per_user(S_drawn, w.device), w)
+    S = torch.cat(S_test)  # (rows, K)
+    counts = _pairs_per_user(S_test, w.device)
+    w_of_trials = w.reshape(users, trials, -1).unbind(1)  # trials times (users, K)
+    on_test = [_accuracies_of_scores(S, counts, w_t) for w_t in w_of_trials]
+    return np.stack([on_drawn.reshape(users, trials), np.stack(on_test, 1)], 1)
 
-    train = share(torch.cat(S_drawn), _pairs_per_user(S_drawn, device), w).reshape(-1, trials)
-    S_all = torch.cat(S_test)
-    counts = _pairs_per_user(S_test, device)
-    w_of_trials = w.reshape(-1, trials, w.shape[1]).unbind(1)
-    test = np.stack([share(S_all, counts, w_trial) for w_trial in w_of_trials], 1)
-    return np.stack([train, test], 1)
+
+def _accuracies_of_scores(S: torch.Tensor, counts: torch.Tensor, w: torch.Tensor) -> np.ndarray:
+    """The accuracy of each user, float64 `[users]`.
+
+    S: the scores X V `[rows, K]`, the rows of one user after the other; counts: `[users]`, how
+    many rows each has; w: `[users, K]`.
+    """
+    margins = (S * w.repeat_interleave(counts, 0)).sum(1, keepdim=True)  # (rows, 1)
+    return share_right(margins, counts)[:, 0].cpu().numpy()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2206,7 +2308,8 @@ def learn_single_reward(
     seed: int | None = None,
 ) -> torch.Tensor:
     """One Bradley-Terry model for all users, LoRe at K = 1 -> V `[d, 1]`. A baseline."""
-    return solve(train_features, 1, num_iterations, learning_rate, seed)[1]
+    _, V = solve(train_features, 1, num_iterations, learning_rate, seed)
+    return V
 
 
 def learn_single_reward_regularized(
@@ -2218,9 +2321,8 @@ def learn_single_reward_regularized(
     seed: int | None = None,
 ) -> torch.Tensor:
     """`learn_single_reward` with the penalty alpha * |V - V_ref|^2 -> V `[d, 1]`. A baseline."""
-    return solve_regularized(V_ref, alpha, train_features, 1, num_iterations, learning_rate, seed)[
-        1
-    ]
+    _, V = solve_regularized(V_ref, alpha, train_features, 1, num_iterations, learning_rate, seed)
+    return V
 
 
 def learn_multiple(
@@ -2342,7 +2444,8 @@ def create_sparse_tensor(
 def count_of_share(prompts: int, fraction: float, what: str = "sample_percentage") -> int:
     """How many prompts a fraction of them is, rounded down. Raises InputError if none is left."""
     rounding = 1e-9  # 0.29 of 100 is 29, and not the 28.999.. of the floating-point product
-    if not isinstance(fraction, Real) or not 1 <= fraction * prompts + rounding <= prompts + 1e-6:
+    is_number = isinstance(fraction, Real)
+    if not is_number or not 1 - rounding <= fraction * prompts <= prompts + rounding:
         raise InputError(
             f"{what}: fraction {fraction} of {prompts} prompts leaves no pairs for a user, or is "
             f"more than all; give a number from {1 / prompts:.2g} to 1.0, or more prompts"
@@ -2414,18 +2517,24 @@ def create_dataset_prism_shots(
 def _pairs_per_dialog(embeddings: Any) -> dict[str, dict[str, torch.Tensor]]:
     """user -> dialog -> the pairs of its turns, float32 `[m, d]`."""
     if _is_released_nesting(embeddings):
-        return {
-            user: {name: _released_pairs(dialog) for name, dialog in dialogs.items()}
-            for user, dialogs in embeddings.items()
-        }
+        users = embeddings
+        pairs_of_dialog = _released_pairs
+    else:
+        users = group_by_dialog(embeddings)
+        pairs_of_dialog = _pairs_of_rows
     return {
-        user: {name: torch.cat([turn_pairs(row) for row in rows]) for name, rows in dialogs.items()}
-        for user, dialogs in group_by_dialog(embeddings).items()
+        user: {name: pairs_of_dialog(dialog) for name, dialog in dialogs.items()}
+        for user, dialogs in users.items()
     }
 
 
+def _pairs_of_rows(rows: list[dict]) -> torch.Tensor:
+    """The pairs of a dialog in our rows, one per rejected answer: float32 `[m, d]`."""
+    return torch.cat([turn_pairs(row) for row in rows])
+
+
 def _is_released_nesting(embeddings: Any) -> bool:
-    """Whether these are nested dicts down to "chosen" and "rejected", and not lists of rows."""
+    """Whether users are dicts of dialogs, as in the release, and not lists of our rows."""
     return isinstance(embeddings, dict) and all(
         isinstance(dialogs, dict) for dialogs in embeddings.values()
     )
