@@ -19,13 +19,17 @@ Bradley-Terry model for everybody, and from K = 2 on it is LoRe.
 
 In this file, from top to bottom:
 
-    1. Errors, settings, processes    InputError, check_whole, process_count, shared_out
-    2. Preference pairs               Pairs, check_features
-    3. The models                     LoRe, LoRe_regularized, PersonalizeBatch: forward is the loss
-    4. The engine                     Likelihood and its kernel, train_bases, fit_weights
-    5. Evaluation                     evaluate_model, accuracies_per_user
-    6. Pipelines                      sweep, run, run_regularized, run_few_shot_vary_shots
-    7. Released API                   solve, learn_multiple, simulate_user, create_dataset_prism
+    1. Preference pairs        Pairs
+    2. The models              LoRe, LoRe_regularized, PersonalizeBatch: forward is the loss
+    3. The engine              Likelihood and its kernel, train_bases, fit_logits
+    4. Scores and evaluation   pair_scores, evaluate_model, accuracies_per_user
+    5. Pipelines               sweep, run, run_regularized, run_few_shot_vary_shots
+    6. Released API            solve, learn_multiple, simulate_user, create_dataset_prism
+    7. Checks                  InputError, check_whole, check_matrix, check_features
+    8. Processes of torchrun   process_count, own_users, shared_out
+
+Letters in shapes: N users; user i has m_i pairs, and all users have M; d numbers in an embedding;
+K columns in a basis. G models that are computed side by side have C columns in all.
 
 The file needs torch, numpy, numba and tqdm, and works without the rest of the repository.
 """
@@ -76,193 +80,10 @@ __all__ = [
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # as released; unused here
 
 # ---------------------------------------------------------------------------------------------
-# 1. Errors, settings, processes
-# ---------------------------------------------------------------------------------------------
-
-
-class InputError(ValueError):
-    """Input that cannot be used. The message is one line: what is wrong, where, and the remedy."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
-
-
-LARGEST_WHOLE = 2**32 - 1  # the largest seed or count
-LARGEST_ALPHA = 1e15  # the largest penalty
-
-
-def check_whole(name: str, value: Any, least: int = 0, most: int = LARGEST_WHOLE) -> None:
-    """Raise InputError that names the setting if it is not a whole number from least to most."""
-    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not is_whole or not least <= value <= most:
-        raise InputError(f"{name}: {value!r}; give a whole number from {least} to {most}")
-
-
-def check_number(name: str, value: Any, least: float, most: float) -> None:
-    """Raise InputError that names the setting if it is not a number from least to most."""
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not least <= value <= most:
-        raise InputError(f"{name}: {value!r}; give a number from {least} to {most}")
-
-
-def check_whole_numbers(name: str, values: Any, least: int = 0) -> None:
-    """Raise InputError if it is not a list of one or more distinct whole numbers from least on."""
-    _check_list(name, values)
-    for value in values:
-        check_whole(name, value, least)
-    _check_distinct(name, values)
-
-
-def check_numbers(name: str, values: Any, least: float, most: float) -> None:
-    """Raise InputError if it is not a list of one or more distinct numbers from least to most."""
-    _check_list(name, values)
-    for value in values:
-        check_number(name, value, least, most)
-    _check_distinct(name, values)
-
-
-def _check_list(name: str, values: Any) -> None:
-    if not isinstance(values, (list, tuple, range, np.ndarray)) or len(values) == 0:
-        raise InputError(f"{name}: {values!r}; give a list of one value or more")
-
-
-def _check_distinct(name: str, values: Any) -> None:
-    if len(set(values)) < len(values):
-        raise InputError(f"{name}: {list(values)}; give each value once")
-
-
-def check_training(num_iterations: Any, learning_rate: Any, seed: Any = None) -> None:
-    """Raise InputError that names the first setting of a training that has no meaning.
-
-    seed: None if torch's own generator draws.
-    """
-    check_whole("num_iterations", num_iterations)
-    check_number("learning_rate", learning_rate, 1e-9, 1e9)
-    if seed is not None:
-        check_whole("seed", seed)
-
-
-def check_sweep(
-    K_list: Any, alpha_list: Any, seeds: Any, num_iterations: Any, threshold: Any = 0.0
-) -> None:
-    """Raise InputError that names the first setting of a sweep that has no meaning."""
-    check_whole_numbers("K_list", K_list)
-    check_numbers("alpha_list", alpha_list, 0, LARGEST_ALPHA)
-    check_whole_numbers("seeds", seeds)
-    check_whole("num_iterations", num_iterations)
-    check_number("threshold", threshold, 0, 1)
-
-
-def process_rank() -> int:
-    """The number of this process under torchrun; 0 without it."""
-    return int(os.environ.get("RANK", 0))
-
-
-def process_count() -> int:
-    """How many processes torchrun has started; 1 without it. The first call connects them."""
-    count = int(os.environ.get("WORLD_SIZE", 1))
-    if count > 1 and not dist.is_initialized():
-        backend = "gloo"
-        if torch.cuda.is_available():
-            torch.cuda.set_device(default_device())  # NCCL's barrier runs on the current device
-            backend = "cpu:gloo,cuda:nccl"
-        # A slow neighbour may embed for hours before the next exchange.
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
-    return count
-
-
-def own_users() -> slice:
-    """The users of this process: of P processes, process p has the users p, p + P, p + 2 P, .."""
-    return slice(process_rank(), None, process_count())
-
-
-def from_each_process(value: Any) -> list:
-    """The `value` of every process, in the order of their ranks. All processes must call this."""
-    if process_count() == 1:
-        return [value]
-    values = [None] * process_count()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def to_first_process(value: Any) -> list | None:
-    """`from_each_process` for the first process; None in the others. All must call this."""
-    if process_count() == 1:
-        return [value]
-    values = [None] * process_count() if process_rank() == 0 else None
-    dist.gather_object(value, values)
-    return values
-
-
-def from_first_process(values: list | None) -> Any:
-    """This process's entry of the list that the first process has. All must call this.
-
-    values: an entry per process; only the first process is asked for it.
-    """
-    if process_count() == 1:
-        return values[0]
-    own = [None]
-    dist.scatter_object_list(own, values if process_rank() == 0 else None)
-    return own[0]
-
-
-def shared_out(compute: Callable[..., np.ndarray | list], *users: Any) -> np.ndarray | list:
-    """compute(*users), with the users shared out among the processes of torchrun.
-
-    users: lists, tensors or ranges with an entry per user, all equally long and not empty.
-    compute: takes the entries of some users, and returns an array or a list with an entry for
-    each of these. All processes must call this, and all return the result of all users.
-    """
-    if process_count() == 1:
-        return compute(*users)
-    N = len(users[0])
-    own = None
-    if process_rank() < N:
-        own = compute(*[values[own_users()] for values in users])
-    parts = from_each_process(own)
-    if isinstance(parts[0], np.ndarray):
-        whole = np.empty((N, *parts[0].shape[1:]), parts[0].dtype)
-    else:
-        whole = [None] * N
-    with_users = parts[:N]  # if there are more processes than users, the last ones have none
-    for rank, part in enumerate(with_users):
-        whole[rank :: len(parts)] = part
-    return whole
-
-
-def default_device() -> torch.device:
-    """This process's GPU, or the CPU if there is none. InputError: more processes than GPUs."""
-    if torch.cuda.is_available():
-        return check_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-    return check_device("cpu")
-
-
-def check_device(device: Any) -> torch.device:
-    """The device as a torch.device. Raises InputError if this machine does not have it."""
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"device {device!r}: not on this machine ({reason}); give cpu, or a GPU that is there, "
-            "such as cuda:0"
-        ) from None
-
-
-def progress_bar(label: str, total: int, **options: Any) -> tqdm:
-    """A bar on stderr, shown from the third second on; in a log file one line in ten seconds."""
-    return tqdm(
-        desc=label,
-        total=total,
-        delay=2,
-        mininterval=0.2 if sys.stderr.isatty() else 10,
-        disable=process_rank() > 0,
-        **options,
-    )
-
-
-# ---------------------------------------------------------------------------------------------
-# 2. Preference pairs
+# 1. Preference pairs
+#
+# The features of users are a list with a float32 matrix `[m_i, d]` per user, or with Pairs: row
+# numbers of a table that users share.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -321,310 +142,14 @@ def _are_rows(rows: torch.Tensor, count: int) -> bool:
     return bool(are_whole and rows.min() >= 0 and rows.max() < count)
 
 
-Features = list[torch.Tensor | Pairs]  # one float32 [m_i, d], or Pairs, per user
-
-BATCH_NUMBERS = 2**22  # how many numbers a batch of pairs has: 16 MB in float32
-
-
-def pair_scores(
-    features: Iterable[torch.Tensor | Pairs], V: torch.Tensor
-) -> Iterator[torch.Tensor]:
-    """The scores X_i V `[m_i, C]` of each user in turn.
-
-    features: `[m_i, d]` or Pairs, one per user. V: `[d, C]`.
-    """
-    for scores, counts in score_batches(features, V):
-        yield from scores.split(counts.tolist())
-
-
-def score_batches(
-    features: Iterable[torch.Tensor | Pairs], V: torch.Tensor, result_columns: int = 0
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The scores of many users at once: yields (`[rows, C]`, the number of rows of each user).
-
-    One product over many users replaces a small one per user: for small ones, torch's threads take
-    longer to start than to multiply. The rows of a table that users share are multiplied once, and
-    rows that nobody names are not read.
-
-    features: `[m_i, d]` or Pairs, one per user. V: `[d, C]`.
-    result_columns: how many numbers the caller computes from a row of scores. If they are more
-    than C, the batches are smaller, so that the caller's results need no more memory.
-    """
-    columns = max(result_columns, V.shape[1])
-    for table, users in itertools.groupby(features, table_number):
-        if table is None:
-            yield from _matrix_scores(users, V, columns)
-        else:
-            yield from _table_scores(list(users), V, columns)
-
-
-def _matrix_scores(
-    users: Iterable[torch.Tensor], V: torch.Tensor, columns: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """`score_batches` of matrices. columns: how many numbers come of a pair."""
-    d = len(V)
-    for batch in _user_batches(users, max(columns, d)):
-        X = batch[0] if len(batch) == 1 else torch.cat(batch)  # (rows, d)
-        yield X.to(V.device) @ V, _pairs_per_user(batch, V.device)
-
-
-def _table_scores(
-    users: list[Pairs], V: torch.Tensor, columns: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """`score_batches` of Pairs of one table. columns: how many numbers come of a pair."""
-    table = users[0].embeddings
-    rows = named_rows(users)
-
-    # Multiply each named row once. The result is allocated before the slices are read: small
-    # results between them would fragment the memory.
-    row_scores = torch.empty(len(rows), V.shape[1], device=V.device)
-    first = 0
-    for part in slices_of_rows(table, rows):
-        row_scores[first : first + len(part)] = part.to(V.device, torch.float32) @ V
-        first += len(part)
-
-    # Subtract the scores of the two rows of each pair.
-    position = torch.empty(len(table), dtype=torch.int64)  # row of the table -> row of row_scores
-    position[rows] = torch.arange(len(rows))
-    for batch in _user_batches(users, columns):
-        chosen = position[torch.cat([X.chosen for X in batch]).cpu()].to(V.device)
-        rejected = position[torch.cat([X.rejected for X in batch]).cpu()].to(V.device)
-        yield row_scores[chosen] - row_scores[rejected], _pairs_per_user(batch, V.device)
-
-
-def table_number(X: torch.Tensor | Pairs) -> int | None:
-    """A number that all Pairs of one table have in common; None for a matrix."""
-    return id(X.embeddings) if isinstance(X, Pairs) else None
-
-
-def named_rows(users: list[Pairs]) -> torch.Tensor:
-    """The rows of their table that these users' pairs name: int64, ascending, each once."""
-    named = torch.zeros(len(users[0].embeddings), dtype=torch.bool)
-    named[torch.cat([X.chosen for X in users]).cpu()] = True
-    named[torch.cat([X.rejected for X in users]).cpu()] = True
-    return named.nonzero()[:, 0]
-
-
-def slices_of_rows(table: torch.Tensor, rows: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Some rows of a table, a batch at a time, so that no copy of the table is made.
-
-    rows: int64, ascending, each once.
-    """
-    step = max(1, BATCH_NUMBERS // table.shape[1])
-    for start in range(0, len(rows), step):
-        part = rows[start : start + step]
-        first = int(part[0])
-        last = int(part[-1])
-        none_is_left_out = last - first + 1 == len(part)
-        if none_is_left_out:
-            yield table[first : last + 1]  # a view
-        else:
-            yield table[part]  # a copy
-
-
-def _user_batches(
-    users: Iterable[torch.Tensor | Pairs], columns: int
-) -> Iterator[list[torch.Tensor | Pairs]]:
-    """Batches of consecutive users: of one user, or with at most BATCH_NUMBERS numbers.
-
-    columns: how many numbers a pair counts for.
-    """
-    batch: list[torch.Tensor | Pairs] = []
-    numbers = 0
-    for X in users:
-        size = len(X) * columns
-        if batch and numbers + size > BATCH_NUMBERS:
-            yield batch
-            batch = []
-            numbers = 0
-        batch.append(X)
-        numbers += size
-    if batch:
-        yield batch
-
-
-def _pairs_per_user(users: list[torch.Tensor | Pairs], device: torch.device) -> torch.Tensor:
-    """How many pairs each user has, `[users]`."""
-    return torch.tensor([len(X) for X in users], device=device)
-
-
-def is_finite(table: torch.Tensor) -> bool:
-    """Whether no number is NaN, infinite or beyond float32. Needs no copy of the tensor."""
-    lowest, highest = table.aminmax()  # both are NaN if a number is, and a comparison fails
-    largest = torch.finfo(torch.float32).max
-    return -largest <= float(lowest) and float(highest) <= largest
-
-
-def are_finite(features: Iterable[torch.Tensor | Pairs]) -> bool:
-    """`is_finite` of all users' pairs. Of a table the rows that they name are read, each once."""
-    for table, users in itertools.groupby(features, table_number):
-        if table is None:
-            matrices = users
-        else:
-            pairs = list(users)
-            matrices = slices_of_rows(pairs[0].embeddings, named_rows(pairs))
-        if not all(map(is_finite, matrices)):
-            return False
-    return True
-
-
-def check_matrix(
-    X: Any, what: str, rows: int | None = None, columns: int | None = None
-) -> torch.Tensor | Pairs:
-    """X as a finite float32 tensor `[rows, columns]`, or as the Pairs that it is.
-
-    X: a tensor, an array, nested lists of numbers, or Pairs. rows, columns: None for any number.
-    Raises InputError that begins with `what`: no numbers, another shape, NaN or infinite values.
-    """
-    X = _check_shape(X, what, rows, columns)
-    _check_finite([X], what)
-    return X
-
-
-def _check_shape(
-    X: Any, what: str, rows: int | None = None, columns: int | None = None
-) -> torch.Tensor | Pairs:
-    """`check_matrix` without reading the numbers: NaN and infinite values pass."""
-    given = type(X).__name__
-    if not isinstance(X, Pairs):
-        X = _as_float32(X)
-    elif not _is_real(X.embeddings):
-        X = None
-    if X is None:
-        raise InputError(
-            f"{what}: {given} where a matrix of numbers should be; give a float32 tensor"
-        )
-    fits = len(X.shape) == 2 and 0 not in X.shape
-    fits = fits and (rows is None or rows == X.shape[0])
-    fits = fits and (columns is None or columns == X.shape[1])
-    if not fits:
-        raise InputError(
-            f"{what}: shape {tuple(X.shape)} where [{rows or 'rows >= 1'}, {columns or 'd'}] "
-            "should be; give one of that shape, of the same model and users, none without pairs"
-        )
-    return X
-
-
-def _check_finite(features: list[torch.Tensor | Pairs], what: str) -> None:
-    """Raise InputError that begins with `what` if a number is NaN or infinite."""
-    if not are_finite(features):
-        raise InputError(f"{what}: NaN or infinite values; leave them out, or make them again")
-
-
-def _as_float32(values: Any) -> torch.Tensor | None:
-    """A float32 tensor of the values, dense and without a gradient; None if they are no numbers."""
-    try:
-        tensor = _tensor_of_lists(values).detach()
-    except (TypeError, ValueError, RuntimeError):
-        return None
-    is_dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_meta
-    if not is_dense or not _is_real(tensor):
-        return None
-    try:
-        return tensor.float()
-    except NotImplementedError:  # a number format that torch only stores
-        return None
-
-
-def _is_real(tensor: torch.Tensor) -> bool:
-    """Whether these are numbers, and not complex ones."""
-    return not tensor.is_complex() and tensor.dtype != torch.bool
-
-
-def _tensor_of_lists(values: Any) -> torch.Tensor:
-    """`torch.as_tensor` of a tensor, an array, a list, or a list of lists.
-
-    Deeper lists are refused before torch counts their numbers: a pickle of a few bytes may hold
-    billions of them, because a list may contain the same list twice, and that one another twice.
-    Raises TypeError: lists are nested deeper; and what torch raises.
-    """
-    inner = values
-    for _ in range(2):
-        if isinstance(inner, (list, tuple)) and inner:
-            inner = inner[0]
-    if isinstance(inner, (list, tuple)) and inner:
-        raise TypeError("lists in lists in lists where a matrix of numbers should be")
-    return torch.as_tensor(values)
-
-
-def check_features(
-    features: Any,
-    what: str,
-    users: int | None = None,
-    d: int | None = None,
-    users_to_read: slice = slice(None),
-) -> Features:
-    """The features as a list with one finite float32 `[m_i, d]` tensor, or Pairs, per user.
-
-    features: an iterable of tensors, arrays or Pairs. users, d: None for any number.
-    users_to_read: the users whose numbers are read, to see that they are finite.
-    Raises InputError that names the user: no users, or not `users` of them; a user without pairs;
-    another width than `d`, or than the first user's; NaN or infinite values.
-    """
-    features = list(features) if isinstance(features, Iterable) else []
-    if not features or users not in (None, len(features)):
-        raise InputError(
-            f"{what}: {len(features)} users where {users or 'at least 1'} should be; "
-            "give one tensor per user"
-        )
-    for i, X in enumerate(features):
-        features[i] = _check_shape(X, f"{what}, user {i}", None, d)
-        d = features[i].shape[1]  # the other users must be as wide as the first
-    if not are_finite(features[users_to_read]):  # all at once is fast; the culprit is found after
-        for i in range(len(features))[users_to_read]:
-            _check_finite([features[i]], f"{what}, user {i}")
-    return features
-
-
-def check_own_features(features: Any, what: str, users: int | None, d: int | None) -> Features:
-    """`check_features`, but each process of torchrun reads the numbers of its own users only.
-
-    All processes must call this. If one of them finds an error, all raise it.
-    """
-    error = None
-    try:
-        features = check_features(features, what, users, d, own_users())
-    except InputError as found:
-        error = str(found)
-    for message in from_each_process(error):
-        if message is not None:
-            raise InputError(message)
-    return features
-
-
-def check_head(V: Any, what: str, d: int | None = None) -> torch.Tensor:
-    """A reward head as float32 `[d, 1]`. Raises InputError: no vector, not finite, all zero."""
-    if isinstance(V, (torch.Tensor, np.ndarray)) and V.ndim > 0:
-        longer_sides = [size for size in V.shape if size > 1]
-        if len(longer_sides) <= 1:  # [d], [1, d] or [d, 1]
-            V = V.reshape(-1, 1)
-    V = check_matrix(V, what, d, 1)
-    if not V.any():
-        raise InputError(f"{what}: all zero; read the reward head again")
-    return V
-
-
-def check_groups(groups: Any, features: Features) -> None:
-    """Raise InputError if not every user has an int64 `[m_i]` of group numbers without a gap."""
-    groups = groups if isinstance(groups, (list, tuple)) else []
-    for i, (group, X) in enumerate(itertools.zip_longest(groups, features)):
-        if X is None or not _are_group_numbers(group, len(X)):
-            raise InputError(
-                f"groups, user {i}: not a number for each pair of this user; give a list with a "
-                "tensor per user that has the number of each pair's group, counted from 0 without "
-                "a gap"
-            )
-
-
-def _are_group_numbers(group: Any, pairs: int) -> bool:
-    """Whether this is a vector `[pairs]` that has each number from 0 to its largest."""
-    if not isinstance(group, torch.Tensor) or tuple(group.shape) != (pairs,):
-        return False
-    return set(group.tolist()) == set(range(int(group.max()) + 1))
+Features = list[torch.Tensor | Pairs]  # a float32 matrix [m_i, d], or Pairs, per user
 
 
 # ---------------------------------------------------------------------------------------------
-# 3. The models
+# 2. The models
+#
+# LoRe and LoRe_regularized learn a basis and the weights of the seen users; PersonalizeBatch fits
+# the weights of new users. `forward` is the loss as the paper writes it, and `train` minimises it.
 # ---------------------------------------------------------------------------------------------
 
 TEMPERATURE = 100.0  # the fixed temperature of the Bradley-Terry model, as released
@@ -908,7 +433,7 @@ class PersonalizeBatch(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------
-# 4. The engine
+# 3. The engine
 #
 # It trains every rank, penalty and seed of a sweep side by side: the members of the sweep. All of
 # them read the same pairs, and Adam treats each number on its own, so the bases of all members are
@@ -1582,8 +1107,136 @@ def fit_weights(
 
 
 # ---------------------------------------------------------------------------------------------
-# 5. Evaluation
+# 4. Scores and evaluation
+#
+# The scores of a user are X V: a row per pair, a column per column of the basis. Few-shot fits and
+# accuracies start from them. Below: the scores of many users, then the released functions that
+# judge a model, then the accuracies of many users under many models.
 # ---------------------------------------------------------------------------------------------
+
+BATCH_NUMBERS = 2**22  # how many numbers a batch of pairs has: 16 MB in float32
+
+
+def pair_scores(
+    features: Iterable[torch.Tensor | Pairs], V: torch.Tensor
+) -> Iterator[torch.Tensor]:
+    """The scores X_i V `[m_i, C]` of each user in turn.
+
+    features: `[m_i, d]` or Pairs, one per user. V: `[d, C]`.
+    """
+    for scores, counts in score_batches(features, V):
+        yield from scores.split(counts.tolist())
+
+
+def score_batches(
+    features: Iterable[torch.Tensor | Pairs], V: torch.Tensor, result_columns: int = 0
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The scores of many users at once: yields (`[rows, C]`, the number of rows of each user).
+
+    One product over many users replaces a small one per user: for small ones, torch's threads take
+    longer to start than to multiply. The rows of a table that users share are multiplied once, and
+    rows that nobody names are not read.
+
+    features: `[m_i, d]` or Pairs, one per user. V: `[d, C]`.
+    result_columns: how many numbers the caller computes from a row of scores. If they are more
+    than C, the batches are smaller, so that the caller's results need no more memory.
+    """
+    columns = max(result_columns, V.shape[1])
+    for table, users in itertools.groupby(features, table_number):
+        if table is None:
+            yield from _matrix_scores(users, V, columns)
+        else:
+            yield from _table_scores(list(users), V, columns)
+
+
+def _matrix_scores(
+    users: Iterable[torch.Tensor], V: torch.Tensor, columns: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """`score_batches` of matrices. columns: how many numbers come of a pair."""
+    d = len(V)
+    for batch in _user_batches(users, max(columns, d)):
+        X = batch[0] if len(batch) == 1 else torch.cat(batch)  # (rows, d)
+        yield X.to(V.device) @ V, _pairs_per_user(batch, V.device)
+
+
+def _table_scores(
+    users: list[Pairs], V: torch.Tensor, columns: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """`score_batches` of Pairs of one table. columns: how many numbers come of a pair."""
+    table = users[0].embeddings
+    rows = named_rows(users)
+
+    # Multiply each named row once. The result is allocated before the slices are read: small
+    # results between them would fragment the memory.
+    row_scores = torch.empty(len(rows), V.shape[1], device=V.device)
+    first = 0
+    for part in slices_of_rows(table, rows):
+        row_scores[first : first + len(part)] = part.to(V.device, torch.float32) @ V
+        first += len(part)
+
+    # Subtract the scores of the two rows of each pair.
+    position = torch.empty(len(table), dtype=torch.int64)  # row of the table -> row of row_scores
+    position[rows] = torch.arange(len(rows))
+    for batch in _user_batches(users, columns):
+        chosen = position[torch.cat([X.chosen for X in batch]).cpu()].to(V.device)
+        rejected = position[torch.cat([X.rejected for X in batch]).cpu()].to(V.device)
+        yield row_scores[chosen] - row_scores[rejected], _pairs_per_user(batch, V.device)
+
+
+def table_number(X: torch.Tensor | Pairs) -> int | None:
+    """A number that all Pairs of one table have in common; None for a matrix."""
+    return id(X.embeddings) if isinstance(X, Pairs) else None
+
+
+def named_rows(users: list[Pairs]) -> torch.Tensor:
+    """The rows of their table that these users' pairs name: int64, ascending, each once."""
+    named = torch.zeros(len(users[0].embeddings), dtype=torch.bool)
+    named[torch.cat([X.chosen for X in users]).cpu()] = True
+    named[torch.cat([X.rejected for X in users]).cpu()] = True
+    return named.nonzero()[:, 0]
+
+
+def slices_of_rows(table: torch.Tensor, rows: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Some rows of a table, a batch at a time, so that no copy of the table is made.
+
+    rows: int64, ascending, each once.
+    """
+    step = max(1, BATCH_NUMBERS // table.shape[1])
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        first = int(part[0])
+        last = int(part[-1])
+        none_is_left_out = last - first + 1 == len(part)
+        if none_is_left_out:
+            yield table[first : last + 1]  # a view
+        else:
+            yield table[part]  # a copy
+
+
+def _user_batches(
+    users: Iterable[torch.Tensor | Pairs], columns: int
+) -> Iterator[list[torch.Tensor | Pairs]]:
+    """Batches of consecutive users: of one user, or with at most BATCH_NUMBERS numbers.
+
+    columns: how many numbers a pair counts for.
+    """
+    batch: list[torch.Tensor | Pairs] = []
+    numbers = 0
+    for X in users:
+        size = len(X) * columns
+        if batch and numbers + size > BATCH_NUMBERS:
+            yield batch
+            batch = []
+            numbers = 0
+        batch.append(X)
+        numbers += size
+    if batch:
+        yield batch
+
+
+def _pairs_per_user(users: list[torch.Tensor | Pairs], device: torch.device) -> torch.Tensor:
+    """How many pairs each user has, `[users]`."""
+    return torch.tensor([len(X) for X in users], device=device)
 
 
 def evaluate_model(X: Any, V: Any, w: Any) -> float:
@@ -1684,7 +1337,11 @@ def accuracies_under_each(
 
 
 # ---------------------------------------------------------------------------------------------
-# 6. Pipelines
+# 5. Pipelines
+#
+# `sweep` trains the members of a sweep on the seen users, fits the unseen users, and evaluates all.
+# `run` and `run_regularized` print it and return it as released. `run_few_shot_vary_shots` fits
+# the unseen users from several numbers of pairs, each several times.
 # ---------------------------------------------------------------------------------------------
 
 SETTINGS = (
@@ -2228,10 +1885,10 @@ def _accuracies_of_scores(S: torch.Tensor, counts: torch.Tensor, w: torch.Tensor
 
 
 # ---------------------------------------------------------------------------------------------
-# 7. Released API
+# 6. Released API
 #
-# The other functions of the released file, for scripts that were written for it. Where no seed or
-# generator is given, they draw as the release does: from torch's generator (starts, shots),
+# The other functions of the released file, for scripts that were written for it. Without a seed or
+# a generator, they draw as the release does: from torch's generator (starts, shots),
 # numpy's (populations, sparse draws) or Python's `random` (shots of whole dialogs).
 # ---------------------------------------------------------------------------------------------
 
@@ -2545,3 +2202,375 @@ def _released_pairs(dialog: dict[str, list]) -> torch.Tensor:
     chosen = torch.stack([torch.as_tensor(phi).float().flatten() for phi in dialog["chosen"]])
     rejected = torch.stack([torch.as_tensor(phi).float().flatten() for phi in dialog["rejected"]])
     return chosen - rejected
+
+
+# ---------------------------------------------------------------------------------------------
+# 7. Checks
+#
+# What callers give is checked once, where it enters. An error is one line: what is wrong, where,
+# and the remedy. Below: settings, the device, then matrices, features, reward heads and groups.
+# ---------------------------------------------------------------------------------------------
+
+
+class InputError(ValueError):
+    """Input that cannot be used. The message is one line: what is wrong, where, and the remedy."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+LARGEST_WHOLE = 2**32 - 1  # the largest seed or count
+LARGEST_ALPHA = 1e15  # the largest penalty
+
+
+def check_whole(name: str, value: Any, least: int = 0, most: int = LARGEST_WHOLE) -> None:
+    """Raise InputError that names the setting if it is not a whole number from least to most."""
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_whole or not least <= value <= most:
+        raise InputError(f"{name}: {value!r}; give a whole number from {least} to {most}")
+
+
+def check_number(name: str, value: Any, least: float, most: float) -> None:
+    """Raise InputError that names the setting if it is not a number from least to most."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not least <= value <= most:
+        raise InputError(f"{name}: {value!r}; give a number from {least} to {most}")
+
+
+def check_whole_numbers(name: str, values: Any, least: int = 0) -> None:
+    """Raise InputError if it is not a list of one or more distinct whole numbers from least on."""
+    _check_list(name, values)
+    for value in values:
+        check_whole(name, value, least)
+    _check_distinct(name, values)
+
+
+def check_numbers(name: str, values: Any, least: float, most: float) -> None:
+    """Raise InputError if it is not a list of one or more distinct numbers from least to most."""
+    _check_list(name, values)
+    for value in values:
+        check_number(name, value, least, most)
+    _check_distinct(name, values)
+
+
+def _check_list(name: str, values: Any) -> None:
+    if not isinstance(values, (list, tuple, range, np.ndarray)) or len(values) == 0:
+        raise InputError(f"{name}: {values!r}; give a list of one value or more")
+
+
+def _check_distinct(name: str, values: Any) -> None:
+    if len(set(values)) < len(values):
+        raise InputError(f"{name}: {list(values)}; give each value once")
+
+
+def check_training(num_iterations: Any, learning_rate: Any, seed: Any = None) -> None:
+    """Raise InputError that names the first setting of a training that has no meaning.
+
+    seed: None if torch's own generator draws.
+    """
+    check_whole("num_iterations", num_iterations)
+    check_number("learning_rate", learning_rate, 1e-9, 1e9)
+    if seed is not None:
+        check_whole("seed", seed)
+
+
+def check_sweep(
+    K_list: Any, alpha_list: Any, seeds: Any, num_iterations: Any, threshold: Any = 0.0
+) -> None:
+    """Raise InputError that names the first setting of a sweep that has no meaning."""
+    check_whole_numbers("K_list", K_list)
+    check_numbers("alpha_list", alpha_list, 0, LARGEST_ALPHA)
+    check_whole_numbers("seeds", seeds)
+    check_whole("num_iterations", num_iterations)
+    check_number("threshold", threshold, 0, 1)
+
+
+def check_device(device: Any) -> torch.device:
+    """The device as a torch.device. Raises InputError if this machine does not have it."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"device {device!r}: not on this machine ({reason}); give cpu, or a GPU that is there, "
+            "such as cuda:0"
+        ) from None
+
+
+def is_finite(table: torch.Tensor) -> bool:
+    """Whether no number is NaN, infinite or beyond float32. Needs no copy of the tensor."""
+    lowest, highest = table.aminmax()  # both are NaN if a number is, and a comparison fails
+    largest = torch.finfo(torch.float32).max
+    return -largest <= float(lowest) and float(highest) <= largest
+
+
+def are_finite(features: Iterable[torch.Tensor | Pairs]) -> bool:
+    """`is_finite` of all users' pairs. Of a table the rows that they name are read, each once."""
+    for table, users in itertools.groupby(features, table_number):
+        if table is None:
+            matrices = users
+        else:
+            pairs = list(users)
+            matrices = slices_of_rows(pairs[0].embeddings, named_rows(pairs))
+        if not all(map(is_finite, matrices)):
+            return False
+    return True
+
+
+def check_matrix(
+    X: Any, what: str, rows: int | None = None, columns: int | None = None
+) -> torch.Tensor | Pairs:
+    """X as a finite float32 tensor `[rows, columns]`, or as the Pairs that it is.
+
+    X: a tensor, an array, nested lists of numbers, or Pairs. rows, columns: None for any number.
+    Raises InputError that begins with `what`: no numbers, another shape, NaN or infinite values.
+    """
+    X = _check_shape(X, what, rows, columns)
+    _check_finite([X], what)
+    return X
+
+
+def _check_shape(
+    X: Any, what: str, rows: int | None = None, columns: int | None = None
+) -> torch.Tensor | Pairs:
+    """`check_matrix` without reading the numbers: NaN and infinite values pass."""
+    given = type(X).__name__
+    if not isinstance(X, Pairs):
+        X = _as_float32(X)
+    elif not _is_real(X.embeddings):
+        X = None
+    if X is None:
+        raise InputError(
+            f"{what}: {given} where a matrix of numbers should be; give a float32 tensor"
+        )
+    fits = len(X.shape) == 2 and 0 not in X.shape
+    fits = fits and (rows is None or rows == X.shape[0])
+    fits = fits and (columns is None or columns == X.shape[1])
+    if not fits:
+        raise InputError(
+            f"{what}: shape {tuple(X.shape)} where [{rows or 'rows >= 1'}, {columns or 'd'}] "
+            "should be; give one of that shape, of the same model and users, none without pairs"
+        )
+    return X
+
+
+def _check_finite(features: list[torch.Tensor | Pairs], what: str) -> None:
+    """Raise InputError that begins with `what` if a number is NaN or infinite."""
+    if not are_finite(features):
+        raise InputError(f"{what}: NaN or infinite values; leave them out, or make them again")
+
+
+def _as_float32(values: Any) -> torch.Tensor | None:
+    """A float32 tensor of the values, dense and without a gradient; None if they are no numbers."""
+    try:
+        tensor = _tensor_of_lists(values).detach()
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    is_dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_meta
+    if not is_dense or not _is_real(tensor):
+        return None
+    try:
+        return tensor.float()
+    except NotImplementedError:  # a number format that torch only stores
+        return None
+
+
+def _is_real(tensor: torch.Tensor) -> bool:
+    """Whether these are numbers, and not complex ones."""
+    return not tensor.is_complex() and tensor.dtype != torch.bool
+
+
+def _tensor_of_lists(values: Any) -> torch.Tensor:
+    """`torch.as_tensor` of a tensor, an array, a list, or a list of lists.
+
+    Deeper lists are refused before torch counts their numbers: a pickle of a few bytes may hold
+    billions of them, because a list may contain the same list twice, and that one another twice.
+    Raises TypeError: lists are nested deeper; and what torch raises.
+    """
+    inner = values
+    for _ in range(2):
+        if isinstance(inner, (list, tuple)) and inner:
+            inner = inner[0]
+    if isinstance(inner, (list, tuple)) and inner:
+        raise TypeError("lists in lists in lists where a matrix of numbers should be")
+    return torch.as_tensor(values)
+
+
+def check_features(
+    features: Any,
+    what: str,
+    users: int | None = None,
+    d: int | None = None,
+    users_to_read: slice = slice(None),
+) -> Features:
+    """The features as a list with one finite float32 `[m_i, d]` tensor, or Pairs, per user.
+
+    features: an iterable of tensors, arrays or Pairs. users, d: None for any number.
+    users_to_read: the users whose numbers are read, to see that they are finite.
+    Raises InputError that names the user: no users, or not `users` of them; a user without pairs;
+    another width than `d`, or than the first user's; NaN or infinite values.
+    """
+    features = list(features) if isinstance(features, Iterable) else []
+    if not features or users not in (None, len(features)):
+        raise InputError(
+            f"{what}: {len(features)} users where {users or 'at least 1'} should be; "
+            "give one tensor per user"
+        )
+    for i, X in enumerate(features):
+        features[i] = _check_shape(X, f"{what}, user {i}", None, d)
+        d = features[i].shape[1]  # the other users must be as wide as the first
+    if not are_finite(features[users_to_read]):  # all at once is fast; the culprit is found after
+        for i in range(len(features))[users_to_read]:
+            _check_finite([features[i]], f"{what}, user {i}")
+    return features
+
+
+def check_own_features(features: Any, what: str, users: int | None, d: int | None) -> Features:
+    """`check_features`, but each process of torchrun reads the numbers of its own users only.
+
+    All processes must call this. If one of them finds an error, all raise it.
+    """
+    error = None
+    try:
+        features = check_features(features, what, users, d, own_users())
+    except InputError as found:
+        error = str(found)
+    for message in from_each_process(error):
+        if message is not None:
+            raise InputError(message)
+    return features
+
+
+def check_head(V: Any, what: str, d: int | None = None) -> torch.Tensor:
+    """A reward head as float32 `[d, 1]`. Raises InputError: no vector, not finite, all zero."""
+    if isinstance(V, (torch.Tensor, np.ndarray)) and V.ndim > 0:
+        longer_sides = [size for size in V.shape if size > 1]
+        if len(longer_sides) <= 1:  # [d], [1, d] or [d, 1]
+            V = V.reshape(-1, 1)
+    V = check_matrix(V, what, d, 1)
+    if not V.any():
+        raise InputError(f"{what}: all zero; read the reward head again")
+    return V
+
+
+def check_groups(groups: Any, features: Features) -> None:
+    """Raise InputError if not every user has an int64 `[m_i]` of group numbers without a gap."""
+    groups = groups if isinstance(groups, (list, tuple)) else []
+    for i, (group, X) in enumerate(itertools.zip_longest(groups, features)):
+        if X is None or not _are_group_numbers(group, len(X)):
+            raise InputError(
+                f"groups, user {i}: not a number for each pair of this user; give a list with a "
+                "tensor per user that has the number of each pair's group, counted from 0 without "
+                "a gap"
+            )
+
+
+def _are_group_numbers(group: Any, pairs: int) -> bool:
+    """Whether this is a vector `[pairs]` that has each number from 0 to its largest."""
+    if not isinstance(group, torch.Tensor) or tuple(group.shape) != (pairs,):
+        return False
+    return set(group.tolist()) == set(range(int(group.max()) + 1))
+
+
+# ---------------------------------------------------------------------------------------------
+# 8. Processes of torchrun
+#
+# Under torchrun each process reads and computes the pairs of its own users only, and all end with
+# the results of all users. Without it there is one process, which has all users.
+# ---------------------------------------------------------------------------------------------
+
+
+def process_rank() -> int:
+    """The number of this process under torchrun; 0 without it."""
+    return int(os.environ.get("RANK", 0))
+
+
+def process_count() -> int:
+    """How many processes torchrun has started; 1 without it. The first call connects them."""
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count > 1 and not dist.is_initialized():
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(default_device())  # NCCL's barrier runs on the current device
+            backend = "cpu:gloo,cuda:nccl"
+        # A slow neighbour may embed for hours before the next exchange.
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
+    return count
+
+
+def own_users() -> slice:
+    """The users of this process: of P processes, process p has the users p, p + P, p + 2 P, .."""
+    return slice(process_rank(), None, process_count())
+
+
+def from_each_process(value: Any) -> list:
+    """The `value` of every process, in the order of their ranks. All processes must call this."""
+    if process_count() == 1:
+        return [value]
+    values = [None] * process_count()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def to_first_process(value: Any) -> list | None:
+    """`from_each_process` for the first process; None in the others. All must call this."""
+    if process_count() == 1:
+        return [value]
+    values = [None] * process_count() if process_rank() == 0 else None
+    dist.gather_object(value, values)
+    return values
+
+
+def from_first_process(values: list | None) -> Any:
+    """This process's entry of the list that the first process has. All must call this.
+
+    values: an entry per process; only the first process is asked for it.
+    """
+    if process_count() == 1:
+        return values[0]
+    own = [None]
+    dist.scatter_object_list(own, values if process_rank() == 0 else None)
+    return own[0]
+
+
+def shared_out(compute: Callable[..., np.ndarray | list], *users: Any) -> np.ndarray | list:
+    """compute(*users), with the users shared out among the processes of torchrun.
+
+    users: lists, tensors or ranges with an entry per user, all equally long and not empty.
+    compute: takes the entries of some users, and returns an array or a list with an entry for
+    each of these. All processes must call this, and all return the result of all users.
+    """
+    if process_count() == 1:
+        return compute(*users)
+    N = len(users[0])
+    own = None
+    if process_rank() < N:
+        own = compute(*[values[own_users()] for values in users])
+    parts = from_each_process(own)
+    if isinstance(parts[0], np.ndarray):
+        whole = np.empty((N, *parts[0].shape[1:]), parts[0].dtype)
+    else:
+        whole = [None] * N
+    with_users = parts[:N]  # if there are more processes than users, the last ones have none
+    for rank, part in enumerate(with_users):
+        whole[rank :: len(parts)] = part
+    return whole
+
+
+def default_device() -> torch.device:
+    """This process's GPU, or the CPU if there is none. InputError: more processes than GPUs."""
+    if torch.cuda.is_available():
+        return check_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    return check_device("cpu")
+
+
+def progress_bar(label: str, total: int, **options: Any) -> tqdm:
+    """A bar on stderr, shown from the third second on; in a log file one line in ten seconds."""
+    return tqdm(
+        desc=label,
+        total=total,
+        delay=2,
+        mininterval=0.2 if sys.stderr.isatty() else 10,
+        disable=process_rank() > 0,
+        **options,
+    )
