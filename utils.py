@@ -995,8 +995,8 @@ def _stack(features: Features, device: torch.device) -> torch.Tensor:
     d = features[0].shape[1]
     X = torch.empty(sum(map(len, features)), d, device=device)
     first = 0
-    for number, users in itertools.groupby(features, table_number):
-        if number is not None:
+    for table, users in itertools.groupby(features, table_number):
+        if table is not None:
             users = _joined(users, 4 * d)  # a quarter of a batch, as `dense` makes copies
         for X_i in users:
             rows = X[first : first + len(X_i)]
@@ -1006,7 +1006,7 @@ def _stack(features: Features, device: torch.device) -> torch.Tensor:
 
 
 def _joined(users: Iterable[Pairs], columns: int) -> Iterator[Pairs]:
-    """The Pairs of many users as fewer and longer ones: torch takes longer for many small ones."""
+    """The Pairs of many users as fewer and longer ones, because torch is slow for small ones."""
     for batch in _user_batches(users, columns):
         chosen = torch.cat([X.chosen for X in batch])
         rejected = torch.cat([X.rejected for X in batch])
@@ -1066,6 +1066,7 @@ def _training_identity(
 
 
 def _digest(X: torch.Tensor) -> str:
+    """A digest of the numbers of a tensor."""
     return hashlib.sha256(X.cpu().numpy()).hexdigest()
 
 
