@@ -19,13 +19,17 @@ Bradley-Terry model for everybody, and from K = 2 on it is LoRe.
 
 In this file, from top to bottom:
 
-    1. Errors, settings, processes    InputError, check_whole, process_count, shared_out
-    2. Preference pairs               Pairs, check_features
-    3. The models                     LoRe, LoRe_regularized, PersonalizeBatch: forward is the loss
-    4. The engine                     Likelihood and its kernel, train_bases, fit_weights
-    5. Evaluation                     evaluate_model, accuracies_per_user
-    6. Pipelines                      sweep, run, run_regularized, run_few_shot_vary_shots
-    7. Released API                   solve, learn_multiple, simulate_user, create_dataset_prism
+    1. Preference pairs        Pairs
+    2. The models              LoRe, LoRe_regularized, PersonalizeBatch: forward is the loss
+    3. The engine              Likelihood and its kernel, train_bases, fit_logits
+    4. Scores and evaluation   pair_scores, evaluate_model, accuracies_per_user
+    5. Pipelines               sweep, run, run_regularized, run_few_shot_vary_shots
+    6. Released API            solve, learn_multiple, simulate_user, create_dataset_prism
+    7. Checks                  InputError, check_whole, check_matrix, check_features
+    8. Processes of torchrun   process_count, own_users, shared_out
+
+Letters in shapes: N users; user i has m_i pairs, and all users have M; d numbers in an embedding;
+K columns in a basis. G models that are computed side by side have C columns in all.
 
 The file needs torch, numpy, numba and tqdm, and works without the rest of the repository.
 """
@@ -76,168 +80,10 @@ __all__ = [
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # as released; unused here
 
 # ---------------------------------------------------------------------------------------------
-# 1. Errors, settings, processes
-# ---------------------------------------------------------------------------------------------
-
-
-class InputError(ValueError):
-    """Input that cannot be used. The message is one line: what is wrong, where, and the remedy."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
-
-
-LARGEST_WHOLE = 2**32 - 1  # what seeds and counts may be at most
-LARGEST_ALPHA = 1e15
-
-
-def check_whole(name: str, value: Any, least: int = 0, most: int = LARGEST_WHOLE) -> None:
-    """Raise InputError that names the setting if it is not a whole number from least to most."""
-    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not is_whole or not least <= value <= most:
-        raise InputError(f"{name}: {value!r}; give a whole number from {least} to {most}")
-
-
-def check_number(name: str, value: Any, least: float, most: float) -> None:
-    """Raise InputError that names the setting if it is not a number from least to most."""
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not least <= value <= most:
-        raise InputError(f"{name}: {value!r}; give a number from {least} to {most}")
-
-
-def check_whole_numbers(name: str, values: Any, least: int = 0) -> None:
-    """Raise InputError if it is not a list of one or more distinct whole numbers from least on."""
-    _check_list(name, values)
-    for value in values:
-        check_whole(name, value, least)
-    _check_distinct(name, values)
-
-
-def check_numbers(name: str, values: Any, least: float, most: float) -> None:
-    """Raise InputError if it is not a list of one or more distinct numbers from least to most."""
-    _check_list(name, values)
-    for value in values:
-        check_number(name, value, least, most)
-    _check_distinct(name, values)
-
-
-def _check_list(name: str, values: Any) -> None:
-    if not isinstance(values, (list, tuple, range, np.ndarray)) or len(values) == 0:
-        raise InputError(f"{name}: {values!r}; give a list of one value or more")
-
-
-def _check_distinct(name: str, values: Any) -> None:
-    if len(set(values)) < len(values):
-        raise InputError(f"{name}: {list(values)}; give each value once")
-
-
-def check_training(num_iterations: Any, learning_rate: Any = 0.5, seed: Any = None) -> None:
-    """Raise InputError that names the setting of a training that means nothing."""
-    check_whole("num_iterations", num_iterations)
-    check_number("learning_rate", learning_rate, 1e-9, 1e9)
-    if seed is not None:
-        check_whole("seed", seed)
-
-
-def check_sweep(
-    K_list: Any, alpha_list: Any, seeds: Any, num_iterations: Any, threshold: Any = 0.0
-) -> None:
-    """Raise InputError that names the setting of a sweep that means nothing."""
-    check_whole_numbers("K_list", K_list)
-    check_numbers("alpha_list", alpha_list, 0, LARGEST_ALPHA)
-    check_whole_numbers("seeds", seeds)
-    check_whole("num_iterations", num_iterations)
-    check_number("threshold", threshold, 0, 1)
-
-
-def process_rank() -> int:
-    """The number of this process under torchrun; 0 without it."""
-    return int(os.environ.get("RANK", 0))
-
-
-def process_count() -> int:
-    """How many processes torchrun has started; 1 without it. The first call connects them."""
-    count = int(os.environ.get("WORLD_SIZE", 1))
-    if count > 1 and not dist.is_initialized():
-        backend = "gloo"
-        if torch.cuda.is_available():
-            torch.cuda.set_device(default_device())  # NCCL's barrier runs on the current device
-            backend = "cpu:gloo,cuda:nccl"
-        # A slow neighbour may embed for hours before the next exchange.
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
-    return count
-
-
-def own_users() -> slice:
-    """The users whose pairs this process holds under torchrun: every P-th of P processes."""
-    return slice(process_rank(), None, process_count())
-
-
-def from_each_process(value: Any) -> list:
-    """What each process has for `value`, in the order of processes. All of them must call this."""
-    if process_count() == 1:
-        return [value]
-    values = [None] * process_count()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def shared_out(compute: Callable[..., np.ndarray | list], *users: Any) -> np.ndarray | list:
-    """compute(*users); under torchrun each process computes it for its own users alone.
-
-    users: lists, tensors or ranges with an entry per user, all equally long and not empty.
-    compute: is given those of some users, and returns an array or a list with an entry per user.
-    All processes must call this, and all return the whole.
-    """
-    if process_count() == 1:
-        return compute(*users)
-    N = len(users[0])
-    own = None
-    if process_rank() < N:
-        own = compute(*[values[own_users()] for values in users])
-    parts = from_each_process(own)
-    if isinstance(parts[0], np.ndarray):
-        whole = np.empty((N, *parts[0].shape[1:]), parts[0].dtype)
-    else:
-        whole = [None] * N
-    for rank, part in enumerate(parts[:N]):  # further processes have no user
-        whole[rank :: len(parts)] = part
-    return whole
-
-
-def default_device() -> torch.device:
-    """This process's GPU, or the CPU if there is none. InputError: more processes than GPUs."""
-    if torch.cuda.is_available():
-        return check_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-    return check_device("cpu")
-
-
-def check_device(device: Any) -> torch.device:
-    """The device as a torch.device. Raises InputError if this machine does not have it."""
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"device {device!r}: not on this machine ({reason}); give cpu, or a GPU that is there, "
-            "such as cuda:0"
-        ) from None
-
-
-def progress_bar(label: str, total: int, **options: Any) -> tqdm:
-    """A bar on stderr, shown from the third second on; in a log file one line in ten seconds."""
-    return tqdm(
-        desc=label,
-        total=total,
-        delay=2,
-        mininterval=0.2 if sys.stderr.isatty() else 10,
-        disable=process_rank() > 0,
-        **options,
-    )
-
-
-# ---------------------------------------------------------------------------------------------
-# 2. Preference pairs
+# 1. Preference pairs
+#
+# The features of users are a list with a float32 matrix `[m_i, d]` per user, or with Pairs: row
+# numbers of a table that users share.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -247,23 +93,23 @@ class Pairs:
     It behaves like the float32 matrix `embeddings[chosen] - embeddings[rejected]`, `[m, d]`,
     without holding it: a million pairs of 8,000 answers need 8,000 rows.
 
-    embeddings: `[rows, d]`, any float dtype. chosen, rejected: int64 `[m]`.
-    Raises InputError if they are not two equally long lists of row numbers of the table.
+    embeddings: `[rows, d]`, any float dtype. chosen, rejected: row numbers `[m]`.
+    Raises InputError if these are not two equally long lists of row numbers of the table.
     """
 
     def __init__(self, embeddings: torch.Tensor, chosen: Any, rejected: Any) -> None:
-        self.embeddings = embeddings
-        self.chosen = torch.as_tensor(chosen)
-        self.rejected = torch.as_tensor(rejected)
-        for rows in (self.chosen, self.rejected):
-            if rows.shape != self.chosen.shape or not _are_rows(rows, len(embeddings)):
+        chosen = torch.as_tensor(chosen)
+        rejected = torch.as_tensor(rejected)
+        for rows in (chosen, rejected):
+            if not _are_rows(rows, len(embeddings)) or chosen.shape != rejected.shape:
                 raise InputError(
-                    f"Pairs: chosen {tuple(self.chosen.shape)}, rejected "
-                    f"{tuple(self.rejected.shape)}: rows {rows.tolist()[:5]}; give two equally "
+                    f"Pairs: chosen {tuple(chosen.shape)}, rejected "
+                    f"{tuple(rejected.shape)}: rows {rows.tolist()[:5]}; give two equally "
                     f"long lists of row numbers of the {len(embeddings)} rows"
                 )
-        self.chosen = self.chosen.long()
-        self.rejected = self.rejected.long()
+        self.embeddings = embeddings  # (rows, d)
+        self.chosen = chosen.long()  # (m,)
+        self.rejected = rejected.long()  # (m,)
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -276,7 +122,8 @@ class Pairs:
         return Pairs(self.embeddings, self.chosen[rows], self.rejected[rows])
 
     def __matmul__(self, V: torch.Tensor) -> torch.Tensor:
-        return next(pair_scores([self], V))
+        (scores,) = pair_scores([self], V)
+        return scores
 
     def dense(self) -> torch.Tensor:
         """The float32 matrix `[m, d]` itself."""
@@ -286,292 +133,23 @@ class Pairs:
 
 
 def _are_rows(rows: torch.Tensor, count: int) -> bool:
-    """Whether a tensor is a vector of row numbers of a table of `count` rows."""
+    """Whether a tensor is a vector of whole numbers from 0 to count - 1, of any dtype."""
     if rows.ndim != 1 or rows.dtype == torch.bool:
         return False
     if len(rows) == 0:
         return True
-    return bool(rows.min() >= 0 and rows.max() < count and (rows == rows.long()).all())
+    are_whole = (rows == rows.long()).all()
+    return bool(are_whole and rows.min() >= 0 and rows.max() < count)
 
 
-Features = list[torch.Tensor | Pairs]  # one float32 [m_i, d], or Pairs, per user
-
-BATCH_NUMBERS = 2**22  # of the pairs that are multiplied at once: 16 MB in float32
-
-
-def score_batches(
-    features: Iterable[torch.Tensor | Pairs], V: torch.Tensor, columns: int = 0
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """X_i V of many users at once: yields (S `[rows, C]`, how many rows each of the users has).
-
-    One product over many users replaces a small one per user: for these, torch's threads take
-    longer to start than to multiply. The rows of a table that users share are multiplied once, and
-    rows that nobody names are not read.
-
-    features: `[m_i, d]` or Pairs, one per user. V: `[d, C]`.
-    columns: how many numbers the caller makes of a row of S, if that is more than C.
-    """
-    columns = max(columns, V.shape[1])
-    for number, users in itertools.groupby(features, table_number):
-        if number is None:
-            yield from _matrix_scores(users, V, columns)
-        else:
-            yield from _table_scores(list(users), V, columns)
-
-
-def _matrix_scores(
-    users: Iterable[torch.Tensor], V: torch.Tensor, columns: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """`score_batches` of matrices."""
-    for batch in _user_batches(users, max(columns, len(V))):
-        X = batch[0] if len(batch) == 1 else torch.cat(batch)
-        yield X.to(V.device) @ V, _counts(batch, V.device)
-
-
-def _table_scores(
-    users: list[Pairs], V: torch.Tensor, columns: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """`score_batches` of Pairs of one table."""
-    table = users[0].embeddings
-    rows = named_rows(users)
-    # Allocated before the slices: small results between these would fragment the memory.
-    row_scores = torch.empty(len(rows), V.shape[1], device=V.device)
-    first = 0
-    for part in slices_of_rows(table, rows):
-        row_scores[first : first + len(part)] = part.to(V.device, torch.float32) @ V
-        first += len(part)
-    place = torch.empty(len(table), dtype=torch.int64)  # of a row of the table among those named
-    place[rows] = torch.arange(len(rows))
-    for batch in _user_batches(users, columns):
-        chosen = place[torch.cat([X.chosen for X in batch]).cpu()].to(V.device)
-        rejected = place[torch.cat([X.rejected for X in batch]).cpu()].to(V.device)
-        yield row_scores[chosen] - row_scores[rejected], _counts(batch, V.device)
-
-
-def table_number(X: torch.Tensor | Pairs) -> int | None:
-    """A number that is equal for Pairs of the same table; None for a matrix."""
-    return id(X.embeddings) if isinstance(X, Pairs) else None
-
-
-def named_rows(users: list[Pairs]) -> torch.Tensor:
-    """The rows of their table that these users' pairs name: int64, ascending, each once."""
-    named = torch.zeros(len(users[0].embeddings), dtype=torch.bool)
-    named[torch.cat([X.chosen for X in users]).cpu()] = True
-    named[torch.cat([X.rejected for X in users]).cpu()] = True
-    return named.nonzero()[:, 0]
-
-
-def slices_of_rows(table: torch.Tensor, rows: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Some rows of a table, few at a time, so that no copy of the table is made.
-
-    rows: int64, ascending, each once.
-    """
-    step = max(1, BATCH_NUMBERS // table.shape[1])
-    for start in range(0, len(rows), step):
-        part = rows[start : start + step]
-        first, last = int(part[0]), int(part[-1])
-        is_run = last - first + 1 == len(part)
-        yield table[first : last + 1] if is_run else table[part]
-
-
-def _user_batches(
-    users: Iterable[torch.Tensor | Pairs], columns: int
-) -> Iterator[list[torch.Tensor | Pairs]]:
-    """Consecutive users whose pairs times `columns` are at most BATCH_NUMBERS, or one user."""
-    batch: list[torch.Tensor | Pairs] = []
-    numbers = 0
-    for X in users:
-        size = len(X) * columns
-        if batch and numbers + size > BATCH_NUMBERS:
-            yield batch
-            batch = []
-            numbers = 0
-        batch.append(X)
-        numbers += size
-    if batch:
-        yield batch
-
-
-def _counts(users: list[torch.Tensor | Pairs], device: torch.device) -> torch.Tensor:
-    """How many pairs each user has."""
-    return torch.tensor([len(X) for X in users], device=device)
-
-
-def pair_scores(
-    features: Iterable[torch.Tensor | Pairs], V: torch.Tensor
-) -> Iterator[torch.Tensor]:
-    """X_i V `[m_i, C]` of each user in turn. features: `[m_i, d]` or Pairs; V: `[d, C]`."""
-    for scores, counts in score_batches(features, V):
-        yield from scores.split(counts.tolist())
-
-
-def is_finite(table: torch.Tensor) -> bool:
-    """Whether no number is NaN, infinite or beyond float32. Needs no copy of the tensor."""
-    return all(abs(float(end)) <= torch.finfo(torch.float32).max for end in table.aminmax())
-
-
-def are_finite(features: Iterable[torch.Tensor | Pairs]) -> bool:
-    """`is_finite` of all users' pairs. Of a table the rows that they name are read, each once."""
-    for number, users in itertools.groupby(features, table_number):
-        if number is None:
-            matrices = users
-        else:
-            pairs = list(users)
-            matrices = slices_of_rows(pairs[0].embeddings, named_rows(pairs))
-        if not all(map(is_finite, matrices)):
-            return False
-    return True
-
-
-def check_matrix(
-    X: Any, what: str, rows: int | None = None, columns: int | None = None
-) -> torch.Tensor | Pairs:
-    """X as a finite float32 tensor `[rows, columns]`, or as the Pairs that it is.
-
-    X: a tensor, an array, nested lists of numbers, or Pairs. rows, columns: None for any number.
-    Raises InputError that begins with `what`: no numbers, another shape, NaN or infinite values.
-    """
-    X = _as_matrix(X, what, rows, columns)
-    _check_finite([X], what)
-    return X
-
-
-def _as_matrix(
-    X: Any, what: str, rows: int | None = None, columns: int | None = None
-) -> torch.Tensor | Pairs:
-    """`check_matrix`, but for NaN and infinite values: the numbers are not looked at."""
-    given = type(X).__name__
-    if isinstance(X, Pairs):
-        is_real = _is_real(X.embeddings)
-    else:
-        X = _as_float32(X)
-        is_real = X is not None
-    if not is_real:
-        raise InputError(
-            f"{what}: {given} where a matrix of numbers should be; give a float32 tensor"
-        )
-    fits = len(X.shape) == 2 and 0 not in X.shape
-    if not fits or rows not in (None, X.shape[0]) or columns not in (None, X.shape[1]):
-        raise InputError(
-            f"{what}: shape {tuple(X.shape)} where [{rows or 'rows >= 1'}, {columns or 'd'}] "
-            "should be; give one of that shape, of the same model and users, none without pairs"
-        )
-    return X
-
-
-def _check_finite(features: list[torch.Tensor | Pairs], what: str) -> None:
-    """Raise InputError that begins with `what` if a number is NaN or infinite."""
-    if not are_finite(features):
-        raise InputError(f"{what}: NaN or infinite values; leave them out, or make them again")
-
-
-def _as_float32(values: Any) -> torch.Tensor | None:
-    """A float32 tensor of the values, dense and without a gradient; None if they are no numbers."""
-    try:
-        tensor = _tensor_of_lists(values).detach()
-    except (TypeError, ValueError, RuntimeError):
-        return None
-    is_dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_meta
-    if not is_dense or tensor.is_quantized or not _is_real(tensor):
-        return None
-    try:
-        return tensor.float()
-    except NotImplementedError:  # a number format that torch only stores
-        return None
-
-
-def _is_real(tensor: torch.Tensor) -> bool:
-    """Whether these are numbers, and not complex ones."""
-    return not tensor.is_complex() and tensor.dtype != torch.bool
-
-
-def _tensor_of_lists(values: Any) -> torch.Tensor:
-    """What `torch.as_tensor` makes of the values; lists in them may be in lists, but no deeper.
-
-    A few bytes of a pickle are lists in lists with billions of numbers, if each list is twice in
-    the next one. Raises TypeError: lists are nested deeper; and what torch raises.
-    """
-    depth = 0
-    first = values
-    while depth < 3 and isinstance(first, (list, tuple)) and first:
-        depth += 1
-        first = first[0]
-    if depth == 3:
-        raise TypeError("lists in lists in lists where a matrix of numbers should be")
-    return torch.as_tensor(values)
-
-
-def check_features(
-    features: Any,
-    what: str,
-    users: int | None = None,
-    d: int | None = None,
-    looked_at: slice = slice(None),
-) -> Features:
-    """The features as a list with one finite float32 `[m_i, d]` tensor, or Pairs, per user.
-
-    features: an iterable of tensors, arrays or Pairs. users, d: None for any number.
-    looked_at: the users whose numbers are read, to see that they are finite.
-    Raises InputError that names the user: no users, or not `users` of them; a user without pairs;
-    another width than `d`, or than the first user's; NaN or infinite values.
-    """
-    features = list(features) if isinstance(features, Iterable) else []
-    if not features or users not in (None, len(features)):
-        raise InputError(
-            f"{what}: {len(features)} users where {users or 'at least 1'} should be; "
-            "give one tensor per user"
-        )
-    for i, X in enumerate(features):
-        features[i] = _as_matrix(X, f"{what}, user {i}", None, d)
-        d = features[i].shape[1]
-    if not are_finite(features[looked_at]):
-        for i in range(len(features))[looked_at]:
-            _check_finite([features[i]], f"{what}, user {i}")
-    return features
-
-
-def check_own_features(features: Any, what: str, users: int | None, d: int | None) -> Features:
-    """`check_features`, for which each process of torchrun reads the numbers of its own users.
-
-    All processes must call this, and all raise the InputError that one of them finds.
-    """
-    error = None
-    try:
-        features = check_features(features, what, users, d, own_users())
-    except InputError as found:
-        error = str(found)
-    for message in from_each_process(error):
-        if message is not None:
-            raise InputError(message)
-    return features
-
-
-def check_head(V: Any, what: str, d: int | None = None) -> torch.Tensor:
-    """A reward head as float32 `[d, 1]`. Raises InputError: no vector, not finite, all zero."""
-    is_array = isinstance(V, (torch.Tensor, np.ndarray))
-    if is_array and math.prod(V.shape) == max(V.shape, default=0):  # a vector, lying or upright
-        V = V.reshape(-1, 1)
-    V = check_matrix(V, what, d, 1)
-    if not V.any():
-        raise InputError(f"{what}: all zero; read the reward head again")
-    return V
-
-
-def check_groups(groups: Any, features: Features) -> None:
-    """Raise InputError if not every user has an int64 `[m_i]` of group numbers without a gap."""
-    groups = groups if isinstance(groups, (list, tuple)) else []
-    for i, (group, X) in enumerate(itertools.zip_longest(groups, features)):
-        fits = X is not None and isinstance(group, torch.Tensor) and tuple(group.shape) == (len(X),)
-        if not fits or set(group.tolist()) != set(range(int(group.max()) + 1)):
-            raise InputError(
-                f"groups, user {i}: not a number for each pair of this user; give a list with a "
-                "tensor per user that has the number of each pair's group, counted from 0 without "
-                "a gap"
-            )
+Features = list[torch.Tensor | Pairs]  # a float32 matrix [m_i, d], or Pairs, per user
 
 
 # ---------------------------------------------------------------------------------------------
-# 3. The models
+# 2. The models
+#
+# LoRe and LoRe_regularized learn a basis and the weights of the seen users; PersonalizeBatch fits
+# the weights of new users. `forward` is the loss as the paper writes it, and `train` minimises it.
 # ---------------------------------------------------------------------------------------------
 
 TEMPERATURE = 100.0  # the fixed temperature of the Bradley-Terry model, as released
@@ -627,10 +205,10 @@ class LoRe(nn.Module):
         self.num_iterations = num_iterations
         self.learning_rate = learning_rate
         self.threshold = threshold
-        self.member = Member(num_basis_vectors, self.alpha, seed)
+        self.member = Member(num_basis_vectors, self.alpha, seed)  # what the engine trains
         W, V = self.member.start(num_classes, num_features, self.regularized)
         self.W = nn.Parameter(W)  # (N, K)
-        self.V = nn.Parameter(V.T.contiguous())  # (d, K)
+        self.V = nn.Parameter(V.T.contiguous())  # (d, K), which the engine keeps as rows (K, d)
 
     def forward(self, X: Features) -> tuple[torch.Tensor, ...]:
         """The loss of the choices -> (nll, penalty), two scalars whose sum is minimised."""
@@ -659,20 +237,19 @@ class LoRe(nn.Module):
             self._train_on_engine(X)
         else:
             X = check_features(X, "features", self.num_classes, self.num_features)
-            X = [X_i if isinstance(X_i, Pairs) else X_i.to(self.V.device) for X_i in X]
-            self._train_by_autograd(X)
+            self._train_by_autograd(_on_device(X, self.V.device))
         return prune(self.W.detach().softmax(1), self.V.detach().clone(), self.threshold)
 
     @torch.no_grad()
     def _train_on_engine(self, X: Features) -> None:
         (trained,) = train_bases(
             X,
-            [self.member],
-            self.V_sft,
-            self.num_iterations,
-            self.learning_rate,
-            self.regularized,
-            self.V.device,
+            members=[self.member],
+            V_sft=self.V_sft,
+            num_iterations=self.num_iterations,
+            learning_rate=self.learning_rate,
+            regularized=self.regularized,
+            device=self.V.device,
             starts=[(self.W, self.V.T)],
         )
         self.W.copy_(trained.logits)
@@ -682,20 +259,25 @@ class LoRe(nn.Module):
         """Adam on W and V together, on the loss of a subclass."""
         adam = optim.Adam([self.W, self.V], lr=self.learning_rate)
         for _ in range(self.num_iterations):
-            adam.zero_grad()
-            _total(self.forward(X)).backward()
-            adam.step()
+            _adam_step(adam, self.forward(X))
 
 
-def _total(loss: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """What is minimised of the value of a `forward`: the loss itself, or nll + penalty.
+def _adam_step(adam: optim.Adam, loss: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+    """One step of Adam on the value of a `forward`: the loss itself, or nll, penalty and more.
 
-    Further parts, such as the entropy of `LoRe_regularized`, are reported and not minimised.
+    nll + penalty is minimised; further parts, such as the entropy of `LoRe_regularized`, are not.
     """
-    if isinstance(loss, torch.Tensor):
-        return loss
-    nll, penalty, *_ = loss
-    return nll + penalty
+    if not isinstance(loss, torch.Tensor):
+        nll, penalty, *_ = loss
+        loss = nll + penalty
+    adam.zero_grad()
+    loss.backward()
+    adam.step()
+
+
+def _on_device(features: Features, device: torch.device) -> Features:
+    """Matrices on the device; Pairs as they are, as their products are moved to it."""
+    return [X if isinstance(X, Pairs) else X.to(device) for X in features]
 
 
 class LoRe_regularized(LoRe):
@@ -762,10 +344,8 @@ class LoRe_regularized(LoRe):
         adam_V = optim.Adam([self.V], lr=self.learning_rate)
         for t in range(self.num_iterations):
             alpha_t = self.alpha * anchor_schedule(t, self.num_iterations)
-            for adam, alpha in ((adam_W, 0.0), (adam_V, alpha_t)):
-                self.zero_grad()
-                _total(self.forward(X, alpha)).backward()
-                adam.step()
+            _adam_step(adam_W, self.forward(X, 0.0))
+            _adam_step(adam_V, self.forward(X, alpha_t))
 
 
 def anchor_schedule(t: int, num_iterations: int) -> float:
@@ -816,8 +396,8 @@ class PersonalizeBatch(nn.Module):
         self.num_features = num_features
         self.num_iterations = num_iterations
         self.learning_rate = learning_rate
-        self.member = Member(num_basis_vectors, 0.0, seed)
-        self.W = nn.Parameter(self.member.few_shot_start(num_classes))  # (N, K)
+        start = Member(num_basis_vectors, seed=seed).few_shot_start(num_classes)
+        self.W = nn.Parameter(start)  # (N, K)
 
     def forward(self, X: Features, V: torch.Tensor) -> torch.Tensor:
         """The negative log-likelihood of the choices, a scalar. V: `[d, K]`."""
@@ -837,50 +417,40 @@ class PersonalizeBatch(nn.Module):
         if type(self).forward is PersonalizeBatch.forward:
             self._train_on_engine(X, V)
         else:
-            self._train_by_autograd(X, V)
+            self._train_by_autograd(_on_device(X, self.W.device), V)
         return list(self.W.detach().softmax(1))
 
     @torch.no_grad()
     def _train_on_engine(self, X: Features, V: torch.Tensor) -> None:
         scores = list(pair_scores(X, V))
-        (W,) = fit_logits(
-            scores,
-            [self.member],
-            [V.shape[1]],
-            self.num_iterations,
-            self.learning_rate,
-            starts=[self.W],
-        )
+        (W,) = fit_logits(scores, [self.W], self.num_iterations, self.learning_rate)
         self.W.copy_(W)
 
     def _train_by_autograd(self, X: Features, V: torch.Tensor) -> None:
         adam = optim.Adam([self.W], lr=self.learning_rate)
-        X = [X_i if isinstance(X_i, Pairs) else X_i.to(self.W.device) for X_i in X]
         for _ in range(self.num_iterations):
-            adam.zero_grad()
-            _total(self.forward(X, V)).backward()
-            adam.step()
+            _adam_step(adam, self.forward(X, V))
 
 
 # ---------------------------------------------------------------------------------------------
-# 4. The engine
+# 3. The engine
 #
-# It trains every rank, penalty and seed of a sweep side by side: all of them read the pairs, and
-# Adam works element by element, so that their columns can stand in one wide basis. Below:
-# N users have M pairs in all; G members of the sweep have C columns in all.
+# It trains every rank, penalty and seed of a sweep side by side: the members of the sweep. All of
+# them read the same pairs, and Adam treats each number on its own, so the bases of all members are
+# columns of one wide basis. Inside the engine a basis is kept as rows, `[C, d]`: it works on one
+# column after the other, whose numbers then lie side by side.
+#
+# The steps of a training, `train_bases`: stack the pairs, draw the start, descend (the gradients of
+# the likelihood and of the penalty, one step of Adam), evaluate the loss.
 # ---------------------------------------------------------------------------------------------
 
-LEARNING_RATE = 0.5  # of both trainings, as released
-FEW_SHOT_LEARNING_RATE = 0.1  # after `LoRe`
-FEW_SHOT_LEARNING_RATE_REGULARIZED = 0.5  # after `LoRe_regularized`
-FEW_SHOT_ITERATIONS = 500
-
-# What a member draws random numbers for; each purpose has a generator of its own.
+# What a member draws random numbers for; each purpose has a generator of its own. The number of
+# shots is added to SHOTS.
 START, FEW_SHOT_START, SHOTS = 0, 1, 2
 
-KERNEL_NUMBERS = 2**22  # in the pairs; with so many the kernel pays for its compilation (seconds)
-KERNEL_BLOCK = 1024  # numbers of a pair that it takes at a time: those of four fit the L1 cache
-CHECKPOINT_SECONDS = 60  # of training, the most that an interruption loses
+KERNEL_NUMBERS = 2**22  # from so many numbers in the pairs on, the kernel is worth compiling
+KERNEL_BLOCK = 1024  # numbers of a pair that it takes at a time: four such blocks fit the L1 cache
+CHECKPOINT_SECONDS = 60  # how much of a training an interruption may lose
 
 # torch has a fused Adam on the CPU from 2.6 on.
 FUSED_ADAM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
@@ -888,7 +458,7 @@ FUSED_ADAM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One model of a sweep: `K` columns of the wide basis that all members share."""
+    """One model of a sweep: its rank, its penalty and its seed."""
 
     K: int
     alpha: float = 0.0
@@ -906,14 +476,14 @@ class Member:
         return torch.Generator().manual_seed(state >> 1)
 
     def start(self, N: int, d: int, regularized: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits `[N, K]` and basis `[K, d]` that a training starts from."""
+        """The logits `[N, K]` and the basis, as rows `[K, d]`, that a training starts from."""
         generator = self.generator(START)
         draw_logits = torch.rand if regularized else torch.randn
         W = draw_logits(N, self.K, generator=generator)
         return W, torch.randn(self.K, d, generator=generator)
 
     def few_shot_start(self, N: int) -> torch.Tensor:
-        """Logits `[N, K]` that a few-shot fit starts from."""
+        """The logits `[N, K]` that a few-shot fit starts from."""
         return torch.randn(N, self.K, generator=self.generator(FEW_SHOT_START))
 
 
@@ -933,13 +503,15 @@ class Likelihood:
 
     With P = X V `[M, C]` and the user weights w `[N, C]`, the loss of a member is
 
-        sum over pairs of  -weight_i * log sigmoid(m),
-        with  m = (P * w_i) summed over its columns / 100,
+        sum over pairs of  -scale_i * log sigmoid(m),
+        with  m = (P * w_i) summed over the member's columns / 100.
 
-    where weight_i of a pair of user i makes the sum a mean: over each user's pairs, or over all.
+    The scale makes the sum a mean: for a pair of user i it is 1 / (the pairs of user i) in `LoRe`,
+    and 1 / (all pairs) in `LoRe_regularized`.
 
-    counts: how many pairs each user has. sizes: the K of each member. total: None if the loss is
-    the sum over users of each one's mean; else it is the mean over this many pairs.
+    counts: how many pairs each user has. sizes: the K of each member.
+    all_pairs: the number of pairs that the loss is the mean over; None if it is the sum over users
+    of each one's mean.
     """
 
     def __init__(
@@ -947,39 +519,49 @@ class Likelihood:
         counts: list[int],
         sizes: list[int],
         device: torch.device,
-        total: int | None = None,
+        all_pairs: int | None = None,
     ) -> None:
-        self.counts = torch.tensor(counts, device=device)
-        self.sizes = list(sizes)
+        self.counts = torch.tensor(counts, device=device)  # (N,)
+        self.sizes = list(sizes)  # (G,)
         self.threads = torch.get_num_threads()  # before `one_torch_thread` limits them
+
         users = torch.arange(len(counts), device=device)
-        self.user = users.repeat_interleave(self.counts)  # (M,) of each pair
-        pairs = self.counts if total is None else torch.full_like(self.counts, total)
-        self.weight = 1 / pairs  # (N,)
-        members = [g for g, K in enumerate(sizes) for _ in range(K)]
-        self.member = torch.tensor(members, device=device)  # (C,) of each column
-        self.columns_of_member = F.one_hot(self.member, len(sizes)).float()  # (C, G)
+        self.user_of_pair = users.repeat_interleave(self.counts)  # (M,)
+        members = torch.arange(len(sizes), device=device)
+        columns = torch.tensor(self.sizes, device=device)
+        self.member_of_column = members.repeat_interleave(columns)  # (C,)
+        self.columns_of_member = F.one_hot(self.member_of_column, len(sizes)).float()  # (C, G)
+
+        if all_pairs is None:
+            self.scale = 1 / self.counts  # (N,)
+        else:
+            self.scale = 1 / torch.full_like(self.counts, all_pairs)  # (N,)
 
     def weights(self, W: torch.Tensor) -> torch.Tensor:
         """The user weights, softmax over each member's logits. W: `[N, C]` -> `[N, C]`."""
         return torch.cat([logits.softmax(1) for logits in W.split(self.sizes, 1)], 1)
 
     def margins(self, P: torch.Tensor, w: torch.Tensor, pairs: slice = slice(None)) -> torch.Tensor:
-        """m = x V w_i / 100 of each pair under each member: `[M, G]`. P: of these pairs alone."""
-        return (P * w[self.user[pairs]]) @ self.columns_of_member / TEMPERATURE
+        """m = x V w_i / 100 of each pair under each member: `[M, G]`.
+
+        pairs: which of the pairs; P has their rows alone.
+        """
+        return (P * w[self.user_of_pair[pairs]]) @ self.columns_of_member / TEMPERATURE
 
     def loss(self, P: torch.Tensor, w: torch.Tensor, pairs: slice = slice(None)) -> torch.Tensor:
-        """The negative log-likelihood under each member: `[G]`. P: of these pairs alone."""
-        log_likelihoods = F.logsigmoid(self.margins(P, w, pairs))
-        return -(self.weight[self.user[pairs], None] * log_likelihoods).sum(0)
+        """The negative log-likelihood under each member: `[G]`. P and pairs as of `margins`."""
+        log_likelihoods = F.logsigmoid(self.margins(P, w, pairs))  # (M, G)
+        scale = self.scale[self.user_of_pair[pairs], None]  # (M, 1)
+        return -(scale * log_likelihoods).sum(0)
 
     def residuals(self, P: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         """The derivative of the loss with respect to x V w_i of each pair, `[M, C]`.
 
-        It stands in each column of its member.
+        There is one for each member; all columns of a member repeat it.
         """
-        missing = torch.sigmoid(-self.margins(P, w))  # (M, G): 1 - P(chosen beats rejected)
-        return (-self.weight[self.user, None] * missing / TEMPERATURE)[:, self.member]
+        p_rejected = torch.sigmoid(-self.margins(P, w))  # (M, G): 1 - P(chosen beats rejected)
+        scale = self.scale[self.user_of_pair, None]  # (M, 1)
+        return (-scale * p_rejected / TEMPERATURE)[:, self.member_of_column]
 
     def grad_w(self, P: torch.Tensor, residuals: torch.Tensor) -> torch.Tensor:
         """The derivative with respect to the user weights: `[N, C]`."""
@@ -988,7 +570,7 @@ class Likelihood:
     def grad_logits(self, w: torch.Tensor, grad_w: torch.Tensor) -> torch.Tensor:
         """The derivative with respect to the logits, through the softmax: `[N, C]`."""
         mean = (w * grad_w) @ self.columns_of_member  # (N, G)
-        return w * (grad_w - mean[:, self.member])
+        return w * (grad_w - mean[:, self.member_of_column])
 
     def plain(
         self,
@@ -1000,12 +582,13 @@ class Likelihood:
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The derivatives with respect to w `[N, C]` and V `[C, d]`, on any device.
 
-        X: `[M, d]`; V: `[C, d]`. Two matrix products, which is what a GPU is best at.
+        X: `[M, d]`; V: `[C, d]`, a basis as rows. need_w, need_V: which derivatives are wanted.
+        These are two matrix products, which is what a GPU is best at.
         """
         P = X @ V.T  # (M, C)
         residuals = self.residuals(P, w)  # (M, C)
-        grad_w = self.grad_w(P, residuals) if need_w else None
-        grad_V = (residuals * w[self.user]).T @ X if need_V else None  # (C, d)
+        grad_w = self.grad_w(P, residuals) if need_w else None  # (N, C)
+        grad_V = (residuals * w[self.user_of_pair]).T @ X if need_V else None  # (C, d)
         return grad_w, grad_V
 
     def kernel(
@@ -1016,20 +599,23 @@ class Likelihood:
         need_w: bool = True,
         need_V: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same for many pairs on a CPU, in one reading of X: see `_gradients`."""
+        """`plain` for many pairs on a CPU, in one reading of X: see `_gradients`.
+
+        A derivative that is not wanted comes back as zeros.
+        """
         threads = min(self.threads, numba.config.NUMBA_NUM_THREADS)
         numba.set_num_threads(threads)
-        sizes = np.array(self.sizes)
-        grad_w = torch.zeros(w.shape)
-        grad_V = torch.zeros(threads, *V.shape)
+        first_pair = np.concatenate([[0], np.cumsum(self.counts.numpy())])  # (N + 1,)
+        first_column = np.concatenate([[0], np.cumsum(self.sizes)])  # (G + 1,)
+        grad_w = torch.zeros(w.shape)  # (N, C)
+        grad_V = torch.zeros(threads, *V.shape)  # (threads, C, d)
         _gradients(
             X.numpy(),
-            np.concatenate([[0], np.cumsum(self.counts.numpy())]),
-            self.weight.numpy(),
+            first_pair,
+            self.scale.numpy(),
             w.numpy(),
             V.numpy(),
-            np.cumsum(sizes) - sizes,
-            sizes,
+            first_column,
             grad_w.numpy(),
             grad_V.numpy(),
             need_w,
@@ -1038,13 +624,16 @@ class Likelihood:
         return grad_w, grad_V.sum(0)
 
 
-# numba keeps the kernel's machine code on disk, and raises if it finds no folder to write to. Any
-# function tells whether it does.
-try:
-    numba.njit(cache=True)(process_rank)
-    CACHE_KERNEL = True
-except RuntimeError:
-    CACHE_KERNEL = False
+def _numba_can_cache() -> bool:
+    """Whether numba finds a folder for the machine code of this file's functions."""
+    try:
+        numba.njit(cache=True)(_numba_can_cache)  # looks for the folder; compiles nothing
+    except RuntimeError:
+        return False
+    return True
+
+
+CACHE_KERNEL = _numba_can_cache()
 
 # float32 constants: a Python number would make the kernel compute in float64
 _ZERO, _ONE, _TEMPERATURE = np.float32([0, 1, TEMPERATURE])
@@ -1052,7 +641,7 @@ _ZERO, _ONE, _TEMPERATURE = np.float32([0, 1, TEMPERATURE])
 
 @numba.njit
 def _four_pairs(X, p, last, start, end):
-    """The numbers start to end of the pairs p to p + 3; the last pair replaces missing ones."""
+    """The numbers start to end of the pairs p to p + 3; behind the last pair, it is repeated."""
     return (
         X[p, start:end],
         X[min(p + 1, last), start:end],
@@ -1064,46 +653,51 @@ def _four_pairs(X, p, last, start, end):
 @numba.njit(
     cache=CACHE_KERNEL, parallel=True, fastmath={"reassoc", "contract", "nsz", "arcp", "afn"}
 )
-def _gradients(X, start, weight, w, V, first, size, grad_w, grad_V, need_w, need_V):
+def _gradients(X, first_pair, scale, w, V, first_column, grad_w, grad_V, need_w, need_V):
     """The kernel: fills grad_w `[N, C]`, and grad_V `[threads, C, d]`, to be summed over threads.
 
-    It reads X `[M, d]` from memory once. The margin x V w_i is taken as x (V w_i): what meets the
-    pairs of user i is not all K columns, but one reward vector of each member,
+    It reads X `[M, d]` from memory once. The margin x V w_i / 100 is computed as x reward_g. The
+    pairs of user i are thus multiplied by one reward vector per member, and not by K columns:
 
         reward_g = V w_i / 100.
 
     The residual of a pair is the derivative of the loss with respect to x V w_i, as in
-    `Likelihood.residuals`. The sum over the user's pairs
+    `Likelihood.residuals`. From the sum over the user's pairs
 
         total_g = sum of residual * x
 
-    gives both derivatives: V total_g with respect to w_i, and w_i total_g^T with respect to V.
+    come both derivatives: V total_g with respect to w_i, and w_i total_g^T with respect to V.
 
-    User i's pairs are the rows start[i] to start[i + 1] of X, member g's columns first[g] to
-    first[g] + size[g] of w and V. Threads share out the users. Four pairs are taken at a time, so
-    that each number of a reward vector is loaded once for four products, and in blocks that stay
-    in the L1 cache while all members read them; one member alone needs no blocks.
+    User i has the rows first_pair[i] up to first_pair[i + 1] of X, member g the columns
+    first_column[g] up to first_column[g + 1] of w and V. Thread t of T takes the users
+    t, t + T, t + 2 T, ..
+
+    Four pairs are taken at a time: each number of a reward vector is then loaded once for four
+    products. They are taken in blocks of numbers, which stay in the L1 cache while all members
+    read them; one member alone needs no blocks.
     """
     threads = len(grad_V)
-    G = len(size)
+    users = len(scale)
+    G = len(first_column) - 1
     d = X.shape[1]
     block = KERNEL_BLOCK if G > 1 else d
     for thread in numba.prange(threads):
         reward = np.empty((G, d), np.float32)
         total = np.empty((G, d), np.float32)
-        margin = np.empty((G, 4), np.float32)  # then the residuals, in the same place
-        for i in range(thread, len(weight), threads):
-            last = start[i + 1] - 1
+        margin = np.empty((G, 4), np.float32)
+        residual = np.empty((G, 4), np.float32)
+        for i in range(thread, users, threads):
+            last = first_pair[i + 1] - 1
 
             # Each member's reward vector of this user
             for g in range(G):
                 reward[g] = _ZERO
                 total[g] = _ZERO
-                for c in range(first[g], first[g] + size[g]):
+                for c in range(first_column[g], first_column[g + 1]):
                     for j in range(d):
                         reward[g, j] += w[i, c] / _TEMPERATURE * V[c, j]
 
-            for p in range(start[i], last + 1, 4):
+            for p in range(first_pair[i], last + 1, 4):
                 # The margins of four pairs under each member
                 margin[:] = _ZERO
                 for j in range(0, d, block):
@@ -1118,25 +712,26 @@ def _gradients(X, start, weight, w, V, first, size, grad_w, grad_V, need_w, need
                             m3 += x3[k] * v[k]
                         margin[g, 0], margin[g, 1], margin[g, 2], margin[g, 3] = m0, m1, m2, m3
 
-                # Their residuals; a pair that stands in for a missing one weighs nothing
+                # Their residuals: 0 for the copies of the last pair that make up four
                 for q in range(4):
-                    pair_weight = weight[i] if p + q <= last else _ZERO
+                    pair_scale = scale[i] if p + q <= last else _ZERO
                     for g in range(G):
-                        missing = _ONE / (_ONE + math.exp(margin[g, q]))
-                        margin[g, q] = -pair_weight * missing / _TEMPERATURE
+                        p_rejected = _ONE / (_ONE + math.exp(margin[g, q]))
+                        residual[g, q] = -pair_scale * p_rejected / _TEMPERATURE
 
-                # The sum of the pairs, weighted by the residuals
+                # The sum of residual * x
                 for j in range(0, d, block):
                     x0, x1, x2, x3 = _four_pairs(X, p, last, j, j + block)
                     for g in range(G):
                         s = total[g, j : j + block]
-                        r0, r1, r2, r3 = margin[g, 0], margin[g, 1], margin[g, 2], margin[g, 3]
+                        r0, r1 = residual[g, 0], residual[g, 1]
+                        r2, r3 = residual[g, 2], residual[g, 3]
                         for k in range(len(s)):
                             s[k] += r0 * x0[k] + r1 * x1[k] + r2 * x2[k] + r3 * x3[k]
 
             # Both derivatives
             for g in range(G):
-                for c in range(first[g], first[g] + size[g]):
+                for c in range(first_column[g], first_column[g + 1]):
                     if need_V:
                         for j in range(d):
                             grad_V[thread, c, j] += w[i, c] * total[g, j]
@@ -1159,9 +754,11 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-Gradients = Callable[
-    [torch.Tensor, bool, bool], tuple[torch.Tensor | None, torch.Tensor | None]
-]  # (w, need_w, need_V) -> the derivatives with respect to w and V
+# (w, need_w, need_V) -> the derivatives of the likelihood with respect to w and V
+Gradients = Callable[[torch.Tensor, bool, bool], tuple[torch.Tensor | None, torch.Tensor | None]]
+
+# (V `[C, d]`, the iteration t) -> the penalty on each column, `[C]`
+Penalty = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 @one_torch_thread()
@@ -1172,16 +769,17 @@ def _descend(
     gradients: Gradients,
     num_iterations: int,
     learning_rate: float,
-    penalty: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
+    penalty: Penalty | None = None,
     alternating: bool = False,
     checkpoint: Checkpoint | None = None,
     identity: str = "",
 ) -> None:
     """Adam on the logits W `[N, C]` and, if it is given, on the basis V `[C, d]`, both in place.
 
-    They must be contiguous, for torch's fused Adam. penalty(V, t): `[C]`, added to the loss.
-    alternating: the step on V sees the W of the same iteration. checkpoint: where the state is
-    left every minute and found again; `identity` says which training it belongs to.
+    Both must be contiguous, for torch's fused Adam. penalty(V, t): `[C]`, added to the loss.
+    alternating: the step on V in an iteration uses the W that its step on W has made.
+    checkpoint: the state is saved there every CHECKPOINT_SECONDS, and found there again; identity
+    says which training it belongs to.
     """
     variables = [W] if V is None else [W, V]
     adams = [
@@ -1200,9 +798,9 @@ def _descend(
             if alternating:
                 _, grad_V = gradients(likelihood.weights(W), False, True)
             if process_count() > 1:
-                dist.all_reduce(grad_V)
+                dist.all_reduce(grad_V)  # each process has that of its own users
             if penalty is not None:
-                grad_V = grad_V + torch.func.grad(lambda V, t=t: penalty(V, t).sum())(V)
+                grad_V = grad_V + _penalty_gradient(penalty, V, t)
             V.grad = grad_V
             adams[1].step()
         is_last = t + 1 == num_iterations
@@ -1213,12 +811,20 @@ def _descend(
     bar.close()
 
 
+def _penalty_gradient(penalty: Penalty, V: torch.Tensor, t: int) -> torch.Tensor:
+    """The derivative of the sum of penalty(V, t) with respect to V: `[C, d]`."""
+    return torch.func.grad(lambda V: penalty(V, t).sum())(V)
+
+
 def _is_time(moment: float) -> bool:
-    """Whether time.monotonic() has come to a moment, by the clock of the first process."""
-    has_come = torch.tensor(time.monotonic() > moment)
+    """Whether time.monotonic() is past a moment, on the clock of the first process.
+
+    All processes must save in the same iteration, and their clocks differ.
+    """
+    is_past = torch.tensor(time.monotonic() > moment)
     if process_count() > 1:
-        dist.broadcast(has_come, 0)
-    return bool(has_come)
+        dist.broadcast(is_past, 0)
+    return bool(is_past)
 
 
 def _save_state(
@@ -1233,10 +839,7 @@ def _save_state(
         "variables": [variable.cpu() for variable in variables],
         "adams": [_state_on_cpu(adam) for adam in adams],
     }
-    states = [own]
-    if process_count() > 1:
-        states = [None] * process_count() if process_rank() == 0 else None
-        dist.gather_object(own, states)
+    states = to_first_process(own)
     if process_rank() == 0:
         checkpoint.save(identity, {"iterations": iterations, "processes": states})
 
@@ -1257,15 +860,8 @@ def _resume(
     """Take over the state of an interrupted training -> how many iterations it had done."""
     if checkpoint is None:
         return 0
-    states = [None] * process_count()
-    if process_rank() == 0:
-        saved = checkpoint.load(identity)
-        if saved is not None:
-            states = [{**state, "iterations": saved["iterations"]} for state in saved["processes"]]
-    own = states[:1]
-    if process_count() > 1:
-        dist.scatter_object_list(own, states if process_rank() == 0 else None)
-    (state,) = own
+    states = _load_states(checkpoint, identity) if process_rank() == 0 else None
+    state = from_first_process(states)
     if state is None:
         return 0
     for variable, adam, saved_variable, saved_adam in zip(
@@ -1275,6 +871,14 @@ def _resume(
         adam.load_state_dict(saved_adam)
     print(f"resuming the training after {state['iterations']:,} iterations")
     return state["iterations"]
+
+
+def _load_states(checkpoint: Checkpoint, identity: str) -> list[dict | None]:
+    """The saved state of each process and the iterations behind it; None if there is none."""
+    saved = checkpoint.load(identity)
+    if saved is None:
+        return [None] * process_count()
+    return [{**state, "iterations": saved["iterations"]} for state in saved["processes"]]
 
 
 class TrainedBasis(NamedTuple):
@@ -1309,33 +913,30 @@ def train_bases(
     Raises InputError: fewer users than processes, a training that diverges.
     """
     N = len(features)
-    d = features[0].shape[1]
-    ranks = process_count()
-    mine = own_users()
-    if N < ranks:
-        raise InputError(f"{N} users for {ranks} processes; start at most one process per user")
+    processes = process_count()
+    if N < processes:
+        raise InputError(f"{N} users for {processes} processes; start at most one process per user")
     check_anchor(V_sft, max(member.alpha for member in members))
     device = torch.device(device or getattr(features[0], "device", "cpu"))
-    X = _stack(features[mine], device)  # (M, d)
-    counts = [len(X_i) for X_i in features[mine]]
-    sizes = [member.K for member in members]
-    total = sum(map(len, features)) if regularized else None
-    likelihood = Likelihood(counts, sizes, device, total)
 
-    starts = starts or [member.start(N, d, regularized) for member in members]
-    W = torch.cat([W for W, _ in starts], 1).to(device, copy=True)  # (N, C)
-    V = torch.cat([V for _, V in starts]).to(device, copy=True).contiguous()  # (C, d)
-    if ranks > 1:  # without a seed, each process has drawn numbers of its own
-        dist.broadcast(W, 0)
-        dist.broadcast(V, 0)
-    W = W[mine].contiguous()
+    own_features = features[own_users()]
+    X = _stack(own_features, device)  # (M, d)
+    sizes = [member.K for member in members]
+    all_pairs = sum(map(len, features)) if regularized else None
+    likelihood = Likelihood([len(X_i) for X_i in own_features], sizes, device, all_pairs)
+    if starts is None:
+        d = X.shape[1]
+        starts = [member.start(N, d, regularized) for member in members]
+    W, V = _common_start(starts, device)  # (N, C), (C, d)
+    W = W[own_users()].contiguous()
 
     on_kernel = device.type == "cpu" and X.numel() >= KERNEL_NUMBERS
     derivatives = likelihood.kernel if on_kernel else likelihood.plain
     identity = ""
     if checkpoint:
-        settings = (members, num_iterations, learning_rate, regularized, V_sft)
-        identity = _training_identity(features, X, settings)
+        identity = _training_identity(
+            features, X, members, V_sft, num_iterations, learning_rate, regularized
+        )
     _descend(
         likelihood,
         W,
@@ -1355,14 +956,12 @@ def train_bases(
             "the training has diverged, its basis is not finite; give a smaller alpha, or smaller "
             "pairs"
         )
-    w = likelihood.weights(W)
-    step = max(1, BATCH_NUMBERS // d)  # pairs at a time, as P of all of them would be large
-    slices = [slice(first, first + step) for first in range(0, len(X), step)]
-    loss = sum(likelihood.loss(X[pairs] @ V.T, w, pairs) for pairs in slices)  # (G,)
+
+    loss = _final_loss(likelihood, X, likelihood.weights(W), V)  # (G,)
     logits = torch.zeros(N, sum(sizes), device=device)
-    logits[mine] = W
-    if ranks > 1:
-        dist.all_reduce(logits)
+    logits[own_users()] = W
+    if processes > 1:
+        dist.all_reduce(logits)  # each process has zeros for the users of the others
         dist.all_reduce(loss)
     return [
         TrainedBasis(logits_k.softmax(1), V_k.T, loss_k, logits_k)
@@ -1370,13 +969,34 @@ def train_bases(
     ]
 
 
+def _common_start(
+    starts: list[tuple[torch.Tensor, torch.Tensor]], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copies of all members' logits `[N, C]` and bases `[C, d]`, the same in all processes."""
+    W = torch.cat([W for W, _ in starts], 1).to(device, copy=True)  # (N, C)
+    V = torch.cat([V for _, V in starts]).to(device, copy=True).contiguous()  # (C, d)
+    if process_count() > 1:  # without a seed, each process has drawn numbers of its own
+        dist.broadcast(W, 0)
+        dist.broadcast(V, 0)
+    return W, V
+
+
+def _final_loss(
+    likelihood: Likelihood, X: torch.Tensor, w: torch.Tensor, V: torch.Tensor
+) -> torch.Tensor:
+    """The loss of each member, `[G]`, some pairs at a time, as P of all of them would be large."""
+    step = max(1, BATCH_NUMBERS // X.shape[1])
+    slices = [slice(first, first + step) for first in range(0, len(X), step)]
+    return sum(likelihood.loss(X[pairs] @ V.T, w, pairs) for pairs in slices)
+
+
 def _stack(features: Features, device: torch.device) -> torch.Tensor:
     """The pairs of all users, `[M, d]`, without a second copy of them on the way."""
     d = features[0].shape[1]
     X = torch.empty(sum(map(len, features)), d, device=device)
     first = 0
-    for number, users in itertools.groupby(features, table_number):
-        if number is not None:
+    for table, users in itertools.groupby(features, table_number):
+        if table is not None:
             users = _joined(users, 4 * d)  # a quarter of a batch, as `dense` makes copies
         for X_i in users:
             rows = X[first : first + len(X_i)]
@@ -1386,7 +1006,7 @@ def _stack(features: Features, device: torch.device) -> torch.Tensor:
 
 
 def _joined(users: Iterable[Pairs], columns: int) -> Iterator[Pairs]:
-    """The Pairs of many users as fewer and longer ones: torch takes longer for many small ones."""
+    """The Pairs of many users as fewer and longer ones, because torch is slow for small ones."""
     for batch in _user_batches(users, columns):
         chosen = torch.cat([X.chosen for X in batch])
         rejected = torch.cat([X.rejected for X in batch])
@@ -1399,14 +1019,14 @@ def _penalty(
     num_iterations: int,
     regularized: bool,
     likelihood: Likelihood,
-) -> Callable[[torch.Tensor, int], torch.Tensor] | None:
-    """The penalty on each column, a function of V `[C, d]` and the iteration; None without one."""
+) -> Penalty | None:
+    """The penalty on each column, as a function; None if no member has one."""
     if not any(member.alpha for member in members):
         return None
-    reference = V_sft.to(likelihood.member.device, torch.float32).reshape(1, -1)  # (1, d)
+    reference = V_sft.to(likelihood.scale.device, torch.float32).reshape(1, -1)  # (1, d)
     # LoRe_regularized takes the mean over a member's columns, LoRe the sum.
     alphas = [member.alpha / (member.K if regularized else 1) for member in members]
-    alpha = torch.tensor(alphas, device=reference.device)[likelihood.member]  # (C,)
+    alpha = torch.tensor(alphas, device=reference.device)[likelihood.member_of_column]  # (C,)
 
     def squared_distance(V: torch.Tensor, t: int) -> torch.Tensor:
         return alpha * ((V - reference) ** 2).sum(1)
@@ -1418,62 +1038,206 @@ def _penalty(
     return scheduled_cosine if regularized else squared_distance
 
 
-def _training_identity(features: Features, X: torch.Tensor, settings: tuple) -> str:
-    """A digest of everything that a training depends on: a state goes on in no other training.
+def _training_identity(
+    features: Features,
+    X: torch.Tensor,
+    members: list[Member],
+    V_sft: torch.Tensor | None,
+    num_iterations: int,
+    learning_rate: float,
+    regularized: bool,
+) -> str:
+    """A digest of all that a training depends on, so that a saved state continues no other one.
 
     X: the pairs of this process's users. The digest is the same in all processes.
     """
-    *others, V_sft = settings
-    head = None if V_sft is None else V_sft.tolist()
-    counts = [len(X_i) for X_i in features]
-    digests = from_each_process(_digest(X))
-    text = repr((torch.__version__, str(X.device.type), counts, *others, head, digests))
-    return hashlib.sha256(text.encode()).hexdigest()
+    parts = (
+        torch.__version__,
+        X.device.type,
+        [len(X_i) for X_i in features],
+        members,
+        num_iterations,
+        learning_rate,
+        regularized,
+        None if V_sft is None else V_sft.tolist(),
+        from_each_process(_digest(X)),
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _digest(X: torch.Tensor) -> str:
+    """A digest of the numbers of a tensor."""
     return hashlib.sha256(X.cpu().numpy()).hexdigest()
 
 
 @torch.no_grad()
 def fit_logits(
     scores: list[torch.Tensor],
-    members: list[Member],
-    sizes: list[int],
+    starts: Sequence[torch.Tensor],
     num_iterations: int,
     learning_rate: float,
-    starts: Sequence[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
     """Few-shot fit of users over several frozen bases, side by side -> logits `[N, K]` of each.
 
     With V frozen, X V is a constant: the fit works on K numbers a pair, not on d.
 
-    scores: X_i V `[m_i, C]` of each user under all bases. members: one per basis; its generator
-    draws the start. sizes: the K of each basis, which may have lost columns.
-    starts: the logits `[N, K]` to start from, if they are not to be drawn.
+    scores: X_i V `[m_i, C]` of each user, the columns of all bases side by side.
+    starts: the logits `[N, K]` to start from, for each basis.
     """
     P = torch.cat(scores)  # (M, C)
+    sizes = [logits.shape[1] for logits in starts]
     likelihood = Likelihood([len(S) for S in scores], sizes, P.device)
-    if starts is None:
-        resized = [dataclasses.replace(member, K=K) for member, K in zip(members, sizes)]
-        starts = [member.few_shot_start(len(scores)) for member in resized]
-    W = torch.cat(starts, 1).to(P.device, copy=True)  # (N, C)
+    W = torch.cat(list(starts), 1).to(P.device, copy=True)  # (N, C)
 
-    def gradients(w: torch.Tensor, *_: bool) -> tuple[torch.Tensor, None]:
+    def gradients(w: torch.Tensor, need_w: bool, need_V: bool) -> tuple[torch.Tensor, None]:
         return likelihood.grad_w(P, likelihood.residuals(P, w)), None
 
     _descend(likelihood, W, None, gradients, num_iterations, learning_rate)
     return list(W.split(sizes, 1))
 
 
-def fit_weights(*arguments: Any, **options: Any) -> list[torch.Tensor]:
-    """`fit_logits`, as user weights: their softmax `[N, K]` for each basis."""
-    return [logits.softmax(1) for logits in fit_logits(*arguments, **options)]
+def fit_weights(
+    scores: list[torch.Tensor],
+    starts: Sequence[torch.Tensor],
+    num_iterations: int,
+    learning_rate: float,
+) -> list[torch.Tensor]:
+    """The user weights of `fit_logits`: the softmax of the logits, `[N, K]` for each basis."""
+    fitted = fit_logits(scores, starts, num_iterations, learning_rate)
+    return [logits.softmax(1) for logits in fitted]
 
 
 # ---------------------------------------------------------------------------------------------
-# 5. Evaluation
+# 4. Scores and evaluation
+#
+# The scores of a user are X V: a row per pair, a column per column of the basis. Few-shot fits and
+# accuracies start from them. Below: the scores of many users, then the released functions that
+# judge a model, then the accuracies of many users under many models.
 # ---------------------------------------------------------------------------------------------
+
+BATCH_NUMBERS = 2**22  # how many numbers a batch of pairs has: 16 MB in float32
+
+
+def pair_scores(
+    features: Iterable[torch.Tensor | Pairs], V: torch.Tensor
+) -> Iterator[torch.Tensor]:
+    """The scores X_i V `[m_i, C]` of each user in turn.
+
+    features: `[m_i, d]` or Pairs, one per user. V: `[d, C]`.
+    """
+    for scores, counts in score_batches(features, V):
+        yield from scores.split(counts.tolist())
+
+
+def score_batches(
+    features: Iterable[torch.Tensor | Pairs], V: torch.Tensor, result_columns: int = 0
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The scores of many users at once: yields (`[rows, C]`, the number of rows of each user).
+
+    One product over many users replaces a small one per user: for small ones, torch's threads take
+    longer to start than to multiply. The rows of a table that users share are multiplied once, and
+    rows that nobody names are not read.
+
+    features: `[m_i, d]` or Pairs, one per user. V: `[d, C]`.
+    result_columns: how many numbers the caller computes from a row of scores. If they are more
+    than C, the batches are smaller, so that the caller's results need no more memory.
+    """
+    columns = max(result_columns, V.shape[1])
+    for table, users in itertools.groupby(features, table_number):
+        if table is None:
+            yield from _matrix_scores(users, V, columns)
+        else:
+            yield from _table_scores(list(users), V, columns)
+
+
+def _matrix_scores(
+    users: Iterable[torch.Tensor], V: torch.Tensor, columns: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """`score_batches` of matrices. columns: how many numbers come of a pair."""
+    d = len(V)
+    for batch in _user_batches(users, max(columns, d)):
+        X = batch[0] if len(batch) == 1 else torch.cat(batch)  # (rows, d)
+        yield X.to(V.device) @ V, _pairs_per_user(batch, V.device)
+
+
+def _table_scores(
+    users: list[Pairs], V: torch.Tensor, columns: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """`score_batches` of Pairs of one table. columns: how many numbers come of a pair."""
+    table = users[0].embeddings
+    rows = named_rows(users)
+
+    # Multiply each named row once. The result is allocated before the slices are read: small
+    # results between them would fragment the memory.
+    row_scores = torch.empty(len(rows), V.shape[1], device=V.device)
+    first = 0
+    for part in slices_of_rows(table, rows):
+        row_scores[first : first + len(part)] = part.to(V.device, torch.float32) @ V
+        first += len(part)
+
+    # Subtract the scores of the two rows of each pair.
+    position = torch.empty(len(table), dtype=torch.int64)  # row of the table -> row of row_scores
+    position[rows] = torch.arange(len(rows))
+    for batch in _user_batches(users, columns):
+        chosen = position[torch.cat([X.chosen for X in batch]).cpu()].to(V.device)
+        rejected = position[torch.cat([X.rejected for X in batch]).cpu()].to(V.device)
+        yield row_scores[chosen] - row_scores[rejected], _pairs_per_user(batch, V.device)
+
+
+def table_number(X: torch.Tensor | Pairs) -> int | None:
+    """A number that all Pairs of one table have in common; None for a matrix."""
+    return id(X.embeddings) if isinstance(X, Pairs) else None
+
+
+def named_rows(users: list[Pairs]) -> torch.Tensor:
+    """The rows of their table that these users' pairs name: int64, ascending, each once."""
+    named = torch.zeros(len(users[0].embeddings), dtype=torch.bool)
+    named[torch.cat([X.chosen for X in users]).cpu()] = True
+    named[torch.cat([X.rejected for X in users]).cpu()] = True
+    return named.nonzero()[:, 0]
+
+
+def slices_of_rows(table: torch.Tensor, rows: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Some rows of a table, a batch at a time, so that no copy of the table is made.
+
+    rows: int64, ascending, each once.
+    """
+    step = max(1, BATCH_NUMBERS // table.shape[1])
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        first = int(part[0])
+        last = int(part[-1])
+        none_is_left_out = last - first + 1 == len(part)
+        if none_is_left_out:
+            yield table[first : last + 1]  # a view
+        else:
+            yield table[part]  # a copy
+
+
+def _user_batches(
+    users: Iterable[torch.Tensor | Pairs], columns: int
+) -> Iterator[list[torch.Tensor | Pairs]]:
+    """Batches of consecutive users: of one user, or with at most BATCH_NUMBERS numbers.
+
+    columns: how many numbers a pair counts for.
+    """
+    batch: list[torch.Tensor | Pairs] = []
+    numbers = 0
+    for X in users:
+        size = len(X) * columns
+        if batch and numbers + size > BATCH_NUMBERS:
+            yield batch
+            batch = []
+            numbers = 0
+        batch.append(X)
+        numbers += size
+    if batch:
+        yield batch
+
+
+def _pairs_per_user(users: list[torch.Tensor | Pairs], device: torch.device) -> torch.Tensor:
+    """How many pairs each user has, `[users]`."""
+    return torch.tensor([len(X) for X in users], device=device)
 
 
 def evaluate_model(X: Any, V: Any, w: Any) -> float:
@@ -1515,7 +1279,8 @@ def print_accuracy(accuracies: Iterable[float]) -> None:
 def share_right(margins: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """The share of positive margins of each user: float64 `[users, columns]`.
 
-    margins: `[rows, columns]`; counts: how many of the rows each user has.
+    margins: `[rows, columns]`, the rows of one user after the other; counts: `[users]`, how many
+    rows each has.
     """
     right = (margins > 0).double()
     return torch.segment_reduce(right, "mean", lengths=counts, axis=0)
@@ -1532,13 +1297,15 @@ def accuracies_per_user(
     features: `[m_i, d]` or Pairs, one per user. bases: G tensors `[d, K]`; weights: G `[N, K]`.
     """
     sizes = [V.shape[1] for V in bases]
+    V = torch.cat(bases, 1)  # (d, C)
     w = torch.cat(weights, 1)  # (N, C)
     shares = []
     first = 0
-    for scores, counts in score_batches(features, torch.cat(bases, 1)):  # (rows, C)
+    for scores, counts in score_batches(features, V):  # (rows, C), (users,)
         users = slice(first, first + len(counts))
-        weighted = scores * w[users].repeat_interleave(counts, 0)
-        margins = torch.stack([member.sum(1) for member in weighted.split(sizes, 1)], 1)
+        w_of_rows = w[users].repeat_interleave(counts, 0)  # (rows, C)
+        products = (scores * w_of_rows).split(sizes, 1)  # G times (rows, K)
+        margins = torch.stack([product.sum(1) for product in products], 1)  # (rows, G)
         shares.append(share_right(margins, counts))  # (users, G)
         first += len(counts)
     return torch.cat(shares).T.cpu().numpy()
@@ -1547,7 +1314,7 @@ def accuracies_per_user(
 def shared_accuracies(
     features: Features, bases: list[torch.Tensor], weights: list[torch.Tensor]
 ) -> np.ndarray:
-    """`accuracies_per_user`, for which each process of torchrun judges its own users."""
+    """`accuracies_per_user`, but each process of torchrun judges its own users only."""
 
     def judge(own_features: Features, *own_weights: torch.Tensor) -> np.ndarray:
         return accuracies_per_user(own_features, bases, own_weights).T  # (users, G)
@@ -1565,13 +1332,17 @@ def accuracies_under_each(
     """
     shares = [
         share_right(scores @ weights.T, counts)
-        for scores, counts in score_batches(features, V, columns=len(weights))
+        for scores, counts in score_batches(features, V, result_columns=len(weights))
     ]
     return torch.cat(shares).cpu().numpy()
 
 
 # ---------------------------------------------------------------------------------------------
-# 6. Pipelines
+# 5. Pipelines
+#
+# `sweep` trains the members of a sweep on the seen users, fits the unseen users, and evaluates all.
+# `run` and `run_regularized` print it and return it as released. `run_few_shot_vary_shots` fits
+# the unseen users from several numbers of pairs, each several times.
 # ---------------------------------------------------------------------------------------------
 
 SETTINGS = (
@@ -1582,6 +1353,11 @@ SETTINGS = (
 )
 TRAIN, SEEN_TEST, FEW_SHOT_TRAIN, UNSEEN_TEST = SETTINGS
 UNSEEN_SETTINGS = (FEW_SHOT_TRAIN, UNSEEN_TEST)
+
+LEARNING_RATE = 0.5  # of the training, `LoRe` and `LoRe_regularized`, as released
+FEW_SHOT_LEARNING_RATE = 0.1  # of the few-shot fit after `LoRe`
+FEW_SHOT_LEARNING_RATE_REGULARIZED = 0.5  # of the few-shot fit after `LoRe_regularized`
+FEW_SHOT_ITERATIONS = 500
 
 
 @dataclasses.dataclass
@@ -1671,14 +1447,15 @@ def sweep(
     Returns a Fit for each alpha, rank and seed. Raises InputError for arguments without a meaning.
     """
     seeds = seed if isinstance(seed, (list, tuple, range, np.ndarray)) else [seed]
-    check_sweep(K_list, alpha_list, [0] if seed is None else seeds, num_iterations, threshold)
+    given_seeds = [0] if seed is None else seeds  # None has nothing to check
+    check_sweep(K_list, alpha_list, given_seeds, num_iterations, threshold)
     device = check_device(device)
     members = sweep_members(K_list, alpha_list, seeds)
     d = None
     if V_final is not None or any(member.K == 0 or member.alpha for member in members):
         V_final = check_head(V_final, "V_final").to(device)
         d = len(V_final)
-    features = _check_users(
+    train, test, train_unseen, test_unseen = _check_users(
         {
             "train_features": (train_features, N),
             "test_features_sparse": (test_features_sparse, N),
@@ -1687,30 +1464,31 @@ def sweep(
         },
         d,
     )
-    train, _, train_unseen, _ = features
 
-    fits = _train(
+    fits = _train_seen(
         members,
         train,
         N_unseen,
         V_final,
-        num_iterations,
-        regularized,
-        threshold,
-        device,
-        checkpoint,
+        num_iterations=num_iterations,
+        regularized=regularized,
+        threshold=threshold,
+        device=device,
+        checkpoint=checkpoint,
     )
     few_shot_rate = FEW_SHOT_LEARNING_RATE_REGULARIZED if regularized else FEW_SHOT_LEARNING_RATE
     _fit_unseen(fits, train_unseen, few_shot_rate)
-    for setting, part in zip(SETTINGS, features):
-        weights = [fit.W_unseen if setting in UNSEEN_SETTINGS else fit.W for fit in fits]
-        accuracies = shared_accuracies(part, [fit.V for fit in fits], weights)
-        for fit, accuracies_of_fit in zip(fits, accuracies):
-            fit.accuracies[setting] = accuracies_of_fit
+
+    W = [fit.W for fit in fits]
+    W_unseen = [fit.W_unseen for fit in fits]
+    _evaluate(fits, TRAIN, train, W)
+    _evaluate(fits, SEEN_TEST, test, W)
+    _evaluate(fits, FEW_SHOT_TRAIN, train_unseen, W_unseen)
+    _evaluate(fits, UNSEEN_TEST, test_unseen, W_unseen)
     return fits
 
 
-def _train(
+def _train_seen(
     members: list[Member],
     train: Features,
     N_unseen: int,
@@ -1721,7 +1499,10 @@ def _train(
     device: torch.device,
     checkpoint: Checkpoint | None,
 ) -> list[Fit]:
-    """The members as Fits with the weights of the seen users; those of the unseen are 1 so far."""
+    """A Fit of each member with the weights of the seen users; all unseen users weigh 1 so far.
+
+    The reference is not trained: its basis is V_final, and its weights are 1.
+    """
     to_train = [member for member in members if member.K > 0]
     trained = {}
     if to_train:
@@ -1729,40 +1510,48 @@ def _train(
             train, to_train, V_final, num_iterations, LEARNING_RATE, regularized, device, checkpoint
         )
         trained = dict(zip(to_train, bases))
+
     fits = []
     for member in members:
-        if member.K == 0:
+        if member in trained:
+            w, V, loss, _ = trained[member]
+            w, V = prune(w, V, threshold)
+        else:
             w = torch.ones(len(train), 1, device=device)
             V = V_final
             loss = math.nan
-        else:
-            w, V, loss, _ = trained[member]
-        w, V = prune(w, V, threshold)
-        ones = torch.ones(N_unseen, 1, device=device)
-        fits.append(Fit(member.K, member.alpha, member.seed, V, w, ones, loss))
+        W_unseen = torch.ones(N_unseen, 1, device=device)
+        fits.append(Fit(member.K, member.alpha, member.seed, V, w, W_unseen, loss))
     return fits
 
 
 def _fit_unseen(fits: list[Fit], train_unseen: Features, learning_rate: float) -> None:
-    """Give every fit with several columns the few-shot weights of the unseen users."""
+    """Set the few-shot weights of the unseen users in every fit that has several columns."""
     personal = [fit for fit in fits if fit.V.shape[1] > 1]
     if not personal:
         return
     V = torch.cat([fit.V for fit in personal], 1)  # (d, C)
-    sizes = [fit.V.shape[1] for fit in personal]
+    sizes = [fit.V.shape[1] for fit in personal]  # the K that is left, without pruned columns
     members = [Member(K, fit.alpha, fit.seed) for K, fit in zip(sizes, personal)]
     starts = [member.few_shot_start(len(train_unseen)) for member in members]
 
     def fit_users(features: Features, *starts: torch.Tensor) -> np.ndarray:
         scores = list(pair_scores(features, V))
-        weights = fit_weights(
-            scores, members, sizes, FEW_SHOT_ITERATIONS, learning_rate, starts=starts
-        )
+        weights = fit_weights(scores, starts, FEW_SHOT_ITERATIONS, learning_rate)
         return torch.cat(weights, 1).cpu().numpy()  # (users, C)
 
     weights = torch.from_numpy(shared_out(fit_users, train_unseen, *starts)).to(V.device)
     for fit, w in zip(personal, weights.split(sizes, 1)):
         fit.W_unseen = w
+
+
+def _evaluate(
+    fits: list[Fit], setting: str, features: Features, weights: list[torch.Tensor]
+) -> None:
+    """Set the accuracies of the users in one setting in every fit. weights: one `[N, K]` a fit."""
+    accuracies = shared_accuracies(features, [fit.V for fit in fits], weights)  # (fits, N)
+    for fit, per_user in zip(fits, accuracies):
+        fit.accuracies[setting] = per_user
 
 
 class Accuracies(tuple):
@@ -1920,8 +1709,8 @@ def run_few_shot_vary_shots(
     and standard deviation over trials of the accuracy on the shots, then of that on the unseen
     users' unseen prompts.
     """
-    seeds = [seed, *further_seeds]
-    check_sweep(K_list, alpha_list, [0] if seed is None else seeds, num_iterations)
+    given_seeds = [0] if seed is None else [seed, *further_seeds]  # None has nothing to check
+    check_sweep(K_list, alpha_list, given_seeds, num_iterations)
     check_whole_numbers("num_shots", num_shots, 1)
     check_whole("trials", trials, 1)
     device = check_device(device)
@@ -1939,28 +1728,49 @@ def run_few_shot_vary_shots(
 
     members = sweep_members(K_list, alpha_list, [seed])
     further = [m for m in sweep_members(K_list, alpha_list, further_seeds) if m.K > 0]
-    fits = _train(
-        members + further, train, N_unseen, V_final, num_iterations, False, 0.0, device, checkpoint
+    fits = _train_seen(
+        members + further,
+        train,
+        N_unseen,
+        V_final,
+        num_iterations=num_iterations,
+        regularized=False,
+        threshold=0.0,
+        device=device,
+        checkpoint=checkpoint,
     )
-    curves = Curves([[], [], [], []])
-    curves.fits = fits
-    curves.rows = []
+
+    means: dict[str, list[float]] = {setting: [] for setting in UNSEEN_SETTINGS}
+    deviations: dict[str, list[float]] = {setting: [] for setting in UNSEEN_SETTINGS}
+    rows = []
     for member, fit in zip(members, fits):
         print("K :", member.K)
         accuracies = accuracies_by_shots(
             member, fit.V, train_unseen, test_unseen, num_shots, trials, groups
-        )  # (N_unseen, shots, settings, trials)
-        for shots, of_shots in zip(num_shots, accuracies.swapaxes(0, 1)):
+        )  # (N_unseen, numbers of shots, settings, trials)
+        for i, shots in enumerate(num_shots):
             print("Shots :", shots)
             row = {"K": member.K, "alpha": member.alpha, "shots": shots}
-            for i, setting in enumerate(UNSEEN_SETTINGS):
+            for j, setting in enumerate(UNSEEN_SETTINGS):
+                in_setting = accuracies[:, i, j]  # (N_unseen, trials)
+                of_trials = in_setting.mean(axis=0)
                 print(setting)
-                means = of_shots[:, i].mean(0)  # (trials,)
-                print_accuracy(means)
-                curves[2 * i].append(float(np.mean(means)))
-                curves[2 * i + 1].append(float(np.std(means)))
-                row[setting] = of_shots[:, i].mean(1)
-            curves.rows.append(row)
+                print_accuracy(of_trials)
+                means[setting].append(float(np.mean(of_trials)))
+                deviations[setting].append(float(np.std(of_trials)))
+                row[setting] = in_setting.mean(axis=1)  # (N_unseen,)
+            rows.append(row)
+
+    curves = Curves(
+        [
+            means[FEW_SHOT_TRAIN],
+            deviations[FEW_SHOT_TRAIN],
+            means[UNSEEN_TEST],
+            deviations[UNSEEN_TEST],
+        ]
+    )
+    curves.rows = rows
+    curves.fits = fits
     return curves
 
 
@@ -1976,14 +1786,15 @@ def accuracies_by_shots(
     """Fit every unseen user from each number of shots, which each trial draws again.
 
     Returns the accuracies on the drawn and on the test pairs, float64
-    `[N_unseen, shots, 2, trials]`. Under torchrun each process fits and judges its own users.
+    `[N_unseen, numbers of shots, 2, trials]`. Under torchrun each process fits and judges its own
+    users.
     """
     draws = [draw_shots(member, train_unseen, shots, trials, groups) for shots in num_shots]
 
     def judge(train: Features, test: Features, *draws: list[Draw]) -> np.ndarray:
         S_train = list(pair_scores(train, V))
         S_test = list(pair_scores(test, V))
-        return np.stack([judge_shots(member, S_train, S_test, drawn) for drawn in draws], 1)
+        return np.stack([fit_and_judge(S_train, S_test, drawn) for drawn in draws], 1)
 
     return shared_out(judge, train_unseen, test_unseen, *draws)
 
@@ -1998,21 +1809,20 @@ def few_shot_trials(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fit every unseen user from `shots` pairs, which each trial draws again.
 
-    S_train, S_test: the scores X_i V `[m_i, K]` of each user's pairs. member: its K says whether
-    there are weights to fit, its generator draws. Returns the accuracies on the drawn and on the
-    test pairs, two float64 arrays `[trials, users]`.
+    S_train, S_test: the scores X_i V `[m_i, K]` of each user's pairs. member: the model that these
+    are of; its generator draws. Returns the accuracies on the drawn and on the test pairs, two
+    float64 arrays `[trials, users]`.
     """
     drawn = draw_shots(member, S_train, shots, trials, groups)
-    accuracies = judge_shots(member, S_train, S_test, drawn)
-    train, test = accuracies.transpose(1, 2, 0)
-    return train, test
+    accuracies = fit_and_judge(S_train, S_test, drawn)  # (users, 2, trials)
+    return accuracies[:, 0].T, accuracies[:, 1].T
 
 
 class Draw(NamedTuple):
-    """What is drawn for one user of a few-shot fit, for each of several trials."""
+    """What is drawn for the few-shot fits of one user, one fit per trial."""
 
-    rows: tuple[torch.Tensor, ...]  # the user's pairs to fit from, int64, one vector per trial
-    start: torch.Tensor  # (trials, K), the logits to start from
+    rows: list[torch.Tensor]  # the numbers of the pairs to fit from, int64, one vector per trial
+    start: torch.Tensor  # (trials, K), the logits to start from; K = 1 if there is nothing to fit
 
 
 def draw_shots(
@@ -2022,61 +1832,64 @@ def draw_shots(
     trials: int,
     groups: list[torch.Tensor] | None = None,
 ) -> list[Draw]:
-    """Draw `shots` of each user's pairs in each trial. pairs: only their numbers matter."""
+    """Draw `shots` of each user's pairs, and a start, for each trial -> a Draw per user.
+
+    pairs: of each user; only how many there are matters.
+    """
     generator = member.generator(SHOTS + shots)
-    rows = [torch.arange(len(X)) for X in pairs]
-    rows_of_trials = [sample_shots(rows, shots, generator, groups) for _ in range(trials)]
-    starts = torch.zeros(trials * len(rows), 1)
+    users = len(pairs)
+    all_rows = [torch.arange(len(X)) for X in pairs]
+    rows = [sample_shots(all_rows, shots, generator, groups) for _ in range(trials)]
+    starts = torch.zeros(trials * users, 1)
     if member.K > 1:
-        starts = member.few_shot_start(trials * len(rows))
-    starts = starts.reshape(trials, len(rows), -1).swapaxes(0, 1)  # (users, trials, K)
-    return [Draw(*of_user) for of_user in zip(zip(*rows_of_trials), starts)]
+        starts = member.few_shot_start(trials * users)
+    starts = starts.reshape(trials, users, -1)
+    return [Draw([of_trial[i] for of_trial in rows], starts[:, i]) for i in range(users)]
 
 
 @torch.no_grad()
-def judge_shots(
-    member: Member,
-    S_train: list[torch.Tensor],
-    S_test: list[torch.Tensor],
-    drawn: list[Draw],
+def fit_and_judge(
+    S_train: list[torch.Tensor], S_test: list[torch.Tensor], drawn: list[Draw]
 ) -> np.ndarray:
-    """Fit users from their drawn pairs -> float64 `[users, 2, trials]`.
+    """Fit users from their drawn pairs, and judge them -> float64 `[users, 2, trials]`.
 
-    These are the accuracies on the drawn pairs, then on the test pairs. Other arguments: as of
-    `few_shot_trials`.
+    These are the accuracies on the drawn pairs, then on the test pairs.
+    S_train, S_test: the scores X_i V `[m_i, K]` of each user's pairs.
     """
+    users = len(drawn)
     trials = len(drawn[0].rows)
+
+    # A user is fitted once per trial: each user's trials are side by side in S_drawn, start and w.
     S_drawn = [S[rows] for S, draw in zip(S_train, drawn) for rows in draw.rows]
-    device = S_drawn[0].device
-    w = torch.ones(len(S_drawn), 1, device=device)  # (users * trials, K)
-    if member.K > 1:
-        starts = torch.cat([draw.start for draw in drawn])
-        (w,) = fit_weights(
-            S_drawn,
-            [member],
-            [member.K],
-            FEW_SHOT_ITERATIONS,
-            FEW_SHOT_LEARNING_RATE,
-            starts=[starts],
-        )
+    start = torch.cat([draw.start for draw in drawn])  # (users * trials, K)
+    if start.shape[1] > 1:
+        (w,) = fit_weights(S_drawn, [start], FEW_SHOT_ITERATIONS, FEW_SHOT_LEARNING_RATE)
+    else:
+        w = torch.ones_like(start, device=S_drawn[0].device)
 
-    def share(scores: torch.Tensor, counts: torch.Tensor, w: torch.Tensor) -> np.ndarray:
-        margins = (scores * w.repeat_interleave(counts, 0)).sum(1, keepdim=True)
-        return share_right(margins, counts)[:, 0].cpu().numpy()
+    on_drawn = _accuracies_of_scores(torch.cat(S_drawn), _pairs_per_user(S_drawn, w.device), w)
+    S = torch.cat(S_test)  # (rows, K)
+    counts = _pairs_per_user(S_test, w.device)
+    w_of_trials = w.reshape(users, trials, -1).unbind(1)  # trials times (users, K)
+    on_test = [_accuracies_of_scores(S, counts, w_t) for w_t in w_of_trials]
+    return np.stack([on_drawn.reshape(users, trials), np.stack(on_test, 1)], 1)
 
-    train = share(torch.cat(S_drawn), _counts(S_drawn, device), w).reshape(-1, trials)
-    S_all = torch.cat(S_test)
-    counts = _counts(S_test, device)
-    w_of_trials = w.reshape(-1, trials, w.shape[1]).unbind(1)
-    test = np.stack([share(S_all, counts, w_trial) for w_trial in w_of_trials], 1)
-    return np.stack([train, test], 1)
+
+def _accuracies_of_scores(S: torch.Tensor, counts: torch.Tensor, w: torch.Tensor) -> np.ndarray:
+    """The accuracy of each user, float64 `[users]`.
+
+    S: the scores X V `[rows, K]`, the rows of one user after the other; counts: `[users]`, how
+    many rows each has; w: `[users, K]`.
+    """
+    margins = (S * w.repeat_interleave(counts, 0)).sum(1, keepdim=True)  # (rows, 1)
+    return share_right(margins, counts)[:, 0].cpu().numpy()
 
 
 # ---------------------------------------------------------------------------------------------
-# 7. Released API
+# 6. Released API
 #
-# The other functions of the released file, for scripts that were written for it. Where no seed or
-# generator is given, they draw as the release does: from torch's generator (starts, shots),
+# The other functions of the released file, for scripts that were written for it. Without a seed or
+# a generator, they draw as the release does: from torch's generator (starts, shots),
 # numpy's (populations, sparse draws) or Python's `random` (shots of whole dialogs).
 # ---------------------------------------------------------------------------------------------
 
@@ -2153,7 +1966,8 @@ def learn_single_reward(
     seed: int | None = None,
 ) -> torch.Tensor:
     """One Bradley-Terry model for all users, LoRe at K = 1 -> V `[d, 1]`. A baseline."""
-    return solve(train_features, 1, num_iterations, learning_rate, seed)[1]
+    _, V = solve(train_features, 1, num_iterations, learning_rate, seed)
+    return V
 
 
 def learn_single_reward_regularized(
@@ -2165,9 +1979,8 @@ def learn_single_reward_regularized(
     seed: int | None = None,
 ) -> torch.Tensor:
     """`learn_single_reward` with the penalty alpha * |V - V_ref|^2 -> V `[d, 1]`. A baseline."""
-    return solve_regularized(V_ref, alpha, train_features, 1, num_iterations, learning_rate, seed)[
-        1
-    ]
+    _, V = solve_regularized(V_ref, alpha, train_features, 1, num_iterations, learning_rate, seed)
+    return V
 
 
 def learn_multiple(
@@ -2289,7 +2102,8 @@ def create_sparse_tensor(
 def count_of_share(prompts: int, fraction: float, what: str = "sample_percentage") -> int:
     """How many prompts a fraction of them is, rounded down. Raises InputError if none is left."""
     rounding = 1e-9  # 0.29 of 100 is 29, and not the 28.999.. of the floating-point product
-    if not isinstance(fraction, Real) or not 1 <= fraction * prompts + rounding <= prompts + 1e-6:
+    is_number = isinstance(fraction, Real)
+    if not is_number or not 1 - rounding <= fraction * prompts <= prompts + rounding:
         raise InputError(
             f"{what}: fraction {fraction} of {prompts} prompts leaves no pairs for a user, or is "
             f"more than all; give a number from {1 / prompts:.2g} to 1.0, or more prompts"
@@ -2361,18 +2175,24 @@ def create_dataset_prism_shots(
 def _pairs_per_dialog(embeddings: Any) -> dict[str, dict[str, torch.Tensor]]:
     """user -> dialog -> the pairs of its turns, float32 `[m, d]`."""
     if _is_released_nesting(embeddings):
-        return {
-            user: {name: _released_pairs(dialog) for name, dialog in dialogs.items()}
-            for user, dialogs in embeddings.items()
-        }
+        users = embeddings
+        pairs_of_dialog = _released_pairs
+    else:
+        users = group_by_dialog(embeddings)
+        pairs_of_dialog = _pairs_of_rows
     return {
-        user: {name: torch.cat([turn_pairs(row) for row in rows]) for name, rows in dialogs.items()}
-        for user, dialogs in group_by_dialog(embeddings).items()
+        user: {name: pairs_of_dialog(dialog) for name, dialog in dialogs.items()}
+        for user, dialogs in users.items()
     }
 
 
+def _pairs_of_rows(rows: list[dict]) -> torch.Tensor:
+    """The pairs of a dialog in our rows, one per rejected answer: float32 `[m, d]`."""
+    return torch.cat([turn_pairs(row) for row in rows])
+
+
 def _is_released_nesting(embeddings: Any) -> bool:
-    """Whether these are nested dicts down to "chosen" and "rejected", and not lists of rows."""
+    """Whether users are dicts of dialogs, as in the release, and not lists of our rows."""
     return isinstance(embeddings, dict) and all(
         isinstance(dialogs, dict) for dialogs in embeddings.values()
     )
@@ -2383,3 +2203,375 @@ def _released_pairs(dialog: dict[str, list]) -> torch.Tensor:
     chosen = torch.stack([torch.as_tensor(phi).float().flatten() for phi in dialog["chosen"]])
     rejected = torch.stack([torch.as_tensor(phi).float().flatten() for phi in dialog["rejected"]])
     return chosen - rejected
+
+
+# ---------------------------------------------------------------------------------------------
+# 7. Checks
+#
+# What callers give is checked once, where it enters. An error is one line: what is wrong, where,
+# and the remedy. Below: settings, the device, then matrices, features, reward heads and groups.
+# ---------------------------------------------------------------------------------------------
+
+
+class InputError(ValueError):
+    """Input that cannot be used. The message is one line: what is wrong, where, and the remedy."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+LARGEST_WHOLE = 2**32 - 1  # the largest seed or count
+LARGEST_ALPHA = 1e15  # the largest penalty
+
+
+def check_whole(name: str, value: Any, least: int = 0, most: int = LARGEST_WHOLE) -> None:
+    """Raise InputError that names the setting if it is not a whole number from least to most."""
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_whole or not least <= value <= most:
+        raise InputError(f"{name}: {value!r}; give a whole number from {least} to {most}")
+
+
+def check_number(name: str, value: Any, least: float, most: float) -> None:
+    """Raise InputError that names the setting if it is not a number from least to most."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not least <= value <= most:
+        raise InputError(f"{name}: {value!r}; give a number from {least} to {most}")
+
+
+def check_whole_numbers(name: str, values: Any, least: int = 0) -> None:
+    """Raise InputError if it is not a list of one or more distinct whole numbers from least on."""
+    _check_list(name, values)
+    for value in values:
+        check_whole(name, value, least)
+    _check_distinct(name, values)
+
+
+def check_numbers(name: str, values: Any, least: float, most: float) -> None:
+    """Raise InputError if it is not a list of one or more distinct numbers from least to most."""
+    _check_list(name, values)
+    for value in values:
+        check_number(name, value, least, most)
+    _check_distinct(name, values)
+
+
+def _check_list(name: str, values: Any) -> None:
+    if not isinstance(values, (list, tuple, range, np.ndarray)) or len(values) == 0:
+        raise InputError(f"{name}: {values!r}; give a list of one value or more")
+
+
+def _check_distinct(name: str, values: Any) -> None:
+    if len(set(values)) < len(values):
+        raise InputError(f"{name}: {list(values)}; give each value once")
+
+
+def check_training(num_iterations: Any, learning_rate: Any, seed: Any = None) -> None:
+    """Raise InputError that names the first setting of a training that has no meaning.
+
+    seed: None if torch's own generator draws.
+    """
+    check_whole("num_iterations", num_iterations)
+    check_number("learning_rate", learning_rate, 1e-9, 1e9)
+    if seed is not None:
+        check_whole("seed", seed)
+
+
+def check_sweep(
+    K_list: Any, alpha_list: Any, seeds: Any, num_iterations: Any, threshold: Any = 0.0
+) -> None:
+    """Raise InputError that names the first setting of a sweep that has no meaning."""
+    check_whole_numbers("K_list", K_list)
+    check_numbers("alpha_list", alpha_list, 0, LARGEST_ALPHA)
+    check_whole_numbers("seeds", seeds)
+    check_whole("num_iterations", num_iterations)
+    check_number("threshold", threshold, 0, 1)
+
+
+def check_device(device: Any) -> torch.device:
+    """The device as a torch.device. Raises InputError if this machine does not have it."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"device {device!r}: not on this machine ({reason}); give cpu, or a GPU that is there, "
+            "such as cuda:0"
+        ) from None
+
+
+def is_finite(table: torch.Tensor) -> bool:
+    """Whether no number is NaN, infinite or beyond float32. Needs no copy of the tensor."""
+    lowest, highest = table.aminmax()  # both are NaN if a number is, and a comparison fails
+    largest = torch.finfo(torch.float32).max
+    return -largest <= float(lowest) and float(highest) <= largest
+
+
+def are_finite(features: Iterable[torch.Tensor | Pairs]) -> bool:
+    """`is_finite` of all users' pairs. Of a table the rows that they name are read, each once."""
+    for table, users in itertools.groupby(features, table_number):
+        if table is None:
+            matrices = users
+        else:
+            pairs = list(users)
+            matrices = slices_of_rows(pairs[0].embeddings, named_rows(pairs))
+        if not all(map(is_finite, matrices)):
+            return False
+    return True
+
+
+def check_matrix(
+    X: Any, what: str, rows: int | None = None, columns: int | None = None
+) -> torch.Tensor | Pairs:
+    """X as a finite float32 tensor `[rows, columns]`, or as the Pairs that it is.
+
+    X: a tensor, an array, nested lists of numbers, or Pairs. rows, columns: None for any number.
+    Raises InputError that begins with `what`: no numbers, another shape, NaN or infinite values.
+    """
+    X = _check_shape(X, what, rows, columns)
+    _check_finite([X], what)
+    return X
+
+
+def _check_shape(
+    X: Any, what: str, rows: int | None = None, columns: int | None = None
+) -> torch.Tensor | Pairs:
+    """`check_matrix` without reading the numbers: NaN and infinite values pass."""
+    given = type(X).__name__
+    if not isinstance(X, Pairs):
+        X = _as_float32(X)
+    elif not _is_real(X.embeddings):
+        X = None
+    if X is None:
+        raise InputError(
+            f"{what}: {given} where a matrix of numbers should be; give a float32 tensor"
+        )
+    fits = len(X.shape) == 2 and 0 not in X.shape
+    fits = fits and (rows is None or rows == X.shape[0])
+    fits = fits and (columns is None or columns == X.shape[1])
+    if not fits:
+        raise InputError(
+            f"{what}: shape {tuple(X.shape)} where [{rows or 'rows >= 1'}, {columns or 'd'}] "
+            "should be; give one of that shape, of the same model and users, none without pairs"
+        )
+    return X
+
+
+def _check_finite(features: list[torch.Tensor | Pairs], what: str) -> None:
+    """Raise InputError that begins with `what` if a number is NaN or infinite."""
+    if not are_finite(features):
+        raise InputError(f"{what}: NaN or infinite values; leave them out, or make them again")
+
+
+def _as_float32(values: Any) -> torch.Tensor | None:
+    """A float32 tensor of the values, dense and without a gradient; None if they are no numbers."""
+    try:
+        tensor = _tensor_of_lists(values).detach()
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    is_dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_meta
+    if not is_dense or not _is_real(tensor):
+        return None
+    try:
+        return tensor.float()
+    except NotImplementedError:  # a number format that torch only stores
+        return None
+
+
+def _is_real(tensor: torch.Tensor) -> bool:
+    """Whether these are numbers, and not complex ones."""
+    return not tensor.is_complex() and tensor.dtype != torch.bool
+
+
+def _tensor_of_lists(values: Any) -> torch.Tensor:
+    """`torch.as_tensor` of a tensor, an array, a list, or a list of lists.
+
+    Deeper lists are refused before torch counts their numbers: a pickle of a few bytes may hold
+    billions of them, because a list may contain the same list twice, and that one another twice.
+    Raises TypeError: lists are nested deeper; and what torch raises.
+    """
+    inner = values
+    for _ in range(2):
+        if isinstance(inner, (list, tuple)) and inner:
+            inner = inner[0]
+    if isinstance(inner, (list, tuple)) and inner:
+        raise TypeError("lists in lists in lists where a matrix of numbers should be")
+    return torch.as_tensor(values)
+
+
+def check_features(
+    features: Any,
+    what: str,
+    users: int | None = None,
+    d: int | None = None,
+    users_to_read: slice = slice(None),
+) -> Features:
+    """The features as a list with one finite float32 `[m_i, d]` tensor, or Pairs, per user.
+
+    features: an iterable of tensors, arrays or Pairs. users, d: None for any number.
+    users_to_read: the users whose numbers are read, to see that they are finite.
+    Raises InputError that names the user: no users, or not `users` of them; a user without pairs;
+    another width than `d`, or than the first user's; NaN or infinite values.
+    """
+    features = list(features) if isinstance(features, Iterable) else []
+    if not features or users not in (None, len(features)):
+        raise InputError(
+            f"{what}: {len(features)} users where {users or 'at least 1'} should be; "
+            "give one tensor per user"
+        )
+    for i, X in enumerate(features):
+        features[i] = _check_shape(X, f"{what}, user {i}", None, d)
+        d = features[i].shape[1]  # the other users must be as wide as the first
+    if not are_finite(features[users_to_read]):  # all at once is fast; the culprit is found after
+        for i in range(len(features))[users_to_read]:
+            _check_finite([features[i]], f"{what}, user {i}")
+    return features
+
+
+def check_own_features(features: Any, what: str, users: int | None, d: int | None) -> Features:
+    """`check_features`, but each process of torchrun reads the numbers of its own users only.
+
+    All processes must call this. If one of them finds an error, all raise it.
+    """
+    error = None
+    try:
+        features = check_features(features, what, users, d, own_users())
+    except InputError as found:
+        error = str(found)
+    for message in from_each_process(error):
+        if message is not None:
+            raise InputError(message)
+    return features
+
+
+def check_head(V: Any, what: str, d: int | None = None) -> torch.Tensor:
+    """A reward head as float32 `[d, 1]`. Raises InputError: no vector, not finite, all zero."""
+    if isinstance(V, (torch.Tensor, np.ndarray)) and V.ndim > 0:
+        longer_sides = [size for size in V.shape if size > 1]
+        if len(longer_sides) <= 1:  # [d], [1, d] or [d, 1]
+            V = V.reshape(-1, 1)
+    V = check_matrix(V, what, d, 1)
+    if not V.any():
+        raise InputError(f"{what}: all zero; read the reward head again")
+    return V
+
+
+def check_groups(groups: Any, features: Features) -> None:
+    """Raise InputError if not every user has an int64 `[m_i]` of group numbers without a gap."""
+    groups = groups if isinstance(groups, (list, tuple)) else []
+    for i, (group, X) in enumerate(itertools.zip_longest(groups, features)):
+        if X is None or not _are_group_numbers(group, len(X)):
+            raise InputError(
+                f"groups, user {i}: not a number for each pair of this user; give a list with a "
+                "tensor per user that has the number of each pair's group, counted from 0 without "
+                "a gap"
+            )
+
+
+def _are_group_numbers(group: Any, pairs: int) -> bool:
+    """Whether this is a vector `[pairs]` that has each number from 0 to its largest."""
+    if not isinstance(group, torch.Tensor) or tuple(group.shape) != (pairs,):
+        return False
+    return set(group.tolist()) == set(range(int(group.max()) + 1))
+
+
+# ---------------------------------------------------------------------------------------------
+# 8. Processes of torchrun
+#
+# Under torchrun each process reads and computes the pairs of its own users only, and all end with
+# the results of all users. Without it there is one process, which has all users.
+# ---------------------------------------------------------------------------------------------
+
+
+def process_rank() -> int:
+    """The number of this process under torchrun; 0 without it."""
+    return int(os.environ.get("RANK", 0))
+
+
+def process_count() -> int:
+    """How many processes torchrun has started; 1 without it. The first call connects them."""
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count > 1 and not dist.is_initialized():
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(default_device())  # NCCL's barrier runs on the current device
+            backend = "cpu:gloo,cuda:nccl"
+        # A slow neighbour may embed for hours before the next exchange.
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
+    return count
+
+
+def own_users() -> slice:
+    """The users of this process: of P processes, process p has the users p, p + P, p + 2 P, .."""
+    return slice(process_rank(), None, process_count())
+
+
+def from_each_process(value: Any) -> list:
+    """The `value` of every process, in the order of their ranks. All processes must call this."""
+    if process_count() == 1:
+        return [value]
+    values = [None] * process_count()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def to_first_process(value: Any) -> list | None:
+    """`from_each_process` for the first process; None in the others. All must call this."""
+    if process_count() == 1:
+        return [value]
+    values = [None] * process_count() if process_rank() == 0 else None
+    dist.gather_object(value, values)
+    return values
+
+
+def from_first_process(values: list | None) -> Any:
+    """This process's entry of the list that the first process has. All must call this.
+
+    values: an entry per process; only the first process is asked for it.
+    """
+    if process_count() == 1:
+        return values[0]
+    own = [None]
+    dist.scatter_object_list(own, values if process_rank() == 0 else None)
+    return own[0]
+
+
+def shared_out(compute: Callable[..., np.ndarray | list], *users: Any) -> np.ndarray | list:
+    """compute(*users), with the users shared out among the processes of torchrun.
+
+    users: lists, tensors or ranges with an entry per user, all equally long and not empty.
+    compute: takes the entries of some users, and returns an array or a list with an entry for
+    each of these. All processes must call this, and all return the result of all users.
+    """
+    if process_count() == 1:
+        return compute(*users)
+    N = len(users[0])
+    own = None
+    if process_rank() < N:
+        own = compute(*[values[own_users()] for values in users])
+    parts = from_each_process(own)
+    if isinstance(parts[0], np.ndarray):
+        whole = np.empty((N, *parts[0].shape[1:]), parts[0].dtype)
+    else:
+        whole = [None] * N
+    with_users = parts[:N]  # if there are more processes than users, the last ones have none
+    for rank, part in enumerate(with_users):
+        whole[rank :: len(parts)] = part
+    return whole
+
+
+def default_device() -> torch.device:
+    """This process's GPU, or the CPU if there is none. InputError: more processes than GPUs."""
+    if torch.cuda.is_available():
+        return check_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    return check_device("cpu")
+
+
+def progress_bar(label: str, total: int, **options: Any) -> tqdm:
+    """A bar on stderr, shown from the third second on; in a log file one line in ten seconds."""
+    return tqdm(
+        desc=label,
+        total=total,
+        delay=2,
+        mininterval=0.2 if sys.stderr.isatty() else 10,
+        disable=process_rank() > 0,
+        **options,
+    )

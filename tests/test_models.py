@@ -495,12 +495,11 @@ def test_the_loss_of_a_member_is_its_likelihood_without_the_penalty(features, V_
 def test_frozen_bases_are_fitted_the_same_alone_and_beside_others(features):
     members = [Member(2), Member(5, seed=3), Member(3), Member(2, seed=1), Member(2, 0.5)]
     bases = [planted_basis(d, m.K, seed, length=5.0) for seed, m in enumerate(members)]
-    sizes = [V.shape[1] for V in bases]
-    together = utils.fit_weights(
-        [X @ torch.cat(bases, 1) for X in features], members, sizes, 60, 0.1
-    )
-    for member, V, w in zip(members, bases, together, strict=True):
-        (alone,) = utils.fit_weights([X @ V for X in features], [member], [V.shape[1]], 60, 0.1)
+    starts = [member.few_shot_start(len(features)) for member in members]
+    scores = [X @ torch.cat(bases, 1) for X in features]
+    together = utils.fit_weights(scores, starts, 60, 0.1)
+    for V, start, w in zip(bases, starts, together, strict=True):
+        (alone,) = utils.fit_weights([X @ V for X in features], [start], 60, 0.1)
         assert_same_model([w], [alone.double()], 1e-4)
 
 

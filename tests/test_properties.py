@@ -349,9 +349,9 @@ def test_both_ways_to_the_derivatives_are_those_of_autograd_on_the_formula(
     # share 1 - P of a pair has a quarter of this error, and rounding of its own.
     P = X.abs() @ V.abs().T  # (M, C)
     error = 2e-6 * (1 + P.max() / 100)
-    weight_of_pair = torch.tensor(weight)[likelihood.user, None]
+    weight_of_pair = torch.tensor(weight)[likelihood.user_of_pair, None]
     bound_w = torch.stack([part.sum(0) for part in (weight_of_pair * P / 100).split(counts)])
-    bound_V = (weight_of_pair * w[likelihood.user] / 100).T @ X.abs()
+    bound_V = (weight_of_pair * w[likelihood.user_of_pair] / 100).T @ X.abs()
 
     assert ((likelihood.loss(X @ V.T, w) - losses).abs() <= error * (1 + losses)).all()
     for way in (likelihood.plain, likelihood.kernel):
