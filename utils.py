@@ -2372,7 +2372,7 @@ def _as_float32(values: Any) -> torch.Tensor | None:
         return None
     try:
         return tensor.float()
-    except NotImplementedError:  # a number format that torch only stores
+    except RuntimeError:  # a number format that torch only stores, or quantised numbers
         return None
 
 
