@@ -96,7 +96,8 @@ LEAKS = {
     "by_answers": Column("answers", "Their two answers, either way round."),
     "by_answer_in_prompt": Column(
         "answers in prompts",
-        "One of their answers, in a prompt that goes on with their own conversation.",
+        "Their prompt and one of their answers, at the beginning of a longer prompt: a later turn "
+        "of their conversation.",
     ),
     "by_features": Column(
         "features", "Nearly their features, of the same user and either way round."
