@@ -349,6 +349,8 @@ def embed_files(
         provenance["equal_pairs"] = equal_pairs
 
     provenance = {"model": model, "data": data, **provenance, "embedding": record}
+    # Once more, as another prepare.py may have finished here in the meantime, with other data.
+    embeddings_are_finished(paths, identity, overwrite)
     with new_embeddings(folder, head, identity, **provenance) as new_folder:
         for file, rows_of_file in zip(files, rows_per_file):
             file.write(new_folder / file.name, table, rows_of_file)

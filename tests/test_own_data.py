@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from demos import (
     build_model,
+    content_of,
     quick,
     results_in,
     rows_in,
@@ -23,6 +24,7 @@ from helpers import ROOT, call, load_script, refused
 import lore.files
 import lore.reward_model
 import lore.rows
+import lore.scripts
 import own_data
 import own_files
 import own_reading
@@ -314,6 +316,27 @@ def test_a_spoilt_row_is_named_with_the_schema(monkeypatch, capsys, rows, tmp_pa
     expected = [f"mine.jsonl, row 3: {named}", "{user, prompt, chosen, rejected}"]
     is_refused(monkeypatch, capsys, path, tmp_path, *expected)
     assert {path.name for path in tmp_path.iterdir()} == {"mine.jsonl"}
+
+
+def test_what_another_run_has_finished_in_the_meantime_is_not_replaced(
+    monkeypatch, capsys, model, rows, tmp_path
+):
+    path = write_rows(tmp_path / "mine.jsonl", rows)
+    others = write_rows(tmp_path / "others.jsonl", rows[60:])
+    out = tmp_path / "out"
+    embed = lore.scripts.embed_distinct
+    finished = {}
+
+    def embed_meanwhile(*arguments, **options):
+        monkeypatch.setattr(lore.scripts, "embed_distinct", embed)
+        prepared(monkeypatch, model, others, out)
+        finished.update(content_of(out))
+        return embed(*arguments, **options)
+
+    monkeypatch.setattr(lore.scripts, "embed_distinct", embed_meanwhile)
+    arguments = ["--data", path, "--model", model, "--dir", out]
+    refused(monkeypatch, capsys, script("prepare"), arguments, "of other data", "--overwrite")
+    assert finished.items() <= content_of(out).items()  # the cache has grown
 
 
 def test_a_file_that_cannot_be_split_is_refused(monkeypatch, capsys, rows, tmp_path):
