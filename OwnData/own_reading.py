@@ -182,13 +182,13 @@ def kind_of(data: Path, columns: set[str]) -> type[Row]:
     """The kind of rows that files with these columns have.
 
     PersonalRewardBench has the columns of own data, so a copy is known by the name of a folder that
-    it is in. The name may have more before it, as in the hub's cache.
+    it is in. The name may be a part of that folder's, as in the hub's cache.
     """
     folders = [part.casefold() for part in data.resolve().parts]
     named = [
         kind
         for name, kind in PUBLIC.items()
-        if any(folder.endswith(Path(name).name.casefold()) for folder in folders)
+        if any(Path(name).name.casefold() in folder for folder in folders)
     ]
     return next(kind for kind in (*named, *KINDS) if kind.telltale <= columns)
 

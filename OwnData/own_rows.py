@@ -165,8 +165,8 @@ class OwnRow(Row):
 class PersonalRewardBenchRow(OwnRow):
     """A row of PersonalRewardBench: the messages before, and one message for each answer."""
 
-    dataset = "PersonalRewardBench (MichaelR207/prism_personalized_0125)"
-    telltale = {"user_id", "context", "chosen", "rejected"}
+    dataset = "PersonalRewardBench"
+    telltale = {"user_id", "chosen", "rejected"}
     all_users_are_seen = True
 
 

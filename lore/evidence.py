@@ -242,6 +242,7 @@ def evidence(fits: list[Fit], study: Study, tossed: TossedControl | None = None)
         tossed=tossed.interval if tossed else None,
         equal_pairs=study.count_equal_pairs()["test_unseen"],
         everybody_is_seen=study.everybody_is_seen,
+        head_is_random=bool(study.provenance.get("demo")),
     )
     return {
         "evidence": [model.entry for model in models],

@@ -6,8 +6,8 @@ from lore.reading import phrase
 from lore.report import bullets, markdown_table, paragraphs
 from lore.tables import Entry, Results, everybody_is_seen, markdown_text, model_name
 from lore.verdict import unseen_users
-from lore.words import count_of
 
+MOST_NAMED_FACTS = 5  # so many things that are known of people are named
 SHOWN_COLUMNS = 6  # examples are shown of so many columns, those that most users weigh most
 SHOWN_EXAMPLES = 3  # of each of them
 
@@ -122,7 +122,8 @@ def directions_section(results: Results, reading: Entry | None) -> str:
         *attributes_part(reading),
         *known_part(reading),
         "For each column: how many users give it their largest weight, how well these users are "
-        "predicted, and the correlation with the most similar column of each other seed.",
+        "predicted, and the correlation with the most similar column of each other seed. A column "
+        "that nobody weighs most only adds to others.",
         markdown_table([people_row(column) for column in reading["columns"]]),
         *examples_part(results, reading),
     )
@@ -253,13 +254,17 @@ def known_part(reading: Entry) -> list[str]:
         for column in reading["columns"]
         for entry in column["known"]
     ]
+    names = [markdown_text(name) for name in table["names"]]
+    facts = ", ".join(names)
+    if len(names) > MOST_NAMED_FACTS:
+        facts = f"{len(names)} facts about each"
     compared = (
-        f"The weights of {table['users']} people were also compared with "
-        f"{count_of(len(table['names']), 'answer')} of theirs."
+        f"The weights of {table['users']} people were also compared with what is known of them: "
+        f"{facts}."
     )
     if not found:
         return [f"{compared} No correlation can be told from chance."]
-    return [f"{compared} A p holds for all columns and answers together.", bullets(*found)]
+    return [f"{compared} A p holds for all columns and facts together.", bullets(*found)]
 
 
 # ---- People

@@ -485,7 +485,7 @@ def _csv_rows(lines: Iterable[str], columns: Columns | None) -> Iterator[dict[st
     _check_separator(first_line)
     lines = itertools.chain([first_line], lines)
     table = (fields for fields in csv.reader(lines, strict=True) if fields)
-    header = next(table, [])
+    header = [name.strip() for name in next(table, [])]
     place_of = {
         name: place for place, name in enumerate(header) if columns is None or name in columns
     }
@@ -493,7 +493,7 @@ def _csv_rows(lines: Iterable[str], columns: Columns | None) -> Iterator[dict[st
     for fields in table:
         if len(fields) != len(header):
             raise ValueError(f"its header names {len(header)} fields, and it has {len(fields)}")
-        if [fields[0].lstrip("\ufeff"), *fields[1:]] == header:
+        if [name.strip("\ufeff \t") for name in fields] == header:
             raise InputError("it is the header once more, of a file that was added; remove it")
         yield {name: fields[place] for name, place in place_of.items()}
 

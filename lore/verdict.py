@@ -60,6 +60,7 @@ class UnseenTest:
     tossed: Interval | None  # of the control on flipped choices; None if it was not trained
     equal_pairs: int = 0  # how many of the pairs have the same embedding on both sides
     everybody_is_seen: bool = False  # the basis was learned from the same users, on other pairs
+    head_is_random: bool = False  # as that of the demo's stand-in for a reward model
 
     @property
     def users_in_words(self) -> str:
@@ -304,7 +305,10 @@ def sentence_on_comparisons(
         is_known = test.users >= FEWEST_USERS and not test.has_many_equal_pairs
         if is_known and reference["low"] <= 0.5:
             is_at = "is below" if reference["high"] < 0.5 else "cannot be told from"
-            comparison += f", which {is_at} chance (check that it is the model's reward head)"
+            remark = "check that it is the model's reward head"
+            if test.head_is_random:
+                remark = "it is the random head of the demo's stand-in"
+            comparison += f", which {is_at} chance ({remark})"
         comparisons.append(comparison)
     if 1 in others:
         comparisons.append(f"one reward for everybody (K = 1) {others[1].accuracy['mean']:.3f}")

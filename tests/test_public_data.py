@@ -285,15 +285,18 @@ def bench_rows(split, count):
         ("PRISM_personalized_0125", True),
         ("prism_personalized_0125/data", True),
         ("datasets--MichaelR207--prism_personalized_0125/snapshots/0a1b", True),
+        ("my_chatbot_arena_personalized_0125.copy", True),
         ("prism", False),
     ],
 )
+@pytest.mark.parametrize("name_of_prompt", ["context", "prompt"])
 def test_a_copy_of_personal_reward_bench_is_known_however_its_path_is_written(
-    monkeypatch, tmp_path, folder, is_bench
+    monkeypatch, tmp_path, folder, is_bench, name_of_prompt
 ):
     (tmp_path / folder).mkdir(parents=True)
     for split in ("train", "test"):
-        pd.DataFrame(bench_rows(split, 9)).to_parquet(tmp_path / folder / f"{split}.parquet")
+        rows = pd.DataFrame(bench_rows(split, 9)).rename(columns={"context": name_of_prompt})
+        rows.to_parquet(tmp_path / folder / f"{split}.parquet")
     monkeypatch.chdir(tmp_path / folder)
     for path in (tmp_path / folder, Path("."), Path("train.parquet")):
         reading = own_reading.read_comparisons(path)

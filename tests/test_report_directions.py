@@ -369,9 +369,10 @@ def test_of_many_columns_the_six_with_most_users_have_examples():
 def test_answers_that_weights_go_with_are_listed():
     reading = reading_of(*TASTES)
     reading["known"] = {"names": ["age", "country: <b>"], "users": 30}
-    assert "with 2 answers of theirs. No correlation can be told from chance." in section(reading)
-    one = reading | {"known": {"names": ["age"], "users": 30}}
-    assert "with 1 answer of theirs." in section(one)
+    expected = "with what is known of them: age, country: &lt;b&gt;. No correlation can be told"
+    assert expected in section(reading)
+    many = reading | {"known": {"names": list("abcdef"), "users": 30}}
+    assert "with what is known of them: 6 facts about each." in section(many)
     columns = [dict(entry) for entry in reading["columns"]]
     columns[1]["known"] = [{"text": "country: <b>, correlation +0.40, p 0.01"}]
     text = section(reading | {"columns": columns})

@@ -297,6 +297,14 @@ def test_a_backslash_before_a_quote_is_text_if_the_file_writes_quotes_twice(
         assert [row.prompt for row in read(path)] == [text, text]
 
 
+def test_space_around_the_names_in_a_header_is_left_out(tmp_path):
+    (tmp_path / "a.csv").write_text(" user ,prompt\t\n u , a b \n")
+    assert lore.rows.column_names(tmp_path / "a.csv") == {"user", "prompt"}
+    assert [dict(row) for _, row in lore.rows.read_rows(tmp_path / "a.csv")] == [
+        {"user": " u ", "prompt": " a b "}
+    ]
+
+
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_the_header_of_a_file_that_was_added_is_no_row(tmp_path, mark):
     table = "user,prompt\na,user\n"

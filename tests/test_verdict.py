@@ -410,6 +410,10 @@ def test_a_reference_at_chance_is_questioned_and_a_better_one_is_not():
         assert said in comparisons(models)
         few = [reference, model(2, LARGE[:5])]
         assert "chance" not in comparisons(few, users=5)
+
+        test = UnseenTest(USERS, 25 * USERS, NO_LEAKS, AT_CHANCE, head_is_random=True)
+        of_stand_in = write_verdict(models, None, test)["text"]
+        assert " chance (it is the random head of the demo's stand-in)" in of_stand_in
     assert "chance" not in comparisons([model(0, accuracy=0.55), model(2, LARGE)])
 
 
