@@ -1560,7 +1560,7 @@ def test_the_demo_takes_no_other_model_or_data(monkeypatch, capsys, tmp_path, op
         (["--device", "tpu"], ["tpu"]),
         (["--device", "cuda:7"], ["cuda:7"]),
         (["--rm_head", "complex.pt"], ["complex.pt"]),
-        (["--rm_head", "quantised.pt"], ["quantised.pt", "float32"]),
+        (["--rm_head", "quantised.pt"], ["quantised.pt"]),
         (["--rm_head", "empty.pt"], ["empty.pt"]),
         (["--rm_head", "basis.pt", "--user_weights", "scaled.pt"], ["scaled.pt", "shares of 1"]),
         (
