@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pydantic
 from pydantic import Field
 
+from lore.data_files import files_of_splits
 from lore.data_notes import notes_on_conversations
 from lore.normal_forms import Asked, Turns, without_repeated_prompts
 from lore.rows import (
@@ -23,7 +24,6 @@ from lore.rows import (
     as_messages,
     column_names,
     columns_of,
-    files_of_splits,
     hub_rows,
     parse_rows,
     read_rows,

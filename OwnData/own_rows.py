@@ -20,8 +20,9 @@ from pydantic import (
 )
 from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
+from lore.data_files import SPLIT_WORDS
 from lore.normal_forms import Id, Turns, without_messages
-from lore.rows import SPLIT_WORDS, as_messages
+from lore.rows import as_messages
 
 # Why a part of a row is left out, as `prepare.py` counts it
 NO_PREFERENCE = "turns without a preferred response, with the turns after them"

@@ -29,8 +29,12 @@ import own_files
 import own_reading
 import own_rows
 import own_split
-from lore.data_notes import notes_on_comparisons, notes_on_removed_prompts, print_notes
-from lore.rows import warn_of_equal_sides
+from lore.data_notes import (
+    notes_on_comparisons,
+    notes_on_removed_prompts,
+    print_notes,
+    warn_of_equal_sides,
+)
 from lore.scripts import EmbeddingFile, embed_files, prepare_arguments, run_script
 from lore.words import count_of
 from utils import InputError

@@ -31,6 +31,7 @@ from pydantic import BaseModel, Field, StrictStr
 
 import prism
 from lore.basis import check_same_model
+from lore.data_files import split_files
 from lore.embedding import embed_conversations
 from lore.files import (
     atomic_write,
@@ -41,7 +42,7 @@ from lore.files import (
     printable,
 )
 from lore.reward_model import check_gpu, load_reward_head, load_reward_model
-from lore.rows import hub_rows, parse_rows, read_rows, split_files
+from lore.rows import hub_rows, parse_rows, read_rows
 from lore.scripts import CACHE_FOLDER, STANDIN_FOLDER, run_script, script_parser
 from lore.standin import build_standin_model
 from lore.tables import csv_text

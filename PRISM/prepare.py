@@ -17,9 +17,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import prism
-from lore.data_notes import notes_on_comparisons, print_notes
+from lore.data_notes import notes_on_comparisons, print_notes, warn_of_equal_sides
 from lore.files import digest_of, load_json
-from lore.rows import warn_of_equal_sides
 from lore.scripts import next_command, prepare_arguments, run_script
 from utils import InputError, check_number, check_whole
 

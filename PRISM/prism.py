@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from pydantic import BaseModel, BeforeValidator, Field, StrictStr
 
+from lore.data_files import print_unread, split_files
 from lore.data_notes import Judged
 from lore.embedding_files import find_reward_head
 from lore.files import (
@@ -27,7 +28,7 @@ from lore.files import (
 )
 from lore.normal_forms import Id, prompt_key
 from lore.reading import is_missing, is_number
-from lore.rows import LocatedRow, are_messages, parse_rows, print_unread, read_rows, split_files
+from lore.rows import LocatedRow, are_messages, parse_rows, read_rows
 from lore.study import PARTS, Study
 from utils import InputError, create_dataset_prism, group_by_dialog, is_finite, turn_pairs
 

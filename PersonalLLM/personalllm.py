@@ -14,19 +14,11 @@ from pydantic import AllowInfNan, BeforeValidator, Field, StrictStr, create_mode
 
 import lore.scripts
 from lore.checkpoint import PLAIN_FORMATS, is_plain_table
+from lore.data_files import SPLIT_WORDS, print_unread, split_files
 from lore.embedding_files import find_reward_head
 from lore.files import atomic_write, load_tensors
 from lore.normal_forms import prompt_key
-from lore.rows import (
-    SPLIT_WORDS,
-    LocatedRow,
-    as_conversation,
-    hub_rows,
-    parse_rows,
-    print_unread,
-    read_rows,
-    split_files,
-)
+from lore.rows import LocatedRow, as_conversation, hub_rows, parse_rows, read_rows
 from lore.study import Study
 from utils import (
     InputError,

@@ -31,10 +31,10 @@ from lore.data_notes import (
     notes_on_repeats,
     notes_on_texts,
     print_notes,
+    warn_of_equal_sides,
 )
 from lore.files import digest_of, save_tensors
 from lore.normal_forms import prompt_key
-from lore.rows import warn_of_equal_sides
 from lore.scripts import EmbeddingFile, embed_files, prepare_arguments, run_script
 
 # ---- Settings

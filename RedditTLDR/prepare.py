@@ -26,9 +26,13 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import torch
 
 import tldr
-from lore.data_notes import notes_on_comparisons, notes_on_removed_prompts, print_notes
+from lore.data_notes import (
+    notes_on_comparisons,
+    notes_on_removed_prompts,
+    print_notes,
+    warn_of_equal_sides,
+)
 from lore.files import digest_of
-from lore.rows import warn_of_equal_sides
 from lore.scripts import EmbeddingFile, embed_files, prepare_arguments, run_script
 
 # ---- Settings

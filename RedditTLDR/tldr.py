@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, Field, StrictStr
 
+from lore.data_files import SPLIT_WORDS, data_files, print_unread, split_files
 from lore.data_notes import Judged
 from lore.embedding_files import find_reward_head
 from lore.files import atomic_write, load_pickle
@@ -23,17 +24,13 @@ from lore.normal_forms import (
     without_repeated_prompts,
 )
 from lore.rows import (
-    SPLIT_WORDS,
     LocatedRow,
     are_messages,
     as_conversation,
     column_names,
-    data_files,
     hub_rows,
     parse_rows,
-    print_unread,
     read_rows,
-    split_files,
 )
 from lore.study import Features, Study
 from utils import InputError, check_whole, is_finite

@@ -5,6 +5,7 @@ A module imports only utils.py and modules above it in this list.
     words             counts in words
     pickles           pickles of others, read without running code
     files             whole files, JSON, safetensors, torch.save, checkpoints of trainings
+    data_files        the data files in a folder, and of which split each is
     rows              rows of other people's files, and the messages in them
     normal_forms      one form for ids, texts and answers that come in several
     data_notes        what is odd in data, a line each

@@ -69,6 +69,22 @@ def print_notes(notes: list[str]) -> None:
         print(f"  - {note}")
 
 
+def warn_of_equal_sides(label: str, equal: int, pairs: int) -> None:
+    """Print how many of these pairs have two equal texts; nothing if none has.
+
+    Their margin is 0, so they count as wrong under every reward, as in the released scripts.
+    """
+    if not equal:
+        return
+    message = (
+        f"{label}: {equal:,} of {pairs:,} pairs have two equal texts and count as wrong under "
+        "every reward"
+    )
+    if equal > 0.01 * pairs:
+        message += f"; warning: that is {equal / pairs:.1%}, leave them out"
+    print(message)
+
+
 # ---- One kind each
 
 

@@ -161,7 +161,7 @@ def warn_of_equal_token_ids(
     """How many pairs have two sides that the model cannot tell apart.
 
     Their margin is 0, so they count as wrong under every reward. Prints how many these are if the
-    texts of any of them differ; `lore.rows.warn_of_equal_sides` tells of pairs of equal texts.
+    texts of any of them differ; `lore.data_notes.warn_of_equal_sides` tells of equal texts.
     pairs: the places of both sides in `conversations`. rows: int64 `[n]`, from `embed_distinct` for
     these conversations. max_length: what they were cut to.
     """

@@ -18,17 +18,9 @@ from typing import Any, NamedTuple, TypeVar
 import pydantic
 import typing_extensions
 
+from lore.data_files import CSV, ending_of
 from utils import InputError
 
-DATA_FILE = re.compile(r"^[^.].*\.(parquet|jsonl|csv|jsonl\.gz|csv\.gz)$", re.IGNORECASE)
-CSV = ("csv", "csv.gz")  # endings, see `_ending_of`
-SPLIT_WORDS = {  # split -> its names, in rows and in the names of files
-    "train": ["train"],
-    "validation": ["validation", "valid", "val", "dev"],
-    "test": ["test"],
-}
-SHARD = re.compile(r"(\d+)-of-(\d+)")  # train-00000-of-00002.parquet
-ALL_SHARDS = "all its shards, called NAME-00000-of-00002, NAME-00001-of-00002 and so on"
 BATCH = 1024  # rows of a parquet file or of the hub, in memory at a time
 SHORT_FLOAT = re.compile(r"\b(halffloat|float)\b")  # of 16 and 32 bits, as pyarrow calls them
 
@@ -63,140 +55,6 @@ Schema = TypeVar("Schema", bound=pydantic.BaseModel)
 # The columns that a schema names. A column of objects has the fields that are named in it; a column
 # without any is read as it is.
 Columns = dict[str, "Columns"]
-
-
-# ---- Files
-
-
-def _ending_of(path: Path) -> str:
-    """The ending of a data file in lower case, such as "csv.gz" of "Train.CSV.gz".
-
-    Raises InputError: the file has another ending.
-    """
-    match = DATA_FILE.search(path.name)
-    if not match:
-        raise InputError(
-            f"{path}: not a .parquet, .jsonl or .csv file, the last two also .gz; write it as one "
-            "of these, such as .jsonl, which has one JSON object a line"
-        )
-    return match[1].lower()
-
-
-def data_files(folder: Path) -> list[Path]:
-    """The parquet, JSON lines and CSV files in a folder, in order.
-
-    Raises InputError: no such folder.
-    """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder or file; give the one that holds the data")
-    return sorted(path for path in folder.glob("*") if DATA_FILE.search(path.name))
-
-
-def split_files(folder: Path | str, **words: list[str]) -> dict[str, list[Path]]:
-    """The files of each split in a folder: split -> one file, or all shards of one, in order.
-
-    A file is .parquet, .jsonl, .csv, .jsonl.gz or .csv.gz, in any case. The shards of a file are
-    numbered from 0-of-n to (n - 1)-of-n.
-    words: for each split, words that tell its files; a file's name must hold one as a whole word.
-    Raises InputError: the folder is missing; a split has no file, several files or not all shards;
-    a file belongs to two splits.
-    """
-    folder = Path(folder)
-    paths = data_files(folder)
-
-    files_of = {}
-    for split, split_words in words.items():
-        files = [path for path in paths if _words_in(path.name) & set(split_words)]
-        if not _is_whole(files):
-            raise InputError(
-                f"{folder}: one file with {_either(split_words)} in its name is needed, or "
-                f"{ALL_SHARDS}; {_content_of(folder)}"
-            )
-        files_of[split] = sorted(files, key=_shard_number)
-
-    assigned = [path for files in files_of.values() for path in files]
-    if len(set(assigned)) < len(assigned):
-        raise InputError(
-            f"{folder}: a file cannot be two of {', '.join(words)}; {_content_of(folder)}"
-        )
-    return files_of
-
-
-def files_of_splits(folder: Path | str, **words: list[str]) -> dict[str | None, list[Path]]:
-    """As `split_files`, but of the splits only those that have a file.
-
-    If these are fewer than two, the folder is not split: it holds one file, or all shards of one,
-    which are given under None. Else data files that are of no split are named in a line.
-    """
-    folder = Path(folder)
-    paths = data_files(folder)
-    words_of_paths = set().union(*(_words_in(path.name) for path in paths))
-    present = {split: names for split, names in words.items() if words_of_paths & set(names)}
-    if len(present) > 1:
-        files_of = split_files(folder, **present)
-        print_unread(folder, itertools.chain(*files_of.values()))
-        return files_of
-    if not _is_whole(paths):
-        splits = "; ".join(map(_either, words.values()))
-        raise InputError(
-            f"{folder}: one file is needed, or {ALL_SHARDS}, or a file for each split, with a word "
-            f"for it in its name ({splits}); {_content_of(folder)}"
-        )
-    return {None: sorted(paths, key=_shard_number)}
-
-
-def print_unread(folder: Path | str, read: Iterable[Path]) -> None:
-    """Print which data files in a folder are not among those that are read; nothing if all are."""
-    read = set(read)
-    unread = [path for path in data_files(Path(folder)) if path not in read]
-    if unread:
-        print(f"{folder}: not read: {_names_in(unread)}")
-
-
-def _either(words: list[str]) -> str:
-    """One of these words, for messages: "validation, val or dev"."""
-    *others, last = words
-    return f"{', '.join(others)} or {last}" if others else last
-
-
-def _content_of(folder: Path) -> str:
-    """The data files in a folder, and its subfolders with data files, for messages."""
-    content = f"it holds {_names_in(data_files(folder)) or 'no parquet, jsonl or csv file'}"
-    subfolders = [str(path) for path in sorted(folder.glob("[!.]*/")) if data_files(path)]
-    if subfolders:
-        content += (
-            f"; subfolders are not read ({', '.join(subfolders)}): give one with --data, or move "
-            "its files"
-        )
-    return content
-
-
-def _names_in(paths: list[Path]) -> str:
-    """The names of files, for messages."""
-    return ", ".join(path.name for path in paths)
-
-
-def _words_in(name: str) -> set[str]:
-    """The words in a file's name: "My-Train_00000.csv" -> {"my", "train", "csv"}."""
-    return set(re.split(r"[\W\d_]+", name.lower()))
-
-
-def _shard_number(path: Path) -> int:
-    """The number of a shard, by its name; 0 for a file that is none."""
-    shard = SHARD.search(path.name)
-    return int(shard[1]) if shard else 0
-
-
-def _is_whole(files: list[Path]) -> bool:
-    """Whether these are a single file that is no shard, or all the shards of one."""
-    shards = [SHARD.search(path.name) for path in files]
-    if len(files) == 1 and shards[0] is None:
-        return True
-    if not files or None in shards:
-        return False
-    names = {re.sub(r"\d+-of", "", path.name) for path in files}
-    count = int(shards[0][2])
-    return len(names) == 1 and sorted(map(_shard_number, files)) == list(range(count))
 
 
 # ---- Columns
@@ -281,7 +139,7 @@ def column_names(path: Path | str) -> set[str]:
     Raises InputError: the file cannot be read.
     """
     path = Path(path)
-    ending = _ending_of(path)
+    ending = ending_of(path)
     try:
         if ending == "parquet":
             import pyarrow.parquet  # it loads slowly, and few files need it
@@ -316,7 +174,7 @@ def read_rows(
     a text holds half of a character.
     """
     path = Path(path)
-    ending = _ending_of(path)
+    ending = ending_of(path)
     if not path.exists():
         raise InputError(f"{path}: no such file; give the folder that holds it with --data")
     columns = None if schema is None else columns_of(schema)
@@ -417,7 +275,7 @@ def _rows_in(path: Path, columns: Columns | None) -> Iterator[Any]:
 
     Raises the errors of whatever library reads it.
     """
-    ending = _ending_of(path)
+    ending = ending_of(path)
     if ending == "parquet":
         yield from _parquet_rows(path, columns)
         return
@@ -726,25 +584,6 @@ def _has_roles(content: Any) -> bool:
     if isinstance(content, dict):
         return "role" in content
     return isinstance(content, list | tuple) and any(map(_has_roles, content))
-
-
-# ---- What is odd in texts
-
-
-def warn_of_equal_sides(label: str, equal: int, pairs: int) -> None:
-    """Print how many of these pairs have two equal texts; nothing if none has.
-
-    Their margin is 0, so they count as wrong under every reward, as in the released scripts.
-    """
-    if not equal:
-        return
-    message = (
-        f"{label}: {equal:,} of {pairs:,} pairs have two equal texts and count as wrong under "
-        "every reward"
-    )
-    if equal > 0.01 * pairs:
-        message += f"; warning: that is {equal / pairs:.1%}, leave them out"
-    print(message)
 
 
 # ---- Messages

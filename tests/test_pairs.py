@@ -15,6 +15,8 @@ import pytest
 import torch
 from helpers import input_error, random_users
 
+import lore.data_files
+import lore.data_notes
 import lore.rows
 import utils
 from utils import Pairs
@@ -37,7 +39,7 @@ def found_in(folder, *names):
         (folder / name).write_bytes(b"")
     return {
         split: [path.name for path in paths]
-        for split, paths in lore.rows.split_files(folder, **WORDS).items()
+        for split, paths in lore.data_files.split_files(folder, **WORDS).items()
     }
 
 
@@ -100,7 +102,7 @@ def test_an_empty_folder_and_one_that_is_none_are_refused(tmp_path):
         found_in(tmp_path, "readme.md")
     for nowhere in (tmp_path / "nowhere", tmp_path / "readme.md"):
         with input_error(str(nowhere), "no such folder"):
-            lore.rows.split_files(nowhere, **WORDS)
+            lore.data_files.split_files(nowhere, **WORDS)
 
 
 # ---- Rows
@@ -417,11 +419,11 @@ def test_features_of_one_array_are_its_users_and_a_number_is_none():
 
 
 def test_many_pairs_with_equal_sides_are_warned_about(capsys):
-    lore.rows.warn_of_equal_sides("train", 0, 1000)
+    lore.data_notes.warn_of_equal_sides("train", 0, 1000)
     assert capsys.readouterr().out == ""
-    lore.rows.warn_of_equal_sides("train", 10, 1000)
+    lore.data_notes.warn_of_equal_sides("train", 10, 1000)
     assert "train: 10 of 1,000 pairs" in (out := capsys.readouterr().out) and "warning" not in out
-    lore.rows.warn_of_equal_sides("train", 11, 1000)
+    lore.data_notes.warn_of_equal_sides("train", 11, 1000)
     assert "warning" in capsys.readouterr().out
 
 

@@ -20,6 +20,7 @@ import pytest
 import typing_extensions
 from helpers import ROOT, input_error
 
+import lore.data_files
 import lore.data_notes
 import lore.normal_forms
 import lore.rows
@@ -421,14 +422,14 @@ def test_shards_that_are_not_numbered_from_0_to_the_last_one_are_refused(tmp_pat
     for name in names:
         (tmp_path / name).touch()
     with input_error(str(tmp_path), "shards", names[0]):
-        lore.rows.split_files(tmp_path, train=["train"])
+        lore.data_files.split_files(tmp_path, train=["train"])
 
 
 def test_shards_come_in_the_order_of_their_numbers_not_of_their_names(tmp_path):
     names = [f"train-{number}-of-12.csv" for number in range(12)]
     for name in names:
         (tmp_path / name).touch()
-    found = lore.rows.split_files(tmp_path, train=["train"])["train"]
+    found = lore.data_files.split_files(tmp_path, train=["train"])["train"]
     assert [path.name for path in found] == names
 
 
@@ -437,11 +438,11 @@ def test_parts_that_are_no_shards_are_refused_with_what_shards_are_called(tmp_pa
         (tmp_path / name).touch()
     named = ["called NAME-00000-of-00002, NAME-00001-of-00002", "it holds part-0.jsonl, part-1.jso"]
     with input_error("one file is needed", "(train; validation, valid, val or dev; test)", *named):
-        lore.rows.files_of_splits(tmp_path, **lore.rows.SPLIT_WORDS)
+        lore.data_files.files_of_splits(tmp_path, **lore.data_files.SPLIT_WORDS)
     for number in range(2):
         path = tmp_path / f"part-{number}.jsonl"
         path.rename(tmp_path / f"part-0000{number}-of-00002.jsonl")
-    (files,) = lore.rows.files_of_splits(tmp_path, **lore.rows.SPLIT_WORDS).values()
+    (files,) = lore.data_files.files_of_splits(tmp_path, **lore.data_files.SPLIT_WORDS).values()
     assert len(files) == 2
 
 
@@ -454,9 +455,9 @@ def test_subfolders_with_data_are_not_read_and_named(tmp_path):
         f"subfolders are not read ({tmp_path / 'test'}, {tmp_path / 'train'}): give one with --dat",
     ]
     with input_error(*named):
-        lore.rows.files_of_splits(tmp_path, **lore.rows.SPLIT_WORDS)
+        lore.data_files.files_of_splits(tmp_path, **lore.data_files.SPLIT_WORDS)
     with input_error(*named):
-        lore.rows.split_files(tmp_path, train=["train"])
+        lore.data_files.split_files(tmp_path, train=["train"])
 
 
 @pytest.mark.parametrize("name", ["valid", "val", "dev", "validation"])
@@ -472,7 +473,7 @@ def test_each_data_set_knows_the_same_words_for_a_split(tmp_path, name):
             assert len(list(found[split])) == len(list(expected[split])) > 0
     shutil.copy(tmp_path / "PersonalLLM" / "train.jsonl.gz", tmp_path)
     shutil.copy(tmp_path / "PersonalLLM" / f"{name}.jsonl.gz", tmp_path)
-    files_of = lore.rows.files_of_splits(tmp_path, **lore.rows.SPLIT_WORDS)
+    files_of = lore.data_files.files_of_splits(tmp_path, **lore.data_files.SPLIT_WORDS)
     assert files_of["validation"] == [tmp_path / f"{name}.jsonl.gz"]
 
 
@@ -482,11 +483,11 @@ def test_files_of_a_folder_that_are_not_read_are_named_in_one_line(tmp_path, cap
     for name in [*read_ones, *no_data]:
         (tmp_path / name).touch()
     words = dict(train=["train"], test=["test"])
-    lore.rows.files_of_splits(tmp_path, **words)
+    lore.data_files.files_of_splits(tmp_path, **words)
     assert capsys.readouterr().out == ""
     for name in ("more.jsonl", "extra-00000-of-00001.parquet"):
         (tmp_path / name).touch()
-    lore.rows.files_of_splits(tmp_path, **words)
+    lore.data_files.files_of_splits(tmp_path, **words)
     expected = f"{tmp_path}: not read: extra-00000-of-00001.parquet, more.jsonl\n"
     assert capsys.readouterr().out == expected
 
