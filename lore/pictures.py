@@ -20,8 +20,7 @@ from lore.tables import (
     model_name,
     shown_rows,
 )
-from lore.verdict import unseen_users
-from lore.words import count_of
+from lore.words import count_of, unseen_users
 from utils import SETTINGS, UNSEEN_TEST
 
 if TYPE_CHECKING:  # matplotlib takes a second to load, and only a picture needs it

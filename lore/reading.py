@@ -32,8 +32,8 @@ from lore.files import printable
 from lore.leaks import identities
 from lore.normal_forms import message_texts
 from lore.study import Study
-from lore.verdict import FEWEST_USERS, unseen_users
-from lore.words import count_of
+from lore.verdict import FEWEST_USERS
+from lore.words import count_of, unseen_users
 from utils import SEEN_TEST, UNSEEN_TEST, Fit, fits_per_model, pair_scores
 
 FOUND = 0.05  # a correlation with a smaller p is reported

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from lore.reading import phrase
 from lore.report import bullets, markdown_table, paragraphs
 from lore.tables import Entry, Results, everybody_is_seen, markdown_text, model_name
-from lore.verdict import unseen_users
+from lore.words import unseen_users
 
 MOST_NAMED_FACTS = 5  # so many things that are known of people are named
 SHOWN_COLUMNS = 6  # examples are shown of so many columns, those that most users weigh most

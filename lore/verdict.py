@@ -12,7 +12,7 @@ import numpy as np
 
 from lore.intervals import Interval, joint_intervals
 from lore.leaks import Shares
-from lore.words import count_of
+from lore.words import count_of, unseen_users
 from utils import UNSEEN_TEST
 
 NEGLIGIBLE = 0.01  # of accuracy: a personal part that is surely smaller counts as none
@@ -25,11 +25,6 @@ COLLAPSED = 0.99  # |cosine| with the reward head from which on a column counts 
 # .587 of the unseen users' pairs, 0.001 predicted .618.
 ALPHAS_TO_TRY = [0, 0.0001, 0.001, 0.01, 0.1]
 SHARE_TO_TRY = "validation_share = 0.2"
-
-
-def unseen_users(count: int, everybody_is_seen: bool) -> str:
-    """Such as `20 unseen users`; only `20 users` if the training has seen them."""
-    return count_of(count, "user" if everybody_is_seen else "unseen user")
 
 
 @dataclass
@@ -64,7 +59,7 @@ class UnseenTest:
 
     @property
     def users_in_words(self) -> str:
-        """Such as `20 unseen users`, see there."""
+        """Such as `20 unseen users`, see `unseen_users`."""
         return unseen_users(self.users, self.everybody_is_seen)
 
     @property
