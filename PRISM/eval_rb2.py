@@ -419,10 +419,9 @@ def heads_in(file: ModelFile, key: str | None, model_name: str, d: int) -> torch
     """The reward vectors in a file, float32 `[d, K]`.
 
     key: the name of the tensor in the file. d: the width of the model's states.
-    Raises InputError: no matrix, of another width, or learnt from another model.
+    Raises InputError: no matrix, or of another width.
     """
     heads = matrix_in(file, [key] if key else ["V", "reward_head", "score.weight"], "head")
-    check_learnt_on(file, model_name)
     if heads.shape == (1, d):  # a score.weight
         heads = heads.T
     if heads.shape[0] != d:
@@ -433,13 +432,12 @@ def heads_in(file: ModelFile, key: str | None, model_name: str, d: int) -> torch
     return heads
 
 
-def user_weights_in(file: ModelFile, model_name: str, K: int) -> torch.Tensor:
+def user_weights_in(file: ModelFile, K: int) -> torch.Tensor:
     """The weights of users over the K heads, float32 `[users, K]`.
 
-    Raises InputError: no matrix, not shares of 1 for K columns, or learnt from another model.
+    Raises InputError: no matrix, or not shares of 1 for K columns.
     """
     weights = matrix_in(file, ["W", "W_unseen"], "user weights")
-    check_learnt_on(file, model_name)
     sums = weights.sum(1)
     if weights.shape[1] != K or (weights < 0).any() or ((sums - 1).abs() > 1e-2).any():
         raise InputError(
@@ -476,12 +474,14 @@ def read_rewards(args: argparse.Namespace, d: int) -> tuple[torch.Tensor, np.nda
     """The heads to score with, float32 `[d, K]`, and users' weights, float64 `[users, K]` or None.
 
     The heads are those of --rm_head, or the model's own head. d: the width of the model's states.
+    Each file is read once, and compared once with the model.
     """
     if args.rm_head is None:
         heads_file = None
         heads = load_reward_head(args.model)
     else:
         heads_file = read_model_file(args.rm_head)
+        check_learnt_on(heads_file, args.model)
         heads = heads_in(heads_file, args.head_key, args.model, d)
     if args.user_weights is None:
         return heads, None
@@ -489,7 +489,8 @@ def read_rewards(args: argparse.Namespace, d: int) -> tuple[torch.Tensor, np.nda
     weights_file = heads_file
     if args.user_weights != args.rm_head:
         weights_file = read_model_file(args.user_weights)
-    weights = user_weights_in(weights_file, args.model, K=heads.shape[1])
+        check_learnt_on(weights_file, args.model)
+    weights = user_weights_in(weights_file, K=heads.shape[1])
     if heads_file is not None:
         check_same_fit(heads, heads_file, weights_file)
     return heads, weights.double().numpy()
